@@ -1,0 +1,35 @@
+"""Settings of the wire: where Kafka and Redis are, how topics are made, what an event may weigh."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, SecretStr
+
+
+class KafkaSettings(BaseModel):
+    """Where Kafka is and how to speak to it."""
+
+    bootstrap: str | None = Field(None, description="host:port,host:port; empty: the local stack's broker")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: str | None = Field(None, description="PEM file of the authority that signed the brokers")
+    partitions: int = Field(4, ge=1, le=512, description="partitions of every topic keyed by user or item")
+    replication: int = Field(1, ge=1, le=5, description="replicas of every topic")
+    retention_days: int = Field(400, ge=1, description="how long events are kept (not the compacted topics)")
+    max_event_bytes: int = Field(262_144, ge=1024, description="the largest event that a topic takes")
+
+
+class RedisSettings(BaseModel):
+    """Where Redis is."""
+
+    url: SecretStr | None = Field(None, description="redis://host:port/0; empty: the local stack's server")
+
+
+class HistorySettings(BaseModel):
+    """How much of a user's past is kept."""
+
+    max_length: int = Field(50, ge=1, le=1000, description="interactions kept for a user")
+    max_age_days: int = Field(400, ge=1, description="older than this before the newest one: dropped")

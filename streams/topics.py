@@ -1,0 +1,50 @@
+"""The topics: partitions, cleanup policy and retention, stated, never left to a broker's defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streams import events
+from streams.settings import KafkaSettings
+
+# Log compaction only touches closed segments: an hour bounds how long superseded records stay.
+_COMPACT_SEGMENT_MS = 3_600_000
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One topic: what it carries, how it is cut and how long it is kept."""
+
+    name: str
+    event: type[events.Event]
+    partitions: int
+    configs: dict[str, str]
+
+    @property
+    def compacted(self) -> bool:
+        """True where only the newest record of a key is kept."""
+        return self.configs["cleanup.policy"] == "compact"
+
+
+_COMPACTED = frozenset({"catalog", "users", "sids", "rollout"})
+# One partition: a total order of releases.
+_SINGLE = frozenset({"rollout"})
+
+
+def topics(kafka: KafkaSettings) -> tuple[Topic, ...]:
+    """All topics of the product, as the settings want them."""
+    made = []
+    for event in events.EVENTS:
+        configs = {"max.message.bytes": str(kafka.max_event_bytes)}
+        if event.topic in _COMPACTED:
+            configs |= {"cleanup.policy": "compact", "segment.ms": str(_COMPACT_SEGMENT_MS)}
+        else:
+            # CreateTime would let a replay of an old year expire at once: retention counts arrival.
+            configs |= {
+                "cleanup.policy": "delete",
+                "retention.ms": str(kafka.retention_days * 86_400_000),
+                "message.timestamp.type": "LogAppendTime",
+            }
+        partitions = 1 if event.topic in _SINGLE else kafka.partitions
+        made.append(Topic(event.topic, event, partitions, configs))
+    return tuple(made)
