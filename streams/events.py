@@ -213,7 +213,7 @@ class Rollout(Event, frozen=True, kw_only=True):
     action: Literal["start", "trial", "promote", "reject", "inconclusive", "rollback"]
     trial: Annotated[Id, Meta(description="salt of the users' assignment to arms")]
     arms: Annotated[list[Arm], Meta(min_length=1, max_length=8)]
-    decision: Annotated[dict[str, Any] | None, Meta(description="the decision record, where one was made")] = None
+    decision: Annotated[dict[str, Any] | None, Meta(description="the decision record, if any")] = None
 
 
 class DeadLetter(Event, frozen=True, kw_only=True):
@@ -281,7 +281,7 @@ def _undecodable(kind: type[Event], value: bytes, message: str) -> EventError:
     try:
         value.decode()
     except UnicodeDecodeError as error:
-        return EventError("not_utf8", f"byte {error.start} of the value is not UTF-8; encode the JSON as UTF-8")
+        return EventError("not_utf8", f"byte {error.start} of the value is not UTF-8; send UTF-8 JSON")
     return EventError("malformed_json", f"{message}; send one JSON object of {kind.__name__}")
 
 

@@ -33,3 +33,20 @@ class HistorySettings(BaseModel):
 
     max_length: int = Field(50, ge=1, le=1000, description="interactions kept for a user")
     max_age_days: int = Field(400, ge=1, description="older than this before the newest one: dropped")
+
+
+class ShoppersSettings(BaseModel):
+    """How the simulated shoppers behave. Times are event time: a simulated clock, not the wall's."""
+
+    seed: int = Field(7, description="seed of tastes, of item values and of every decision")
+    k: int = Field(10, ge=1, le=100, description="items that a shopper is shown")
+    batch: int = Field(200, ge=1, le=5000, description="sessions in flight at once")
+    session_spacing_s: float = Field(2.0, gt=0, description="event time between two sessions, seconds")
+    timeout_s: float = Field(30.0, gt=0, description="how long a shopper waits for an answer, seconds")
+    click_base: float = Field(-2.3, description="log-odds of a click on an item that means nothing to a user")
+    click_taste: float = Field(3.0, description="weight of the user's taste in the click's log-odds")
+    click_trigger: float = Field(2.0, description="weight of the trigger item in the click's log-odds")
+    click_position: float = Field(0.97, gt=0, le=1, description="chance kept from one place to the next")
+    buy_base: float = Field(-1.8, description="log-odds of buying a clicked item of mean value")
+    buy_value: float = Field(1.8, description="weight of the item's value in the purchase's log-odds")
+    buy_taste: float = Field(0.5, description="weight of the user's taste in the purchase's log-odds")

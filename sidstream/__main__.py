@@ -1,0 +1,5 @@
+"""`python -m sidstream` is `sidstream`."""
+
+from sidstream.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""The `sidstream` command: every verb of the product, each in a module of its own under commands/."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sidstream.commands import agents, registry, serving, shoppers, stack, train, wire
+from sidstream.commands import demo as demo_command
+from sidstream.console import err
+from streams.errors import SidstreamError
+
+app = typer.Typer(
+    name="sidstream",
+    help="An event-driven streaming recommender that learns while it runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ONE_MACHINE = "One machine"
+EVENTS = "Events"
+MODELS = "Models"
+SERVICES = "Services"
+
+for function, panel in (
+    (demo_command.demo, ONE_MACHINE),
+    (stack.up, ONE_MACHINE),
+    (stack.down, ONE_MACHINE),
+    (stack.status, ONE_MACHINE),
+    (stack.doctor, ONE_MACHINE),
+    (wire.replay, EVENTS),
+    (wire.publish, EVENTS),
+    (shoppers.shoppers, EVENTS),
+    (serving.recommend, EVENTS),
+    (train.train, MODELS),
+    (registry.gate, MODELS),
+    (registry.promote, MODELS),
+    (registry.rollback, MODELS),
+    (registry.models, MODELS),
+    (registry.arm, MODELS),
+    (agents.agents, SERVICES),
+    (serving.serving, SERVICES),
+    (serving.gateway, SERVICES),
+    (train.trainer, SERVICES),
+):
+    app.command(rich_help_panel=panel)(function)
+
+codebook = typer.Typer(help="The codebook that turns items into semantic IDs.", no_args_is_help=True)
+codebook.command("fit")(registry.codebook_fit)
+app.add_typer(codebook, name="codebook", rich_help_panel=MODELS)
+
+
+def main() -> None:
+    """Run the command line; a SidstreamError ends it with one line and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except SidstreamError as error:
+        err.print(f"error: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Topics on the broker: create, check, delete, and tell one life of a topic from the next."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+from kafka import KafkaAdminClient, TopicPartition
+from kafka.admin import OffsetSpec
+from kafka.errors import (
+    BrokerResponseError,
+    InvalidTopicError,
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+)
+
+from streams.connect import bootstrap, client_options
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from streams.topics import topics
+
+# Metadata shows a topic created or deleted only later than the answer: how long to wait, how often to look.
+_WAIT_S = 30.0
+_POLL_S = 0.05
+# A broker on this machine answers in milliseconds; one far away within a second or two.
+_BOOTSTRAP_MS = 15_000
+
+
+def unreachable(kafka: KafkaSettings, error: Exception) -> SidstreamError:
+    """The error to raise where no broker answers."""
+    return SidstreamError(
+        f"Kafka at {','.join(bootstrap(kafka))} does not answer ({type(error).__name__}): "
+        "start the local stack with `sidstream up`, or correct SIDSTREAM_KAFKA__BOOTSTRAP"
+    )
+
+
+@contextmanager
+def admin(kafka: KafkaSettings) -> Iterator[KafkaAdminClient]:
+    """A connected admin client, closed at the end. Raises SidstreamError when no broker answers."""
+    try:
+        client = KafkaAdminClient(**client_options(kafka), bootstrap_timeout_ms=_BOOTSTRAP_MS)
+    except KafkaError as error:
+        raise unreachable(kafka, error) from error
+    try:
+        yield client
+    except (KafkaConnectionError, KafkaTimeoutError) as error:
+        raise unreachable(kafka, error) from error
+    finally:
+        client.close()
+
+
+def create_topics(kafka: KafkaSettings) -> list[str]:
+    """Create the topics that are missing; return their names. Calling it again changes nothing.
+
+    Returns when every topic has a leader for each partition. Raises SidstreamError when a topic stands with
+    other partitions than wanted (a user's events would change partition), or the broker refuses one.
+    """
+    wanted = {topic.name: topic for topic in topics(kafka)}
+    with admin(kafka) as client:
+        standing = _described(client)
+        for name in sorted(set(wanted) & set(standing)):
+            have, want = len(standing[name]["partitions"]), wanted[name].partitions
+            if have != want:
+                raise SidstreamError(
+                    f"topic {name} has {have} partitions, the settings want {want}: set "
+                    f"SIDSTREAM_KAFKA__PARTITIONS to the number that stands, or delete the topics "
+                    "(`sidstream topics delete`) and replay"
+                )
+        missing = [name for name in wanted if name not in standing]
+        for name in missing:
+            topic = wanted[name]
+            spec = {
+                "num_partitions": topic.partitions,
+                "replication_factor": kafka.replication,
+                "configs": topic.configs,
+            }
+            try:
+                client.create_topics({name: spec})
+            except TopicAlreadyExistsError:
+                continue  # somebody else was faster: the check below sees what they made
+            except BrokerResponseError as error:
+                raise SidstreamError(
+                    f"Kafka refused to create topic {name} ({type(error).__name__}) with {topic.partitions} "
+                    f"partitions and {kafka.replication} replicas: check SIDSTREAM_KAFKA__REPLICATION "
+                    "against the number of brokers, and the rights of the user"
+                ) from error
+        _wait(lambda: _not_ready(client, kafka), "topics have no leader yet")
+    return missing
+
+
+def delete_topics(kafka: KafkaSettings) -> list[str]:
+    """Delete the product's topics with all their events; return the names of those that stood.
+
+    Returns when the broker no longer shows them.
+    """
+    names = {topic.name for topic in topics(kafka)}
+    with admin(kafka) as client:
+        standing = sorted(names & set(_described(client)))
+        for name in standing:
+            try:
+                client.delete_topics([name])
+            except UnknownTopicOrPartitionError:
+                continue  # deleted by somebody else in between
+        _wait(lambda: sorted(names & set(_described(client))), "topics are still shown")
+    return standing
+
+
+def incarnations(kafka: KafkaSettings) -> dict[str, int]:
+    """For every topic of the product that stands, a u32 that changes when it is deleted and made again.
+
+    CRC-32 of the topic's UUID (KIP-516). Offsets of two incarnations do not compare.
+    """
+    names = {topic.name for topic in topics(kafka)}
+    with admin(kafka) as client:
+        return {
+            name: zlib.crc32(UUID(str(described["topic_id"])).bytes)
+            for name, described in _described(client).items()
+            if name in names
+        }
+
+
+def end_offsets(kafka: KafkaSettings) -> dict[str, dict[int, int]]:
+    """For every topic of the product that stands: partition -> offset of the next record."""
+    return _offsets(kafka, OffsetSpec.LATEST)
+
+
+def begin_offsets(kafka: KafkaSettings) -> dict[str, dict[int, int]]:
+    """For every topic of the product that stands: partition -> offset of the oldest record kept."""
+    return _offsets(kafka, OffsetSpec.EARLIEST)
+
+
+def _offsets(kafka: KafkaSettings, spec: OffsetSpec) -> dict[str, dict[int, int]]:
+    names = {topic.name for topic in topics(kafka)}
+    with admin(kafka) as client:
+        asked = {
+            TopicPartition(name, partition["partition_index"]): spec
+            for name, described in _described(client).items()
+            if name in names
+            for partition in described["partitions"]
+        }
+        found = client.list_partition_offsets(asked) if asked else {}
+    offsets: dict[str, dict[int, int]] = {}
+    for at, position in sorted(found.items()):
+        offsets.setdefault(at.topic, {})[at.partition] = position.offset
+    return offsets
+
+
+def _described(client: KafkaAdminClient) -> dict[str, dict[str, Any]]:
+    """What the broker shows, without topics that are on their way out."""
+    return {
+        topic["name"]: topic
+        for topic in client.describe_topics()
+        if topic["name"]
+        and topic["error_code"] not in (UnknownTopicOrPartitionError.errno, InvalidTopicError.errno)
+    }
+
+
+def _not_ready(client: KafkaAdminClient, kafka: KafkaSettings) -> list[str]:
+    """Topics that lack a leader, or whose partitions are not all shown."""
+    shown = _described(client)
+    return [
+        topic.name
+        for topic in topics(kafka)
+        if topic.name not in shown
+        or len(shown[topic.name]["partitions"]) != topic.partitions
+        or any(part["error_code"] or part["leader_id"] < 0 for part in shown[topic.name]["partitions"])
+    ]
+
+
+def _wait(pending: Callable[[], list[str]], complaint: str) -> None:
+    """Poll until `pending` is empty; SidstreamError after the deadline."""
+    deadline = time.monotonic() + _WAIT_S
+    while left := pending():
+        if time.monotonic() > deadline:
+            raise SidstreamError(
+                f"{complaint} after {_WAIT_S:.0f} s ({', '.join(left)}): look at the broker's log"
+            )
+        time.sleep(_POLL_S)
