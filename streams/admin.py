@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.errors import (
     BrokerResponseError,
+    CoordinatorLoadInProgressError,
+    CoordinatorNotAvailableError,
     InvalidTopicError,
     KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
+    NotCoordinatorError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
 )
@@ -30,7 +33,7 @@ from streams.topics import topics
 _WAIT_S = 30.0
 _POLL_S = 0.05
 # A broker on this machine answers in milliseconds; one far away within a second or two.
-_BOOTSTRAP_MS = 15_000
+_BOOTSTRAP_MS = 10_000
 
 
 def unreachable(kafka: KafkaSettings, error: Exception) -> SidstreamError:
@@ -39,6 +42,11 @@ def unreachable(kafka: KafkaSettings, error: Exception) -> SidstreamError:
         f"Kafka at {','.join(bootstrap(kafka))} does not answer ({type(error).__name__}): "
         "start the local stack with `sidstream up`, or correct SIDSTREAM_KAFKA__BOOTSTRAP"
     )
+
+
+def missing(topic: str) -> SidstreamError:
+    """The error to raise where a topic is not there."""
+    return SidstreamError(f"topic {topic} does not exist: create the topics with `sidstream topics create`")
 
 
 @contextmanager
@@ -52,6 +60,10 @@ def admin(kafka: KafkaSettings) -> Iterator[KafkaAdminClient]:
         yield client
     except (KafkaConnectionError, KafkaTimeoutError) as error:
         raise unreachable(kafka, error) from error
+    except KafkaError as error:
+        raise SidstreamError(
+            f"Kafka refused ({type(error).__name__}: {error}): check the user's rights and the broker's log"
+        ) from error
     finally:
         client.close()
 
@@ -100,16 +112,22 @@ def delete_topics(kafka: KafkaSettings) -> list[str]:
 
     Returns when the broker no longer shows them.
     """
-    names = {topic.name for topic in topics(kafka)}
+    ours = {topic.name for topic in topics(kafka)}
     with admin(kafka) as client:
-        standing = sorted(names & set(_described(client)))
+        standing = sorted(ours & set(_described(client)))
         for name in standing:
             try:
                 client.delete_topics([name])
             except UnknownTopicOrPartitionError:
                 continue  # deleted by somebody else in between
-        _wait(lambda: sorted(names & set(_described(client))), "topics are still shown")
+        _wait(lambda: sorted(ours & set(_described(client))), "topics are still shown")
     return standing
+
+
+def names(kafka: KafkaSettings) -> set[str]:
+    """Every topic on the broker, the product's and others."""
+    with admin(kafka) as client:
+        return set(_described(client))
 
 
 def incarnations(kafka: KafkaSettings) -> dict[str, int]:
@@ -117,39 +135,94 @@ def incarnations(kafka: KafkaSettings) -> dict[str, int]:
 
     CRC-32 of the topic's UUID (KIP-516). Offsets of two incarnations do not compare.
     """
-    names = {topic.name for topic in topics(kafka)}
+    ours = {topic.name for topic in topics(kafka)}
     with admin(kafka) as client:
         return {
             name: zlib.crc32(UUID(str(described["topic_id"])).bytes)
             for name, described in _described(client).items()
-            if name in names
+            if name in ours
         }
 
 
-def end_offsets(kafka: KafkaSettings) -> dict[str, dict[int, int]]:
-    """For every topic of the product that stands: partition -> offset of the next record."""
-    return _offsets(kafka, OffsetSpec.LATEST)
+class Span(NamedTuple):
+    """What one partition holds: records at offsets from `begin` up to, not including, `end`."""
+
+    begin: int
+    end: int
 
 
-def begin_offsets(kafka: KafkaSettings) -> dict[str, dict[int, int]]:
-    """For every topic of the product that stands: partition -> offset of the oldest record kept."""
-    return _offsets(kafka, OffsetSpec.EARLIEST)
-
-
-def _offsets(kafka: KafkaSettings, spec: OffsetSpec) -> dict[str, dict[int, int]]:
-    names = {topic.name for topic in topics(kafka)}
+def spans(kafka: KafkaSettings) -> dict[str, dict[int, Span]]:
+    """For every topic of the product that stands: partition -> its span."""
+    ours = {topic.name for topic in topics(kafka)}
     with admin(kafka) as client:
-        asked = {
-            TopicPartition(name, partition["partition_index"]): spec
+        asked = [
+            TopicPartition(name, partition["partition_index"])
             for name, described in _described(client).items()
-            if name in names
+            if name in ours
             for partition in described["partitions"]
-        }
-        found = client.list_partition_offsets(asked) if asked else {}
-    offsets: dict[str, dict[int, int]] = {}
-    for at, position in sorted(found.items()):
-        offsets.setdefault(at.topic, {})[at.partition] = position.offset
-    return offsets
+        ]
+        found = _spans(client, asked)
+    result: dict[str, dict[int, Span]] = {}
+    for at, span in sorted(found.items()):
+        result.setdefault(at.topic, {})[at.partition] = span
+    return result
+
+
+def end_offsets(kafka: KafkaSettings, topic: str) -> dict[int, int]:
+    """Partition -> offset of the next record of one topic. Raises SidstreamError when it does not exist."""
+    with admin(kafka) as client:
+        described = _described(client).get(topic)
+        if described is None:
+            raise missing(topic)
+        asked = [TopicPartition(topic, partition["partition_index"]) for partition in described["partitions"]]
+        return {at.partition: span.end for at, span in sorted(_spans(client, asked).items())}
+
+
+def lag(kafka: KafkaSettings, group: str) -> int:
+    """How many records a consumer group has not committed, over the partitions that it reads.
+
+    Those are the partitions assigned to its members and the ones that it committed before; a partition
+    without a commit counts from its begin. Raises SidstreamError when the group reads nothing.
+    """
+    with admin(kafka) as client:
+        committed, members = _group(client, group)
+        read = {at for at, position in committed.items() if position.offset >= 0}
+        for member in members:
+            assigned = member["member_assignment"]
+            for part in assigned["assigned_partitions"] if isinstance(assigned, dict) else ():
+                read |= {TopicPartition(part["topic"], number) for number in part["partitions"]}
+        if not read:
+            raise SidstreamError(f"consumer group {group} reads no topic: start it, or correct its name")
+        found = _spans(client, sorted(read))
+    return sum(
+        max(0, span.end - max(span.begin, committed[at].offset if at in committed else 0))
+        for at, span in found.items()
+    )
+
+
+def _group(
+    client: KafkaAdminClient, group: str
+) -> tuple[dict[TopicPartition, OffsetAndMetadata], list[dict[str, Any]]]:
+    """What the group committed, and its members; retried while the broker sets groups up at first use."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            committed = client.list_group_offsets({group: None}).get(group, {})
+            return committed, client.describe_groups([group])[group]["members"]
+        except (CoordinatorNotAvailableError, CoordinatorLoadInProgressError, NotCoordinatorError) as error:
+            if time.monotonic() > deadline:
+                raise SidstreamError(
+                    f"Kafka has no coordinator for group {group} after {_WAIT_S:.0f} s: look at its log"
+                ) from error
+            time.sleep(_POLL_S)
+
+
+def _spans(client: KafkaAdminClient, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Span]:
+    if not partitions:
+        return {}
+    begin = client.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.EARLIEST))
+    end = client.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+    return {at: Span(begin[at].offset, end[at].offset) for at in partitions}
 
 
 def _described(client: KafkaAdminClient) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,20 @@ EARLIEST_TS = 946_684_800_000
 # How far a producer's clock may run ahead of ours before its event is refused.
 MAX_AHEAD_MS = 24 * 3600 * 1000
 
-Id = Annotated[str, Meta(min_length=1, max_length=128, description="1 to 128 characters")]
+# Kafka's and Redis's integers, and Parquet's, have 64 bits; nobody buys more of one thing than this.
+MAX_QUANTITY = 1_000_000_000
+# The end of the text, in Python's and in JavaScript's regular expressions ("$" lets a newline follow).
+_END = r"(?![\s\S])"
+
+Id = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=128,
+        pattern=rf"^[^\x00-\x1f\x7f]+{_END}",
+        description="1 to 128 characters, none of them a control character",
+    ),
+]
 Ts = Annotated[
     int,
     Meta(ge=EARLIEST_TS, description="when it happened, milliseconds since 1970-01-01 UTC"),
@@ -98,7 +111,7 @@ class Purchase(Event, frozen=True, kw_only=True):
     user_id: Id
     item_id: Id
     price: Price
-    quantity: Annotated[int, Meta(ge=1)] = 1
+    quantity: Annotated[int, Meta(ge=1, le=MAX_QUANTITY)] = 1
     order_id: Id | None = None
     request_id: Annotated[Id | None, Meta(description="the recommendation that led here")] = None
 
@@ -114,7 +127,8 @@ class Trigger(Event, frozen=True, kw_only=True):
     k: Annotated[int, Meta(ge=1, le=100, description="how many items to answer with")] = 10
     exclude: Annotated[Items, Meta(description="items that must not be in the answer")] = []
     reply_to: Annotated[
-        str | None, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$", description="a second topic for the answer")
+        Annotated[str, Meta(pattern=rf"^[A-Za-z0-9._-]{{1,249}}{_END}")] | None,
+        Meta(description="a second topic for the answer"),
     ] = None
 
 
@@ -222,8 +236,8 @@ class DeadLetter(Event, frozen=True, kw_only=True):
     topic: ClassVar[str] = "dead-letters"
     key_field: ClassVar[str] = "source"
     source: Annotated[str, Meta(description="topic of the record")]
-    partition: Annotated[int, Meta(ge=0)]
-    offset: Annotated[int, Meta(ge=0)]
+    partition: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    offset: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     key_base64: str | None
     value_base64: str | None
     stage: Annotated[str, Meta(description="what refused it")]
@@ -262,11 +276,18 @@ def decode(kind: type[E], value: bytes | None, now_ms: int | None = None) -> E:
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
-        event: E = decoder.decode(value)
+        # The decoder does not look at the bytes of fields that it ignores.
+        event: E = decoder.decode(value.decode())
+    except UnicodeDecodeError as error:
+        raise EventError(
+            "not_utf8", f"byte {error.start} of the value is not UTF-8; send UTF-8 JSON"
+        ) from error
     except msgspec.ValidationError as error:
         raise _explain(kind, value, str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _undecodable(kind, value, str(error)) from error
+    except msgspec.DecodeError as error:
+        raise EventError("malformed_json", f"{error}; send one JSON object of {kind.__name__}") from error
+    except RecursionError as error:
+        raise EventError("malformed_json", "the value is nested too deep; send a flat JSON object") from error
     now = time.time_ns() // 1_000_000 if now_ms is None else now_ms
     if event.ts > now + MAX_AHEAD_MS:
         raise EventError(
@@ -277,27 +298,17 @@ def decode(kind: type[E], value: bytes | None, now_ms: int | None = None) -> E:
     return event
 
 
-def _undecodable(kind: type[Event], value: bytes, message: str) -> EventError:
-    try:
-        value.decode()
-    except UnicodeDecodeError as error:
-        return EventError("not_utf8", f"byte {error.start} of the value is not UTF-8; send UTF-8 JSON")
-    return EventError("malformed_json", f"{message}; send one JSON object of {kind.__name__}")
-
-
 def _explain(kind: type[Event], value: bytes, message: str) -> EventError:
     found = _FIELD.search(message)
     field = found.group(1) if found else ""
     problem = message[: found.start()] if found else message
     try:
         raw = msgspec.json.decode(value)
-    except msgspec.DecodeError as error:
-        return _undecodable(kind, value, str(error))
-    except UnicodeDecodeError as error:
-        return _undecodable(kind, value, str(error))
+    except (msgspec.DecodeError, RecursionError):
+        raw = None  # the value went wrong further on; what is said of the field above still holds
     shown = repr(raw.get(field))[:80] if isinstance(raw, dict) and field in raw else "absent"
     if field == "schema_version" or "missing required field `schema_version`" in problem:
-        got = repr(raw.get("schema_version", "absent")) if isinstance(raw, dict) else "absent"
+        got = repr(raw.get("schema_version", "absent")) if isinstance(raw, dict) else "another"
         return EventError(
             "unknown_schema_version",
             f"schema_version is {got}; this version of sidstream reads {SCHEMA_VERSION}",

@@ -41,7 +41,7 @@ class ShoppersSettings(BaseModel):
     seed: int = Field(7, description="seed of tastes, of item values and of every decision")
     k: int = Field(10, ge=1, le=100, description="items that a shopper is shown")
     batch: int = Field(200, ge=1, le=5000, description="sessions in flight at once")
-    session_spacing_s: float = Field(2.0, gt=0, description="event time between two sessions, seconds")
+    session_spacing_s: float = Field(10.0, gt=0, description="event time between two sessions, seconds")
     timeout_s: float = Field(30.0, gt=0, description="how long a shopper waits for an answer, seconds")
     click_base: float = Field(-2.3, description="log-odds of a click on an item that means nothing to a user")
     click_taste: float = Field(3.0, description="weight of the user's taste in the click's log-odds")

@@ -35,7 +35,14 @@ def topics(kafka: KafkaSettings) -> tuple[Topic, ...]:
     """All topics of the product, as the settings want them."""
     made = []
     for event in events.EVENTS:
-        configs = {"max.message.bytes": str(kafka.max_event_bytes)}
+        limit = kafka.max_event_bytes
+        if event is events.DeadLetter:
+            # It carries a whole record of another topic, in base64.
+            limit *= 2
+        configs = {"max.message.bytes": str(limit)}
+        if kafka.replication >= 3:
+            # Confirmed by all that are in sync must mean more than one.
+            configs["min.insync.replicas"] = "2"
         if event.topic in _COMPACTED:
             configs |= {"cleanup.policy": "compact", "segment.ms": str(_COMPACT_SEGMENT_MS)}
         else:

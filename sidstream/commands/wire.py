@@ -1,0 +1,196 @@
+"""`sidstream replay`, `publish`, `topics` and `contract`: the wire, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sidstream.console import emit, progress
+from streams.errors import SidstreamError
+
+Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+
+
+def replay(
+    source: Annotated[str, typer.Argument(help="online-retail, rees46, or a file of JSON lines")],
+    since: Annotated[
+        str | None, typer.Option("--from", help="first time: ISO date (UTC) or milliseconds since 1970")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--to", help="end time, itself not included")] = None,
+    speed: Annotated[str, typer.Option(help="times faster than it happened, or max")] = "max",
+    catalog: Annotated[bool, typer.Option("--catalog/--no-catalog", help="send the items first")] = True,
+    only: Annotated[str | None, typer.Option(help="catalog or events: send only these")] = None,
+    topic: Annotated[str | None, typer.Option(help="topic of every line of the file")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="send the file's lines as they are, unchecked")] = False,
+    data: Annotated[
+        Path | None, typer.Option(envvar="SIDSTREAM_DATA", help="REES46's CSV, or a folder that has it")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a log of the past to Kafka as events, in event time, every one confirmed.
+
+    Example: sidstream replay online-retail --from 2011-11-01 --speed max
+    """
+    from sidstream.settings import load
+    from streams.admin import create_topics
+    from streams.replay import JsonLines, source_of
+    from streams.replay.engine import Replayed, parse_speed, parse_time, replay_raw
+    from streams.replay.engine import replay as run
+
+    if only not in (None, "catalog", "events"):
+        raise SidstreamError(f"--only is {only!r}: give catalog or events, or leave it out")
+    start = parse_time(since) if since else None
+    end = parse_time(until) if until else None
+    pace = parse_speed(speed)
+    log = source_of(source, data, topic)
+    kafka = load().kafka
+    create_topics(kafka)
+    done: Replayed
+    if raw:
+        if not isinstance(log, JsonLines):
+            raise SidstreamError(
+                f"--raw sends the lines of a file, {source} is none: give a file of JSON lines"
+            )
+        with progress(f"replay {source}", None) as advance:
+            done = replay_raw(kafka, log.records(), advance)
+    else:
+        send_catalog = catalog and only != "events"
+        send_events = only != "catalog"
+        total = log.count(start, end) if send_events else 0
+        total += sum(1 for _ in log.catalogue()) if send_catalog else 0
+        with progress(f"replay {source}", total) as advance:
+            done = run(kafka, log, start, end, pace, send_catalog, send_events, advance)
+    rate = done.sent / done.seconds if done.seconds else 0.0
+    parts = (
+        ", ".join(f"{count:,} on {name}" for name, count in sorted(done.topics.items())) or "nothing to send"
+    )
+    emit(
+        {
+            "sent": done.sent, "topics": done.topics, "first_ts": done.first_ts, "last_ts": done.last_ts,
+            "seconds": round(done.seconds, 3), "per_second": round(rate),
+        },
+        as_json,
+        f"{done.sent:,} events confirmed in {done.seconds:.1f} s ({rate:,.0f}/s): {parts}",
+    )  # fmt: skip
+
+
+def publish(
+    topic: Annotated[str, typer.Argument(help="the event's topic, such as clicks")],
+    event: Annotated[str, typer.Argument(help="the event as JSON; - reads it from standard input")] = "-",
+    as_json: Json = False,
+) -> None:
+    """Check one event and publish it; event_id, ts and schema_version are filled in where absent.
+
+    Example: sidstream publish clicks '{"user_id": "17850", "item_id": "85123A"}'
+    """
+    import json
+    import sys
+
+    from sidstream.settings import load
+    from streams.client import Client
+    from streams.events import BY_TOPIC, EventError
+
+    kind = BY_TOPIC.get(topic)
+    if kind is None:
+        raise SidstreamError(f"topic {topic!r} is unknown: it is one of {', '.join(BY_TOPIC)}")
+    text = sys.stdin.read() if event == "-" else event
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise SidstreamError(f"the event is {text.strip()[:60]!r}: give one JSON object")
+        made = kind.new(**fields)
+    except json.JSONDecodeError as error:
+        raise SidstreamError(
+            f"the event is no JSON ({error}): give one JSON object, in single quotes"
+        ) from error
+    except EventError as error:
+        raise SidstreamError(f"not published: {error}") from error
+    with Client(load().kafka) as client:
+        placed = client.publish(made)
+    emit(
+        {**placed._asdict(), "event_id": made.event_id},
+        as_json,
+        f"{made.event_id} stands on {placed.topic}, partition {placed.partition}, offset {placed.offset}",
+    )
+
+
+def topics_create(as_json: Json = False) -> None:
+    """Create the topics that are missing; check the partitions of those that stand.
+
+    Example: sidstream topics create
+    """
+    from sidstream.settings import load
+    from streams.admin import create_topics
+
+    made = create_topics(load().kafka)
+    emit({"created": made}, as_json, f"created: {', '.join(made)}" if made else "every topic stands already")
+
+
+def topics_list(as_json: Json = False) -> None:
+    """List the topics with partitions, cleanup policy and how many records each holds.
+
+    Example: sidstream topics list
+    """
+    from sidstream.settings import load
+    from streams.admin import spans
+    from streams.topics import topics
+
+    kafka = load().kafka
+    standing = spans(kafka)
+    rows = []
+    for topic in topics(kafka):
+        held = standing.get(topic.name)
+        rows.append(
+            {
+                "topic": topic.name,
+                "key": topic.event.key_field,
+                "cleanup": topic.configs["cleanup.policy"],
+                "partitions": len(held) if held else None,
+                "offsets": {str(number): [span.begin, span.end] for number, span in (held or {}).items()},
+                "records": sum(span.end - span.begin for span in held.values()) if held else None,
+            }
+        )
+    lines = [f"{'topic':<16} {'key':<8} {'cleanup':<8} partitions {'records':>12}"]
+    for row in rows:
+        if row["partitions"] is None:
+            lines.append(f"{row['topic']:<16} missing: create it with `sidstream topics create`")
+        else:
+            lines.append(
+                f"{row['topic']:<16} {row['key']:<8} {row['cleanup']:<8} "
+                f"{row['partitions']:>10} {row['records']:>12,}"
+            )
+    emit({"topics": rows}, as_json, "\n".join(lines))
+
+
+def topics_delete(
+    yes: Annotated[bool, typer.Option("--yes", help="do it: every event in them is lost")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete the topics with all events in them. Redis keeps what was made of them.
+
+    Example: sidstream topics delete --yes
+    """
+    from sidstream.settings import load
+    from streams.admin import delete_topics
+
+    if not yes:
+        raise SidstreamError("topics delete loses every event of every topic: say so with --yes")
+    gone = delete_topics(load().kafka)
+    emit({"deleted": gone}, as_json, f"deleted: {', '.join(gone)}" if gone else "no topic stands")
+
+
+def contract(
+    folder: Annotated[Path, typer.Argument(help="where to write")] = Path("docs/reference"),
+    as_json: Json = False,
+) -> None:
+    """Write the published contract: a JSON Schema per event, and an AsyncAPI 3 document.
+
+    Example: sidstream contract docs/reference
+    """
+    from sidstream.settings import read
+    from streams.contract import write
+
+    files = write(read().kafka, folder)
+    emit({"files": [str(path) for path in files]}, as_json, f"{len(files)} files in {folder}")
