@@ -5,8 +5,8 @@
     python ops/lock_subset.py --only mlflow       one locked package and what it needs
 
 The lock says under each package who asked for it (`# via`), so its parts are found without an index, and an
-image can never hold a version or a hash that the lock does not. Standard library only: it runs before anything
-is installed.
+image can never hold a version or a hash that the lock does not. Standard library only: it runs before
+anything is installed.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ def blocks(lock: str) -> dict[str, str]:
 
 def parents(block: str) -> set[str]:
     """Who asked for the package of `block` (the project itself left out)."""
-    comments = (line.strip().removeprefix("#").strip() for line in block.splitlines() if line.strip()[:1] == "#")
+    comments = (
+        line.strip().removeprefix("#").strip() for line in block.splitlines() if line.strip()[:1] == "#"
+    )
     named = (text.removeprefix("via").strip() for text in comments)
     return {normalised(text) for text in named if text and "(" not in text}
 
 
 def subset(lock: str, roots: Iterable[str]) -> dict[str, str]:
-    """The blocks of `roots` and of everything that they need. Raises ValueError for a root not in the lock."""
+    """The blocks of `roots` and of all that they need. Raises ValueError for a root not in the lock."""
     packages = blocks(lock)
     asked_by = {name: parents(block) for name, block in packages.items()}
     kept = {normalised(root) for root in roots}
@@ -78,7 +80,9 @@ def roots_of(project: dict[str, object], extras: Iterable[str]) -> list[str]:
 
 def main() -> int:
     """Print the subset that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--extra", action="append", default=[], help="an extra of pyproject.toml")
     parser.add_argument("--only", action="append", default=[], help="a locked package, instead of the core")
     asked = parser.parse_args()
