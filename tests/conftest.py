@@ -1,0 +1,65 @@
+"""Fixtures of the tests that need Apache Kafka and Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import redis
+
+from streams.admin import create_topics, delete_topics
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from tests import support
+
+FreshStack = Callable[[], tuple[KafkaSettings, str]]
+
+
+@pytest.fixture(scope="session")
+def docker() -> bool:
+    """True where a Docker engine answers."""
+    return support.docker_answers()
+
+
+@pytest.fixture(scope="session")
+def kafka(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaSettings]:
+    """A real Apache Kafka 4 for the session; its topics are not created."""
+    with ExitStack() as running:
+        if docker:
+            bootstrap = running.enter_context(support.container_kafka())
+        else:
+            try:
+                cluster = running.enter_context(support.local_kafka(tmp_path_factory.mktemp("kafka")))
+            except SidstreamError as error:
+                support.unavailable("Kafka", error)
+            bootstrap = cluster.bootstrap
+        yield support.kafka_settings(bootstrap)
+
+
+@pytest.fixture(scope="session")
+def redis_url(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis for the session; its URL."""
+    with ExitStack() as running:
+        if docker:
+            url = running.enter_context(support.container_redis())
+        else:
+            try:
+                url = running.enter_context(support.local_redis(tmp_path_factory.mktemp("redis")))
+            except SidstreamError as error:
+                support.unavailable("Redis", error)
+        yield url
+
+
+@pytest.fixture
+def fresh_stack(kafka: KafkaSettings, redis_url: str) -> FreshStack:
+    """A function that empties the session's stack (new topics, flushed Redis) and returns its addresses."""
+
+    def fresh() -> tuple[KafkaSettings, str]:
+        delete_topics(kafka)
+        create_topics(kafka)
+        with redis.Redis.from_url(redis_url) as connection:
+            connection.flushall()
+        return kafka, redis_url
+
+    return fresh
