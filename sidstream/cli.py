@@ -33,6 +33,7 @@ for function, panel in (
     (stack.doctor, ONE_MACHINE),
     (wire.replay, EVENTS),
     (wire.publish, EVENTS),
+    (wire.contract, EVENTS),
     (shoppers.shoppers, EVENTS),
     (serving.recommend, EVENTS),
     (train.train, MODELS),
@@ -51,6 +52,12 @@ for function, panel in (
 codebook = typer.Typer(help="The codebook that turns items into semantic IDs.", no_args_is_help=True)
 codebook.command("fit")(registry.codebook_fit)
 app.add_typer(codebook, name="codebook", rich_help_panel=MODELS)
+
+topics = typer.Typer(help="The Kafka topics that events travel on.", no_args_is_help=True)
+topics.command("create")(wire.topics_create)
+topics.command("list")(wire.topics_list)
+topics.command("delete")(wire.topics_delete)
+app.add_typer(topics, name="topics", rich_help_panel=EVENTS)
 
 
 def main() -> None:

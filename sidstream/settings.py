@@ -23,6 +23,8 @@ from trainer.settings import TrainerSettings
 
 CONFIG_VARIABLE = "SIDSTREAM_CONFIG"
 DEFAULT_FILE = Path("sidstream.toml")
+# Never printed, not even when they do not fit.
+_SECRETS = frozenset({"sasl_password", "url", "token"})
 
 
 class Settings(BaseSettings):
@@ -77,8 +79,9 @@ def read() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
+        shown = "(hidden)" if first["loc"][-1] in _SECRETS else repr(first.get("input"))
         raise SidstreamError(
-            f"setting {field} is {first.get('input')!r}: {first['msg']}; "
+            f"setting {field} is {shown}: {first['msg']}; "
             f"see sidstream.example.toml ({error.error_count()} problem(s) in all)"
         ) from error
 

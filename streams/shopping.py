@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from streams.errors import SidstreamError
 from streams.events import Click, Event, Impression, Purchase, Recommendation, Trigger
 from streams.settings import ShoppersSettings
 from streams.shoppers import Shopper, Truth
@@ -26,7 +27,7 @@ _TO_PURCHASE_S = (20, 600)
 class Asks(Protocol):
     """What the loop needs of a client."""
 
-    def submit(self, trigger: Trigger) -> Future[Recommendation]: ...
+    def submit(self, trigger: Trigger, timeout: float = ...) -> Future[Recommendation]: ...
 
     def publish_all(
         self, events: Iterable[Event], on_progress: Callable[[int], Any] | None = None
@@ -93,12 +94,12 @@ class ShoppingTrip:
                 shopper = self._shoppers[int(index)]
                 ts = self._start_ts + int((done + n) * settings.session_spacing_s * 1000)
                 trigger = self._trigger(shopper, ts, rng)
-                waiting.append((shopper, ts, trigger, self._client.submit(trigger)))
+                waiting.append((shopper, ts, trigger, self._client.submit(trigger, settings.timeout_s)))
             events: list[Event] = []
             for shopper, ts, trigger, future in waiting:
                 try:
-                    answer = future.result(timeout=settings.timeout_s)
-                except TimeoutError:
+                    answer = future.result()
+                except SidstreamError:
                     result.unanswered += 1
                     continue
                 events.extend(self._visit(shopper, ts, trigger, answer, prices, result))

@@ -1,0 +1,249 @@
+"""`sidstream demo`: the whole loop, end to end, on a real shop's year."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sidstream.console import emit, err, out
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from sidstream.demo import Runner
+    from sidstream.settings import Settings
+    from streams.client import Client
+    from streams.events import CatalogItem, Recommendation
+
+# A folder with this file was made by an earlier demo, which a new one may clear.
+_MARK = "made-by-demo"
+
+
+def demo(
+    since: Annotated[
+        str | None, typer.Option(help="replay purchases from this date on (YYYY-MM-DD), not the whole year")
+    ] = None,
+    train_seconds: Annotated[int, typer.Option(help="time for training the first model")] = 70,
+    sessions: Annotated[int, typer.Option(help="simulated shopping sessions before and in the trial")] = 2500,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON at the end")] = False,
+) -> None:
+    """Run the loop on a real shop's year: events, histories, a model, shoppers, a second model, the gate.
+
+    Example: sidstream demo
+    """
+    from sidstream.demo import Runner
+    from sidstream.settings import load, read
+
+    home = read().stack.home
+    _clear(home)
+    runner = Runner(home, err)
+    err.print("sidstream: the whole loop on a real shop's year (UCI Online Retail)\n")
+
+    with runner.stage("stack") as stage:
+        stack = runner.command("up")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / _MARK).touch()
+        stage.detail = "Apache Kafka, Redis, MLflow, agents, serving and gateway answer"
+    settings = load()
+
+    with runner.stage("catalogue") as stage:
+        sent = runner.command("replay", "online-retail", "--only", "catalog")
+        fitted = runner.command("codebook", "fit")
+        stage.detail = (
+            f"{sent['sent']:,} items on `catalog`, each with its own SID "
+            f"({'x'.join(map(str, fitted['sizes']))} codes)"
+        )
+
+    with runner.stage("events") as stage:
+        begin = ["--from", since] if since else []
+        sent = runner.command("replay", "online-retail", "--only", "events", *begin)
+        _drain(runner, settings)
+        histories = _count(settings, "h:*")
+        stage.detail = f"{sent['sent']:,} purchases through Kafka; {histories:,} histories in Redis"
+
+    with runner.stage("first model") as stage:
+        first = runner.command("train", "--max-seconds", str(train_seconds))
+        stage.detail = _trained(first)
+
+    from streams.client import Client
+    from streams.replay import past_of, source_of
+
+    log = source_of("online-retail")
+    titles = {item.item_id: item for item in log.catalogue()}
+    user, item = _visitor(past_of(log))
+    with Client(settings.kafka) as client:
+        with runner.stage("in service") as stage:
+            stage.detail = runner.until(
+                lambda: _answers_from(client, user, item, first["bundles"]), 60, "the first model to answer"
+            )
+
+        with runner.stage("shoppers") as stage:
+            start = sent["last_ts"] + 86_400_000
+            shopped = runner.command("shoppers", "--sessions", str(sessions), "--start", str(start))
+            _drain(runner, settings)
+            stage.detail = _shopped(shopped) + f"; {_pairs(settings):,} preference pairs"
+
+        with runner.stage("second model") as stage:
+            second = runner.command("train", "--max-seconds", str(max(train_seconds // 3, 5)))
+            stage.detail = _trained(second)
+
+        with runner.stage("trial") as stage:
+            runner.until(
+                lambda: _answers_in_trial(client, user, item, second["trial"]),
+                60,
+                "the challengers to answer",
+            )
+            start = shopped["end_ts"] + 3_600_000
+            shopped = runner.command("shoppers", "--sessions", str(3 * sessions), "--start", str(start))
+            _drain(runner, settings)
+            stage.detail = _shopped(shopped)
+
+        with runner.stage("gate") as stage:
+            decision = runner.command("gate", "--conclude", "--end")
+            stage.detail = f"{decision['verdict']}: {decision['sentence']}"
+
+        with runner.stage("next answer") as stage:
+            champion = decision["arms"][decision["winner"]]["bundle"]
+            stage.detail = runner.until(
+                lambda: _answers_from(client, user, item, [champion]), 60, "the champion to answer"
+            )
+        before = client.ask(_trigger(user, item), timeout=10)
+        clicked = before.items[1].item_id
+        after = _after_click(client, user, item, clicked)
+    result = {
+        "stages": [vars(stage) for stage in runner.stages],
+        "seconds": round(sum(stage.seconds for stage in runner.stages), 1),
+        "verdict": decision["verdict"],
+        "before": [ranked.item_id for ranked in before.items],
+        "after": [ranked.item_id for ranked in after.items],
+    }
+    if as_json:
+        emit(result, True, "")
+        return
+    out.print(f"\nThree recommendations for user {user} on the page of {titles[item].title!r}:")
+    _show(before, titles)
+    out.print(f"\nand after one more click, on {titles[clicked].title!r}:")
+    _show(after, titles)
+    gateway = f"http://{settings.gateway.host}:{settings.gateway.port}"
+    out.print(
+        f"\n{result['seconds']:.0f} s in all. The stack is still up. Ask for more:\n"
+        f"  {_binary()} recommend --user {user} --item {item}\n"
+        f"  curl -s {gateway}/v1/recommend -H 'content-type: application/json' "
+        f"""-d '{{"user_id": "{user}", "item_id": "{item}", "k": 3}}'\n"""
+        f"Models and metrics: {stack['mlflow']}\n"
+        f"Stop it with `{_binary()} down` (or `down --purge`, which also removes {home}).",
+        markup=False,
+    )
+
+
+def _clear(home: Any) -> None:
+    """Remove what an earlier demo left; refuse to touch anything else."""
+    if not home.exists() or not any(home.iterdir()):
+        return
+    if not (home / _MARK).exists():
+        raise SidstreamError(
+            f"{home} holds a stack that no demo made: remove it with `sidstream down --purge`, "
+            "or choose another folder with SIDSTREAM_STACK__HOME"
+        )
+    from sidstream.commands.stack import down
+
+    err.print("clearing what the last demo left ...")
+    down(purge=True, as_json=False)
+
+
+def _binary() -> str:
+    """How a person types the command here: the environment is not activated by `make`."""
+    import os
+    import sys
+    from pathlib import Path
+
+    found = Path(sys.executable).parent / "sidstream"
+    try:
+        return str(found.relative_to(Path.cwd()))
+    except ValueError:
+        return "sidstream" if os.environ.get("VIRTUAL_ENV") else str(found)
+
+
+def _trained(result: dict[str, Any]) -> str:
+    metrics = result["metrics"]
+    pairs = f", aligned on {metrics['pairs']:,} pairs" if metrics.get("pairs") else ""
+    return (
+        f"HR@10 {metrics['hr@10']:.3f} on held-out purchases (popularity {metrics['hr@10_popular']:.3f})"
+        f"{pairs}; {len(result['bundles'])} bundle(s) registered"
+    )
+
+
+def _shopped(result: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name.split()[0]} CTR {arm['ctr']:.1%} CVR {arm['cvr']:.1%}" for name, arm in result["arms"].items()
+    )
+
+
+def _trigger(user: str, item: str, k: int = 3) -> Any:
+    import uuid
+
+    from streams.events import Trigger
+
+    return Trigger.new(request_id=uuid.uuid4().hex, user_id=user, item_id=item, k=k, scene="item-page")
+
+
+def _visitor(pasts: dict[str, list[str]]) -> tuple[str, str]:
+    """The user of median activity, and the item that the user bought last."""
+    ranked = sorted(pasts, key=lambda user: (len(pasts[user]), user))
+    user = ranked[len(ranked) // 2]
+    return user, pasts[user][-1]
+
+
+def _answers_from(client: Client, user: str, item: str, bundles: list[str]) -> str | None:
+    answer = client.ask(_trigger(user, item), timeout=10)
+    return f"user {user} is answered by bundle {answer.bundle}" if answer.bundle in bundles else None
+
+
+def _answers_in_trial(client: Client, user: str, item: str, trial: str) -> str | None:
+    answer = client.ask(_trigger(user, item), timeout=10)
+    return f"trial {trial}" if answer.trial == trial else None
+
+
+def _after_click(client: Client, user: str, item: str, clicked: str) -> Recommendation:
+    """Publish one click and ask again. The agents need a moment: ask until the answer moves, 5 s at most."""
+    import time
+
+    from streams.events import Click
+
+    first = client.ask(_trigger(user, item), timeout=10)
+    client.publish(Click.new(user_id=user, item_id=clicked))
+    deadline = time.monotonic() + 5
+    while True:
+        answer = client.ask(_trigger(user, item), timeout=10)
+        moved = [ranked.item_id for ranked in answer.items] != [ranked.item_id for ranked in first.items]
+        if moved or time.monotonic() > deadline:
+            return answer
+
+
+def _show(answer: Recommendation, titles: dict[str, CatalogItem]) -> None:
+    for place, ranked in enumerate(answer.items, 1):
+        item = titles[ranked.item_id]
+        out.print(f"  {place}. {item.title:<40} {item.price or 0:7.2f}  ({ranked.item_id})", markup=False)
+
+
+def _drain(runner: Runner, settings: Settings) -> None:
+    """Wait until the agents have applied every event."""
+    from streams.admin import lag
+
+    runner.until(
+        lambda: "done" if lag(settings.kafka, settings.agents.group) == 0 else None,
+        300, "the agents to apply every event",
+    )  # fmt: skip
+
+
+def _count(settings: Settings, pattern: str) -> int:
+    from streams.redisdb import client
+
+    with client(settings.redis) as server:
+        return sum(1 for _ in server.scan_iter(match=pattern, count=1000))
+
+
+def _pairs(settings: Settings) -> int:
+    from streams.admin import end_offsets
+
+    return sum(end_offsets(settings.kafka, "preferences").values())
