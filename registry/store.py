@@ -1,0 +1,379 @@
+"""Bundles and codebooks in MLflow: artifacts with a version, aliases and tags; nothing is pickled.
+
+A bundle is uploaded as plain files below a run, and a model version points at it. What comes back is checked
+digest by digest and kept in a folder named by its content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from registry.bundle import Bundle, load_bundle
+from registry.codebook import Codebook
+from registry.settings import RegistrySettings
+from streams.errors import SidstreamError
+
+CHAMPION, SFT, DPO, ANCHOR = "champion", "challenger-sft", "challenger-dpo", "anchor"
+ALIASES = (CHAMPION, SFT, DPO, ANCHOR)
+PREVIOUS = "previous-champion"
+CURRENT = "current"
+_BUNDLE = "bundle"
+_CODEBOOK = "codebook.safetensors"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One model version as the registry lists it; `created` in milliseconds."""
+
+    version: str
+    bundle: str
+    kind: str
+    created: int
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+class Registry:
+    """The store. Every method that asks MLflow raises SidstreamError when it does not answer."""
+
+    def __init__(self, settings: RegistrySettings) -> None:
+        if not settings.tracking_uri:
+            raise SidstreamError(
+                "no MLflow address: start the local stack with `sidstream up`, "
+                "or set SIDSTREAM_REGISTRY__TRACKING_URI"
+            )
+        self._settings = settings
+        self.name = settings.name
+        self.tracking_uri = settings.tracking_uri
+        self.cache = settings.cache_folder
+        self.codebooks = f"{settings.name}-codebook"
+
+    @cached_property
+    def _mlflow(self) -> Any:
+        _quieten(self._settings)
+        # Four seconds of imports: only where the store is truly asked.
+        from mlflow.tracking import MlflowClient
+
+        # Only now: the import sets its loggers to INFO.
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        return MlflowClient(self.tracking_uri, self.tracking_uri)
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[Any]:
+        client = self._mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield client
+        except (MlflowException, OSError) as error:
+            first = str(error).strip().splitlines()[0][:200]
+            raise SidstreamError(
+                f"MLflow at {self.tracking_uri} could not {what}: {first}; "
+                "see `sidstream doctor`, or correct SIDSTREAM_REGISTRY__TRACKING_URI"
+            ) from error
+
+    # Codebooks
+
+    def publish_codebook(self, codebook: Codebook) -> str:
+        """Store a codebook and make it the current one; storing it again only moves the alias. Its id."""
+        with tempfile.TemporaryDirectory() as folder, self._asking("store the codebook") as client:
+            version = self._version_with(self.codebooks, "codebook", codebook.id)
+            if version is None:
+                codebook.save(Path(folder) / _CODEBOOK)
+                run = self._run(f"codebook-{codebook.id}")
+                client.log_artifact(run, str(Path(folder) / _CODEBOOK))
+                tags = {"codebook": codebook.id, "embedder": codebook.embedder}
+                version = self._add(self.codebooks, run, _CODEBOOK, tags)
+                client.set_terminated(run)
+            client.set_registered_model_alias(self.codebooks, CURRENT, version)
+        return codebook.id
+
+    def codebook(self, id: str | None = None) -> Codebook:
+        """The codebook with this id, or the current one. Raises SidstreamError where there is none."""
+        if id is not None:
+            kept = self._codebook_file(id)
+            if kept.is_file():
+                with contextlib.suppress(SidstreamError):
+                    return Codebook.load(kept)
+        with self._asking("find the codebook") as client:
+            if id is None:
+                found = self._by_alias(self.codebooks, CURRENT)
+            else:
+                number = self._version_with(self.codebooks, "codebook", id)
+                found = client.get_model_version(self.codebooks, number) if number else None
+        if found is None:
+            which = f"codebook {id}" if id else "codebook"
+            raise SidstreamError(f"the registry has no {which}: make one with `sidstream codebook fit`")
+        wanted = found.tags["codebook"]
+        kept = self._codebook_file(wanted)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            with self._asking(f"fetch codebook {wanted}") as client:
+                path = Path(client.download_artifacts(found.run_id, _CODEBOOK, folder))
+            codebook = Codebook.load(path)
+            if codebook.id != wanted:
+                raise SidstreamError(
+                    f"the registry's file of codebook {wanted} is codebook {codebook.id}; store it again"
+                )
+            path.replace(kept)
+        return codebook
+
+    def current_codebook(self) -> str | None:
+        """The id of the current codebook, or None."""
+        with self._asking("find the codebook"):
+            found = self._by_alias(self.codebooks, CURRENT)
+        return None if found is None else str(found.tags["codebook"])
+
+    # Bundles
+
+    def register(
+        self,
+        bundle: Bundle,
+        run_metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload a bundle as a new model version; one that is there already is not uploaded again.
+
+        Returns the version. The bundle is verified first.
+        """
+        manifest = load_bundle(bundle.path).manifest
+        with self._asking(f"store bundle {manifest.bundle}") as client:
+            known = self._version_with(self.name, "bundle", manifest.bundle)
+            if known is not None:
+                return known
+            run = self._run(f"{manifest.kind}-{manifest.bundle}")
+            for key, number in (run_metrics or {}).items():
+                client.log_metric(run, key, float(number))
+            for key, value in (params or {}).items():
+                client.log_param(run, key, value)
+            client.log_artifacts(run, str(bundle.path), _BUNDLE)
+            tags = {
+                "bundle": manifest.bundle,
+                "kind": manifest.kind,
+                "codebook": manifest.codebook,
+                "parent": manifest.lineage.parent or "",
+                "reference": manifest.lineage.reference or "",
+            }
+            # The version comes last: a crash before it leaves a run that nothing points at.
+            version = self._add(self.name, run, _BUNDLE, tags)
+            client.set_terminated(run)
+        return version
+
+    def fetch(self, version_or_alias: str) -> Bundle:
+        """The bundle of a version or alias, from the cache or downloaded; every digest is verified."""
+        found = self._find(version_or_alias)
+        wanted = found.tags["bundle"]
+        cache = self.cache
+        final = cache / wanted
+        if final.is_dir():
+            try:
+                return _verified(final, wanted)
+            except SidstreamError:
+                # Damaged on this disk: the registry still has it.
+                shutil.rmtree(final, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
+            with self._asking(f"fetch bundle {wanted}") as client:
+                path = Path(client.download_artifacts(found.run_id, _BUNDLE, folder))
+            _verified(path, wanted)
+            # Another process may have been faster; the folder's name says that the content is the same.
+            with contextlib.suppress(OSError):
+                path.rename(final)
+        return _verified(final, wanted)
+
+    def versions(self) -> list[Version]:
+        """Every model version, newest first."""
+        with self._asking("list the models") as client:
+            model = self._model(self.name)
+            if model is None:
+                return []
+            by_version: dict[str, list[str]] = {}
+            for alias, version in model.aliases.items():
+                by_version.setdefault(str(version), []).append(alias)
+            return [
+                Version(
+                    version=str(row.version),
+                    bundle=row.tags.get("bundle", ""), kind=row.tags.get("kind", ""),
+                    created=row.creation_timestamp, tags=dict(row.tags),
+                    aliases=tuple(sorted(by_version.get(str(row.version), []))),
+                    metrics=dict(client.get_run(row.run_id).data.metrics),
+                )
+                for row in sorted(self._all(self.name), key=lambda row: -int(row.version))
+            ]  # fmt: skip
+
+    # Aliases, tags and records
+
+    def alias(self, name: str) -> str | None:
+        """The version that an alias names, or None."""
+        with self._asking(f"read alias {name}"):
+            found = self._by_alias(self.name, name)
+        return None if found is None else str(found.version)
+
+    def version(self, version_or_alias: str) -> str:
+        """The version that a version or alias names. Raises SidstreamError where there is none."""
+        return str(self._find(version_or_alias).version)
+
+    def set_alias(self, name: str, version: str) -> None:
+        """Point an alias at a version."""
+        with self._asking(f"set alias {name}") as client:
+            client.set_registered_model_alias(self.name, name, version)
+
+    def drop_alias(self, name: str) -> None:
+        """Remove an alias; one that is not set is no error."""
+        if self.alias(name) is not None:
+            with self._asking(f"remove alias {name}") as client:
+                client.delete_registered_model_alias(self.name, name)
+
+    def tag(self, version: str, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        with self._asking(f"tag version {version}") as client:
+            client.set_model_version_tag(self.name, version, key, value)
+
+    def tags(self, version: str) -> dict[str, str]:
+        """The tags of a version."""
+        return dict(self._find(version).tags)
+
+    def record(self, version: str, decision: Mapping[str, Any]) -> None:
+        """Store a decision record with a version: an artifact of its run, named in the tag `decision`."""
+        found = self._find(version)
+        with self._asking(f"store decision {decision['decision']}") as client:
+            client.log_dict(found.run_id, dict(decision), f"decisions/{decision['decision']}.json")
+            client.set_model_version_tag(self.name, version, "decision", decision["decision"])
+
+    def decision(self, version: str, id: str | None = None) -> dict[str, Any]:
+        """A decision record stored with a version (default: the newest)."""
+        import json
+
+        found = self._find(version)
+        wanted = id or found.tags.get("decision")
+        if not wanted:
+            raise SidstreamError(f"version {version} has no decision record: no trial of it was ended yet")
+        with tempfile.TemporaryDirectory() as folder, self._asking(f"read decision {wanted}") as client:
+            path = client.download_artifacts(found.run_id, f"decisions/{wanted}.json", folder)
+            made: dict[str, Any] = json.loads(Path(path).read_text())
+        return made
+
+    def note(self, key: str, value: str | None) -> None:
+        """Set a tag of the recommender itself, or remove it (None)."""
+        with self._asking(f"note {key}") as client:
+            if value is not None:
+                client.set_registered_model_tag(self.name, key, value)
+            elif self.noted(key) is not None:
+                client.delete_registered_model_tag(self.name, key)
+
+    def noted(self, key: str) -> str | None:
+        """A tag of the recommender itself."""
+        with self._asking(f"read {key}"):
+            model = self._model(self.name)
+        value: str | None = None if model is None else model.tags.get(key)
+        return value
+
+    # MLflow's words
+
+    def _codebook_file(self, id: str) -> Path:
+        return self.cache / "codebooks" / f"{id}.safetensors"
+
+    def _run(self, name: str) -> str:
+        client = self._mlflow
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(self.name)
+        if experiment is None:
+            try:
+                id = client.create_experiment(self.name)
+            except MlflowException:
+                # Another process made it in between; if not, this is where it shows.
+                id = client.get_experiment_by_name(self.name).experiment_id
+        else:
+            id = experiment.experiment_id
+        return str(client.create_run(id, run_name=name).info.run_id)
+
+    def _add(self, model: str, run: str, path: str, tags: dict[str, str]) -> str:
+        client = self._mlflow
+        from mlflow.exceptions import MlflowException
+
+        if self._model(model) is None:
+            try:
+                client.create_registered_model(model)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+        made = client.create_model_version(model, f"runs:/{run}/{path}", run_id=run, tags=tags)
+        return str(made.version)
+
+    def _model(self, name: str) -> Any:
+        return _or_none(self._mlflow.get_registered_model, name)
+
+    def _by_alias(self, model: str, alias: str) -> Any:
+        return _or_none(self._mlflow.get_model_version_by_alias, model, alias)
+
+    def _all(self, model: str) -> list[Any]:
+        rows: list[Any] = []
+        token = None
+        while True:
+            page = self._mlflow.search_model_versions(f"name = '{model}'", max_results=1000, page_token=token)
+            rows.extend(page)
+            token = page.token
+            if not token:
+                return rows
+
+    def _version_with(self, model: str, key: str, value: str) -> str | None:
+        rows = self._mlflow.search_model_versions(f"name = '{model}' and tags.{key} = '{value}'")
+        return str(rows[0].version) if rows else None
+
+    def _find(self, version_or_alias: str) -> Any:
+        with self._asking(f"find {version_or_alias}") as client:
+            if version_or_alias.isdecimal():
+                found = _or_none(client.get_model_version, self.name, version_or_alias)
+            else:
+                found = self._by_alias(self.name, version_or_alias)
+        if found is None:
+            raise SidstreamError(
+                f"the registry has no version or alias {version_or_alias!r} of {self.name}; "
+                "see `sidstream models`"
+            )
+        return found
+
+
+def _verified(folder: Path, wanted: str) -> Bundle:
+    bundle = load_bundle(folder)
+    if bundle.id != wanted:
+        raise SidstreamError(f"{folder} holds bundle {bundle.id} in place of {wanted}; register it again")
+    return bundle
+
+
+def _or_none(ask: Any, *args: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return ask(*args)
+    except MlflowException as error:
+        # MLflow 3: an alias that is not set is INVALID_PARAMETER_VALUE, an absent model the other code.
+        missing = error.error_code == "RESOURCE_DOES_NOT_EXIST" or "alias" in str(error).lower()
+        if missing and error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            return None
+        raise
+
+
+def _quieten(settings: RegistrySettings) -> None:
+    """MLflow prints links, bars and hints and reports usage; a library inside a product does none of it."""
+    for name, value in {
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(settings.timeout_s),
+        # Seven retries with growing pauses would hide for two minutes that a server is gone: 1 + 2 + 4 s.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,258 @@
+"""The codebook, the gate, and what is in service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sidstream.console import emit, progress
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from registry.store import Registry
+    from sidstream.settings import Settings
+    from streams.client import Client
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+
+
+def codebook_fit(
+    replace: Annotated[
+        bool, typer.Option(help="make a new one although one is current; models trained with the old one end")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the codebook to the catalogue and publish every item's SID; needs the extra `train`.
+
+    Example: sidstream codebook fit
+    """
+    from registry.current import read_newest
+    from registry.embedder import WordLlamaEmbedder, item_text
+    from registry.store import Registry
+    from sidstream.settings import load
+    from streams.client import Client
+    from streams.events import CatalogItem, SidAssignment
+
+    try:
+        from trainer.codebook import fill, fit_codebook
+    except ModuleNotFoundError as error:
+        raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
+
+    settings = load()
+    registry = Registry(settings.registry)
+    current = registry.current_codebook()
+    if current and not replace:
+        raise SidstreamError(
+            f"codebook {current} is current already, and SIDs made with it are in histories and models; "
+            "to start over with a new one, use --replace"
+        )
+    items = list(read_newest(settings.kafka, CatalogItem).values())
+    embedder = WordLlamaEmbedder()
+    with progress("fitting the codebook", settings.codebook.levels) as advance:
+        codebook, sids = fit_codebook(items, embedder, settings.codebook, advance)
+    assignments = (
+        # The same id for the same SID: a fit that is run again after a crash says nothing new.
+        SidAssignment.new(
+            event_id=f"sid-{codebook.id}-{number}", item_id=item_id, sid=list(sid), codebook=codebook.id
+        )
+        for number, (item_id, sid) in enumerate(sids)
+    )
+    with Client(settings.kafka) as client, progress("publishing SIDs", len(sids)) as advance:
+        client.publish_all(assignments, advance)
+    # Last: agents that find a current codebook find every item's SID before it.
+    registry.publish_codebook(codebook)
+    filled = fill(codebook, embedder.embed([item_text(item) for item in items]))
+    result = {
+        "codebook": codebook.id, "sizes": codebook.sizes, "items": len(sids), "embedder": embedder.id,
+        "collision_rate": round(filled.collision_rate, 4), "largest_prefix": filled.largest_prefix,
+        "prefixes": filled.prefixes, "used": filled.used,
+    }  # fmt: skip
+    emit(
+        result, as_json,
+        f"codebook {codebook.id}: {len(sids)} items, each with its own SID of {len(codebook.sizes)} codes "
+        f"({' x '.join(map(str, codebook.sizes))}); {filled.collision_rate:.1%} moved from a taken SID; "
+        f"the fullest of {filled.prefixes} prefixes holds {filled.largest_prefix} items",
+    )  # fmt: skip
+
+
+def gate(
+    conclude: Annotated[bool, typer.Option(help="end the trial as the verdict says")] = False,
+    end: Annotated[bool, typer.Option(help="with --conclude: end it also when inconclusive")] = False,
+    mode: Annotated[
+        str | None, typer.Option(help="test (evidence) or point (the published rule); default: settings")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the running trial: conversion must go up, click-through must not fall by the margin.
+
+    Example: sidstream gate --conclude
+    """
+    from registry import release
+    from registry.current import current_rollout
+    from registry.decision import decide
+    from registry.outcomes import read_outcomes
+    from registry.statistics import sums
+    from sidstream.settings import load
+    from streams.redisdb import client as redis_client
+
+    if mode not in (None, "test", "point"):
+        raise SidstreamError(f"mode is {mode!r}: use test or point")
+    settings = load()
+    rollout = current_rollout(settings.kafka, settings.registry.name)
+    if rollout is None or rollout.action != "trial":
+        what = "nothing is in service" if rollout is None else f"the last step was {rollout.action}"
+        raise SidstreamError(f"no trial is running ({what}); `sidstream train` starts one")
+    with redis_client(settings.redis) as redis:
+        seen = {arm: sums(users) for arm, users in read_outcomes(redis, rollout.trial).items()}
+    record = decide(rollout.trial, rollout.arms, seen, settings.gate, mode)
+    concluded = conclude and (record["verdict"] != "inconclusive" or end)
+    if concluded:
+        with _promoting(settings) as (registry, client):
+            release.conclude(registry, client, record)
+    emit(record | {"concluded": concluded}, as_json, _told(record, conclude, concluded))
+
+
+def promote(
+    version: Annotated[str, typer.Argument(help="model version or alias, as `sidstream models` lists it")],
+    as_json: AsJson = False,
+) -> None:
+    """Put a model version in service by hand; a running trial ends.
+
+    Example: sidstream promote 3
+    """
+    from registry import release
+    from sidstream.settings import load
+
+    settings = load()
+    with _promoting(settings) as (registry, client):
+        rollout = release.promote(registry, client, registry.version(version))
+    arm = rollout.arms[0]
+    emit(
+        {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
+        f"version {arm.version} (bundle {arm.bundle}) is champion and serves everybody",
+    )  # fmt: skip
+
+
+def rollback(as_json: AsJson = False) -> None:
+    """Put the champion's predecessor back in service; a running trial ends.
+
+    Example: sidstream rollback
+    """
+    from registry import release
+    from sidstream.settings import load
+
+    settings = load()
+    with _promoting(settings) as (registry, client):
+        rollout = release.rollback(registry, client)
+    arm = rollout.arms[0]
+    emit(
+        {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
+        f"version {arm.version} (bundle {arm.bundle}) is champion again and serves everybody",
+    )  # fmt: skip
+
+
+def arm(
+    user: Annotated[str, typer.Argument(help="user_id")],
+    as_json: AsJson = False,
+) -> None:
+    """Say which arm, bundle and model version serve a user.
+
+    Example: sidstream arm 17850
+    """
+    from registry.current import current_rollout
+    from registry.rollout import assign
+    from sidstream.settings import load
+
+    settings = load()
+    rollout = current_rollout(settings.kafka, settings.registry.name)
+    if rollout is None:
+        raise SidstreamError("nothing is in service yet: `sidstream train` makes and starts the first model")
+    chosen = assign(rollout.trial, user, rollout.arms)
+    emit(
+        {"arm": chosen.name, "bundle": chosen.bundle, "version": chosen.version, "trial": rollout.trial},
+        as_json,
+        f"{chosen.name}: version {chosen.version}, bundle {chosen.bundle} ({chosen.weight:.0%} of users)",
+    )
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the model versions: kind, what they are in service as, offline metrics.
+
+    Example: sidstream models
+    """
+    from registry.store import Registry
+    from sidstream.settings import load
+
+    versions = Registry(load().registry).versions()
+    lines = [
+        f"{row.version:>4}  {row.kind:<4}  {row.bundle}  {_day(row.created)}  "
+        f"{','.join(row.aliases) or '-':<24}  "
+        + " ".join(f"{key}={value:.4g}" for key, value in sorted(row.metrics.items()))
+        for row in versions
+    ]
+    text = "\n".join(lines) or "no model is registered yet: `sidstream train` makes the first"
+    rows = [
+        {
+            "version": row.version, "kind": row.kind, "bundle": row.bundle, "created": row.created,
+            "aliases": row.aliases, "tags": row.tags, "metrics": row.metrics,
+        }
+        for row in versions
+    ]  # fmt: skip
+    emit({"models": rows}, as_json, text)
+
+
+@contextmanager
+def _promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
+    """The registry and a client, while this process alone may change what is in service."""
+    from registry.lease import promoter
+    from registry.store import Registry
+    from streams.client import Client
+    from streams.redisdb import client as redis_client
+
+    with (
+        redis_client(settings.redis) as redis,
+        promoter(redis, settings.registry.name),
+        Client(settings.kafka) as client,
+    ):
+        yield Registry(settings.registry), client
+
+
+def _told(record: dict[str, Any], conclude: bool, concluded: bool) -> str:
+    lines = [f"trial {record['trial']}, mode {record['mode']}, decision {record['decision']}"]
+    for name, arm in record["arms"].items():
+        seen = record["inputs"].get(name, {})
+        counts = ", ".join(
+            f"{seen.get(field, 0)} {field}" for field in ("users", "impressions", "clicks", "orders")
+        )
+        lines.append(f"  {name} (version {arm['version']}, {arm['weight']:.0%} of users): {counts}")
+    for comparison in record["comparisons"]:
+        lines.append(f"  {comparison['sentence']}")
+        margin = f"above {1 - record['settings']['margin']:.0%} of the control's"
+        lines.extend(_figures("CVR", "higher", comparison["cvr"]))
+        lines.extend(_figures("CTR", margin, comparison["ctr"]))
+    lines.append(f"verdict: {record['sentence'].partition(';')[0]}")
+    if concluded:
+        lines.append("concluded: the rollout is published")
+    elif conclude:
+        lines.append("not concluded: the trial goes on; --end ends it with the champion in service")
+    return "\n".join(lines)
+
+
+def _figures(rate: str, claim: str, figures: dict[str, Any] | None) -> Iterator[str]:
+    if figures is None or figures["z"] is None or figures["difference_interval"] is None:
+        return
+    low, high = figures["difference_interval"]
+    yield (
+        f"    {rate} {figures['target']:.3%} against {figures['control']:.3%}: difference "
+        f"{figures['difference']:+.3%} [{low:+.3%}, {high:+.3%}]; {claim}: z {figures['z']:.2f}, "
+        f"p {figures['p_above']:.3g}"
+    )
+
+
+def _day(ms: int) -> str:
+    import datetime
+
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,146 @@
+"""`codebook fit`, `gate`, `promote`, `rollback`, `arm` and `models` on Kafka, Redis and MLflow."""
+
+import json
+
+import numpy as np
+import pytest
+import redis
+
+from registry import release
+from registry.current import current_rollout, read_newest
+from registry.decision import recompute
+from registry.embedder import WordLlamaEmbedder
+from registry.rollout import assign
+from registry.settings import RolloutSettings
+from registry.store import CHAMPION, DPO, SFT
+from sidstream.commands import registry as commands
+from streams import keys
+from streams.client import Client
+from streams.errors import SidstreamError
+from streams.events import CatalogItem, SidAssignment
+
+pytestmark = pytest.mark.integration
+
+
+def told(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def stack(fresh_stack, registry, monkeypatch):
+    """Kafka, Redis and MLflow as the settings of the commands."""
+    kafka, redis_address = fresh_stack()
+    monkeypatch.setenv("SIDSTREAM_KAFKA__BOOTSTRAP", kafka.bootstrap)
+    monkeypatch.setenv("SIDSTREAM_REDIS__URL", redis_address)
+    monkeypatch.setenv("SIDSTREAM_CODEBOOK__SIZE", "8")
+    for field, value in (
+        ("TRACKING_URI", registry.tracking_uri),
+        ("NAME", registry.name),
+        ("CACHE", registry.cache),
+    ):
+        monkeypatch.setenv(f"SIDSTREAM_REGISTRY__{field}", str(value))
+    return kafka, redis_address
+
+
+def test_fitting_publishes_a_sid_for_every_item_and_a_codebook_that_agrees(stack, registry, capsys):
+    kafka, _ = stack
+    with pytest.raises(SidstreamError, match="the catalogue is empty"):
+        commands.codebook_fit()
+    words = ("red", "blue", "lamp", "mug", "tin", "zinc", "heart")
+    with Client(kafka) as client:
+        client.publish_all(
+            CatalogItem.new(item_id=f"i{n}", title=f"{words[n % 7]} {words[n // 7 % 7]} {n % 13}")
+            for n in range(300)
+        )
+        client.publish(CatalogItem.new(item_id="i0", title="a renamed lamp"))
+        client.publish_raw("catalog", b"i1", b"no item")
+    commands.codebook_fit(as_json=True)
+    made = told(capsys)
+    assert (made["items"], made["codebook"]) == (300, registry.current_codebook())
+    sids = read_newest(kafka, SidAssignment)
+    assert len(sids) == len({tuple(row.sid) for row in sids.values()}) == 300
+    assert {row.codebook for row in sids.values()} == {made["codebook"]}
+    # i0 is the first to choose a slot, so it has the greedy one of its newest title.
+    (vector,) = WordLlamaEmbedder().embed(["a renamed lamp"])
+    assert tuple(sids["i0"].sid) == next(registry.codebook().candidates(vector))
+    with pytest.raises(SidstreamError, match="--replace"):
+        commands.codebook_fit()
+    commands.codebook_fit(replace=True, as_json=True)
+    assert told(capsys)["codebook"] == made["codebook"]
+
+
+def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, capsys):
+    kafka, redis_address = stack
+    with pytest.raises(SidstreamError, match="nothing is in service"):
+        commands.gate()
+    with Client(kafka) as client:
+        release.start(registry, client, three[0])
+        with pytest.raises(SidstreamError, match="the last step was start"):
+            commands.gate()
+        rollout = release.start_trial(registry, client, three[1], three[2], RolloutSettings())
+    commands.gate(conclude=True, as_json=True)
+    early = told(capsys)
+    assert (early["verdict"], early["concluded"]) == ("inconclusive", False)
+    assert current_rollout(kafka, registry.name) == rollout
+    random = np.random.default_rng(0)
+    with redis.Redis.from_url(redis_address) as connection:
+        pipeline = connection.pipeline()
+        for n in range(3000):
+            chosen = assign(rollout.trial, f"u{n}", rollout.arms)
+            clicks = random.binomial(20, 0.2)
+            orders = random.binomial(clicks, {CHAMPION: 0.2, SFT: 0.3, DPO: 0.4}[chosen.name])
+            pipeline.hset(
+                keys.sums(rollout.trial, f"u{n}"),
+                mapping={
+                    "arm": chosen.name,
+                    "bundle": chosen.bundle,
+                    "impressions": 20,
+                    "clicks": int(clicks),
+                    "orders": int(orders),
+                },
+            )  # fmt: skip
+        pipeline.execute()
+    commands.gate()
+    text = capsys.readouterr().out
+    assert "challenger-dpo against challenger-sft: promote" in text
+    assert "challenger-dpo against champion: promote" in text
+    assert "verdict: promote challenger-dpo" in text
+    assert current_rollout(kafka, registry.name) == rollout
+    commands.gate(conclude=True, as_json=True)
+    made = told(capsys)
+    assert (made["verdict"], made["winner"], made["concluded"]) == ("promote", DPO, True)
+    assert sum(arm["users"] for arm in made["inputs"].values()) == 3000
+    now = current_rollout(kafka, registry.name)
+    assert (now.action, now.decision["decision"]) == ("promote", made["decision"])
+    assert recompute(now.decision) == ("promote", DPO)
+    with pytest.raises(SidstreamError, match="the last step was promote"):
+        commands.gate()
+    commands.arm("u1", as_json=True)
+    assert told(capsys) == {
+        "arm": CHAMPION,
+        "bundle": now.arms[0].bundle,
+        "version": three[2],
+        "trial": now.trial,
+    }
+    commands.rollback(as_json=True)
+    assert told(capsys)["version"] == three[0]
+    commands.promote(three[1], as_json=True)
+    assert told(capsys)["version"] == three[1]
+    assert current_rollout(kafka, registry.name).arms[0].version == three[1]
+    commands.models(as_json=True)
+    rows = {row["version"]: row for row in told(capsys)["models"]}
+    assert rows[three[1]]["aliases"] == [CHAMPION]
+    assert rows[three[2]]["kind"] == "dpo"
+    commands.models()
+    assert "champion" in capsys.readouterr().out
+
+
+def test_an_inconclusive_trial_ends_only_when_asked_to(stack, registry, three, capsys):
+    kafka, _ = stack
+    with Client(kafka) as client:
+        release.start(registry, client, three[0])
+        release.start_trial(registry, client, three[1], None, RolloutSettings())
+    commands.gate(conclude=True, end=True, as_json=True)
+    assert told(capsys)["concluded"] is True
+    now = current_rollout(kafka, registry.name)
+    assert (now.action, [arm.version for arm in now.arms]) == ("inconclusive", [three[0]])
