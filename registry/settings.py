@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import platformdirs
-from pydantic import BaseModel, Field
+from pydantic import Field
+
+from streams.settings import Section
 
 
-class RegistrySettings(BaseModel):
+class RegistrySettings(Section):
     """Where the model registry is."""
 
     tracking_uri: str | None = Field(None, description="http://host:port of MLflow; empty: the local stack's")
@@ -23,7 +25,7 @@ class RegistrySettings(BaseModel):
         return self.cache or platformdirs.user_cache_path("sidstream") / "bundles"
 
 
-class CodebookSettings(BaseModel):
+class CodebookSettings(Section):
     """How the codebook is fitted."""
 
     levels: int = Field(3, ge=2, le=8, description="codes of an SID")
@@ -34,7 +36,7 @@ class CodebookSettings(BaseModel):
     seed: int = Field(7, ge=0, description="seed of k-means: the same catalogue gives the same codebook")
 
 
-class GateSettings(BaseModel):
+class GateSettings(Section):
     """How a trial is judged."""
 
     mode: Literal["test", "point"] = Field(
@@ -47,7 +49,7 @@ class GateSettings(BaseModel):
     min_impressions: int = Field(1000, ge=1, description="impressions that each arm must have")
 
 
-class RolloutSettings(BaseModel):
+class RolloutSettings(Section):
     """Shares of users in a trial; scaled to 1 over the arms that take part."""
 
     champion: float = Field(0.4, gt=0, le=1, description="share of the champion")

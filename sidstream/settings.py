@@ -94,7 +94,11 @@ def load() -> Settings:
     live = addresses(settings.stack)
     if live is None:
         return settings
-    update = {}
+    update: dict[str, object] = {}
+    if "home" not in settings.trainer.model_fields_set:
+        # The log read from this stack's Kafka goes when the stack goes.
+        home = settings.stack.home.absolute() / "trainer"
+        update["trainer"] = settings.trainer.model_copy(update={"home": home})
     if not settings.kafka.bootstrap:
         update["kafka"] = settings.kafka.model_copy(update={"bootstrap": live.kafka})
     if not settings.redis.url:

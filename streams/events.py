@@ -133,7 +133,8 @@ class Trigger(Event, frozen=True, kw_only=True):
 
 
 class RankedItem(msgspec.Struct, frozen=True):
-    """One recommended item; `score` is the log-probability of its SID (0 or less), best first."""
+    """One recommended item, best first. `score` is the log-probability of its SID, 0 or less; where the
+    fallback is `popular`, 0, -1, -2, ... by place."""
 
     item_id: Id
     sid: Sid

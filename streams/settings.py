@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 
-class KafkaSettings(BaseModel):
+class Section(BaseModel):
+    """One table of the settings file. A name that it does not know is an error, not silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class KafkaSettings(Section):
     """Where Kafka is and how to speak to it."""
 
     bootstrap: str | None = Field(None, description="host:port,host:port; empty: the local stack's broker")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how the connection is protected"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        None, description="how this client proves who it is; empty: it does not"
+    )
+    sasl_username: str | None = Field(None, description="this client's name")
+    sasl_password: SecretStr | None = Field(
+        None, description="this client's password: best in the environment"
+    )
     ssl_cafile: str | None = Field(None, description="PEM file of the authority that signed the brokers")
     partitions: int = Field(4, ge=1, le=512, description="partitions of every topic keyed by user or item")
     replication: int = Field(1, ge=1, le=5, description="replicas of every topic")
@@ -22,20 +34,20 @@ class KafkaSettings(BaseModel):
     max_event_bytes: int = Field(262_144, ge=1024, description="the largest event that a topic takes")
 
 
-class RedisSettings(BaseModel):
+class RedisSettings(Section):
     """Where Redis is."""
 
     url: SecretStr | None = Field(None, description="redis://host:port/0; empty: the local stack's server")
 
 
-class HistorySettings(BaseModel):
+class HistorySettings(Section):
     """How much of a user's past is kept."""
 
     max_length: int = Field(50, ge=1, le=1000, description="interactions kept for a user")
     max_age_days: int = Field(400, ge=1, description="older than this before the newest one: dropped")
 
 
-class ShoppersSettings(BaseModel):
+class ShoppersSettings(Section):
     """How the simulated shoppers behave. Times are event time: a simulated clock, not the wall's."""
 
     seed: int = Field(7, description="seed of tastes, of item values and of every decision")

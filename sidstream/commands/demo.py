@@ -74,7 +74,9 @@ def demo(
     with Client(settings.kafka) as client:
         with runner.stage("in service") as stage:
             stage.detail = runner.until(
-                lambda: _answers_from(client, user, item, first["bundles"]), 60, "the first model to answer"
+                lambda: _answers_from(client, user, item, list(first["bundles"].values())),
+                60,
+                "the first model to answer",
             )
 
         with runner.stage("shoppers") as stage:
@@ -85,6 +87,8 @@ def demo(
 
         with runner.stage("second model") as stage:
             second = runner.command("train", "--max-seconds", str(max(train_seconds // 3, 5)))
+            if second["skipped"]:
+                raise SidstreamError(f"no second model was made: {second['skipped']}")
             stage.detail = _trained(second)
 
         with runner.stage("trial") as stage:
@@ -109,7 +113,7 @@ def demo(
             )
         before = client.ask(_trigger(user, item), timeout=10)
         clicked = before.items[1].item_id
-        after = _after_click(client, user, item, clicked)
+        after = _after_click(client, user, item, clicked, shopped["end_ts"] + 7_200_000)
     result = {
         "stages": [vars(stage) for stage in runner.stages],
         "seconds": round(sum(stage.seconds for stage in runner.stages), 1),
@@ -166,11 +170,15 @@ def _binary() -> str:
 
 def _trained(result: dict[str, Any]) -> str:
     metrics = result["metrics"]
-    pairs = f", aligned on {metrics['pairs']:,} pairs" if metrics.get("pairs") else ""
-    return (
-        f"HR@10 {metrics['hr@10']:.3f} on held-out purchases (popularity {metrics['hr@10_popular']:.3f})"
-        f"{pairs}; {len(result['bundles'])} bundle(s) registered"
-    )
+    hits = metrics.get("sft/hr10")
+    said = ""
+    if hits is not None:
+        said = f"HR@10 {hits:.3f} on held-out events (popularity {metrics['popularity/hr10']:.3f}); "
+    if "dpo" in result["bundles"]:
+        return f"{said}aligned on {result['pairs']:,} pairs; both on trial beside the champion"
+    if result["action"] == "trial":
+        return f"{said}on trial; none aligned: {result['no_dpo']}"
+    return f"{said}champion"
 
 
 def _shopped(result: dict[str, Any]) -> str:
@@ -204,14 +212,14 @@ def _answers_in_trial(client: Client, user: str, item: str, trial: str) -> str |
     return f"trial {trial}" if answer.trial == trial else None
 
 
-def _after_click(client: Client, user: str, item: str, clicked: str) -> Recommendation:
+def _after_click(client: Client, user: str, item: str, clicked: str, ts: int) -> Recommendation:
     """Publish one click and ask again. The agents need a moment: ask until the answer moves, 5 s at most."""
     import time
 
     from streams.events import Click
 
     first = client.ask(_trigger(user, item), timeout=10)
-    client.publish(Click.new(user_id=user, item_id=clicked))
+    client.publish(Click.new(user_id=user, item_id=clicked, ts=ts))
     deadline = time.monotonic() + 5
     while True:
         answer = client.ask(_trigger(user, item), timeout=10)

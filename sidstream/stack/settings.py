@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
 from streams.kafka_jars import MAVEN_CENTRAL
+from streams.settings import Section
 
 
-class StackSettings(BaseModel):
+class StackSettings(Section):
     """One stack on this machine; `home` is all that it leaves there, besides the cache of Kafka's jars."""
 
     home: Path = Field(Path(".sidstream"), description="the folder of the stack's state, data and logs")

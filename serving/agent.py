@@ -1,0 +1,286 @@
+"""The serving agent: triggers in, recommendations out.
+
+Triggers queue up while a batch is answered, and the next batch takes what is there: a lone request never
+waits for company, and under load the batches grow by themselves. Offsets are acknowledged after the broker
+has confirmed the answers, so a trigger is answered at least once; after a crash one may be answered again,
+under the same request_id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import faust
+
+from serving.bundles import Bundles, Source
+from serving.catalogue import Catalogue
+from serving.health import HealthServer
+from serving.histories import Histories
+from serving.metrics import ServingMetrics
+from serving.outbox import Outbox
+from serving.recommender import Answer, Recommender, Request
+from serving.settings import ServingSettings
+from streams.connect import bootstrap
+from streams.dead_letters import Refusal
+from streams.errors import SidstreamError
+from streams.events import (
+    CatalogItem,
+    EventError,
+    Recommendation,
+    Rollout,
+    SidAssignment,
+    Trigger,
+    decode,
+    encode,
+)
+from streams.records import Record
+from streams.settings import KafkaSettings, RedisSettings
+from streams.tables import TopicTable
+
+log = logging.getLogger(__name__)
+
+
+class ServingAgent:
+    """One worker of the serving group. Call `run()`; `start()` and `stop()` are its halves."""
+
+    def __init__(
+        self, kafka: KafkaSettings, redis: RedisSettings, settings: ServingSettings, source: Source, name: str
+    ) -> None:
+        """`source` is where bundles come from, `name` the recommender whose rollouts are followed."""
+        self._kafka = kafka
+        self._settings = settings
+        self.metrics = ServingMetrics()
+        self._catalogue = Catalogue(settings.index_delay_s, self.metrics.built)
+        self._bundles = Bundles(
+            source, name, settings.threads, settings.retry_max_s,
+            indexed=lambda codebook: self._catalogue.index(codebook) is not None,
+            on_loaded=self._loaded, on_failure=self.metrics.bundle_failures.inc,
+        )  # fmt: skip
+        self._recommender = Recommender(self._catalogue.index, settings.beam, settings.repeat)
+        self._histories = Histories(redis, settings.redis_timeout_s, settings.redis_wait_s)
+        self._outbox = Outbox(kafka, settings.retry_max_s)
+        self._tables: list[TopicTable[Any]] = []
+        # Twice a batch: the next one is complete when this one ends, the rest waits in Kafka.
+        self._queue: asyncio.Queue[tuple[Any, Any]] = asyncio.Queue(2 * settings.max_batch)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._app: Any = None
+        self._health: HealthServer | None = None
+        self.waiting_for: str | None = "its start"
+
+    @property
+    def health_port(self) -> int | None:
+        """Where /health and /metrics answer; None: nowhere."""
+        return self._health.port if self._health else None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Answer triggers until `stop` is set. Raises what made it impossible to go on."""
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            starting = asyncio.create_task(self.start())
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait({starting})
+                return
+            await starting
+            ended = asyncio.create_task(self._app.wait_until_stopped())
+            done, _ = await asyncio.wait({stopping, ended, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                await task
+            if ended in done:
+                raise SidstreamError(f"the stream ended ({self._app.crash_reason!r}); start the agent again")
+        finally:
+            stopping.cancel()
+            await self.stop()
+
+    async def start(self) -> None:
+        """Read the tables, load what the newest rollout wants, then join the group of serving agents.
+
+        An agent without its bundle takes no partitions, so others answer meanwhile. Raises SidstreamError
+        when Kafka does not answer or a topic does not exist.
+        """
+        if self._settings.metrics_port is not None:
+            self._health = HealthServer(
+                self._settings.metrics_host, self._settings.metrics_port, self.metrics.registry,
+                lambda: self.waiting_for,
+            )  # fmt: skip
+        await self._outbox.start()
+        self._wait_for("the catalogue and its SIDs")
+        await self._follow(TopicTable(self._kafka, CatalogItem, self._catalogue.on_item))
+        await self._follow(TopicTable(self._kafka, SidAssignment, self._catalogue.on_sid))
+        await self._catalogue.refresh()
+        self._spawn(self._catalogue.run(), "index")
+        self._wait_for("the newest rollout")
+        await self._follow(TopicTable(self._kafka, Rollout, self._bundles.on_rollout))
+        self._wait_for("the bundles of the newest rollout")
+        self._spawn(self._bundles.run(), "bundles")
+        await self._bundles.wait_ready()
+        self._wait_for("its share of the triggers")
+        self._spawn(self._serve(), "answers")
+        self._app = self._make_app()
+        await self._app.start()
+
+    async def stop(self) -> None:
+        """Leave the group, then end everything else; triggers that wait are answered by who comes next."""
+        self._wait_for("its end")
+        if self._app is not None and self._app.started:
+            await self._app.stop()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for table in self._tables:
+            await table.stop()
+        await self._outbox.stop()
+        await self._histories.close()
+        if self._health is not None:
+            await asyncio.to_thread(self._health.close)
+            self._health = None
+
+    def _wait_for(self, what: str | None) -> None:
+        self.waiting_for = what
+        self.metrics.ready.set(0 if what else 1)
+
+    def _loaded(self, service: Any) -> None:
+        self.metrics.loaded(service)
+        arms = ", ".join(f"{arm.name} {arm.bundle} ({arm.weight:g})" for arm in service.rollout.arms)
+        log.info("in service after %s: %s", service.rollout.action, arms)
+
+    async def _follow(self, table: TopicTable[Any]) -> None:
+        await table.start()
+        self._tables.append(table)
+        await table.wait_caught_up()
+
+    def _spawn(self, work: Any, name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=f"serving {name}"))
+
+    def _make_app(self) -> Any:
+        """The Faust app: one agent that hands raw triggers to the queue; nothing else of Faust is on."""
+        app = faust.App(
+            self._settings.group,
+            broker=[f"kafka://{address}" for address in bootstrap(self._kafka)],
+            broker_credentials=_credentials(self._kafka),
+            store="memory://", table_standby_replicas=0, topic_disable_leader=True,
+            topic_allow_declare=False, web_enabled=False, stream_wait_empty=False, producer_linger=0,
+            consumer_auto_offset_reset="earliest",
+            broker_session_timeout=self._settings.session_timeout_s,
+            # A third of the session: two heartbeats may be lost before a live worker counts as dead.
+            broker_heartbeat_interval=self._settings.session_timeout_s / 3,
+        )  # fmt: skip
+        topic = app.topic(
+            Trigger.topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw"
+        )
+
+        @app.agent(topic, name="serving", concurrency=1)
+        async def take_in(stream: Any) -> None:
+            waiting = stream.noack()
+            async for event in waiting.events():
+                await self._queue.put((waiting, event))
+
+        @app.on_partitions_assigned.connect
+        async def assigned(*_: Any, **__: Any) -> None:
+            self._wait_for(None)
+
+        return app
+
+    async def _serve(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < self._settings.max_batch and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self._finish([event for _, event in batch])
+            for stream, event in batch:
+                await stream.ack(event)
+
+    async def _finish(self, events: Sequence[Any]) -> None:
+        """Answer or dead-letter every event; whatever goes wrong with one is not the others' loss."""
+        try:
+            await self._answer(events)
+        except Exception as error:  # a defect of ours: it must not end the stream, nor take the batch with it
+            if len(events) > 1:
+                for event in events:
+                    await self._finish([event])
+                return
+            log.exception("trigger %d:%d", events[0].message.partition, events[0].message.offset)
+            await self._outbox.send([], [_refusal(events[0], "internal_error", repr(error))])
+
+    async def _answer(self, events: Sequence[Any]) -> None:
+        begun = perf_counter()
+        records: list[Record] = []
+        refusals: list[Refusal] = []
+        asked: list[tuple[Any, Trigger]] = []
+        for event in events:
+            try:
+                asked.append((event, decode(Trigger, event.message.value)))
+            except EventError as error:
+                refusals.append(_refusal(event, error.reason, error.detail))
+        answers = await self._recommend([trigger for _, trigger in asked])
+        wanted = {trigger.reply_to for _, trigger in asked if trigger.reply_to is not None}
+        barred = await self._outbox.refusals(wanted - {Recommendation.topic}) if wanted else {}
+        copies: list[tuple[Any, Record]] = []
+        for (event, trigger), answer in zip(asked, answers, strict=True):
+            made = answer.recommendation
+            value = encode(made)
+            records.append(Record(made.topic, made.key, value))
+            if trigger.reply_to in barred:
+                refusals.append(_refusal(event, "reply_topic", barred[trigger.reply_to]))
+            elif trigger.reply_to is not None and trigger.reply_to != Recommendation.topic:
+                copies.append((event, Record(trigger.reply_to, made.key, value)))
+        with self.metrics.timed("reply"):
+            _, failures = await asyncio.gather(
+                self._outbox.send(records, refusals), self._outbox.offer([copy for _, copy in copies])
+            )
+            late = [(event, why) for (event, _), why in zip(copies, failures, strict=True) if why is not None]
+            await self._outbox.send([], [_refusal(event, "reply_topic", why) for event, why in late])
+        self.metrics.seconds.labels("total").observe(perf_counter() - begun)
+
+    async def _recommend(self, triggers: Sequence[Trigger]) -> list[Answer]:
+        if not triggers:
+            return []
+        with self.metrics.timed("history"):
+            histories = await self._histories.read([trigger.user_id for trigger in triggers])
+        if histories is None:
+            self.metrics.degraded.labels("redis").inc(len(triggers))
+            histories = [None] * len(triggers)
+        requests = [Request(*pair) for pair in zip(triggers, histories, strict=True)]
+        with self.metrics.timed("model"):
+            # In a thread: the event loop goes on reading Kafka while the model computes.
+            answers = await asyncio.to_thread(self._recommender.recommend, requests, self._bundles.service)
+        self.metrics.batch.observe(len(triggers))
+        for answer in answers:
+            self.metrics.answers.labels(answer.recommendation.arm or "none").inc()
+            if answer.recommendation.fallback is not None:
+                self.metrics.fallbacks.labels(answer.recommendation.fallback).inc()
+            if answer.model_failed:
+                self.metrics.degraded.labels("model").inc()
+            for level, mass in enumerate(answer.invalid_mass):
+                self.metrics.invalid_mass.labels(str(level)).observe(mass)
+        return answers
+
+
+def _refusal(event: Any, reason: str, detail: str) -> Refusal:
+    return Refusal(event.message, "serving", reason, detail)
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    """Faust's form of the connection's security; None for plain text."""
+    import ssl
+
+    context = (
+        ssl.create_default_context(cafile=kafka.ssl_cafile)
+        if kafka.security_protocol.endswith("SSL")
+        else None
+    )
+    if kafka.sasl_mechanism is not None:
+        password = kafka.sasl_password.get_secret_value() if kafka.sasl_password else None
+        return faust.SASLCredentials(
+            username=kafka.sasl_username,
+            password=password,
+            mechanism=kafka.sasl_mechanism,
+            ssl_context=context,
+        )
+    return faust.SSLCredentials(context) if context is not None else None

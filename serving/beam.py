@@ -1,0 +1,126 @@
+"""Constrained beam search: the k best items under a generator, over nothing but allowed items.
+
+The score of an item is the sum of its codes' log-probabilities over the whole vocabulary, never
+renormalised to the allowed codes, so that scores compare across requests and the probability that a model
+spends on codes no item has (`invalid_mass`) stays visible. SIDs have one length, so there is no length
+penalty. Sums run in float32, level by level, as in transformers' beam search, so that the order is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.index import Ints, Sid, SidIndex
+
+Floats = NDArray[np.float32]
+
+
+class Generator(Protocol):
+    """What spells SIDs code by code. The index and the rules stay where the model behind this changes."""
+
+    sizes: tuple[int, ...]  # K_l: codes of each level
+
+    def encode(self, prompts: Sequence[Sequence[Sid]]) -> NDArray[np.generic]:
+        """B prompts, each SIDs oldest first (may be empty) -> an array of B rows, one state a prompt."""
+
+    def step(self, state: NDArray[np.generic], prefix: Ints) -> Floats:
+        """States of N beams and the codes they have chosen (N, l) -> log-probabilities (N, K_l), float32."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One request's answer: leaves of the index (n,), best first, and their scores (n,) float32."""
+
+    leaves: Ints
+    scores: Floats
+    # invalid_mass[l]: probability that the beams spend on codes without an allowed item, in [0, 1].
+    invalid_mass: tuple[float, ...]
+
+
+def search(
+    generator: Generator,
+    index: SidIndex,
+    prompts: Sequence[Sequence[Sid]],
+    excluded: Sequence[Iterable[int]],
+    k: Sequence[int],
+    beam: int,
+) -> list[Ranking]:
+    """Answer R requests at once: one call of the generator a level, for all beams of all requests.
+
+    `excluded[r]`: leaves that request r leaves out. `k[r]`: items wanted, found whenever that many are
+    allowed (each beam has an allowed leaf below it, and a request keeps max(beam, k[r]) of them). Ties go
+    to the lower SID. Raises ValueError where the model's answer is not a number.
+    """
+    total = len(prompts)
+    widths = [max(beam, wanted) for wanted in k]
+    without = index.exclusions(excluded)
+    state = generator.encode(prompts)
+    request = np.arange(total)
+    node = np.zeros(total, dtype=np.int64)
+    score = np.zeros(total, dtype=np.float32)
+    prefix = np.zeros((total, 0), dtype=np.int64)
+    invalid = np.zeros((index.levels, total))
+    for level in range(index.levels):
+        parent, child = index.expand(level, node, request, without)
+        if not len(parent):
+            nothing = np.zeros(0, dtype=np.int64)
+            return [Ranking(nothing, nothing.astype(np.float32), (0.0,) * index.levels) for _ in prompts]
+        log_probs = generator.step(state[request], prefix)
+        code = index.codes[level][child]
+        chosen = log_probs[parent, code]
+        if np.isnan(chosen).any():
+            raise ValueError(f"the model's log-probabilities of level {level} are not numbers")
+        invalid[level] = _invalid_mass(total, request, score, parent, chosen)
+        kept = _best(score[parent] + chosen, request[parent], widths)
+        parent, node, code = parent[kept], child[kept], code[kept]
+        request, score = request[parent], score[parent] + chosen[kept]
+        prefix = np.concatenate((prefix[parent], code[:, None]), axis=1)
+    return [_ranking(r, request, node, score, k[r], invalid[:, r]) for r in range(total)]
+
+
+def _best(score: Floats, request: Ints, widths: Sequence[int]) -> Ints:
+    """Positions of each request's best candidates, at most widths[r], left in the order they came in.
+
+    Candidates come by request and, within one, by ascending SID: beams stay in that order from level to
+    level, so "the first of equals" is the lower SID.
+    """
+    starts = np.searchsorted(request, np.arange(len(widths) + 1))
+    kept = []
+    for width, start, end in zip(widths, starts[:-1], starts[1:], strict=True):
+        here = score[start:end]
+        if len(here) <= width:
+            kept.append(np.arange(start, end))
+            continue
+        least = np.partition(here, len(here) - width)[len(here) - width]
+        above = here > least
+        # Fill up with the first of those that equal the least kept score.
+        level = np.flatnonzero(here == least)[: width - int(above.sum())]
+        above[level] = True
+        kept.append(start + np.flatnonzero(above))
+    return np.concatenate(kept)
+
+
+def _invalid_mass(
+    total: int, request: Ints, score: Floats, parent: Ints, chosen: Floats
+) -> NDArray[np.float64]:
+    """(R,) probability outside the allowed codes, over each request's beams weighted by their probability."""
+    inside = np.bincount(parent, weights=np.exp(chosen), minlength=len(request))
+    best = np.full(total, -np.inf)
+    np.maximum.at(best, request, score)
+    weight = np.exp(score - best[request])
+    spent = np.bincount(request, weights=weight, minlength=total)
+    lost = np.bincount(request, weights=weight * (1 - inside), minlength=total)
+    return np.clip(np.divide(lost, spent, out=np.zeros(total), where=spent > 0), 0, 1)
+
+
+def _ranking(
+    r: int, request: Ints, node: Ints, score: Floats, k: int, invalid: NDArray[np.float64]
+) -> Ranking:
+    start, end = np.searchsorted(request, (r, r + 1))
+    order = np.argsort(-score[start:end], kind="stable")[:k]
+    return Ranking(node[start:end][order], score[start:end][order], tuple(float(mass) for mass in invalid))

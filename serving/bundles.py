@@ -1,0 +1,178 @@
+"""The bundles in service: those of the newest rollout, loaded beside the old ones, swapped between requests.
+
+A rollout takes effect as a whole: every arm's bundle is fetched, verified and warmed up, then one assignment
+replaces the service. Until then, and where a bundle does not load, the old service answers on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from registry.bundle import Bundle
+from registry.rollout import assign
+from serving.beam import Generator
+from serving.onnx_generator import OnnxGenerator
+from streams.errors import SidstreamError
+from streams.events import Event, Rollout
+
+log = logging.getLogger(__name__)
+
+# The first pause after a failure; each further one is twice as long, up to the setting.
+_FIRST_RETRY_S = 0.5
+
+
+class Source(Protocol):
+    """Where bundles come from: registry.store.Registry."""
+
+    def fetch(self, version_or_alias: str) -> Bundle:
+        """A verified bundle. Raises SidstreamError."""
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """A bundle whose model is in memory and has answered once."""
+
+    id: str
+    codebook: str
+    max_items: int
+    popular: tuple[str, ...]
+    generator: Generator
+
+
+@dataclass(frozen=True)
+class Service:
+    """What answers: a rollout and the loaded bundle of each of its arms, by bundle id."""
+
+    rollout: Rollout
+    bundles: Mapping[str, LoadedBundle]
+
+
+def load(bundle: Bundle, threads: int) -> LoadedBundle:
+    """Open a bundle's graphs and run each once. Raises SidstreamError where its answers make no sense."""
+    manifest = bundle.manifest
+    generator = OnnxGenerator(bundle.path, manifest.sizes, manifest.max_items, threads)
+    warm_up(generator, manifest.max_items, bundle.id)
+    return LoadedBundle(bundle.id, manifest.codebook, manifest.max_items, tuple(bundle.popular()), generator)
+
+
+def warm_up(generator: Generator, max_items: int, name: str) -> None:
+    """Run a generator on an empty and a full prompt. Raises SidstreamError where it breaks its interface."""
+    levels = len(generator.sizes)
+    state = generator.encode([[], [(0,) * levels] * max_items])
+    for level, size in enumerate(generator.sizes):
+        log_probs = generator.step(state, np.zeros((2, level), dtype=np.int64))
+        if log_probs.shape != (2, size) or log_probs.dtype != np.float32:
+            raise SidstreamError(
+                f"bundle {name}: level {level} answers {log_probs.shape} {log_probs.dtype}, not (2, {size}) "
+                "float32; export the bundle again"
+            )
+        mass = np.exp(log_probs.astype(np.float64)).sum(axis=1)
+        # A level's codes are a part of the vocabulary: together at most 1, but for rounding.
+        if not (mass <= 1 + 1e-3).all():
+            raise SidstreamError(
+                f"bundle {name}: level {level} gives its codes a probability of {mass.max():.3g}; "
+                "export the bundle again"
+            )
+
+
+class Bundles:
+    """Keeps the service of the newest rollout of one recommender.
+
+    Feed `on_rollout` as a TopicTable callback; `run()` loads. `indexed(codebook)` tells whether the SIDs of a
+    codebook are there; `on_loaded(service)` and `on_failure()` hear of the outcomes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        threads: int,
+        retry_max_s: float,
+        indexed: Callable[[str], bool],
+        on_loaded: Callable[[Service], None] = lambda _: None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._source = source
+        self._name = name
+        self._threads = threads
+        self._retry_max_s = retry_max_s
+        self._indexed = indexed
+        self._on_loaded = on_loaded
+        self._on_failure = on_failure
+        self._wanted: Rollout | None = None
+        self._loaded: dict[str, LoadedBundle] = {}  # in service, or waiting for the rest of their rollout
+        self._wake = asyncio.Event()
+        self._swapped = asyncio.Event()
+        # Read by the agent before every batch, replaced as a whole: a request sees one service or the other.
+        self.service: Service | None = None
+
+    def on_rollout(self, _key: str, event: Event | None) -> None:
+        """A rollout arrived; those of other recommenders are not ours."""
+        if isinstance(event, Rollout) and event.name == self._name:
+            self._wanted = event
+            self._wake.set()
+
+    @property
+    def ready(self) -> bool:
+        """True where there is nothing to serve yet, or a service to serve it."""
+        return self._wanted is None or self.service is not None
+
+    async def wait_ready(self) -> None:
+        """Return once `ready` holds."""
+        while not self.ready:
+            self._swapped.clear()
+            await self._swapped.wait()
+
+    async def run(self) -> None:
+        """Load what the newest rollout wants until cancelled; retry with growing pauses."""
+        pause = _FIRST_RETRY_S
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            wanted = self._wanted
+            if wanted is None:
+                continue
+            try:
+                service = await self._load(wanted)
+            except Exception as error:  # fetching reaches over the network and into files: anything may come
+                self._on_failure()
+                log.warning(
+                    "rollout %s of trial %s is not in service yet: %s", wanted.action, wanted.trial, error
+                )
+                retry = asyncio.get_running_loop().call_later(pause, self._wake.set)
+                # A newer rollout does not wait for the pause of an older one.
+                await self._wake.wait()
+                retry.cancel()
+                pause = _FIRST_RETRY_S if self._wanted is not wanted else min(2 * pause, self._retry_max_s)
+                continue
+            pause = _FIRST_RETRY_S
+            self.service = service
+            self._swapped.set()
+            self._on_loaded(service)
+
+    async def _load(self, rollout: Rollout) -> Service:
+        assign(rollout.trial, "", rollout.arms)  # raises where no arm has weight
+        for arm in rollout.arms:
+            standing = self._loaded.get(arm.bundle)
+            if standing is None:
+                bundle = await asyncio.to_thread(self._source.fetch, arm.version)
+                if bundle.id != arm.bundle:
+                    raise SidstreamError(
+                        f"version {arm.version} is bundle {bundle.id}, the rollout names {arm.bundle}; "
+                        "publish the rollout again"
+                    )
+                standing = await asyncio.to_thread(load, bundle, self._threads)
+                self._loaded[arm.bundle] = standing
+            if not self._indexed(standing.codebook):
+                raise SidstreamError(
+                    f"no SID of codebook {standing.codebook} is on topic sids yet; bundle {arm.bundle} waits"
+                )
+        # What no arm names any more is let go, once nothing can go wrong.
+        self._loaded = {arm.bundle: self._loaded[arm.bundle] for arm in rollout.arms}
+        return Service(rollout, dict(self._loaded))

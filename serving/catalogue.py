@@ -1,0 +1,144 @@
+"""The live catalogue: SIDs and active flags as they arrive from Kafka, and index snapshots made of them.
+
+Changes are cheap and happen on the event loop. A snapshot is sorted in a thread, on copies, and the finished
+index replaces the one in service by one assignment. A new item is recommendable as soon as its SID and its
+catalogue record are in a snapshot, in whichever order they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.index import SidIndex
+from streams.events import CatalogItem, Event, SidAssignment
+
+log = logging.getLogger(__name__)
+
+# Rows a table starts with and grows by doubling: a megabyte at most before the first item.
+_FIRST_ROWS = 1024
+
+
+class SidTable:
+    """One codebook's SIDs: rows are only ever appended. (N, L) uint16 codes, (N,) active flags."""
+
+    def __init__(self, levels: int) -> None:
+        self.codes = np.zeros((_FIRST_ROWS, levels), dtype=np.uint16)
+        self.active = np.zeros(_FIRST_ROWS, dtype=bool)
+        self.item_ids: list[str] = []
+        self.rows: dict[str, int] = {}
+        self._holder: dict[tuple[int, ...], str] = {}
+
+    def add(self, item_id: str, sid: tuple[int, ...], active: bool) -> bool:
+        """Append an item; False where it stands already, or its SID cannot be its own (logged)."""
+        if item_id in self.rows:
+            if tuple(self.codes[self.rows[item_id]].tolist()) != sid:
+                log.warning("item %s keeps its first SID, not %s: an SID is never moved", item_id, sid)
+            return False
+        if len(sid) != self.codes.shape[1]:
+            log.warning("item %s: SID %s has not %d codes; left out", item_id, sid, self.codes.shape[1])
+            return False
+        holder = self._holder.setdefault(sid, item_id)
+        if holder != item_id:
+            log.warning("item %s: SID %s belongs to item %s; left out", item_id, sid, holder)
+            return False
+        row = len(self.item_ids)
+        if row == len(self.codes):
+            self.codes = np.concatenate((self.codes, np.zeros_like(self.codes)))
+            self.active = np.concatenate((self.active, np.zeros_like(self.active)))
+        self.codes[row], self.active[row] = sid, active
+        self.item_ids.append(item_id)
+        self.rows[item_id] = row
+        return True
+
+    def copies(self) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+        """The rows so far, safe to read in another thread."""
+        size = len(self.item_ids)
+        return self.codes[:size].copy(), self.active[:size].copy()
+
+
+class Catalogue:
+    """SID tables by codebook, what is active, and the newest index of each codebook.
+
+    Feed `on_sid` and `on_item` as TopicTable callbacks; `run()` rebuilds what changed. `on_build(codebook,
+    seconds, items)` hears of each new index.
+    """
+
+    def __init__(self, delay_s: float, on_build: Callable[[str, float, int], None] = lambda *_: None) -> None:
+        self._delay_s = delay_s
+        self._on_build = on_build
+        self._tables: dict[str, SidTable] = {}
+        self._active: dict[str, bool] = {}
+        self._indexes: dict[str, SidIndex] = {}
+        self._changed: set[str] = set()
+        self._wake = asyncio.Event()
+        # The codebook of the newest assignment: what stands in while no bundle names one.
+        self.newest: str | None = None
+
+    def on_sid(self, _key: str, event: Event | None) -> None:
+        """An assignment arrived. A deletion is ignored: the table is append-only."""
+        if not isinstance(event, SidAssignment):
+            return
+        self.newest = event.codebook
+        table = self._tables.get(event.codebook)
+        if table is None:
+            table = self._tables[event.codebook] = SidTable(len(event.sid))
+        if table.add(event.item_id, tuple(event.sid), self._active.get(event.item_id, False)):
+            self._touch(event.codebook)
+
+    def on_item(self, key: str, event: Event | None) -> None:
+        """A catalogue record arrived; a deletion (None) makes the item inactive."""
+        active = isinstance(event, CatalogItem) and event.active
+        if self._active.get(key, False) == active:
+            return
+        self._active[key] = active
+        for codebook, table in self._tables.items():
+            row = table.rows.get(key)
+            if row is not None:
+                table.active[row] = active
+                self._touch(codebook)
+
+    def index(self, codebook: str | None = None) -> SidIndex | None:
+        """The newest index of a codebook (default: of the newest assignment); None before the first."""
+        wanted = self.newest if codebook is None else codebook
+        return self._indexes.get(wanted) if wanted else None
+
+    def items(self) -> int:
+        """How many items are active."""
+        return sum(self._active.values())
+
+    async def refresh(self) -> None:
+        """Build the indexes of all codebooks that changed since the last one, in a thread."""
+        changed, self._changed = self._changed, set()
+        self._wake.clear()
+        for codebook in sorted(changed):
+            table = self._tables[codebook]
+            codes, active = table.copies()
+            started = asyncio.get_running_loop().time()
+            index = await asyncio.to_thread(_build, self._indexes.get(codebook), codes, active, table)
+            self._indexes[codebook] = index
+            self._on_build(codebook, asyncio.get_running_loop().time() - started, len(index))
+
+    async def run(self) -> None:
+        """Rebuild after changes until cancelled; a burst of changes is one rebuild."""
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(self._delay_s)
+            await self.refresh()
+
+    def _touch(self, codebook: str) -> None:
+        self._changed.add(codebook)
+        self._wake.set()
+
+
+def _build(
+    old: SidIndex | None, codes: NDArray[np.uint16], active: NDArray[np.bool_], table: SidTable
+) -> SidIndex:
+    """A new index; where only active flags changed the old tree is kept, since rows are never moved."""
+    if old is not None and len(old) == len(codes):
+        return old.with_active(active)
+    return SidIndex.build(codes, table.item_ids, active, table.rows)

@@ -1,0 +1,176 @@
+"""`sidstream serving`, `sidstream gateway` and `sidstream recommend`: answers, over Kafka and over HTTP."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sidstream.console import emit, out
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from streams.events import CatalogItem, Recommendation
+    from streams.settings import KafkaSettings
+
+# One poll of a topic that is being read to its end; more are made until it is.
+_POLL_MS = 500
+
+
+def serving() -> None:
+    """Run one serving agent until it is told to stop; start more of them to share the triggers.
+
+    Example: sidstream serving
+    """
+    from registry.store import Registry
+    from serving.agent import ServingAgent
+    from serving.worker import run_worker
+    from sidstream.settings import load
+
+    settings = load()
+    source = Registry(settings.registry)
+    name = settings.serving.rollout or settings.registry.name
+    run_worker(lambda: ServingAgent(settings.kafka, settings.redis, settings.serving, source, name))
+
+
+def gateway() -> None:
+    """Serve POST /v1/recommend over HTTP until it is told to stop.
+
+    Example: sidstream gateway
+    """
+    import logging
+    from functools import partial
+
+    import uvicorn
+
+    from serving.gateway import gateway as make
+    from serving.readiness import waiting_for
+    from sidstream.settings import load
+    from streams.client import Client
+
+    settings = load()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("kafka").setLevel(logging.WARNING)
+    app = make(
+        settings.gateway,
+        partial(Client, settings.kafka),
+        partial(waiting_for, settings.kafka, settings.serving.group),
+    )
+    host, port = settings.gateway.host, settings.gateway.port
+    server = uvicorn.Server(
+        uvicorn.Config(app, host, port, loop="uvloop", log_config=None, log_level="warning", access_log=False)
+    )
+    try:
+        server.run()
+    except SystemExit as error:
+        # uvicorn has logged why; what is missing is the remedy.
+        raise SidstreamError(
+            f"the gateway cannot listen on {host}:{port}; set SIDSTREAM_GATEWAY__PORT to a free port"
+        ) from error
+
+
+def recommend(
+    user: Annotated[str, typer.Option(help="whom to recommend to")],
+    item: Annotated[str | None, typer.Option(help="the item whose page the user is on")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=100, help="how many items")] = 10,
+    scene: Annotated[str | None, typer.Option(help="where on the site")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="an item to leave out; may be repeated")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds to wait for the answer")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON")] = False,
+) -> None:
+    """Ask for recommendations over Kafka and print them with titles and prices.
+
+    Example: sidstream recommend --user 17850 --item 85123A -k 5
+    """
+    from sidstream.settings import load
+    from streams.client import Client
+    from streams.events import EventError, Trigger
+
+    settings = load()
+    try:
+        trigger = Trigger.new(
+            request_id=uuid.uuid4().hex, user_id=user, item_id=item, k=k, scene=scene, exclude=exclude or []
+        )
+    except EventError as error:
+        raise SidstreamError(str(error)) from error
+    with Client(settings.kafka) as client:
+        answer = client.ask(trigger, timeout)
+    wanted = {ranked.item_id for ranked in answer.items} | ({item} if item else set())
+    listed = _listed(settings.kafka, wanted)
+    if as_json:
+        emit(_result(answer, listed), True, "")
+    else:
+        _show(answer, listed)
+
+
+def _listed(kafka: KafkaSettings, wanted: Collection[str]) -> dict[str, CatalogItem]:
+    """The catalogue's newest records of the wanted items; only theirs are decoded."""
+    from kafka import KafkaConsumer, TopicPartition
+
+    from streams.connect import client_options
+    from streams.events import CatalogItem, EventError, decode
+
+    found: dict[str, CatalogItem] = {}
+    keys = {name.encode() for name in wanted}
+    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
+    try:
+        numbers = consumer.partitions_for_topic(CatalogItem.topic) or ()
+        partitions = [TopicPartition(CatalogItem.topic, number) for number in numbers]
+        consumer.assign(partitions)
+        consumer.seek_to_beginning(*partitions)
+        ends = consumer.end_offsets(partitions)
+        while any(consumer.position(partition) < ends[partition] for partition in partitions):
+            for records in consumer.poll(timeout_ms=_POLL_MS).values():
+                for record in records:
+                    if record.key in keys and record.value is not None:
+                        try:
+                            found[record.key.decode()] = decode(CatalogItem, record.value)
+                        except EventError:
+                            continue  # the agents wrote it to dead letters; an older record still has a title
+    finally:
+        consumer.close()
+    return found
+
+
+def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str, Any]:
+    return {
+        "request_id": answer.request_id,
+        "user_id": answer.user_id,
+        "bundle": answer.bundle,
+        "arm": answer.arm,
+        "trial": answer.trial,
+        "fallback": answer.fallback,
+        "items": [
+            {
+                "item_id": ranked.item_id,
+                "title": listed[ranked.item_id].title if ranked.item_id in listed else None,
+                "price": listed[ranked.item_id].price if ranked.item_id in listed else None,
+                "score": ranked.score,
+                "sid": ranked.sid,
+            }
+            for ranked in answer.items
+        ],
+    }
+
+
+def _show(answer: Recommendation, listed: dict[str, CatalogItem]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    opened = listed.get(answer.trigger_item_id or "")
+    page = f" on the page of {opened.title!r}" if opened else ""
+    made = f"bundle {answer.bundle}, arm {answer.arm}" if answer.bundle else "no model in service"
+    out.print(f"user {answer.user_id}{page}: {made}, fallback {answer.fallback or 'none'}", markup=False)
+    if not answer.items:
+        out.print("nothing may be recommended: send items to topic catalog, or exclude fewer", markup=False)
+        return
+    table = Table("", "item", "title", "price", "score", box=None, pad_edge=False)
+    table.columns[0].justify = table.columns[3].justify = table.columns[4].justify = "right"
+    for place, row in enumerate(_result(answer, listed)["items"], start=1):
+        price = "" if row["price"] is None else f"{row['price']:.2f}"
+        # Titles are a shop's own text: a bracket in one is no markup.
+        title, name = escape(row["title"] or ""), escape(row["item_id"])
+        table.add_row(str(place), name, title, price, f"{row['score']:.2f}")
+    out.print(table)

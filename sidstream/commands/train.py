@@ -1,0 +1,144 @@
+"""One update cycle, and the service that runs it periodically."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sidstream.console import emit, err
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from registry.release import Publisher
+    from sidstream.settings import Settings
+    from trainer.cycle import CycleResult
+    from trainer.settings import TrainerSettings
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+
+
+def train(
+    max_seconds: Annotated[float | None, typer.Option(help="time budget of SFT, in seconds")] = None,
+    seed: Annotated[int | None, typer.Option(help="of weights, order and dropout")] = None,
+    from_scratch: Annotated[bool, typer.Option(help="fresh weights instead of the champion's")] = False,
+    hf_model: Annotated[
+        str | None, typer.Option(help="tune this Hugging Face causal LM (id or folder) instead, by LoRA")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one update cycle: the new events become a model in service (the first) or on trial (later ones).
+
+    Example: sidstream train --max-seconds 60
+    """
+    from sidstream.settings import load
+
+    _prepare()
+    settings = load()
+    given = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
+    chosen = settings.trainer.model_copy(update={k: v for k, v in given.items() if v is not None})
+    with _lines() as line:
+        if chosen.hf_model:
+            _tune(settings, chosen, line, as_json)
+            return
+        result = _cycle(settings, chosen, from_scratch, line, None)
+    emit(result.as_dict(), as_json, _told(result))
+
+
+def trainer() -> None:
+    """Run an update cycle periodically (SIDSTREAM_TRAINER__SCHEDULE__EVERY_MINUTES) until SIGTERM.
+
+    Example: sidstream trainer
+    """
+    from sidstream.settings import load
+
+    _prepare()
+    from trainer.schedule import run_periodically
+
+    settings = load()
+
+    def told(outcome: CycleResult | SidstreamError) -> None:
+        text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else _told(outcome)
+        err.print(text, markup=False)
+
+    with _lines() as line:
+        run_periodically(
+            lambda stop: _cycle(settings, settings.trainer, False, line, stop),
+            settings.trainer.schedule,
+            told,
+        )
+
+
+def _prepare() -> None:
+    """Before torch is imported: threads that wait must not spin, beside Kafka and the agents on few cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise SidstreamError("torch is not installed: pip install 'sidstream[train]'")
+
+
+def _cycle(
+    settings: Settings, chosen: TrainerSettings, from_scratch: bool, line: Callable[[str, str, bool], None],
+    stop: Callable[[], bool] | None,
+) -> CycleResult:  # fmt: skip
+    from registry.store import Registry
+    from trainer.cycle import run_cycle
+
+    @contextmanager
+    def promoting() -> Iterator[Publisher]:
+        from registry.lease import promoter
+        from streams.client import Client
+        from streams.redisdb import client as redis_client
+
+        with (
+            redis_client(settings.redis) as redis,
+            promoter(redis, settings.registry.name),
+            Client(settings.kafka) as client,
+        ):
+            yield client
+
+    return run_cycle(
+        chosen, settings.kafka, Registry(settings.registry), settings.rollout, promoting,
+        from_scratch=from_scratch, progress=line, stop=stop,
+    )  # fmt: skip
+
+
+def _tune(
+    settings: Settings, chosen: TrainerSettings, line: Callable[[str, str, bool], None], as_json: bool
+) -> None:
+    from registry.store import Registry
+    from trainer.lora import tune_window
+
+    result = tune_window(chosen, settings.kafka, Registry(settings.registry), line)
+    shown = f"{result.folder}: HR@10 {result.quality.hr10:.3f} on {result.quality.users} users"
+    emit(result.as_dict(), as_json, f"{shown}; the serving agent answers from the small generator only")
+
+
+@contextmanager
+def _lines() -> Iterator[Callable[[str, str, bool], None]]:
+    """`line(stage, text, last)`: the last text of a stage stays, the others are shown while it runs."""
+    with err.status("starting") as status:
+
+        def line(stage: str, text: str, last: bool) -> None:
+            if last:
+                err.print(f"{stage}: {text}", markup=False)
+            else:
+                status.update(f"{stage}: {text}")
+
+        yield line
+
+
+def _told(result: CycleResult) -> str:
+    if result.skipped:
+        return f"nothing trained: {result.skipped}"
+    kinds: dict[str, Any] = result.versions
+    shown = ", ".join(f"{kind} as version {version}" for kind, version in kinds.items())
+    where = "in service" if result.action == "start" else f"on trial {result.trial}"
+    reason = f"; no DPO model: {result.no_dpo}" if result.no_dpo else ""
+    return f"registered {shown}, {where}{reason}"

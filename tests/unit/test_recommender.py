@@ -1,0 +1,192 @@
+"""Every request gets an answer, and the answer says what it was made of."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from registry.prompt import prompt_sids
+from registry.rollout import assign
+from serving.bundles import LoadedBundle, Service
+from serving.index import SidIndex
+from serving.recommender import Recommender, Request
+from streams import history
+from streams.events import Arm, Rollout, Trigger
+from streams.settings import HistorySettings
+
+BOOK, OTHER_BOOK = "00000000aaaaaaaa", "11111111bbbbbbbb"
+SIZES = (3, 3)
+SIDS = list(itertools.product(range(3), repeat=2))
+ITEMS = [f"i{a}{b}" for a, b in SIDS]
+
+
+class Last:
+    """Prefers the codes that follow the last SID of the prompt: (a, b) -> (a + 1, b + 1), modulo 3."""
+
+    sizes = SIZES
+
+    def __init__(self):
+        self.prompts = []
+
+    def encode(self, prompts):
+        self.prompts += [list(prompt) for prompt in prompts]
+        return np.array([prompt[-1] if prompt else (0, 0) for prompt in prompts])
+
+    def step(self, state, prefix):
+        level = prefix.shape[1]
+        logits = -np.abs(np.arange(3)[None, :] - (state[:, level : level + 1] + 1) % 3).astype(np.float32)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+class Failing(Last):
+    """Fails on prompts that hold SID (2, 2)."""
+
+    def encode(self, prompts):
+        if any((2, 2) in prompt for prompt in prompts):
+            raise RuntimeError("no answer")
+        return super().encode(prompts)
+
+
+def index(active=None, sids=SIDS, items=ITEMS):
+    return SidIndex.build(np.array(sids).reshape(-1, 2), items, active)
+
+
+def service(generator, popular=(), names=("champion",), bundles=("b0",)):
+    arms = [
+        Arm(name=name, bundle=bundle, weight=1 / len(names), version="1")
+        for name, bundle in zip(names, bundles, strict=True)
+    ]
+    rollout = Rollout.new(name="sidstream", action="start", trial="t1", arms=arms)
+    loaded = {bundle: LoadedBundle(bundle, BOOK, 4, tuple(popular), generator) for bundle in bundles}
+    return Service(rollout, loaded)
+
+
+def past(*sids, codebook=BOOK):
+    changes = [
+        history.Change(None, 0, history.pack_entry(10**12 + at, 1, f"e{at}", history.pack_sid(sid)))
+        for at, sid in enumerate(sids)
+    ]
+    value, _, _ = history.apply(
+        None, changes, codebook=codebook, levels=2, incarnations={"clicks": 1, "purchases": 1},
+        bounds=HistorySettings(),
+    )  # fmt: skip
+    return value
+
+
+def trigger(**fields):
+    return Trigger.new(**{"request_id": "r", "user_id": "u", "k": 3, **fields})
+
+
+def recommender(made=None, repeat="always", beam=9):
+    made = index() if made is None else made
+    return Recommender(lambda codebook: made if codebook in (BOOK, None) else None, beam, repeat)
+
+
+def ask(one, history=None, made=None, serving=None, **options):
+    serving = service(Last()) if serving is None else serving
+    return recommender(made, **options).recommend([Request(one, history)], serving)[0].recommendation
+
+
+def ids(answer):
+    return [item.item_id for item in answer.items]
+
+
+def test_history_and_trigger_together_are_no_fallback_and_the_prompt_holds_both():
+    generator = Last()
+    answer = ask(trigger(item_id="i11"), past((0, 0), (2, 0)), serving=service(generator))
+    assert answer.fallback is None
+    assert generator.prompts == [prompt_sids([(0, 0), (2, 0)], (1, 1), 4)]
+    assert ids(answer)[0] == "i22"
+    assert (answer.bundle, answer.arm, answer.trial) == ("b0", "champion", "t1")
+    assert answer.items[0].sid == [2, 2]
+    assert [item.score for item in answer.items] == sorted((i.score for i in answer.items), reverse=True)
+
+
+def test_a_user_without_history_is_answered_from_the_trigger_item():
+    answer = ask(trigger(item_id="i00"))
+    assert (answer.fallback, ids(answer)[0]) == ("trigger_only", "i11")
+
+
+@pytest.mark.parametrize("item", [None, "unheard-of"])
+def test_an_unknown_trigger_item_leaves_the_history(item):
+    answer = ask(trigger(item_id=item), past((0, 0)))
+    assert (answer.fallback, ids(answer)[0]) == ("history_only", "i11")
+    assert answer.trigger_item_id == item
+
+
+def test_neither_history_nor_trigger_gives_the_active_popular_items_then_the_rest_by_sid():
+    active = np.array([item != "i01" for item in ITEMS])
+    popular = ["i22", "i01", "gone", "i12", "i22"]
+    answer = ask(trigger(k=5, exclude=["i12"]), made=index(active), serving=service(Last(), popular=popular))
+    assert (answer.fallback, ids(answer)) == ("popular", ["i22", "i00", "i02", "i10", "i11"])
+    assert [item.score for item in answer.items] == [0, -1, -2, -3, -4]
+    assert (answer.bundle, answer.arm) == ("b0", "champion")
+
+
+def test_without_a_bundle_active_items_are_answered_and_no_model_is_named():
+    answer = recommender().recommend([Request(trigger(item_id="i00"), past((1, 1)))], None)[0].recommendation
+    assert (answer.fallback, ids(answer)) == ("popular", ["i01", "i02", "i10"])
+    assert (answer.bundle, answer.arm, answer.trial) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "made", [index(np.zeros(9, dtype=bool)), index(sids=[], items=[])], ids=["inactive", "empty"]
+)
+@pytest.mark.parametrize("serving", [service(Last()), None], ids=["bundle", "no bundle"])
+def test_a_catalogue_without_an_active_item_is_said_to_be_so(made, serving):
+    answer = recommender(made).recommend([Request(trigger(item_id="i00"), past((1, 1)))], serving)[0]
+    assert (answer.recommendation.fallback, answer.recommendation.items) == ("no_catalog", [])
+
+
+def test_a_bundle_without_an_index_answers_that_there_is_no_catalogue():
+    answers = Recommender(lambda _: None, 5, "always").recommend([Request(trigger(), None)], service(Last()))
+    assert answers[0].recommendation.fallback == "no_catalog"
+
+
+def test_the_trigger_item_and_exclusions_are_never_answered():
+    excluded = ["i11", "i12", "i21"]
+    answer = ask(trigger(item_id="i00", exclude=excluded, k=9), past((0, 0)))
+    assert set(ids(answer)) == set(ITEMS) - {"i00", *excluded}
+
+
+@pytest.mark.parametrize(("repeat", "repeated"), [("always", True), ("never", False)])
+def test_whether_past_items_come_again_is_a_setting(repeat, repeated):
+    answer = ask(trigger(k=9), past((0, 0), (1, 1)), repeat=repeat)
+    assert ({"i00", "i11"} <= set(ids(answer))) == repeated
+    assert len(ids(answer)) == (9 if repeated else 7)
+
+
+def test_a_history_under_another_codebook_is_not_used():
+    assert ask(trigger(item_id="i00"), past((1, 1), codebook=OTHER_BOOK)).fallback == "trigger_only"
+
+
+@pytest.mark.parametrize("value", [b"\xff" * 40, b"\x01", b"\x01\x02\x00\x00\x00\x00" + bytes(21)])
+def test_a_history_that_cannot_be_read_is_as_none(value, caplog):
+    answer = ask(trigger(item_id="i00", user_id="somebody"), value)
+    assert answer.fallback == "trigger_only"
+    assert "somebody" not in caplog.text
+
+
+def test_each_user_is_answered_by_the_bundle_of_its_arm_and_order_is_kept():
+    serving = service(Last(), names=("champion", "challenger-sft"), bundles=("b0", "b1"))
+    requests = [Request(trigger(user_id=f"u{n}", request_id=f"r{n}", item_id="i00"), None) for n in range(30)]
+    answers = [one.recommendation for one in recommender().recommend(requests, serving)]
+    assert [answer.request_id for answer in answers] == [f"r{n}" for n in range(30)]
+    for answer in answers:
+        arm = assign("t1", answer.user_id, serving.rollout.arms)
+        assert (answer.arm, answer.bundle) == (arm.name, arm.bundle)
+    assert {answer.arm for answer in answers} == {"champion", "challenger-sft"}
+
+
+def test_a_model_that_fails_on_one_request_costs_only_that_one_its_ranking():
+    requests = [
+        Request(trigger(request_id="fine", item_id="i00"), None),
+        Request(trigger(request_id="poison", item_id="i22"), None),
+    ]
+    answers = recommender().recommend(requests, service(Failing(), popular=["i10"]))
+    fine, poison = (answer.recommendation for answer in answers)
+    assert (fine.fallback, ids(fine)[0]) == ("trigger_only", "i11")
+    assert (poison.fallback, ids(poison)[0]) == ("popular", "i10")
+    assert [answer.model_failed for answer in answers] == [False, True]
