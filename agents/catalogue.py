@@ -1,0 +1,218 @@
+"""Items of the catalogue -> SIDs: the frozen codebook's nearest free slot, claimed in Redis, told on `sids`.
+
+Before there is a codebook, items only wait on their topic. Whoever fits one publishes the SIDs of the items
+that stand, and makes it current last; then the agents read those SIDs, go once over the whole catalogue for
+items that were left out, and from there on give every new item its SID as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Final, Protocol
+
+import redis.asyncio
+from aiokafka import AIOKafkaProducer, TopicPartition
+
+from agents.metrics import SIDS
+from agents.sids import Sids, as_list
+from registry.codebook import Codebook
+from registry.embedder import Embedder, item_text
+from streams import keys
+from streams.batches import Hooks, Incoming
+from streams.dead_letters import Refusal
+from streams.errors import SidstreamError
+from streams.events import CatalogItem, SidAssignment, encode
+from streams.history import pack_sid
+from streams.records import partition_of
+from streams.settings import KafkaSettings
+from streams.tables import TopicTable
+
+log = logging.getLogger(__name__)
+
+# Items embedded and claimed together.
+_AT_ONCE: Final = 500
+# Slots offered for an item at a time; nearly every item finds a free one among its first few.
+_OFFERS: Final = 16
+
+# KEYS sids, slots | ARGV per item: item, number of slots n, n packed SIDs, nearest first.
+# Returns per item the SID that it holds from now on, or '' where every offered slot is another item's.
+_CLAIM: Final = """
+local result, i = {}, 1
+while i <= #ARGV do
+  local item, n = ARGV[i], tonumber(ARGV[i + 1])
+  local held = redis.call('HGET', KEYS[1], item)
+  if not held then
+    held = ''
+    for s = i + 2, i + 1 + n do
+      if redis.call('HSETNX', KEYS[2], ARGV[s], item) == 1 then
+        held = ARGV[s]
+        redis.call('HSET', KEYS[1], item, held)
+        break
+      end
+    end
+  end
+  result[#result + 1] = held
+  i = i + 2 + n
+end
+return result
+"""
+
+
+class Codebooks(Protocol):
+    """What the catalogue needs of the registry; both calls block."""
+
+    def current_codebook(self) -> str | None: ...
+
+    def codebook(self, id: str | None = None) -> Codebook: ...
+
+
+class Catalogue(Hooks):
+    """The stage that reads `catalog`, and the looks for a new codebook between its batches."""
+
+    name = "catalogue"
+
+    def __init__(
+        self, kafka: KafkaSettings, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: Sids,
+        codebooks: Codebooks, embedder: Callable[[], Embedder], check_s: float,
+    ) -> None:  # fmt: skip
+        self._kafka = kafka
+        self._producer = producer
+        self._store = store
+        self._sids = sids
+        self._codebooks = codebooks
+        self._make_embedder = embedder
+        self._embedder: Embedder | None = None
+        self._check_s = check_s
+        self._checked_at = float("-inf")
+        self._changes = 0
+        self._complaint = ""
+        self._codebook: Codebook | None = None
+        self._partitions: frozenset[int] = frozenset()
+        self._covered: frozenset[int] = frozenset()
+        self._claim = store.register_script(_CLAIM)
+
+    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+        """Give new items their SID; one that has one keeps it, whatever its title became."""
+        if self._codebook is not None:
+            # Only the newest record of an item in a batch: its title is the one that counts.
+            newest = {event.item_id: event for _, event in batch if event is not None}
+            await self._assign(self._codebook, newest.values())
+        return ()
+
+    async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+        """Partitions that were another worker's are looked over once."""
+        self._partitions = frozenset(p.partition for p in partitions)
+        self._covered &= self._partitions
+
+    async def tick(self) -> Sequence[Refusal]:
+        """Keep Redis at the topic `sids`; where a new codebook is current, cover the catalogue with it."""
+        await self._sids.write()
+        due = time.monotonic() - self._checked_at >= self._check_s
+        # SIDs of a codebook that is not known here: it was just fitted, so do not wait.
+        unknown = self._sids.codebook is not None and (
+            self._codebook is None or self._codebook.id != self._sids.codebook
+        )
+        if due or (unknown and self._changes != self._sids.changes):
+            self._checked_at = time.monotonic()
+            self._changes = self._sids.changes
+            await self._look_for_codebook()
+        if self._codebook is not None and self._partitions - self._covered:
+            await self._cover(self._codebook)
+        return ()
+
+    async def _look_for_codebook(self) -> None:
+        try:
+            current = await asyncio.to_thread(self._codebooks.current_codebook)
+            if current is None or (self._codebook is not None and self._codebook.id == current):
+                return
+            codebook = await asyncio.to_thread(self._codebooks.codebook, current)
+            embedder = self._embedder
+            if embedder is None:
+                embedder = await asyncio.to_thread(self._make_embedder)
+            if codebook.embedder != embedder.id:
+                raise SidstreamError(
+                    f"codebook {current} was fitted with embedder {codebook.embedder}, this version has "
+                    f"{embedder.id}: fit it again with `sidstream codebook fit --replace`"
+                )
+        except SidstreamError as error:
+            # Without the registry new items wait; everything else goes on.
+            if str(error) != self._complaint:
+                log.warning("%s", error)
+            self._complaint = str(error)
+            return
+        log.info("codebook %s is current", current)
+        self._complaint = ""
+        self._embedder = embedder
+        self._codebook = codebook
+        self._covered = frozenset()
+
+    async def _cover(self, codebook: Codebook) -> None:
+        """Give a SID to every item of this worker's partitions that has none."""
+        partitions = self._partitions
+        # All that was published by whoever fitted the codebook, before slots are called free.
+        await self._sids.refresh()
+        table = TopicTable(self._kafka, CatalogItem)
+        await table.start()
+        try:
+            await table.wait_caught_up()
+            count = len(table.position())
+            mine = [i for i in table.values() if partition_of(i.key, count) in partitions]
+        finally:
+            await table.stop()
+        await self._assign(codebook, mine)
+        self._covered = partitions
+
+    async def _assign(self, codebook: Codebook, items: Iterable[CatalogItem]) -> None:
+        held = self._sids.under(codebook.id)
+        lacking = [item for item in items if item.item_id not in held]
+        if not lacking:
+            return
+        await self._sids.write()
+        for start in range(0, len(lacking), _AT_ONCE):
+            chunk = lacking[start : start + _AT_ONCE]
+            claimed = await self._claim_slots(codebook, chunk)
+            events = [
+                SidAssignment.new(
+                    event_id=f"sid-{codebook.id}-{item_id}"[:128],
+                    item_id=item_id,
+                    sid=as_list(packed),
+                    codebook=codebook.id,
+                )
+                for item_id, packed in claimed.items()
+            ]
+            sent = [await self._producer.send(e.topic, encode(e), key=e.key) for e in events]
+            await asyncio.gather(*sent)
+            SIDS.inc(len(events))
+            log.info("%d items were given SIDs", len(events))
+
+    async def _claim_slots(self, codebook: Codebook, items: Sequence[CatalogItem]) -> dict[str, bytes]:
+        assert self._embedder is not None
+        vectors = await asyncio.to_thread(self._embedder.embed, [item_text(item) for item in items])
+        offers = {i.item_id: codebook.candidates(v) for i, v in zip(items, vectors, strict=True)}
+        claimed: dict[str, bytes] = {}
+        while offers:
+            arguments: list[str | bytes | int] = []
+            for item_id, slots in offers.items():
+                offered = _some(slots)
+                if not offered:
+                    raise SidstreamError(
+                        f"codebook {codebook.id} has no free slot for item {item_id}: "
+                        "fit a larger one with `sidstream codebook fit --replace`"
+                    )
+                arguments += (item_id, len(offered), *offered)
+            results: list[bytes] = await self._claim(
+                keys=[keys.sids(codebook.id), keys.slots(codebook.id)], args=arguments
+            )
+            for item_id, packed in zip(list(offers), results, strict=True):
+                if packed:
+                    claimed[item_id] = packed
+                    del offers[item_id]
+        return claimed
+
+
+def _some(slots: Iterator[tuple[int, ...]]) -> list[bytes]:
+    return [pack_sid(sid) for sid in islice(slots, _OFFERS)]

@@ -1,0 +1,14 @@
+"""What the agents count, beside what the batch loop counts (streams.batches)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge
+
+PAIRS: Final = Counter("sidstream_pairs_total", "Preference pairs written", ["scheme"])
+SIDS: Final = Counter("sidstream_sids_assigned_total", "Items that were given a SID")
+PARKED: Final = Gauge("sidstream_parked_items", "Items whose events wait for a SID", ["partition"])
+WATERMARK: Final = Gauge(
+    "sidstream_watermark_seconds", "Event time below which windows are closed", ["stage", "partition"]
+)

@@ -1,0 +1,123 @@
+"""Claim: one agents worker turns a shop's year of purchases into histories at 8,000 events a second or more.
+
+The whole Online Retail year lies in Apache Kafka before one worker starts with all its stages (histories,
+preferences, outcomes). Counted is the time from the first event applied to the last. Prints one line of JSON:
+events, users, seconds, events a second (also by the worker's own CPU time, which other work on the machine
+does not change), bytes of Redis a user (`h:{user}` by MEMORY USAGE), dead letters, and whether every history
+equals the pure function's, byte for byte.
+
+    python -m benchmarks.ingest
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from streams import history, keys
+from streams.admin import create_topics, end_offsets, incarnations
+from streams.history import Change, pack_entry
+from streams.replay import OnlineRetail
+from streams.replay.engine import replay
+from streams.settings import HistorySettings
+from tests.agents_worker import worker, write_codebook
+from tests.support import free_port, kafka_settings, local_kafka, local_redis, wait_until
+
+_APPLIED = re.compile(r'^sidstream_events_total{outcome="in_history",topic="purchases"} (\S+)', re.M)
+
+
+_CPU = re.compile(r"^process_cpu_seconds_total (\S+)", re.M)
+
+
+def metric(port: int, pattern: re.Pattern[str]) -> float:
+    """One of the worker's metrics; 0 while it is not there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            found = pattern.search(answer.read().decode())
+    except OSError:
+        return 0.0
+    return float(found.group(1)) if found else 0.0
+
+
+def applied(port: int) -> int:
+    """Purchases in histories, as the worker counts them."""
+    return int(metric(port, _APPLIED))
+
+
+def expected(store: Any, kafka: Any, codebook: str, shop: OnlineRetail) -> dict[str, bytes]:
+    """Histories by the pure function, from the file and the SIDs that the agents gave."""
+    sids = {item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook)).items()}
+    log: dict[str, list[Change]] = {}
+    for event in shop.events():
+        entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
+        log.setdefault(event.user_id, []).append(Change("purchases", 0, entry))
+    lives = {source: incarnations(kafka)[source] for source in history.SOURCES}
+    made = {}
+    for user, changes in log.items():
+        value, _, _ = history.apply(
+            None, changes, codebook=codebook, levels=3, incarnations=lives, bounds=HistorySettings()
+        )  # fmt: skip
+        assert value is not None
+        made[user] = value
+    return made
+
+
+def without_offsets(value: bytes) -> bytes:
+    """A history without the two next offsets, which the file does not know."""
+    return value[:10] + value[16:20] + value[26:]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    shop = OnlineRetail()
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        (home / "redis").mkdir()
+        with local_kafka(home / "kafka") as cluster, local_redis(home / "redis") as url:
+            kafka, port = kafka_settings(cluster.bootstrap), free_port()
+            create_topics(kafka)
+            codebook = write_codebook(home / "codebook", sizes=(32, 32, 256))
+            with redis.Redis.from_url(url) as store:
+                replay(kafka, shop, events=False)
+                began = time.perf_counter()
+                items = len(list(shop.catalogue()))
+                with worker(kafka, url, home / "codebook", home / "log", codebook_check_s=0.5):
+                    wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, 300, "SIDs")
+                    catalogue_s = time.perf_counter() - began
+                total = replay(kafka, shop, catalog=False).sent
+                with worker(kafka, url, home / "codebook", home / "log", metrics_port=port):
+                    wait_until(lambda: applied(port) > 0, 300, "the first event")
+                    first, start, cpu = applied(port), time.perf_counter(), metric(port, _CPU)
+                    wait_until(lambda: applied(port) >= total, 600, "the last event")
+                    seconds, cpu = time.perf_counter() - start, metric(port, _CPU) - cpu
+                users = [name.decode() for name in store.scan_iter(match="h:{*}", count=1000)]
+                used = sum(store.memory_usage(name, samples=0) for name in users)
+                wanted = expected(store, kafka, codebook.id, shop)
+                equal = len(users) == len(wanted) and all(
+                    without_offsets(store.get(keys.history(user)) or b"") == without_offsets(value)
+                    for user, value in wanted.items()
+                )
+                result = {
+                    "events": total, "users": len(users), "seconds": round(seconds, 2),
+                    "events_per_s": round((total - first) / seconds),
+                    "events_per_cpu_s": round((total - first) / cpu),
+                    "redis_bytes_per_user": round(used / len(users)),
+                    "other_redis_keys": store.dbsize() - len(users),
+                    "catalogue_items": items, "catalogue_s_with_start": round(catalogue_s, 1),
+                    "dead_letters": sum(end_offsets(kafka, "dead-letters").values()),
+                    "equal_to_pure_replay": equal,
+                }  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Records that cannot be applied, written with their bytes, their place and the reason."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import msgspec
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import MessageSizeTooLargeError
+from prometheus_client import Counter
+
+from streams.events import DeadLetter, encode
+
+DEAD_LETTERS: Final = Counter(
+    "sidstream_dead_letters_total", "Records that could not be applied", ["stage", "reason"]
+)
+# A message from a decoder may quote what it read.
+_DETAIL_CHARS: Final = 500
+# What is kept of a value that is too large for the topic even so: enough to see what it was.
+_CUT_BYTES: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A record (topic, partition, offset, key, value), and why it was refused."""
+
+    record: Any
+    stage: str
+    reason: str
+    detail: str
+    attempt: int = 1
+
+
+def dead_letter(refusal: Refusal) -> DeadLetter:
+    """The event for a refused record; the same record refused again by the same stage has the same id."""
+    record = refusal.record
+    content = msgspec.msgpack.encode(
+        [record.topic, record.partition, record.offset, refusal.stage, record.key, record.value]
+    )
+    return DeadLetter.new(
+        event_id=blake2b(content, digest_size=16).hexdigest(),
+        source=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key_base64=None if record.key is None else base64.b64encode(record.key).decode(),
+        value_base64=None if record.value is None else base64.b64encode(record.value).decode(),
+        stage=refusal.stage,
+        reason=refusal.reason,
+        detail=refusal.detail[:_DETAIL_CHARS],
+        attempt=refusal.attempt,
+    )
+
+
+async def write(producer: AIOKafkaProducer, refusals: Iterable[Refusal]) -> None:
+    """Write them all and return when the broker has them. Raises KafkaError when it does not take them."""
+    refusals = list(refusals)
+    letters = [dead_letter(refusal) for refusal in refusals]
+    await asyncio.gather(*[_send(producer, letter) for letter in letters])
+    for refusal in refusals:
+        DEAD_LETTERS.labels(refusal.stage, refusal.reason).inc()
+
+
+async def _send(producer: AIOKafkaProducer, letter: DeadLetter) -> None:
+    try:
+        await producer.send_and_wait(letter.topic, encode(letter), key=letter.key)
+    except MessageSizeTooLargeError:
+        # Base64 grows a value by a third; one close to the limit may then be over it.
+        value = base64.b64decode(letter.value_base64 or "")
+        cut = msgspec.structs.replace(
+            letter,
+            value_base64=base64.b64encode(value[:_CUT_BYTES]).decode(),
+            key_base64=(letter.key_base64 or "")[: 4 * 1024] or None,
+            detail=f"{letter.detail} (the first {_CUT_BYTES} of {len(value)} bytes are kept)",
+        )
+        await producer.send_and_wait(cut.topic, encode(cut), key=cut.key)

@@ -1,0 +1,196 @@
+"""A user's recent interactions as packed bytes, and the one rule by which they change.
+
+Layout, big-endian: version u8 | levels u8 | codebook tag 4 bytes | fence of clicks | fence of purchases |
+entries. A fence is incarnation u32 | next offset u48. An entry is ts_ms u48 | kind u8 | event hash u24 |
+codes u16 x levels; entries stand in ascending order of their bytes, so the newest is last.
+
+Entries form a set: an equal entry is the same event. The newest `max_length` of them stay, and of those the
+ones not older than `max_age` before the newest. Both bounds only ever drop from the old end, so any order of
+the same events gives the same entries. The fence holds, for each source topic, the offset below which every
+event of this user was applied; a topic that was made anew has another incarnation and starts again.
+
+A history under another codebook cannot be read by this one: its entries go, its fences stay; a replay of the
+topics rebuilds it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from importlib import resources
+from typing import Final, NamedTuple
+
+from streams.errors import SidstreamError
+from streams.settings import HistorySettings
+
+VERSION: Final = 1
+CLICK: Final = 1
+CART: Final = 2
+PURCHASE: Final = 3
+KINDS: Final = {"click": CLICK, "cart": CART, "purchase": PURCHASE}
+SOURCES: Final = ("clicks", "purchases")
+
+SCRIPT: Final = resources.files("streams").joinpath("history.lua").read_text(encoding="utf-8")
+
+_FENCES_AT: Final = 6
+_ENTRIES_AT: Final = 26
+_NO_FENCE: Final = bytes(10)
+_DAY_MS: Final = 86_400_000
+
+
+class Fence(NamedTuple):
+    """Below `next_offset` of that incarnation of the topic, everything was applied."""
+
+    incarnation: int
+    next_offset: int
+
+
+class Entry(NamedTuple):
+    """One interaction: `ts` in ms, `kind` CLICK, CART or PURCHASE, 24-bit hash of the event's id, SID."""
+
+    ts: int
+    kind: int
+    event_hash: int
+    sid: tuple[int, ...]
+
+
+class Change(NamedTuple):
+    """A packed entry and where it came from; `source` None: applied whatever the fence says."""
+
+    source: str | None
+    offset: int
+    entry: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A decoded history, entries oldest first; `codebook_tag` is the first 8 hex digits of its codebook."""
+
+    codebook_tag: str
+    entries: list[Entry]
+    fences: dict[str, Fence] = field(default_factory=dict)
+
+
+def event_hash(event_id: str) -> bytes:
+    """Three bytes that tell events of one user, kind and millisecond apart."""
+    return blake2b(event_id.encode("utf-8", "surrogatepass"), digest_size=3).digest()
+
+
+def pack_sid(sid: Sequence[int]) -> bytes:
+    """Codes as u16, big-endian."""
+    return struct.pack(f">{len(sid)}H", *sid)
+
+
+def unpack_sid(packed: bytes) -> tuple[int, ...]:
+    """The codes of a packed SID."""
+    return struct.unpack(f">{len(packed) // 2}H", packed)
+
+
+def pack_entry(ts: int, kind: int, event_id: str, packed_sid: bytes) -> bytes:
+    """One entry: `ts` in ms, `kind` CLICK, CART or PURCHASE, the SID as pack_sid gives it."""
+    return ts.to_bytes(6, "big") + bytes((kind,)) + event_hash(event_id) + packed_sid
+
+
+def head(codebook: str, levels: int) -> bytes:
+    """The first six bytes of a history. Raises SidstreamError when the codebook's id is not hex."""
+    try:
+        tag = bytes.fromhex(codebook[:8])
+    except ValueError:
+        tag = b""
+    if len(tag) != 4:
+        raise SidstreamError(f"codebook id {codebook!r} does not start with 8 hex digits: fit it again")
+    return bytes((VERSION, levels)) + tag
+
+
+def script_arguments(
+    changes: Iterable[Change], *, codebook: str, levels: int, incarnations: Mapping[str, int],
+    bounds: HistorySettings,
+) -> tuple[bytes, bytes, int, int, bytes]:  # fmt: skip
+    """ARGV of the script; KEYS[1] is the history's key. The script returns [applied, skipped]."""
+    blob = b"".join(
+        bytes((0 if c.source is None else SOURCES.index(c.source) + 1,))
+        + c.offset.to_bytes(6, "big")
+        + c.entry
+        for c in changes
+    )
+    marks = b"".join(incarnations[source].to_bytes(4, "big") for source in SOURCES)
+    return head(codebook, levels), marks, bounds.max_length, bounds.max_age_days * _DAY_MS, blob
+
+
+def apply(
+    value: bytes | None, changes: Sequence[Change], *, codebook: str, levels: int,
+    incarnations: Mapping[str, int], bounds: HistorySettings,
+) -> tuple[bytes | None, int, int]:  # fmt: skip
+    """The history after `changes`, how many were applied and how many the fence skipped.
+
+    Equal to what the script writes, byte for byte. `value` None: no history yet. Raises SidstreamError on
+    another layout version.
+    """
+    start = head(codebook, levels)
+    fences = dict.fromkeys(SOURCES, _NO_FENCE)
+    entries: set[bytes] = set()
+    if value is not None:
+        _check_version(value)
+        fences = {s: value[_FENCES_AT + 10 * i : _FENCES_AT + 10 * i + 10] for i, s in enumerate(SOURCES)}
+        if value[:6] == start:
+            entries.update(_split(value, levels))
+    nexts: dict[str, int] = {}
+    for topic, stored in fences.items():
+        same = int.from_bytes(stored[:4], "big") == incarnations[topic]
+        nexts[topic] = int.from_bytes(stored[4:], "big") if same else 0
+    reached = dict(nexts)
+    applied = skipped = 0
+    for source, offset, entry in changes:
+        if source is not None:
+            if offset < nexts[source]:
+                skipped += 1
+                continue
+            reached[source] = max(reached[source], offset + 1)
+        applied += 1
+        entries.add(entry)
+    if not applied:
+        return value, 0, skipped
+    for topic in SOURCES:
+        if reached[topic] > nexts[topic]:
+            fences[topic] = incarnations[topic].to_bytes(4, "big") + reached[topic].to_bytes(6, "big")
+    kept = sorted(entries)[-bounds.max_length :]
+    oldest = int.from_bytes(kept[-1][:6], "big") - bounds.max_age_days * _DAY_MS
+    kept = [entry for entry in kept if int.from_bytes(entry[:6], "big") >= oldest]
+    return start + b"".join(fences[s] for s in SOURCES) + b"".join(kept), applied, skipped
+
+
+def decode(value: bytes | None) -> History:
+    """Read a packed history; None is an empty one. Raises SidstreamError on another layout version."""
+    if value is None:
+        return History("", [])
+    _check_version(value)
+    levels = value[1]
+    fences = {
+        source: Fence(
+            int.from_bytes(value[_FENCES_AT + 10 * i : _FENCES_AT + 10 * i + 4], "big"),
+            int.from_bytes(value[_FENCES_AT + 10 * i + 4 : _FENCES_AT + 10 * i + 10], "big"),
+        )
+        for i, source in enumerate(SOURCES)
+    }
+    entries = [
+        Entry(
+            int.from_bytes(e[:6], "big"), e[6], int.from_bytes(e[7:10], "big"), unpack_sid(e[10:])
+        )
+        for e in _split(value, levels)
+    ]  # fmt: skip
+    return History(value[2:6].hex(), entries, fences)
+
+
+def _check_version(value: bytes) -> None:
+    if value[0] != VERSION:
+        raise SidstreamError(
+            f"a history has layout {value[0]}, this version reads {VERSION}: "
+            "replay the topics into an empty Redis"
+        )
+
+
+def _split(value: bytes, levels: int) -> list[bytes]:
+    size = 10 + 2 * levels
+    return [value[at : at + size] for at in range(_ENTRIES_AT, len(value), size)]

@@ -1,0 +1,125 @@
+"""kill -9 of an agents worker in mid-replay: the next one gives the histories of a pure replay, all bytes."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+from kafka import KafkaConsumer, TopicPartition
+
+from streams import history, keys
+from streams.admin import end_offsets, incarnations
+from streams.connect import client_options
+from streams.events import Purchase, decode
+from streams.history import Change, pack_entry
+from streams.replay import OnlineRetail
+from streams.replay.engine import parse_time, replay
+from streams.settings import HistorySettings, KafkaSettings
+from tests.agents_worker import start, worker, write_codebook
+from tests.support import free_port, wait_until
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
+
+WAIT_S = 180.0
+# Workers killed at most. One is enough where the kill falls between a write to Redis and its commit, which is
+# most of a batch's time.
+KILLS = 5
+
+
+def metric(port: int, outcome: str) -> int:
+    """How many purchases this worker counted so."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            found = re.search(
+                rf'^sidstream_events_total{{outcome="{outcome}",topic="purchases"}} (\S+)',
+                answer.read().decode(), re.M,
+            )  # fmt: skip
+    except OSError:
+        return 0
+    return int(float(found.group(1))) if found else 0
+
+
+def pure_replay(kafka: KafkaSettings, sids: dict[str, bytes], codebook: str) -> dict[str, bytes]:
+    """Every user's history from the log on Kafka, by the pure function."""
+    ends = {TopicPartition("purchases", p): end for p, end in end_offsets(kafka, "purchases").items()}
+    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
+    log: dict[str, list[Change]] = {}
+    try:
+        consumer.assign(list(ends))
+        consumer.seek_to_beginning(*ends)
+        while any(consumer.position(p) < end for p, end in ends.items()):
+            for records in consumer.poll(timeout_ms=500).values():
+                for record in records:
+                    event = decode(Purchase, record.value)
+                    entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
+                    change = Change("purchases", record.offset, entry)
+                    log.setdefault(event.user_id, []).append(change)
+    finally:
+        consumer.close()
+    lives = incarnations(kafka)
+    made = {}
+    for user, changes in log.items():
+        value, _, _ = history.apply(
+            None, changes, codebook=codebook, levels=3,
+            incarnations={source: lives[source] for source in history.SOURCES}, bounds=HistorySettings(),
+        )  # fmt: skip
+        assert value is not None
+        made[user] = value
+    return made
+
+
+def test_histories_after_kills_equal_a_pure_replay(
+    fresh_stack: Callable[[], tuple[KafkaSettings, str]], tmp_path: Path
+) -> None:
+    kafka, url = fresh_stack()
+    codebook = write_codebook(tmp_path / "codebook", sizes=(32, 32, 256))
+    shop = OnlineRetail()
+    items = len(list(shop.catalogue()))
+    replay(kafka, shop, events=False)
+    log = tmp_path / "log"
+    options = {"session_timeout_s": 6, "batch_size": 1000, "group": "killed"}
+    with redis.Redis.from_url(url) as store:
+        with worker(kafka, url, tmp_path / "codebook", log, codebook_check_s=0.5, **options):
+            wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, WAIT_S, "SIDs")
+        begin, end = parse_time("2011-10-01"), parse_time("2011-12-01")
+        total = replay(kafka, shop, begin, end, catalog=False).sent
+
+        def in_histories() -> int:
+            names = list(store.scan_iter(match="h:*", count=1000))
+            return sum(len(history.decode(store.get(name)).entries) for name in names)
+
+        seen_twice = kills = 0
+        while not seen_twice and kills < KILLS:
+            port = free_port()
+            process = start(kafka, url, tmp_path / "codebook", log, metrics_port=port, **options)
+            try:
+                # In mid-replay: this worker has done something, and much is left.
+                wait_until(lambda: metric(port, "in_history") > 2000, WAIT_S, "progress")  # noqa: B023
+                seen_twice += metric(port, "repeated")
+                assert process.poll() is None, log.read_text()[-3000:]
+            finally:
+                process.kill()
+                process.wait()
+            kills += 1
+        assert in_histories() > 0
+        port = free_port()
+        with worker(kafka, url, tmp_path / "codebook", log, metrics_port=port, **options):
+            expected = pure_replay(
+                kafka,
+                {item.decode(): sid for item, sid in store.hgetall(keys.sids(codebook.id)).items()},
+                codebook.id,
+            )
+            assert sum(map(len, expected.values())) > 0
+            wait_until(
+                lambda: all(store.get(keys.history(user)) == value for user, value in expected.items()),
+                WAIT_S, "histories equal to the pure replay",
+            )  # fmt: skip
+            seen_twice += metric(port, "repeated")
+        assert seen_twice > 0, f"{kills} kills, and no record was seen twice: the test did not bite"
+        assert {name.decode() for name in store.scan_iter(match="h:*")} == {keys.history(u) for u in expected}
+        assert total > 80_000
+        assert not sum(end_offsets(kafka, "dead-letters").values())

@@ -1,0 +1,204 @@
+"""Update cycles on a real Kafka and a real MLflow: the first model, then two challengers with lineage."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from registry.bundle import load_bundle
+from registry.codebook import Codebook
+from registry.prompt import Prompt
+from registry.release import Publisher
+from registry.settings import RegistrySettings, RolloutSettings
+from registry.store import Registry
+from serving.onnx_generator import OnnxGenerator
+from streams.client import Client
+from streams.errors import SidstreamError
+from streams.events import CatalogItem, Click, Event, PreferencePair, Purchase, SidAssignment
+from streams.settings import KafkaSettings
+from tests.conftest import FreshStack
+from tests.registry_support import local_mlflow
+from tests.tiny_shop import ITEMS, SIZES, sid_of
+from trainer.cycle import CycleResult, run_cycle
+from trainer.material import load_model
+from trainer.settings import TrainerSettings
+
+pytestmark = pytest.mark.integration
+
+T0 = 1_600_000_000_000
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with local_mlflow(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+class World:
+    """A shop on the wire, and the trainer's settings beside it."""
+
+    def __init__(self, kafka: KafkaSettings, mlflow: str, home: Path) -> None:
+        self.kafka, self.lines = kafka, []
+        random = np.random.default_rng(0)
+        self.codebook = Codebook(
+            "test", tuple(random.normal(size=(size, 4)).astype(np.float32) for size in SIZES)
+        )
+        self.registry = Registry(
+            RegistrySettings.model_validate(
+                {"tracking_uri": mlflow, "name": home.name, "cache": home / "cache"}
+            )
+        )
+        self.settings = TrainerSettings.model_validate(
+            {
+                "home": home / "trainer", "width": 32, "heads": 2, "max_items": 8, "epochs": 4,
+                "max_seconds": None, "validation_users": 10, "batch_positions": 64, "lr": 5e-3,
+                "threads": 1, "min_validity": 0.0,
+                "max_fall": 0.9, "beat_popularity": False, "dpo": {"min_pairs": 20, "batch": 16},
+            }
+        )  # fmt: skip
+        self.lines: list[tuple[str, str]] = []
+
+    def publish(self, events: list[Event]) -> None:
+        with Client(self.kafka) as client:
+            client.publish_all(events)
+
+    def walk(self, users: range, length: int, kind: type[Click] | type[Purchase], since: int) -> None:
+        random = np.random.default_rng(since)
+        made: list[Event] = []
+        for user in users:
+            start = int(random.integers(ITEMS))
+            for at in range(length):
+                fields: dict[str, Any] = {"price": 1.0} if kind is Purchase else {}
+                item = f"i{(start + at) % ITEMS:02}"
+                made.append(kind.new(user_id=f"u{user}", item_id=item, ts=T0 + since + at, **fields))
+        self.publish(made)
+
+    def cycle(self, **options: Any) -> CycleResult:
+        @contextlib.contextmanager
+        def promoting() -> Iterator[Publisher]:
+            with Client(self.kafka) as client:
+                yield client
+
+        return run_cycle(
+            self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
+            progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None, **options,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def world(fresh_stack: FreshStack, mlflow: str, tmp_path: Path) -> World:
+    kafka, _ = fresh_stack()
+    made = World(kafka, mlflow, tmp_path)
+    made.registry.publish_codebook(made.codebook)
+    shop: list[Event] = []
+    for item in range(ITEMS):
+        name = f"i{item:02}"
+        shop.append(CatalogItem.new(item_id=name, title=f"red item number {item % 4}", ts=T0))
+        shop.append(SidAssignment.new(item_id=name, sid=list(sid_of(item)), codebook=made.codebook.id, ts=T0))
+    made.publish(shop)
+    return made
+
+
+def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
+    with pytest.raises(SidstreamError, match="no clicks or purchases"):
+        world.cycle()
+
+    world.walk(range(40), 10, Purchase, 0)
+    first = world.cycle()
+    assert (first.action, set(first.versions), first.events) == ("start", {"base"}, 400)
+    assert [stage for stage, _ in world.lines] == ["window", "sft", "export", "register"]
+    champion = world.registry.fetch("champion")
+    assert champion.id == first.bundles["base"]
+    assert champion.manifest.kind == "base"
+    assert champion.manifest.lineage.parent is None
+    assert sum(end for _, end in champion.manifest.window["purchases"].values()) == 400
+    assert set(champion.popular()) == {f"i{item:02}" for item in range(ITEMS)}
+    assert world.registry.alias("anchor") == first.versions["base"]
+
+    # The same weights in the graphs and in torch.
+    model, tokenizer = load_model(champion.model)
+    assert tokenizer("<a_1><b_2>").input_ids == [17, 22]
+    served = OnnxGenerator(champion.path, SIZES, 8)
+    state = served.encode([[sid_of(0), sid_of(1)]])
+    import torch
+
+    codes = torch.tensor([[Prompt(SIZES, 8).tokens(sid_of(item)) for item in (0, 1)]])
+    with torch.no_grad():
+        np.testing.assert_allclose(state, model.encode(codes, torch.tensor([2])).numpy(), atol=1e-4)
+
+    idle = world.cycle()
+    assert idle.skipped is not None
+    assert "0 new clicks and purchases" in idle.skipped
+    assert not idle.versions
+
+    world.walk(range(20), 4, Click, 1000)
+    pairs: list[Event] = [
+        PreferencePair.new(
+            event_id=f"p{n}", ts=T0 + n, user_id=f"u{n}", scheme="purchased_over_clicked",
+            codebook=world.codebook.id, chosen_item=f"i{(n + 1) % ITEMS:02}",
+            chosen=list(sid_of((n + 1) % ITEMS)),
+            rejected_items=[f"i{(n + 5) % ITEMS:02}"], rejected=[list(sid_of((n + 5) % ITEMS))],
+            history=[list(sid_of(n % ITEMS))],
+        )
+        for n in range(48)
+    ]  # fmt: skip
+    world.publish(pairs)
+    second = world.cycle()
+    assert (second.action, set(second.versions), second.events) == ("trial", {"sft", "dpo"}, 80)
+    assert (second.pairs, second.no_dpo) == (48, None)
+    sft, dpo = (world.registry.fetch(f"challenger-{kind}") for kind in ("sft", "dpo"))
+    assert sft.manifest.lineage.parent == dpo.manifest.lineage.parent == champion.id
+    assert (sft.manifest.lineage.reference, dpo.manifest.lineage.reference) == (None, sft.id)
+    assert sft.id != dpo.id
+    assert load_bundle(sft.path).manifest.window["clicks"].keys() == {0, 1, 2, 3}
+    begins = {number: end for number, (_, end) in champion.manifest.window["purchases"].items()}
+    assert {n: begin for n, (begin, _) in sft.manifest.window["purchases"].items()} == begins
+    assert world.registry.alias("champion") == first.versions["base"]
+    metrics = {version.version: version.metrics for version in world.registry.versions()}
+    assert metrics[second.versions["dpo"]]["dpo/rows"] == 48
+    assert "parent/hr10" in metrics[second.versions["sft"]]
+
+    third = world.cycle()
+    assert third.skipped is not None
+    assert "still on trial" in third.skipped
+    assert not list((world.settings.home / "runs").iterdir())
+
+
+def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World) -> None:
+    world.walk(range(30), 8, Purchase, 0)
+    world.cycle()
+    world.walk(range(30), 3, Click, 1000)
+    second = world.cycle()
+    assert set(second.versions) == {"sft"}
+    assert second.no_dpo == "0 new preference pairs, at least 20 are needed"
+    assert world.registry.alias("challenger-dpo") is None
+
+
+def test_a_model_that_fails_its_check_is_not_registered(world: World) -> None:
+    world.walk(range(30), 8, Purchase, 0)
+    world.settings = world.settings.model_copy(update={"min_validity": 1.0, "epochs": 1, "lr": 1e-6})
+    with pytest.raises(SidstreamError, match="MIN_VALIDITY"):
+        world.cycle()
+    assert world.registry.versions() == []
+    assert world.registry.alias("champion") is None
+
+
+def test_an_interrupted_cycle_goes_on_from_its_checkpoint(world: World) -> None:
+    world.walk(range(30), 8, Purchase, 0)
+    looks = iter(range(1000))
+    cut = world.cycle(stop=lambda: next(looks) == 3)
+    assert cut.skipped is not None
+    assert cut.skipped.startswith("interrupted")
+    assert cut.sft is not None
+    assert cut.sft.steps == 3
+    done = world.cycle(stop=lambda: False)
+    assert done.action == "start"
+    assert done.sft is not None
+    assert done.sft.steps > 3
+    log = [line for stage, line in world.lines if stage == "window"]
+    assert log[0].split(" (")[0] == log[1].split(" (")[0]

@@ -1,0 +1,80 @@
+"""A shop of a few items whose next item follows from the last one: small enough to learn in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from registry.prompt import Prompt
+from trainer.constrained import SidSet
+from trainer.data import Catalogue, Interactions, Rows, Split, catalogue, hold_out, interactions
+from trainer.generator import GeneratorForCausalLM, new_generator
+from trainer.settings import TrainerSettings
+from trainer.tokenizer import build_tokenizer
+
+SIZES = (4, 3, 5)
+ITEMS = 24
+
+
+@dataclass(frozen=True)
+class Shop:
+    """All that a training run needs."""
+
+    settings: TrainerSettings
+    prompt: Prompt
+    known: Catalogue
+    log: Interactions
+    split: Split
+    tokenizer: PreTrainedTokenizerFast
+    sids: SidSet
+    rows: Rows
+
+    def model(self, seed: int = 0, **shape: Any) -> GeneratorForCausalLM:
+        """A generator of width 32 with fresh weights."""
+        torch.manual_seed(seed)
+        given = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "depth_size": 32}
+        return new_generator(
+            SIZES, self.prompt.code_base(0), len(self.tokenizer), max_items=self.prompt.max_items,
+            **given | {"dropout": 0.0} | shape,
+        ).eval()  # fmt: skip
+
+
+def sid_of(item: int) -> tuple[int, int, int]:
+    """Distinct SIDs for items 0 to 59."""
+    return item % 4, item // 4 % 3, item // 12 % 5
+
+
+def shop(users: int = 40, length: int = 12, **settings: Any) -> Shop:
+    """Users who walk through the items one after the other, each from a start of their own."""
+    torch.set_num_threads(1)
+    chosen = TrainerSettings.model_validate(
+        {
+            "max_items": 8,
+            "validation_users": 10,
+            "batch_positions": 64,
+            "lr": 5e-3,
+            "max_seconds": None,
+            "epochs": 2,
+        }
+        | settings
+    )
+    prompt = Prompt(SIZES, chosen.max_items)
+    titles = {f"i{item:02}": f"red item number {item % 4}" for item in range(ITEMS)}
+    known = catalogue({f"i{item:02}": sid_of(item) for item in range(ITEMS)}, titles, prompt)
+    rng = np.random.default_rng(3)
+    names, stamps, items = [], [], []
+    for user in range(users):
+        start = int(rng.integers(ITEMS))
+        for at in range(length):
+            names.append(f"u{user}")
+            stamps.append(1_600_000_000_000 + at)
+            items.append(f"i{(start + at) % ITEMS:02}")
+    log = interactions(names, stamps, items, known)
+    split = hold_out(log, chosen, np.random.default_rng(chosen.seed))
+    tokenizer = build_tokenizer(prompt, known.titles, chosen.max_words)
+    rows = Rows(log, split, known, tokenizer, prompt, chosen)
+    return Shop(chosen, prompt, known, log, split, tokenizer, SidSet(known.sids, prompt), rows)

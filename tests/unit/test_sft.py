@@ -1,0 +1,165 @@
+"""SFT learns, counts what it should, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from registry.prompt import BOS, EOS, ITEM, TITLE, UNK
+from tests.tiny_shop import SIZES, shop
+from trainer.constrained import SidSet
+from trainer.data import catalogue, collate, hold_out, interactions
+from trainer.generator import IGNORE
+from trainer.sft import hr_ndcg, ranks, token_loss, train
+
+
+def test_training_learns_which_item_follows() -> None:
+    made = shop(users=60, epochs=12)
+    model = made.model()
+    result = train(model, made.rows, made.sids, made.settings)
+    assert result.quality is not None
+    assert result.quality.users == 10
+    assert result.quality.hr10 == 1.0
+    assert result.quality.ndcg10 > 0.8
+    assert result.quality.validity > 0.9
+
+
+def test_a_resumed_run_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
+    made = shop(epochs=3, dropout=0.2)
+    whole, broken, anew = (made.model(dropout=0.2) for _ in range(3))
+    unbroken = train(whole, made.rows, made.sids, made.settings, folder=tmp_path / "whole")
+    calls = iter(range(1000))
+    cut = train(
+        broken, made.rows, made.sids, made.settings, folder=tmp_path / "broken",
+        stop=lambda: next(calls) == unbroken.steps // 2,
+    )  # fmt: skip
+    assert cut.stopped == "interrupted"
+    assert cut.steps == unbroken.steps // 2
+    for parameter in anew.parameters():
+        parameter.data.fill_(0.5)  # what it starts from must not matter
+    resumed = train(anew, made.rows, made.sids, made.settings, folder=tmp_path / "broken")
+    assert resumed.steps == unbroken.steps
+    for (name, wanted), found in zip(whole.named_parameters(), anew.parameters(), strict=True):
+        assert torch.equal(wanted, found), name
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+def test_a_spent_time_budget_ends_the_run() -> None:
+    made = shop(epochs=1000, max_seconds=0.05)
+    result = train(made.model(), made.rows, made.sids, made.settings)
+    assert result.stopped == "time budget spent"
+    assert result.quality is not None
+
+
+def test_only_the_codes_of_new_items_are_learned_in_a_sequence() -> None:
+    made = shop()
+    items = made.log.items[:4].copy()
+    made.log.items[2] = items[1]  # the item right before: read, not learned
+    row = made.rows.sequence(0, 4)
+    codes = [made.known.codes[item].tolist() for item in (items[0], items[1], items[1], items[3])]
+    assert row.ids.tolist() == [BOS, *(token for item in codes for token in item)]
+    assert row.learned.tolist() == [False, *[True] * 6, *[False] * 3, *[True] * 3]
+
+
+def test_title_rows_learn_one_side_and_never_take_a_title_for_a_code() -> None:
+    made = shop()
+    there, back = made.rows.sid_to_title(5), made.rows.title_to_sid(5)
+    words = made.rows.titles[5]
+    codes = made.known.codes[5].tolist()
+    assert len(words) == 4
+    assert there.ids.tolist() == [BOS, *codes, TITLE, *words, EOS]
+    assert there.ids[there.learned].tolist() == [*words, EOS]
+    assert back.ids.tolist() == [BOS, *words, ITEM, *codes]
+    assert back.ids[back.learned].tolist() == codes
+    assert made.tokenizer.convert_ids_to_tokens(words)[:2] == ["red", "item"]
+    known = catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, made.prompt)
+    rows = type(made.rows)(made.log, made.split, known, made.tokenizer, made.prompt, made.settings)
+    assert rows.titles[0] == [UNK, words[0], UNK, UNK]
+
+
+def test_the_loss_is_the_weighted_mean_over_learned_tokens() -> None:
+    made = shop()
+    model = made.model()
+    rows = [made.rows.sequence(0, 3), made.rows.sid_to_title(2)]
+    batch = collate(rows)
+    assert (batch.labels != IGNORE).sum() == sum(int(row.learned.sum()) for row in rows)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            logs = model(torch.from_numpy(row.ids)[None]).logits[0].log_softmax(-1)
+            for at in np.flatnonzero(row.learned):
+                total -= row.weight * float(logs[at - 1, row.ids[at]])
+                count += 1
+        assert float(token_loss(model, batch)) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_held_out_items_are_not_trained_on() -> None:
+    made = shop()
+    assert len(made.split.held.targets) == 10
+    trained = 0
+    for row in made.rows.epoch(0):
+        if row.weight == made.settings.weights.next_sid:
+            trained += (len(row.ids) - 1) // len(SIZES)
+    assert trained == len(made.log) - 10
+
+
+def test_the_same_epoch_gives_the_same_rows_and_another_one_other_cuts() -> None:
+    made = shop(length=30)
+    first, again, other = (made.rows.batches(number) for number in (0, 0, 1))
+    flat = [[[row.ids.tolist() for row in batch] for batch in batches] for batches in (first, again, other)]
+    assert flat[0] == flat[1]
+    assert flat[0] != flat[2]
+    assert all(len(batch) * max(map(len, batch)) <= 64 * len(SIZES) for batch in flat[0])
+
+
+def test_a_refresh_takes_sequences_with_new_events_and_a_share_of_older_ones() -> None:
+    made = shop(replay=0.25, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0})
+    made.log.fresh[:] = False
+    made.log.fresh[: made.log.starts[10]] = True  # the first ten users have new events
+    cuts = made.rows.crops(np.random.default_rng(0))
+    fresh = [low for low, _ in cuts if low < made.log.starts[10]]
+    assert sum(high - low for low, high in cuts if low < made.log.starts[10]) == made.split.ends[
+        :10
+    ].sum() - sum(int(start) for start in made.log.starts[:10])
+    assert len(cuts) - len(fresh) == round(len(fresh) / 3)
+
+
+def test_sequences_are_in_event_time_and_keep_the_order_of_equal_times() -> None:
+    made = shop()
+    log = interactions(
+        ["b", "a", "a", "b", "a", "a"],
+        [5, 9, 3, 5, 3, 4],
+        ["i01", "i02", "i03", "i04", "i05", "gone"],
+        made.known,
+    )
+    assert log.users == ["a", "b"]
+    assert [made.known.items[item] for item in log.items] == ["i03", "i05", "i02", "i01", "i04"]
+    assert log.starts.tolist() == [0, 3, 5]
+
+
+def test_nobody_is_held_out_where_histories_are_too_short() -> None:
+    made = shop(users=4, length=2)
+    split = hold_out(made.log, made.settings, np.random.default_rng(0))
+    assert len(split.held.targets) == 0
+    assert split.ends.tolist() == made.log.starts[1:].tolist()
+
+
+def test_ranks_and_metrics() -> None:
+    found = torch.tensor([[[1, 1], [2, 2]], [[3, 3], [4, 4]]])
+    assert ranks(found, torch.tensor([[2, 2], [9, 9]])).tolist() == [1, 2]
+    hr, ndcg = hr_ndcg(torch.tensor([0, 1, 9, 10]))
+    assert hr == pytest.approx(0.75)
+    assert ndcg == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(11)) / 4)
+
+
+def test_children_of_a_prefix_are_those_of_the_sids() -> None:
+    made = shop()
+    known = SidSet([(0, 1, 2), (0, 1, 4), (3, 0, 0)], made.prompt)
+    base = [made.prompt.code_base(level) for level in range(3)]
+    assert known.allowed([]) == [base[0], base[0] + 3]
+    assert known.allowed([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
+    assert known.allowed([base[0] + 1]) == []
+    assert known.allowed(made.prompt.tokens((0, 1, 2))) == []
