@@ -1,0 +1,355 @@
+"""One update cycle: window -> SFT -> DPO -> offline check -> export -> bundles in the registry -> rollout."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from registry import release
+from registry.bundle import Bundle, Kind, write_bundle
+from registry.prompt import Sid
+from registry.settings import RolloutSettings
+from registry.store import CHAMPION, SFT, Registry
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from trainer.align import DpoResult, align, preference_rows
+from trainer.data import Rows, popular
+from trainer.export import export, parity
+from trainer.generator import GeneratorForCausalLM, new_generator
+from trainer.material import Material, load_model, only_one, read_material
+from trainer.settings import TrainerSettings
+from trainer.sft import Quality, SftResult, evaluate, hr_ndcg, train
+from trainer.tokenizer import build_tokenizer
+
+# progress(stage, text, last): `last` marks the one line that stays of a stage.
+Progress = Callable[[str, str, bool], None]
+Promoting = Callable[[], contextlib.AbstractContextManager[release.Publisher]]
+# Real histories in the parity check, beside the random ones.
+_PARITY_HISTORIES = 32
+
+
+@dataclass
+class CycleResult:
+    """What a cycle did. `skipped` says why nothing was registered."""
+
+    skipped: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # kind -> version
+    bundles: dict[str, str] = field(default_factory=dict)  # kind -> bundle id
+    action: str | None = None  # "start" or "trial"
+    trial: str | None = None
+    events: int = 0
+    pairs: int = 0
+    no_dpo: str | None = None  # why there is no DPO model
+    sft: SftResult | None = None
+    dpo: DpoResult | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Stages:
+    """One line a stage, and its seconds."""
+
+    def __init__(self, progress: Progress | None, seconds: dict[str, float]) -> None:
+        self._progress, self._seconds = progress, seconds
+        self._began = time.monotonic()
+
+    def tell(self, stage: str, text: str) -> None:
+        """Say how far the stage is."""
+        if self._progress:
+            self._progress(stage, text, False)
+
+    def done(self, stage: str, text: str) -> None:
+        """End the stage."""
+        now = time.monotonic()
+        self._seconds[stage] = now - self._began
+        if self._progress:
+            self._progress(stage, f"{text} ({now - self._began:.1f} s)", True)
+        self._began = now
+
+
+def run_cycle(
+    settings: TrainerSettings,
+    kafka: KafkaSettings,
+    registry: Registry,
+    rollout: RolloutSettings,
+    promoting: Promoting,
+    *,
+    from_scratch: bool = False,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> CycleResult:
+    """Run one update cycle and put its bundles in service (the first) or on trial (later ones).
+
+    `promoting()` gives a publisher while this process alone may change what is in service. Raises
+    SidstreamError where there is nothing to train on, another cycle runs in the same home, or the offline
+    check fails.
+    """
+    result = CycleResult()
+    stages = _Stages(progress, result.seconds)
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    with only_one(settings.home):
+        running = registry.alias(SFT)
+        if running is not None:
+            result.skipped = f"version {running} is still on trial: end it with `sidstream gate --conclude`"
+            return result
+        material = read_material(
+            settings, kafka, registry, from_scratch, lambda count: stages.tell("window", f"{count:,} records")
+        )
+        result.events = material.window.count()
+        log = material.log
+        stages.done(
+            "window",
+            f"{len(log):,} interactions of {len(log.users):,} users, {len(material.known.items):,} items; "
+            f"{result.events:,} events are new",
+        )
+        if result.events < settings.schedule.min_events:
+            result.skipped = (
+                f"{result.events} new clicks and purchases since the champion's window; "
+                f"a cycle takes at least {settings.schedule.min_events}"
+            )
+            return result
+        run = settings.home / "runs" / _run_id(material, settings)
+        for older in (settings.home / "runs").glob("*"):
+            # A run of another window is never gone on from.
+            if older != run:
+                shutil.rmtree(older, ignore_errors=True)
+        model, tokenizer = _sft(material, settings, run, result, stages, stop)
+        if result.sft is not None and result.sft.stopped == "interrupted":
+            result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
+            return result
+        _check(material, settings, model, result)
+        aligned = None
+        if material.parent is None and registry.alias(CHAMPION) is None:
+            result.no_dpo = "the first model is aligned when pairs about its answers are there"
+        else:
+            aligned = _dpo(material, settings, model, tokenizer, run, result, stages, stop)
+        _publish(
+            material, settings, model, aligned, tokenizer, run, registry, rollout, promoting, result, stages
+        )
+        shutil.rmtree(run, ignore_errors=True)
+    return result
+
+
+def _run_id(material: Material, settings: TrainerSettings) -> str:
+    about = {
+        "window": {topic: sorted(parts.items()) for topic, parts in material.window.ranges.items()},
+        "parent": material.parent.id if material.parent else None, "codebook": material.codebook.id,
+        "settings": settings.model_dump(mode="json", exclude={"home", "schedule"}),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sft(
+    material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: _Stages,
+    stop: Callable[[], bool] | None,
+) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:  # fmt: skip
+    if material.parent is None:
+        torch.manual_seed(settings.seed)
+        tokenizer = build_tokenizer(material.prompt, material.known.titles, settings.max_words)
+        model = new_generator(
+            material.prompt.sizes, material.prompt.code_base(0), len(tokenizer), hidden_size=settings.width,
+            num_hidden_layers=settings.layers, num_attention_heads=settings.heads, dropout=settings.dropout,
+            intermediate_size=settings.ffn_factor * settings.width,
+            depth_size=settings.depth_factor * settings.width, max_items=settings.max_items,
+        )  # fmt: skip
+    else:
+        model, tokenizer = load_model(material.parent.model)
+        settings = settings.model_copy(
+            update={"lr": settings.refresh_lr, "max_items": material.prompt.max_items}
+        )
+        if len(material.split.held.targets):
+            before = evaluate(model, material.split.held, material.known, material.sids, settings)
+            result.metrics |= _named("parent", before)
+    rows = Rows(material.log, material.split, material.known, tokenizer, material.prompt, settings)
+    result.sft = train(
+        model, rows, material.sids, settings, folder=run, stop=stop,
+        progress=lambda text: stages.tell("sft", text),
+    )  # fmt: skip
+    model.to("cpu")
+    result.metrics["sft/steps"] = float(result.sft.steps)
+    # A run whose budget ended before its first step has no loss, and JSON no number for that.
+    if math.isfinite(result.sft.loss):
+        result.metrics["sft/loss"] = result.sft.loss
+    shown = ""
+    if result.sft.quality:
+        result.metrics |= _named("sft", result.sft.quality)
+        rank = _popularity_ranks(material)
+        hr, ndcg = hr_ndcg(rank)
+        result.metrics |= {"popularity/hr10": hr, "popularity/ndcg10": ndcg}
+        shown = f", HR@10 {result.sft.quality.hr10:.3f} (popularity {hr:.3f})"
+    stages.done(
+        "sft", f"{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
+    )
+    return model, tokenizer
+
+
+def _popularity_ranks(material: Material) -> torch.Tensor:
+    top = list(popular(material.log, material.known, material.split.ends))
+    place = np.empty(len(top), dtype=np.int64)
+    place[top] = np.arange(len(top))
+    return torch.from_numpy(place[material.split.held.targets])
+
+
+def _named(stage: str, quality: Quality) -> dict[str, float]:
+    return {f"{stage}/{name}": float(value) for name, value in asdict(quality).items()}
+
+
+def _check(
+    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, result: CycleResult
+) -> None:
+    """The offline check of SFT_T. Raises SidstreamError with the figure that failed and its setting."""
+    for parameter in model.parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SidstreamError("training diverged: a weight is not finite; lower SIDSTREAM_TRAINER__LR")
+    quality = result.sft.quality if result.sft else None
+    if quality is None:
+        return
+    failed = _failing(quality, result.metrics.get("parent/hr10"), settings)
+    if failed is None and material.parent is None and settings.beat_popularity:
+        floor = result.metrics["popularity/hr10"]
+        if quality.hr10 < floor:
+            failed = (
+                f"HR@10 {quality.hr10:.3f} is below popularity's {floor:.3f} "
+                "(train longer: SIDSTREAM_TRAINER__MAX_SECONDS; or allow it: "
+                "SIDSTREAM_TRAINER__BEAT_POPULARITY=false)"
+            )
+    if failed:
+        raise SidstreamError(f"the new model failed its offline check and was not registered: {failed}")
+
+
+def _failing(quality: Quality, before: float | None, settings: TrainerSettings) -> str | None:
+    if quality.validity < settings.min_validity:
+        return (
+            f"{quality.validity:.1%} of its unconstrained answers are real SIDs, "
+            f"SIDSTREAM_TRAINER__MIN_VALIDITY is {settings.min_validity:.1%}"
+        )
+    if before is not None and quality.hr10 < (1 - settings.max_fall) * before:
+        return (
+            f"HR@10 fell from {before:.3f} to {quality.hr10:.3f}, more than SIDSTREAM_TRAINER__MAX_FALL "
+            f"({settings.max_fall:.0%})"
+        )
+    return None
+
+
+def _dpo(
+    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
+    tokenizer: PreTrainedTokenizerFast, run: Path, result: CycleResult, stages: _Stages,
+    stop: Callable[[], bool] | None,
+) -> GeneratorForCausalLM | None:  # fmt: skip
+    rows, result.pairs = preference_rows(
+        material.window.pairs(), material.codebook.id, material.prompt, settings.dpo
+    )
+    if result.pairs < settings.dpo.min_pairs:
+        result.no_dpo = f"{result.pairs} new preference pairs, at least {settings.dpo.min_pairs} are needed"
+        stages.done("dpo", f"left out: {result.no_dpo}")
+        return None
+    aligned, result.dpo = align(
+        model, tokenizer, rows, settings, run / "dpo", pairs=result.pairs, stop=stop,
+        progress=lambda text: stages.tell("dpo", text),
+    )  # fmt: skip
+    result.metrics |= {
+        "dpo/margin": result.dpo.margin, "dpo/accuracy": result.dpo.accuracy, "dpo/drop": result.dpo.drop,
+        "dpo/loss": result.dpo.loss, "dpo/rows": float(result.dpo.rows),
+    }  # fmt: skip
+    shown, failed = "", None
+    if len(material.split.held.targets) and result.sft and result.sft.quality:
+        quality = evaluate(aligned, material.split.held, material.known, material.sids, settings)
+        result.metrics |= _named("dpo", quality)
+        shown = f", HR@10 {quality.hr10:.3f}"
+        failed = _failing(quality, result.sft.quality.hr10, settings)
+    if result.dpo.drop > settings.dpo.max_drop:
+        failed = result.dpo.stopped
+    if failed:
+        result.no_dpo = f"it failed its offline check: {failed}"
+        stages.done("dpo", f"left out: {failed}")
+        return None
+    stages.done(
+        "dpo", f"{result.pairs:,} pairs, {result.dpo.rows:,} rows, margin {result.dpo.margin:.3f}{shown}; "
+        f"{result.dpo.stopped}"
+    )  # fmt: skip
+    return aligned
+
+
+def _bundle(
+    material: Material, settings: TrainerSettings, kind: Kind, model: GeneratorForCausalLM,
+    tokenizer: PreTrainedTokenizerFast, folder: Path, reference: str | None, result: CycleResult,
+) -> Bundle:  # fmt: skip
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    export(model, folder)
+    log, known = material.log, material.known
+    some = [
+        log.items[log.starts[u] : log.starts[u + 1]] for u in range(min(_PARITY_HISTORIES, len(log.users)))
+    ]
+    histories: list[list[Sid]] = [[known.sids[item] for item in items] for items in some]
+    result.metrics[f"{kind}/parity"] = parity(model, folder, histories, settings.seed)
+    bought = material.window.bought()
+    # Bought first; among items never bought, those clicked most.
+    looked = {known.items[at]: -place for place, at in enumerate(popular(log, known))}
+    ranked = sorted(known.items, key=lambda item: (-bought.get(item, 0), -looked[item], item))
+    return write_bundle(
+        folder, kind=kind, codebook=material.codebook, popular=ranked, max_items=material.prompt.max_items,
+        sids={number: span[1] for number, span in material.window.ranges["sids"].items()},
+        window=material.window.ranges, seed=settings.seed, metrics=dict(result.metrics),
+        parent=material.parent.id if material.parent else None, reference=reference,
+    )  # fmt: skip
+
+
+def _publish(
+    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
+    aligned: GeneratorForCausalLM | None, tokenizer: PreTrainedTokenizerFast, run: Path, registry: Registry,
+    rollout: RolloutSettings, promoting: Promoting, result: CycleResult, stages: _Stages,
+) -> None:  # fmt: skip
+    first = registry.alias(CHAMPION) is None
+    kind: Kind = "base" if first else "sft"
+    made = {kind: _bundle(material, settings, kind, model, tokenizer, run / kind, None, result)}
+    if aligned is not None:
+        made["dpo"] = _bundle(
+            material, settings, "dpo", aligned, tokenizer, run / "dpo", made[kind].id, result
+        )
+    stages.done(
+        "export", f"{len(made)} bundle(s), parity {max(result.metrics[f'{k}/parity'] for k in made):.1g}"
+    )
+    params = _params(settings, material)
+    for name, bundle in made.items():
+        result.bundles[name] = bundle.id
+        result.versions[name] = registry.register(bundle, result.metrics, params)
+    with promoting() as publisher:
+        if first:
+            event = release.start(registry, publisher, result.versions[kind])
+        else:
+            event = release.start_trial(
+                registry, publisher, result.versions[kind], result.versions.get("dpo"), rollout
+            )
+    result.action, result.trial = event.action, event.trial
+    shown = ", ".join(f"{name} is version {version}" for name, version in result.versions.items())
+    stages.done("register", f"{shown}; {'in service' if first else 'on trial'}")
+
+
+def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
+    names = ("seed", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay")
+    params: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    params |= {f"dpo.{name}": value for name, value in settings.dpo.model_dump(mode="json").items()}
+    params |= {"codebook": material.codebook.id, "items": len(material.known.items)}
+    return params | {"parent": material.parent.id if material.parent else ""}

@@ -1,0 +1,249 @@
+"""What the generator learns from: users' sequences of items and titles, as rows of token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from registry.prompt import BOS, EOS, ITEM, PAD, TITLE, UNK, Prompt, Sid
+from trainer.generator import IGNORE
+from trainer.settings import TrainerSettings
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """One training row: token ids, which of them are learned, and the weight of its task."""
+
+    ids: Int64  # (T,)
+    learned: npt.NDArray[np.bool_]  # (T,): True where the token is a label
+    weight: float
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right to one length."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64, IGNORE where nothing is learned
+    weights: Tensor  # (B,) float32
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Users' interactions in event time; equal times keep the order of the log. Rows are grouped by user."""
+
+    users: list[str]  # user of each group
+    starts: Int64  # (U + 1,) first row of each user's group
+    items: Int64  # (N,) row of `Catalogue.codes`
+    ts: Int64  # (N,) milliseconds
+    fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items that have a SID, and the tokens they are spelled with."""
+
+    items: list[str]
+    sids: list[Sid]
+    codes: Int64  # (I, L) token ids
+    titles: list[str]
+
+
+def catalogue(sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt) -> Catalogue:
+    """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID."""
+    items = sorted(sids)
+    codes = np.array([prompt.tokens(sids[item]) for item in items], dtype=np.int64)
+    return Catalogue(
+        items, [tuple(sids[item]) for item in items], codes.reshape(len(items), len(prompt.sizes)),
+        [titles.get(item, "") for item in items],
+    )  # fmt: skip
+
+
+def interactions(
+    users: Sequence[str],
+    ts: npt.ArrayLike,
+    items: Sequence[str],
+    known: Catalogue,
+    fresh: npt.ArrayLike | None = None,
+) -> Interactions:
+    """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
+    place = {item: row for row, item in enumerate(known.items)}
+    rows = np.fromiter((place.get(item, -1) for item in items), dtype=np.int64, count=len(items))
+    keep = np.flatnonzero(rows >= 0)
+    # Sorted names: the same log gives the same groups, however its partitions were read.
+    names = sorted({users[at] for at in keep.tolist()})
+    number = {user: at for at, user in enumerate(names)}
+    group = np.fromiter((number.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
+    times = np.asarray(ts, dtype=np.int64)
+    new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
+    order = keep[np.lexsort((keep, times[keep], group[keep]))]
+    starts = np.searchsorted(group[order], np.arange(len(names) + 1))
+    return Interactions(names, starts, rows[order], times[order], new[order])
+
+
+class Held(NamedTuple):
+    """Held-out next items: each row's history (newest last) and the item that came next."""
+
+    histories: list[Int64]
+    targets: Int64
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where each user's training part ends, and what was held out after it."""
+
+    ends: Int64  # (U,) one past the last row that is trained on
+    held: Held
+
+
+def hold_out(log: Interactions, settings: TrainerSettings, rng: np.random.Generator) -> Split:
+    """Keep the last item of `validation_users` users out of training, drawn from those with enough history.
+
+    A last item that only repeats the one before it teaches and tests nothing: such users are not drawn.
+    """
+    lengths = np.diff(log.starts)
+    ends = log.starts[1:].copy()
+    last = np.flatnonzero(lengths > settings.min_history)
+    last = last[log.items[ends[last] - 1] != log.items[ends[last] - 2]]
+    drawn = rng.permutation(last)[: min(settings.validation_users, len(last) // 2)]
+    ends[drawn] -= 1
+    histories = [log.items[max(log.starts[u], ends[u] - settings.max_items) : ends[u]] for u in drawn]
+    return Split(ends, Held(histories, log.items[ends[drawn]]))
+
+
+class Rows:
+    """The rows of one epoch after another. The same seed and epoch give the same rows in the same order."""
+
+    def __init__(
+        self, log: Interactions, split: Split, known: Catalogue, tokenizer: PreTrainedTokenizerFast,
+        prompt: Prompt, settings: TrainerSettings,
+    ) -> None:  # fmt: skip
+        self.log, self.split, self.known, self.prompt, self.settings = log, split, known, prompt, settings
+        self.titles = [self._words(title, tokenizer) for title in known.titles]
+
+    def _words(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        ids = tokenizer(title, add_special_tokens=False).input_ids if title else []
+        # A title may hold the text of a code or a special token: as a word it is unknown.
+        return [token if token >= self.prompt.first_word else UNK for token in ids][
+            : self.settings.title_words
+        ]
+
+    def sequence(self, start: int, end: int) -> Row:
+        """Next SID at every position of rows start to end: every code is a label.
+
+        An item equal to the one right before it is read, but not learned: a page's own item is no answer.
+        """
+        items = self.log.items[start:end]
+        ids = np.concatenate(([BOS], self.known.codes[items].ravel()))
+        learned = np.ones(len(ids), dtype=bool)
+        learned[0] = False
+        repeats = np.flatnonzero(items[1:] == items[:-1]) + 1
+        levels = len(self.prompt.sizes)
+        learned[(1 + repeats[:, None] * levels + np.arange(levels)).ravel()] = False
+        return Row(ids, learned, self.settings.weights.next_sid)
+
+    def sid_to_title(self, item: int) -> Row:
+        """BOS, the item, TITLE, then the words and EOS, which are learned."""
+        words = self.titles[item]
+        ids = np.array([BOS, *self.known.codes[item], TITLE, *words, EOS], dtype=np.int64)
+        return Row(ids, np.arange(len(ids)) >= len(ids) - len(words) - 1, self.settings.weights.sid_to_title)
+
+    def title_to_sid(self, item: int) -> Row:
+        """BOS, the words, ITEM, then the item's codes, which are learned."""
+        ids = np.array([BOS, *self.titles[item], ITEM, *self.known.codes[item]], dtype=np.int64)
+        levels = len(self.prompt.sizes)
+        return Row(ids, np.arange(len(ids)) >= len(ids) - levels, self.settings.weights.title_to_sid)
+
+    def crops(self, rng: np.random.Generator) -> list[tuple[int, int]]:
+        """Pieces (start, end) of users' sequences: all with new events, and a share of older ones."""
+        # One more than a prompt holds: the last target sees a full prompt. Random cuts: over the epochs every
+        # item is predicted from short and from long pasts.
+        size = self.settings.max_items + 1
+        fresh: list[tuple[int, int]] = []
+        older: list[tuple[int, int]] = []
+        for user, end in enumerate(self.split.ends):
+            begin = int(self.log.starts[user])
+            if end - begin < self.settings.min_history:
+                continue
+            cut = begin + int(rng.integers(1, size + 1))
+            bounds = [begin, *range(cut, int(end), size), int(end)]
+            for low, high in pairwise(bounds):
+                if high - low < 1:
+                    continue
+                (fresh if self.log.fresh[low:high].any() else older).append((low, high))
+        share = self.settings.replay
+        keep = min(len(older), round(len(fresh) * share / (1 - share)))
+        chosen = rng.permutation(len(older))[:keep]
+        return fresh + [older[at] for at in chosen]
+
+    def epoch(self, number: int) -> list[Row]:
+        """All rows of epoch `number`, unordered."""
+        rng = np.random.default_rng((self.settings.seed, number))
+        rows = [self.sequence(low, high) for low, high in self.crops(rng)]
+        weights = self.settings.weights
+        named = [item for item, words in enumerate(self.titles) if words]
+        if weights.sid_to_title > 0:
+            rows += [self.sid_to_title(item) for item in named]
+        if weights.title_to_sid > 0:
+            rows += [self.title_to_sid(item) for item in named]
+        return rows
+
+    def batches(self, number: int) -> list[list[Row]]:
+        """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""
+        rng = np.random.default_rng((self.settings.seed, number, 1))
+        rows = self.epoch(number)
+        # Random order among rows of about the same length: batches differ from epoch to epoch.
+        length = np.array([len(row.ids) for row in rows])
+        order = np.lexsort((rng.random(len(rows)), length))
+        limit = self.settings.batch_positions * len(self.prompt.sizes)
+        made: list[list[Row]] = []
+        batch: list[Row] = []
+        for at in order:
+            if batch and (len(batch) + 1) * length[at] > limit:
+                made.append(batch)
+                batch = []
+            batch.append(rows[at])
+        if batch:
+            made.append(batch)
+        return [made[at] for at in rng.permutation(len(made))]
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Pad rows on the right."""
+    length = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), length), PAD, dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row.ids)] = row.ids
+        labels[at, : len(row.ids)] = np.where(row.learned, row.ids, IGNORE)
+    weights = np.array([row.weight for row in rows], dtype=np.float32)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
+
+
+def pad_items(histories: Sequence[Int64], codes: Int64) -> tuple[Tensor, Tensor]:
+    """Histories of item rows -> codes (B, P, L) right-padded with 0 (P >= 1), lengths (B,)."""
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    padded = np.zeros((len(histories), max(1, int(lengths.max(initial=0))), codes.shape[1]), dtype=np.int64)
+    for at, history in enumerate(histories):
+        padded[at, : len(history)] = codes[history]
+    return torch.from_numpy(padded), torch.from_numpy(lengths)
+
+
+def popular(log: Interactions, known: Catalogue, ends: Int64 | None = None) -> Iterator[int]:
+    """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
+    used = np.ones(len(log), dtype=bool)
+    if ends is not None:
+        used[ends[ends < log.starts[1:]]] = False
+    counts = np.bincount(log.items[used], minlength=len(known.items))
+    yield from np.argsort(-counts, kind="stable").tolist()

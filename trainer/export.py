@@ -1,0 +1,145 @@
+"""The generator as ONNX graphs: encode.onnx reads a prompt, step_<level>.onnx spells; held against torch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from registry.prompt import Prompt
+from streams.errors import SidstreamError
+from trainer.data import pad_items
+from trainer.generator import GeneratorForCausalLM
+
+_OPSET = 18
+# Float32 sums in another order differ by some 1e-6 on these graphs; 1e-4 is another function.
+TOLERANCE = 1e-4
+
+
+class _Encode(nn.Module):
+    def __init__(self, model: GeneratorForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        return self.model.encode(codes, lengths)
+
+
+class _Step(nn.Module):
+    def __init__(self, model: GeneratorForCausalLM, level: int) -> None:
+        super().__init__()
+        self.model, self.level = model, level
+
+    def forward(self, state: Tensor, prefix: Tensor | None = None) -> Tensor:
+        return self.model.step(self.level, state, prefix)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporter tells its maker, not its user, what it is doing.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def export(model: GeneratorForCausalLM, folder: Path) -> None:
+    """Write encode.onnx and step_0.onnx .. step_{L-1}.onnx into `folder`, every leading dimension dynamic.
+
+    encode: codes (B, P, L) int64, lengths (B,) int64 -> state (B, D) float32. step_l: state (N, D) and, for
+    l > 0, prefix (N, l) int64 -> log_probs (N, K_l) float32.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    levels, width = model.config.levels, model.config.hidden_size
+    # Sizes of two and more: the tracer takes a dimension of one for a constant.
+    first = model.config.code_base
+    codes = torch.full((2, 3, levels), first, dtype=torch.int64)
+    with _quiet(), torch.no_grad():
+        torch.onnx.export(
+            _Encode(model), (codes, torch.tensor([3, 2])), str(folder / "encode.onnx"),
+            input_names=["codes", "lengths"], output_names=["state"],
+            dynamic_axes={"codes": {0: "B", 1: "P"}, "lengths": {0: "B"}, "state": {0: "B"}},
+            opset_version=_OPSET, dynamo=False, external_data=False,
+        )  # fmt: skip
+        for level in range(levels):
+            inputs: tuple[Tensor, ...] = (torch.zeros(3, width),)
+            names = ["state"]
+            if level:
+                inputs += (torch.full((3, level), first, dtype=torch.int64),)
+                names.append("prefix")
+            torch.onnx.export(
+                _Step(model, level), inputs, str(folder / f"step_{level}.onnx"),
+                input_names=names, output_names=["log_probs"],
+                dynamic_axes={name: {0: "N"} for name in [*names, "log_probs"]},
+                opset_version=_OPSET, dynamo=False, external_data=False,
+            )  # fmt: skip
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def parity(
+    model: GeneratorForCausalLM, folder: Path, histories: list[list[tuple[int, ...]]], seed: int = 0
+) -> float:
+    """The largest absolute difference of the graphs to torch, on given and on random histories of SIDs.
+
+    Lengths 0 to max_items, batches of one and of many. Raises SidstreamError above `TOLERANCE`.
+    """
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    config = model.config
+    prompt = Prompt(tuple(config.sizes), config.max_items)
+    rng = np.random.default_rng(seed)
+    sizes = np.array(config.sizes)
+    lengths = [0, 1, 2, config.max_items, *rng.integers(0, config.max_items + 1, size=12).tolist()]
+    drawn = [[tuple(row) for row in rng.integers(0, sizes, size=(n, len(sizes))).tolist()] for n in lengths]
+    every = drawn + [history[-config.max_items :] for history in histories]
+    encode = _session(folder / "encode.onnx")
+    steps = [_session(folder / f"step_{level}.onnx") for level in range(config.levels)]
+    worst = 0.0
+    for batch in ([every[0]], [every[3]], every):
+        spelled = np.array([prompt.tokens(sid) for history in batch for sid in history], dtype=np.int64)
+        bounds = np.cumsum([0, *(len(history) for history in batch)])
+        codes, counts = pad_items(
+            [np.arange(low, high) for low, high in pairwise(bounds)], spelled.reshape(-1, config.levels)
+        )
+        state = model.encode(codes, counts)
+        (found,) = encode.run(["state"], {"codes": codes.numpy(), "lengths": counts.numpy()})
+        worst = max(worst, float(np.abs(found - state.numpy()).max()))
+        chosen = torch.from_numpy(rng.integers(0, sizes, size=(len(batch), len(sizes))))
+        tokens = chosen + torch.tensor([prompt.code_base(level) for level in range(config.levels)])
+        for level, session in enumerate(steps):
+            prefix = tokens[:, :level] if level else None
+            wanted = model.step(level, state, prefix)
+            inputs = {"state": state.numpy()} | ({"prefix": prefix.numpy()} if prefix is not None else {})
+            (log_probs,) = session.run(["log_probs"], inputs)
+            worst = max(worst, float(np.abs(log_probs - wanted.numpy()).max()))
+    # A NaN compares false: written so that it fails too.
+    if not worst < TOLERANCE:
+        raise SidstreamError(
+            f"the exported graphs differ from torch by {worst:.2g} (at most {TOLERANCE} is accepted); "
+            "the model was not registered; train it again, and report the versions of torch and onnxruntime"
+        )
+    return worst

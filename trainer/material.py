@@ -1,0 +1,108 @@
+"""What one cycle works with: the champion to go on from, the window, its sequences, and what is held out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from registry.bundle import Bundle
+from registry.codebook import Codebook
+from registry.prompt import Prompt
+from registry.store import CHAMPION, Registry
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from trainer.constrained import SidSet
+from trainer.data import Catalogue, Interactions, Split, catalogue, hold_out
+from trainer.generator import GeneratorForCausalLM
+from trainer.log import Log
+from trainer.settings import TrainerSettings
+from trainer.window import Window, read_window
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a cycle reads, read once."""
+
+    window: Window
+    codebook: Codebook
+    prompt: Prompt
+    parent: Bundle | None  # the champion that training goes on from; None: fresh weights
+    known: Catalogue
+    log: Interactions
+    split: Split
+    sids: SidSet
+
+
+@contextlib.contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Hold the home folder's lock. Raises SidstreamError when another cycle has it."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SidstreamError(
+                f"another cycle works in {home}: wait for it, "
+                "or set SIDSTREAM_TRAINER__HOME to another folder"
+            ) from error
+        yield
+
+
+def read_material(
+    settings: TrainerSettings,
+    kafka: KafkaSettings,
+    registry: Registry,
+    from_scratch: bool,
+    reading: Callable[[int], None] | None = None,
+) -> Material:
+    """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
+
+    Raises SidstreamError where no item has a SID, or nobody has touched one.
+    """
+    codebook = registry.codebook()
+    parent = registry.fetch(CHAMPION) if registry.alias(CHAMPION) is not None and not from_scratch else None
+    if parent is not None and parent.manifest.codebook != codebook.id:
+        # Its codes mean other items: nothing of the weights carries over.
+        parent = None
+    read = 0
+
+    def advance(count: int) -> None:
+        nonlocal read
+        read += count
+        if reading:
+            reading(read)
+
+    window = read_window(
+        kafka, Log.open(settings.home / "log"), parent.manifest.window if parent else None, advance
+    )
+    prompt = parent.prompt if parent else Prompt(codebook.sizes, settings.max_items)
+    sids = window.sids(codebook.id)
+    if not sids:
+        raise SidstreamError(
+            f"no item has a SID under codebook {codebook.id}: "
+            "publish a catalogue, then `sidstream codebook fit`"
+        )
+    known = catalogue(sids, window.titles(), prompt)
+    log = window.interactions(known)
+    if not len(log):
+        raise SidstreamError(
+            "there are no clicks or purchases of known items to learn from: "
+            "send some, for example with `sidstream replay online-retail`"
+        )
+    split = hold_out(log, settings, np.random.default_rng(settings.seed))
+    return Material(window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt))
+
+
+def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:
+    """Model and tokenizer of a bundle's model/ folder, on the CPU in float32."""
+    transformers_logging.disable_progress_bar()
+    model = GeneratorForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,111 @@
+"""Settings of the trainer: the generator's shape, SFT, preference alignment, windows and the schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+from pydantic import Field
+
+from streams.events import Scheme
+from streams.settings import Section
+
+
+class TaskWeights(Section):
+    """How much each task of SFT counts in the loss."""
+
+    next_sid: float = Field(1.0, ge=0, description="the next item's SID, at every position")
+    sid_to_title: float = Field(0.1, ge=0, description="an SID's title, word by word")
+    title_to_sid: float = Field(0.1, ge=0, description="a title's SID")
+
+
+class DpoSettings(Section):
+    """Direct preference optimisation (Rafailov et al. 2023), jointly with the next-token loss."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+    # On real feedback a preference term of .01 to .03 beside a next-token loss of 1 kept recall; .1 cost it.
+    weight: float = Field(0.03, ge=0, description="weight of the preference term")
+    sft_weight: float = Field(1.0, ge=0, description="weight of the chosen item's next-token loss")
+    lr: float = Field(1e-4, gt=0, description="learning rate; a tenth of SFT's or less")
+    epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
+    batch: int = Field(64, ge=1, description="pairs a step")
+    max_pairs: int = Field(20_000, ge=1, description="pairs of a cycle, the newest kept")
+    max_rejected: int = Field(2, ge=1, description="rejected SIDs of one pair that become rows")
+    min_pairs: int = Field(100, ge=1, description="fewer pairs than this: no DPO model in this cycle")
+    schemes: list[Scheme] = Field(
+        ["purchased_over_clicked", "purchased_over_shown", "clicked_over_shown"],
+        description="kinds of pairs that are used",
+    )
+    max_drop: float = Field(
+        1.0, gt=0, description="stop when the chosen SID's log-probability fell so many nats"
+    )
+    max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
+
+
+class LoraSettings(Section):
+    """Low-rank tuning of a Hugging Face causal LM (Hu et al. 2021)."""
+
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: int = Field(32, ge=1, description="scale of the update, over the rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of the update's inputs left out")
+    lr: float = Field(2e-4, gt=0, description="learning rate")
+    batch_tokens: int = Field(4096, ge=16, description="tokens a step")
+
+
+class ScheduleSettings(Section):
+    """When `sidstream trainer` runs a cycle."""
+
+    every_minutes: float = Field(60.0, gt=0, description="from one start to the next")
+    first_after_minutes: float = Field(
+        0.0, ge=0, description="from the start of the process to the first cycle"
+    )
+    misfire_minutes: float = Field(30.0, gt=0, description="a start missed by more than this is dropped")
+    min_events: int = Field(
+        1, ge=1, description="fewer new clicks and purchases than this: the cycle is skipped"
+    )
+
+
+def _home() -> Path:
+    return platformdirs.user_data_path("sidstream") / "trainer"
+
+
+class TrainerSettings(Section):
+    """How the generator is made and refreshed."""
+
+    home: Path = Field(default_factory=_home, description="folder of the interaction log and of checkpoints")
+    seed: int = Field(17, ge=0, description="of weights, order and dropout")
+    threads: int | None = Field(None, ge=1, description="threads of torch; empty: one a physical core")
+    width: int = Field(128, ge=8, description="size of a state; a multiple of twice the heads")
+    layers: int = Field(2, ge=1, le=24, description="layers of the backbone")
+    heads: int = Field(4, ge=1, description="attention heads of a layer")
+    ffn_factor: int = Field(2, ge=1, le=8, description="inner size of a feed-forward part over the width")
+    depth_factor: int = Field(1, ge=1, le=8, description="inner size of a level's depth head over the width")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of activations left out in training")
+    max_words: int = Field(512, ge=0, description="words of titles in the vocabulary, the most frequent ones")
+    title_words: int = Field(12, ge=1, description="words of a title that are learned")
+    max_items: int = Field(50, ge=1, le=1000, description="items of a prompt, the newest kept")
+    min_history: int = Field(2, ge=1, description="users with fewer interactions are left out")
+    lr: float = Field(4e-3, gt=0, description="peak learning rate of SFT")
+    refresh_lr: float = Field(
+        5e-4, gt=0, description="peak learning rate of SFT that goes on from a champion"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
+    epochs: int = Field(10, ge=1, description="passes over the sequences, at most")
+    max_seconds: float | None = Field(75.0, gt=0, description="time budget of SFT; empty: all epochs")
+    patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
+    batch_positions: int = Field(512, ge=8, description="items a step, padding included")
+    validation_users: int = Field(1000, ge=0, description="users whose last item is held out")
+    beam: int = Field(20, ge=1, description="beam of the offline check")
+    replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
+    weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))
+    dpo: DpoSettings = Field(default_factory=lambda: DpoSettings.model_validate({}))
+    schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings.model_validate({}))
+    min_validity: float = Field(
+        0.9, ge=0, le=1, description="share of unconstrained answers that are real SIDs"
+    )
+    max_fall: float = Field(
+        0.2, ge=0, lt=1, description="relative fall of HR@10 against the parent that fails"
+    )
+    beat_popularity: bool = Field(True, description="refuse a first model that ranks worse than popularity")
+    hf_model: str | None = Field(None, description="a Hugging Face causal LM (id or folder) to tune instead")
+    lora: LoraSettings = Field(default_factory=lambda: LoraSettings.model_validate({}))

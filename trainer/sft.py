@@ -1,0 +1,215 @@
+"""Supervised fine-tuning: the next SID at every position, titles both ways, in a time budget, resumable."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.checkpoint import Checkpoint, Place, restore, snapshot
+from trainer.constrained import SidSet, beam, greedy
+from trainer.data import Batch, Catalogue, Held, Rows, collate, pad_items
+from trainer.generator import IGNORE, GeneratorForCausalLM
+from trainer.settings import TrainerSettings
+
+# Rows of one forward in evaluation: 20 beams of 64 codes of 256 rows stay in cache.
+_EVAL_ROWS = 256
+_WARMUP = 0.05
+_CLIP = 1.0
+# Seconds between two lines of progress.
+_TELL_S = 2.0
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Ranking of held-out next items by the constrained beam, over all items."""
+
+    users: int
+    hr10: float
+    ndcg10: float
+    validity: float  # share of answers spelled without the constraint that are known SIDs
+
+
+@dataclass
+class SftResult:
+    """What a run did. `quality` is of the weights that were kept."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    loss: float
+    quality: Quality | None
+    stopped: str
+
+
+def device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_bf16(where: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 here (they keep float32 weights)."""
+    if where.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def ranks(found: Tensor, targets: Tensor) -> Tensor:
+    """Codes found (B, W, L), best first, and targets (B, L) -> rank from 0; W where it was not found."""
+    same = (found == targets[:, None]).all(-1)
+    return torch.where(same.any(1), same.int().argmax(1), found.shape[1])
+
+
+def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
+    """Hit rate and NDCG at k of one relevant item a row, from ranks that count from 0."""
+    if not len(rank):
+        return 0.0, 0.0
+    hit = rank < k
+    gain = torch.where(hit, 1.0 / torch.log2(rank + 2.0), 0.0)
+    return float(hit.float().mean()), float(gain.mean())
+
+
+def token_loss(model: GeneratorForCausalLM, batch: Batch) -> Tensor:
+    """Mean over the learned tokens of their cross-entropy (whole vocabulary), times their task's weight."""
+    vectors = model.model(batch.input_ids).last_hidden_state[:, :-1]
+    labels = batch.labels[:, 1:]
+    at = labels != IGNORE
+    logits = model.lm_head(vectors[at]).float()
+    losses = F.cross_entropy(logits, labels[at], reduction="none")
+    return (losses * batch.weights[:, None].expand_as(labels)[at]).mean()
+
+
+@torch.no_grad()
+def evaluate(
+    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings
+) -> Quality:
+    """HR@10, NDCG@10 and validity on held-out items."""
+    model.eval()
+    where = next(model.parameters()).device
+    found, valid = [], []
+    sid_rows = torch.tensor(known.sids, dtype=torch.long)
+    for low in range(0, len(held.targets), _EVAL_ROWS):
+        rows = slice(low, low + _EVAL_ROWS)
+        codes, lengths = pad_items(held.histories[rows], known.codes)
+        state = model.encode(codes.to(where), lengths.to(where))
+        best, scores = beam(model, state, sids, max(settings.beam, 10))
+        best = torch.where(torch.isfinite(scores)[..., None], best, -1).cpu()
+        found.append(ranks(best, sid_rows[held.targets[rows]]))
+        valid.append(greedy(model, state, sids).cpu())
+    hr, ndcg = hr_ndcg(torch.cat(found)) if found else (0.0, 0.0)
+    return Quality(len(held.targets), hr, ndcg, float(torch.cat(valid).float().mean()) if valid else 0.0)
+
+
+def _learning_rate(fraction: float) -> float:
+    """Share of the peak rate after `fraction` of the run: a short linear rise, then half a cosine to 0."""
+    if fraction < _WARMUP:
+        return max(fraction / _WARMUP, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - _WARMUP) / (1 - _WARMUP))))
+
+
+def train(
+    model: GeneratorForCausalLM,
+    rows: Rows,
+    sids: SidSet,
+    settings: TrainerSettings,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> SftResult:
+    """Train `model` in place and leave in it the weights that ranked the held-out items best.
+
+    With `folder` the run writes a checkpoint after each epoch and when `stop()` says so, and goes on from the
+    one it finds there; without a time budget the resumed run ends in the very weights of an unbroken one.
+    """
+    where = device()
+    model.to(where)
+    torch.manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
+    )
+    saved = Checkpoint(folder) if folder else None
+    place = saved.load(model, optimizer) if saved else None
+    place = place or Place()
+    best = saved.best if saved else None
+    mixed = fast_bf16(where)
+    began, before = time.monotonic(), place.seconds
+    running = math.nan if place.loss is None else place.loss
+    stopped, told = "all epochs done", before
+    quality: Quality | None = None
+
+    def validate() -> Quality | None:
+        nonlocal best
+        if not len(rows.split.held.targets):
+            return None
+        measured = evaluate(model, rows.split.held, rows.known, sids, settings)
+        if measured.ndcg10 > place.best_ndcg or best is None:
+            place.best_ndcg, place.stale = measured.ndcg10, 0
+            best = snapshot(model)
+        else:
+            place.stale += 1
+        return measured
+
+    while place.epoch < settings.epochs:
+        batches = rows.batches(place.epoch)
+        total = max(1, settings.epochs * len(batches))
+        cut = False
+        for rows_of_batch in batches[place.batch :]:
+            place.seconds = before + time.monotonic() - began
+            spent = place.seconds / settings.max_seconds if settings.max_seconds else 0.0
+            if spent >= 1:
+                stopped, cut = "time budget spent", True
+                break
+            if stop is not None and stop():
+                if saved:
+                    saved.save(model, optimizer, place, best)
+                done = place.epoch + place.batch / max(1, len(batches))
+                return SftResult(place.step, done, place.seconds, running, None, "interrupted")
+            model.train()
+            batch = Batch(*(part.to(where) for part in collate(rows_of_batch)))
+            with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
+                loss = token_loss(model, batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+            rate = settings.lr * _learning_rate(max(spent, place.step / total))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            value = float(loss.detach())
+            running = value if math.isnan(running) else 0.98 * running + 0.02 * value
+            place.loss = running
+            place.step += 1
+            place.batch += 1
+            if progress and place.seconds - told > _TELL_S:
+                told = place.seconds
+                progress(f"epoch {place.epoch + place.batch / len(batches):.2f}, loss {running:.3f}")
+        done = place.epoch + place.batch / max(1, len(batches))
+        if not cut:
+            place.epoch, place.batch = place.epoch + 1, 0
+        quality = validate()
+        place.seconds = before + time.monotonic() - began
+        if progress:
+            shown = f", HR@10 {quality.hr10:.3f}, NDCG@10 {quality.ndcg10:.3f}" if quality else ""
+            progress(f"epoch {done:.2f}, loss {running:.3f}{shown}, {place.seconds:.0f} s")
+        if saved and not cut:
+            saved.save(model, optimizer, place, best)
+        if cut:
+            break
+        if place.stale >= settings.patience:
+            stopped = f"no better NDCG@10 for {place.stale} validations"
+            break
+    if best is not None:
+        restore(model, best)
+        if place.stale or quality is None:
+            quality = evaluate(model, rows.split.held, rows.known, sids, settings)
+    model.eval()
+    done = place.epoch + place.batch / max(1, len(rows.batches(place.epoch))) if place.batch else place.epoch
+    return SftResult(place.step, done, place.seconds, running, quality, stopped)

@@ -1,0 +1,246 @@
+"""The trainer's window: topics read by offsets into the log, from its end to the ends at this moment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from registry.prompt import Sid
+from streams import events
+from streams.admin import incarnations, missing, spans, unreachable
+from streams.connect import client_options
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from trainer.data import Catalogue, Interactions, interactions
+from trainer.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
+
+TOPICS = ("clicks", "purchases", "preferences", "catalog", "sids")
+# Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
+_FILE_ROWS = 1_000_000
+_FETCH_BYTES = 8 * 1024 * 1024
+# Without a record for so long the broker counts as gone.
+_SILENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one cycle trains on: everything that was logged, and which part of it is new."""
+
+    log: Log
+    ranges: Ranges  # {topic: {partition: (from, to)}}, from where the parent's window ended
+    incarnations: dict[str, int]
+
+    def _read(self, topic: str) -> tuple[pa.Table, Any]:
+        since = {partition: begin for partition, (begin, _) in self.ranges[topic].items()}
+        return self.log.read(topic, since, self.incarnations[topic])
+
+    def count(self) -> int:
+        """Clicks and purchases that are new, repeats included."""
+        return sum(
+            end - begin for topic in ("clicks", "purchases") for begin, end in self.ranges[topic].values()
+        )
+
+    def interactions(self, known: Catalogue) -> Interactions:
+        """Users' sequences in event time over all that was logged; an event that repeats counts once."""
+        users: list[str] = []
+        items: list[str] = []
+        stamps: list[int] = []
+        fresh: list[bool] = []
+        # At one millisecond a purchase follows the click that led to it.
+        for topic in ("clicks", "purchases"):
+            table, new = self._read(topic)
+            seen: set[str] = set()
+            keep = []
+            for at, event_id in enumerate(table["event_id"].to_pylist()):
+                if event_id not in seen:
+                    seen.add(event_id)
+                    keep.append(at)
+            if len(keep) < table.num_rows:
+                table, new = table.take(pa.array(keep, pa.int64())), new[keep]
+            users += table["user_id"].to_pylist()
+            items += table["item_id"].to_pylist()
+            stamps += table["ts"].to_pylist()
+            fresh += new.tolist()
+        return interactions(users, stamps, items, known, fresh)
+
+    def bought(self) -> dict[str, int]:
+        """Purchases of each item over all that was logged."""
+        table, _ = self._read("purchases")
+        seen: set[str] = set()
+        counts: dict[str, int] = {}
+        for event_id, item in zip(table["event_id"].to_pylist(), table["item_id"].to_pylist(), strict=True):
+            if event_id not in seen:
+                seen.add(event_id)
+                counts[item] = counts.get(item, 0) + 1
+        return counts
+
+    def pairs(self) -> list[events.PreferencePair]:
+        """The new preference pairs, each once."""
+        table, new = self._read("preferences")
+        decoder = msgspec.json.Decoder(events.PreferencePair)
+        decoded = (decoder.decode(value) for value in table.filter(pa.array(new))["value"].to_pylist())
+        return list({pair.event_id: pair for pair in decoded}.values())
+
+    def titles(self) -> dict[str, str]:
+        """The newest title of each item."""
+        decoder = msgspec.json.Decoder(events.CatalogItem)
+        return {item: decoder.decode(value).title for item, value in self._newest("catalog").items()}
+
+    def sids(self, codebook: str) -> dict[str, Sid]:
+        """Each item's SID under a codebook; the first one counts, as everywhere."""
+        table, _ = self._read("sids")
+        decoder = msgspec.json.Decoder(events.SidAssignment)
+        found: dict[str, Sid] = {}
+        for value in table["value"].to_pylist():
+            assigned = decoder.decode(value) if value is not None else None
+            if assigned is not None and assigned.codebook == codebook:
+                found.setdefault(assigned.item_id, tuple(assigned.sid))
+        return found
+
+    def _newest(self, topic: str) -> dict[str, bytes]:
+        table, _ = self._read(topic)
+        newest: dict[str, bytes] = {}
+        for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
+            name = key.decode(errors="replace")
+            if value is None:
+                newest.pop(name, None)
+            else:
+                newest[name] = value
+        return newest
+
+
+class _Buffer:
+    """Records of one topic on their way into a file."""
+
+    def __init__(self, topic: str, incarnation: int, begin: Offsets) -> None:
+        self.topic, self.incarnation = topic, incarnation
+        self.kind = events.BY_TOPIC[topic]
+        self.columnar = topic in ("clicks", "purchases")
+        self.schema = INTERACTIONS if self.columnar else VALUES
+        self.begin, self.end = dict(begin), dict(begin)
+        self.columns: list[list[Any]] = [[] for _ in self.schema]
+        self.refused = 0
+
+    def add(self, partition: int, record: Any, now_ms: int) -> None:
+        self.end[partition] = record.offset + 1
+        try:
+            if self.columnar:
+                event: Any = events.decode(self.kind, record.value, now_ms)
+                kind = event.kind if self.topic == "clicks" else "purchase"
+                row = (partition, record.offset, event.event_id, event.user_id, event.item_id, event.ts, kind)
+            else:
+                # A record without a value removes its key: it is data, not a fault.
+                if record.value is not None:
+                    events.decode(self.kind, record.value, now_ms)
+                row = (partition, record.offset, record.key or b"", record.value)  # type: ignore[assignment]
+        except events.EventError:
+            # The agents put such a record into dead letters with its reason; here it is only counted.
+            self.refused += 1
+            return
+        for column, value in zip(self.columns, row, strict=True):
+            column.append(value)
+
+    def flush(self, log: Log) -> None:
+        window = {number: (self.begin[number], self.end[number]) for number in self.begin}
+        if all(begin == end for begin, end in window.values()):
+            return
+        arrays = [pa.array(column, kind.type) for column, kind in zip(self.columns, self.schema, strict=True)]
+        log.append(self.topic, self.incarnation, window, pa.table(arrays, schema=self.schema), self.refused)
+        self.begin = dict(self.end)
+        self.columns = [[] for _ in self.schema]
+        self.refused = 0
+
+
+async def _drain(
+    kafka: KafkaSettings, log: Log, buffers: dict[str, _Buffer], ends: dict[TopicPartition, int],
+    advance: Callable[[int], None] | None,
+) -> None:  # fmt: skip
+    consumer = AIOKafkaConsumer(
+        **client_options(kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest",
+        max_partition_fetch_bytes=_FETCH_BYTES,
+    )  # fmt: skip
+    try:
+        await consumer.start()
+    except KafkaError as error:
+        await consumer.stop()
+        raise unreachable(kafka, error) from error
+    try:
+        consumer.assign(list(ends))
+        for at in ends:
+            consumer.seek(at, buffers[at.topic].begin[at.partition])
+        left = set(ends)
+        heard = time.monotonic()
+        while left:
+            polled = await consumer.getmany(*left, timeout_ms=500)
+            now_ms = time.time_ns() // 1_000_000
+            for at, records in polled.items():
+                buffer = buffers[at.topic]
+                for record in records:
+                    if record.offset < ends[at]:
+                        buffer.add(at.partition, record, now_ms)
+                if advance:
+                    advance(len(records))
+                if len(buffer.columns[0]) >= _FILE_ROWS:
+                    buffer.flush(log)
+            for at in list(left):
+                # Compaction leaves gaps: the position tells how far a partition was read.
+                if await consumer.position(at) >= ends[at]:
+                    buffers[at.topic].end[at.partition] = ends[at]
+                    left.discard(at)
+            if polled:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE_S:
+                names = ", ".join(sorted({at.topic for at in left}))
+                raise SidstreamError(
+                    f"Kafka sent no record of {names} for {_SILENCE_S:.0f} seconds; see `sidstream doctor`"
+                )
+    except KafkaError as error:
+        raise unreachable(kafka, error) from error
+    finally:
+        await consumer.stop()
+    for buffer in buffers.values():
+        buffer.flush(log)
+
+
+def read_window(
+    kafka: KafkaSettings,
+    log: Log,
+    parent: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Window:
+    """Log what Kafka has beyond the log's end, up to the ends at this moment, and say what is new.
+
+    `parent` is the window of the model that training goes on from: what lies before its end is old. A topic
+    that was made again since then is new as a whole. `advance(n)` is called for every n records read. Raises
+    SidstreamError when the broker does not answer or a topic is missing.
+    """
+    now = spans(kafka)
+    lives = incarnations(kafka)
+    buffers: dict[str, _Buffer] = {}
+    ends: dict[TopicPartition, int] = {}
+    ranges: Ranges = {}
+    for topic in TOPICS:
+        if topic not in now:
+            raise missing(topic)
+        logged = log.ends(topic, lives[topic])
+        begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
+        buffers[topic] = _Buffer(topic, lives[topic], begin)
+        for number, span in now[topic].items():
+            if begin[number] < span.end:
+                ends[TopicPartition(topic, number)] = span.end
+        before = (parent or {}).get(topic, {})
+        ranges[topic] = {}
+        for number, span in now[topic].items():
+            old = before.get(number, (0, 0))[1]
+            ranges[topic][number] = (old if old <= span.end else 0, span.end)
+    if ends:
+        asyncio.run(_drain(kafka, log, buffers, ends, advance))
+    return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})
