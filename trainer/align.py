@@ -67,7 +67,9 @@ def preference_rows(
     count = 0
     for pair in reversed(used):
         trigger = tuple(pair.trigger) if pair.trigger is not None else None
-        shown = prompt_sids([tuple(sid) for sid in pair.history], trigger, prompt.max_items)
+        # Rows are as long as their prompts, and the last items say most: a short prompt is a fast stage.
+        length = min(settings.max_items, prompt.max_items)
+        shown = prompt_sids([tuple(sid) for sid in pair.history], trigger, length)
         rejected = [sid for sid in dict.fromkeys(map(tuple, pair.rejected)) if sid != tuple(pair.chosen)]
         try:
             ids = [BOS, *(token for sid in shown for token in prompt.tokens(sid))]

@@ -111,9 +111,9 @@ def demo(
             stage.detail = runner.until(
                 lambda: _answers_from(client, user, item, [champion]), 60, "the champion to answer"
             )
-        before = client.ask(_trigger(user, item), timeout=10)
-        clicked = before.items[1].item_id
-        after = _after_click(client, user, item, clicked, shopped["end_ts"] + 7_200_000)
+        before = client.ask(_trigger(user, None), timeout=10)
+        clicked = _elsewhere(titles, before)
+        after = _after_click(client, user, clicked, shopped["end_ts"] + 7_200_000)
     result = {
         "stages": [vars(stage) for stage in runner.stages],
         "seconds": round(sum(stage.seconds for stage in runner.stages), 1),
@@ -124,7 +124,7 @@ def demo(
     if as_json:
         emit(result, True, "")
         return
-    out.print(f"\nThree recommendations for user {user} on the page of {titles[item].title!r}:")
+    out.print(f"\nThree recommendations for user {user} on the start page:")
     _show(before, titles)
     out.print(f"\nand after one more click, on {titles[clicked].title!r}:")
     _show(after, titles)
@@ -187,7 +187,7 @@ def _shopped(result: dict[str, Any]) -> str:
     )
 
 
-def _trigger(user: str, item: str, k: int = 3) -> Any:
+def _trigger(user: str, item: str | None, k: int = 3) -> Any:
     import uuid
 
     from streams.events import Trigger
@@ -212,17 +212,23 @@ def _answers_in_trial(client: Client, user: str, item: str, trial: str) -> str |
     return f"trial {trial}" if answer.trial == trial else None
 
 
-def _after_click(client: Client, user: str, item: str, clicked: str, ts: int) -> Recommendation:
+def _elsewhere(titles: dict[str, CatalogItem], answer: Recommendation) -> str:
+    """The first item of the catalogue whose title shares no word with what is recommended now."""
+    said = {word for ranked in answer.items for word in titles[ranked.item_id].title.lower().split()}
+    return next(item for item in titles if not said & set(titles[item].title.lower().split()))
+
+
+def _after_click(client: Client, user: str, clicked: str, ts: int) -> Recommendation:
     """Publish one click and ask again. The agents need a moment: ask until the answer moves, 5 s at most."""
     import time
 
     from streams.events import Click
 
-    first = client.ask(_trigger(user, item), timeout=10)
+    first = client.ask(_trigger(user, None), timeout=10)
     client.publish(Click.new(user_id=user, item_id=clicked, ts=ts))
     deadline = time.monotonic() + 5
     while True:
-        answer = client.ask(_trigger(user, item), timeout=10)
+        answer = client.ask(_trigger(user, None), timeout=10)
         moved = [ranked.item_id for ranked in answer.items] != [ranked.item_id for ranked in first.items]
         if moved or time.monotonic() > deadline:
             return answer

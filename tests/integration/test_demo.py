@@ -1,7 +1,7 @@
 """The whole loop as a stranger runs it, made short: two months of the shop, a few hundred sessions.
 
-The machine is made bare: PATH holds no java, docker, redis-server, mvn or node, so that a green run shows that
-Python packages are all that the product needs. Caches are the user's own (the Kafka jars are fetched once).
+The machine is made bare: PATH holds no java, docker, redis-server, mvn or node, so that a green run shows
+that Python packages are all that the product needs. Caches are the user's own (the Kafka jars come once).
 """
 
 from __future__ import annotations
