@@ -18,18 +18,16 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import redis
 
 from streams import history, keys
 from streams.admin import create_topics, end_offsets, incarnations
-from streams.history import Change, pack_entry
 from streams.replay import OnlineRetail
 from streams.replay.engine import replay
-from streams.settings import HistorySettings
 from tests.agents_worker import worker, write_codebook
-from tests.support import free_port, kafka_settings, local_kafka, local_redis, wait_until
+from tests.pure_histories import pure_histories
+from tests.support import PARTITIONS, free_port, kafka_settings, local_kafka, local_redis, wait_until
 
 _APPLIED = re.compile(r'^sidstream_events_total{outcome="in_history",topic="purchases"} (\S+)', re.M)
 
@@ -50,29 +48,6 @@ def metric(port: int, pattern: re.Pattern[str]) -> float:
 def applied(port: int) -> int:
     """Purchases in histories, as the worker counts them."""
     return int(metric(port, _APPLIED))
-
-
-def expected(store: Any, kafka: Any, codebook: str, shop: OnlineRetail) -> dict[str, bytes]:
-    """Histories by the pure function, from the file and the SIDs that the agents gave."""
-    sids = {item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook)).items()}
-    log: dict[str, list[Change]] = {}
-    for event in shop.events():
-        entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
-        log.setdefault(event.user_id, []).append(Change("purchases", 0, entry))
-    lives = {source: incarnations(kafka)[source] for source in history.SOURCES}
-    made = {}
-    for user, changes in log.items():
-        value, _, _ = history.apply(
-            None, changes, codebook=codebook, levels=3, incarnations=lives, bounds=HistorySettings()
-        )  # fmt: skip
-        assert value is not None
-        made[user] = value
-    return made
-
-
-def without_offsets(value: bytes) -> bytes:
-    """A history without the two next offsets, which the file does not know."""
-    return value[:10] + value[16:20] + value[26:]
 
 
 def main() -> None:
@@ -101,11 +76,12 @@ def main() -> None:
                     seconds, cpu = time.perf_counter() - start, metric(port, _CPU) - cpu
                 users = [name.decode() for name in store.scan_iter(match="h:{*}", count=1000)]
                 used = sum(store.memory_usage(name, samples=0) for name in users)
-                wanted = expected(store, kafka, codebook.id, shop)
-                equal = len(users) == len(wanted) and all(
-                    without_offsets(store.get(keys.history(user)) or b"") == without_offsets(value)
-                    for user, value in wanted.items()
-                )
+                sids = {
+                    item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook.id)).items()
+                }
+                lives = {source: incarnations(kafka)[source] for source in history.SOURCES}
+                wanted = pure_histories(shop, sids, codebook.id, len(codebook.sizes), lives, PARTITIONS)
+                equal = {user: store.get(keys.history(user)) for user in users} == wanted
                 result = {
                     "events": total, "users": len(users), "seconds": round(seconds, 2),
                     "events_per_s": round((total - first) / seconds),

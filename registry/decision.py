@@ -42,10 +42,10 @@ def judge(
     label = "" if mode == "test" else f" (mode {mode})"
     said = {
         "promote": f"promote {candidate}{label}",
-        "reject": f"reject: the champion stays{label}",
-        "inconclusive": f"inconclusive: the champion stays{label}",
+        "reject": f"reject {candidate}{label}",
+        "inconclusive": f"inconclusive on {candidate}{label}, the champion stays",
     }[last.verdict]
-    return comparisons, last.verdict, winner, f"{said}; {last.sentence}"
+    return comparisons, last.verdict, winner, f"{said}: {last.sentence.partition('; ')[2]}"
 
 
 def decide(

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import faust
+import platformdirs
 
 from serving.bundles import Bundles, Source
 from serving.catalogue import Catalogue
@@ -170,6 +171,8 @@ class ServingAgent:
             broker_session_timeout=self._settings.session_timeout_s,
             # A third of the session: two heartbeats may be lost before a live worker counts as dead.
             broker_heartbeat_interval=self._settings.session_timeout_s / 3,
+            # Faust makes this folder at each start; nothing is written there without tables.
+            datadir=platformdirs.user_cache_path("sidstream") / "faust",
         )  # fmt: skip
         topic = app.topic(
             Trigger.topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw"

@@ -104,7 +104,7 @@ def demo(
 
         with runner.stage("gate") as stage:
             decision = runner.command("gate", "--conclude", "--end")
-            stage.detail = f"{decision['verdict']}: {decision['sentence']}"
+            stage.detail = decision["sentence"]
 
         with runner.stage("next answer") as stage:
             champion = decision["arms"][decision["winner"]]["bundle"]

@@ -233,7 +233,7 @@ def _told(record: dict[str, Any], conclude: bool, concluded: bool) -> str:
         margin = f"above {1 - record['settings']['margin']:.0%} of the control's"
         lines.extend(_figures("CVR", "higher", comparison["cvr"]))
         lines.extend(_figures("CTR", margin, comparison["ctr"]))
-    lines.append(f"verdict: {record['sentence'].partition(';')[0]}")
+    lines.append(f"verdict: {record['sentence'].partition(': ')[0]}")
     if concluded:
         lines.append("concluded: the rollout is published")
     elif conclude:
