@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from streams.errors import SidstreamError
 from streams.events import CatalogItem
 
 
@@ -44,8 +47,13 @@ class WordLlamaEmbedder:
 
     @cached_property
     def _model(self) -> Any:
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
         from wordllama import WordLlama
 
+        # Its import turns the whole process's logging on.
+        root.handlers[:] = handlers
+        root.setLevel(level)
         # With the wheel as cache folder the tokenizer is found there; without it a download is tried.
         return WordLlama.load(cache_dir=_wheel(), dim=self.dim, disable_download=True)
 
@@ -61,9 +69,10 @@ class WordLlamaEmbedder:
 
 
 def _wheel() -> Path:
-    import wordllama
-
-    return Path(wordllama.__file__).parent
+    spec = importlib.util.find_spec("wordllama")
+    if spec is None or spec.origin is None:
+        raise SidstreamError("wordllama is not installed: pip install sidstream")
+    return Path(spec.origin).parent
 
 
 def item_text(item: CatalogItem) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from registry.settings import RolloutSettings
 from registry.store import CHAMPION, SFT, Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from trainer.align import DpoResult, align, preference_rows
 from trainer.data import Rows, popular
 from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM, new_generator
@@ -32,6 +31,9 @@ from trainer.material import Material, load_model, only_one, read_material
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, SftResult, evaluate, hr_ndcg, train
 from trainer.tokenizer import build_tokenizer
+
+if TYPE_CHECKING:
+    from trainer.align import DpoResult
 
 # progress(stage, text, last): `last` marks the one line that stays of a stage.
 Progress = Callable[[str, str, bool], None]
@@ -252,6 +254,9 @@ def _dpo(
     tokenizer: PreTrainedTokenizerFast, run: Path, result: CycleResult, stages: _Stages,
     stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
+    # Here: TRL takes seconds to import, and a first cycle has nothing to align.
+    from trainer.align import align, preference_rows
+
     rows, result.pairs = preference_rows(
         material.window.pairs(), material.codebook.id, material.prompt, settings.dpo
     )

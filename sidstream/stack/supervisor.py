@@ -68,6 +68,7 @@ class Supervisor:
             self._start_infrastructure()
             if not self.state.infra:
                 self._start_services()
+            self._wait()
             self.state.phase = "up"
             self._save()
             log.info("the stack is up")
@@ -107,7 +108,8 @@ class Supervisor:
             self._given("kafka", self.kafka.bootstrap)
         else:
             self._start_kafka()
-        self._wait()
+        # MLflow may go on starting: topics need Kafka, and the services wait for a model anyway.
+        self._wait(but="mlflow")
         if self.state.kafka:
             update: dict[str, object] = {"bootstrap": self.state.kafka}
             if self.stack.brokers == 3 and "replication" not in self.kafka.model_fields_set:
@@ -179,7 +181,6 @@ class Supervisor:
         self._add_service("gateway", gateway.host, port, "/health/live")
         if self.state.trainer:
             self._add_service("trainer", None, None, "")
-        self._wait()
 
     def _environment(self) -> dict[str, str]:
         """What a service is told besides the settings it reads itself."""
@@ -231,9 +232,9 @@ class Supervisor:
         self.state.ports[name] = [port]
         return port
 
-    def _wait(self) -> None:
-        """Until every process started so far answers. SidstreamError when one dies or takes too long."""
-        while not all(unit.shown.state == "up" for unit in self.units):
+    def _wait(self, but: str | None = None) -> None:
+        """Until every process started so far answers, `but` one. SidstreamError: one died or is too slow."""
+        while not all(unit.shown.state == "up" for unit in self.units if unit.name != but):
             self._look(first=True)
             time.sleep(_POLL_STARTING_S)
 

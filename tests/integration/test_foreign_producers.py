@@ -8,21 +8,47 @@ from pathlib import Path
 
 import pytest
 
-from streams.admin import create_topics, end_offsets
-from streams.events import BY_TOPIC, Recommendation, decode
+from streams.admin import end_offsets
+from streams.bulk import publish_all
+from streams.events import (
+    BY_TOPIC,
+    Arm,
+    CatalogItem,
+    Event,
+    Recommendation,
+    Rollout,
+    SidAssignment,
+    decode,
+)
 from streams.records import partition_of
 from streams.settings import KafkaSettings
 from tests import foreign_producers as foreign
-from tests.responder import Responder, read_new
+from tests.conftest import FreshStack
+from tests.responder import read_new
+from tests.serving_support import Versions, running
+from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = pytest.mark.integration
 
 
+ITEMS = ("85123A", "22423", "84879", "20725", "47566")
+
+
 @pytest.fixture
-def answering(kafka: KafkaSettings) -> Iterator[KafkaSettings]:
-    """A broker with the topics and something that answers triggers."""
-    create_topics(kafka)
-    with Responder(kafka):
+def answering(fresh_stack: FreshStack, tmp_path: Path) -> Iterator[KafkaSettings]:
+    """A broker, and a serving agent with a model and five items in service."""
+    kafka, url = fresh_stack()
+    sizes = (4, 4, 4)
+    bundle = write_tiny_bundle(tmp_path / "bundle", sizes, popular=ITEMS)
+    facts: list[Event] = [CatalogItem.new(item_id=item, title=f"Item {item}") for item in ITEMS]
+    facts += [
+        SidAssignment.new(item_id=item, sid=[n % 4, n // 4, 0], codebook=tiny_codebook(sizes).id)
+        for n, item in enumerate(ITEMS)
+    ]
+    arm = Arm(name="champion", bundle=bundle.id, weight=1.0, version="1")
+    publish_all(kafka, [*facts, Rollout.new(name="sidstream", action="start", trial="t", arms=[arm])])
+    with running(kafka, url, Versions(**{"1": bundle})) as agent:
+        agent.wait_ready()
         yield kafka
 
 
@@ -36,9 +62,12 @@ def arrived(kafka: KafkaSettings, topic: str, since: dict[int, int], event_id: s
 
 
 def answered(kafka: KafkaSettings, since: dict[int, int], request_id: str) -> None:
-    """The reply topic has the answer to the request."""
+    """The reply topic has the answer to the request, with items."""
     (record,) = read_new(kafka, "recommendations", 1, since)
-    assert decode(Recommendation, record.value).request_id == request_id
+    answer = decode(Recommendation, record.value)
+    assert answer.request_id == request_id
+    assert len(answer.items) == 3
+    assert {ranked.item_id for ranked in answer.items} <= set(ITEMS)
 
 
 @pytest.mark.skipif(shutil.which("kcat") is None, reason="kcat is not on PATH (apt install kcat)")
@@ -67,6 +96,8 @@ def test_the_kafkajs_script_prints_the_answer_to_its_trigger(
     answer = foreign.run_kafkajs(answering.bootstrap or "", tmp_path)
     arrived(answering, "triggers", before, answer["request_id"])
     assert (answer["user_id"], answer["trigger_item_id"]) == ("17850", "85123A")
+    assert {ranked["item_id"] for ranked in answer["items"]} <= set(ITEMS)
+    assert answer["items"]
 
 
 def test_the_python_lines_print_delivery_and_answer(answering: KafkaSettings) -> None:

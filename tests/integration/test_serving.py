@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import itertools
 import json
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import redis
 from kafka import KafkaConsumer, TopicPartition
 
-from serving.agent import ServingAgent
-from serving.settings import ServingSettings
 from streams import history, keys
 from streams.admin import admin, end_offsets
 from streams.client import Client
 from streams.connect import client_options
-from streams.errors import SidstreamError
 from streams.events import Arm, CatalogItem, Click, DeadLetter, Rollout, SidAssignment, Trigger, decode
-from streams.settings import HistorySettings, KafkaSettings, RedisSettings
+from streams.settings import HistorySettings, KafkaSettings
+from tests.serving_support import PATIENCE_S, Versions, running
 from tests.support import free_port, local_redis, wait_until
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
@@ -32,76 +27,6 @@ pytestmark = pytest.mark.integration
 
 SIZES = (4, 4, 4)
 SIDS = list(itertools.product(range(4), repeat=3))
-# Below the timeout of a test, above what a busy machine needs for a first answer.
-PATIENCE_S = 60
-
-
-class Versions:
-    """Bundles by version, as the registry would fetch them."""
-
-    def __init__(self, **bundles):
-        self.bundles = bundles
-
-    def fetch(self, version):
-        if version not in self.bundles:
-            raise SidstreamError(f"version {version} is away")
-        return self.bundles[version]
-
-
-class Running:
-    """An agent in a thread of its own, with its own event loop."""
-
-    def __init__(self, kafka: KafkaSettings, redis_url: str, source, **settings) -> None:
-        self.failure: BaseException | None = None
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        made: dict = {"metrics_port": 0, "index_delay_s": 0.05, "retry_max_s": 1, **settings}
-        self._made = threading.Event()
-        redis_settings = RedisSettings.model_validate({"url": redis_url})
-
-        async def main() -> None:
-            self.agent = ServingAgent(
-                kafka, redis_settings, ServingSettings(**made), source, "sidstream"
-            )  # fmt: skip
-            self._made.set()
-            await self.agent.run(self._stop)
-
-        def run() -> None:
-            try:
-                self._loop.run_until_complete(main())
-            except BaseException as error:
-                self.failure = error
-
-        self.thread = threading.Thread(target=run, name="agent")
-        self.thread.start()
-        assert self._made.wait(PATIENCE_S)
-
-    def wait_ready(self) -> None:
-        wait_until(lambda: self.agent.waiting_for is None or self.failure, PATIENCE_S, "the agent")
-        assert self.failure is None
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.agent.health_port}{path}", timeout=10) as answer:
-            return answer.read().decode()
-
-    def metric(self, sample: str) -> float:
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(sample + " ")]
-        return float(lines[0].rpartition(" ")[2]) if lines else 0.0
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self.thread.join(PATIENCE_S)
-        assert not self.thread.is_alive()
-        assert self.failure is None
-
-
-@contextmanager
-def running(kafka, redis_url, source, **settings) -> Iterator[Running]:
-    agent = Running(kafka, redis_url, source, **settings)
-    try:
-        yield agent
-    finally:
-        agent.stop()
 
 
 def item(row: int) -> str:

@@ -1,4 +1,6 @@
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -42,3 +44,14 @@ def test_the_text_of_an_item_is_lower_case_and_repeats_nothing():
     item = CatalogItem.new(item_id="1", title="  RED  Metal\tLantern ", category="Lanterns", brand="red")
     assert item_text(item) == "red metal lantern lanterns"
     assert item_text(CatalogItem.new(item_id="1", title="Lamp", brand="IKEA")) == "lamp ikea"
+
+
+def test_it_does_not_turn_on_the_logging_of_other_libraries():
+    code = (
+        "import logging; from registry.embedder import WordLlamaEmbedder; e = WordLlamaEmbedder(); e.id; "
+        "e.embed(['a lantern']); root = logging.getLogger(); assert not root.handlers; "
+        "assert root.level == logging.WARNING"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
