@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -76,6 +77,8 @@ def read() -> Settings:
     """The settings as given. Raises SidstreamError that names the field, the value and the problem."""
     try:
         return Settings()
+    except tomllib.TOMLDecodeError as error:
+        raise SidstreamError(f"{_file()} is not TOML: {error}; see sidstream.example.toml") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 
 class Section(BaseModel):
@@ -38,6 +38,13 @@ class RedisSettings(Section):
     """Where Redis is."""
 
     url: SecretStr | None = Field(None, description="redis://host:port/0; empty: the local stack's server")
+
+    @field_validator("url")
+    @classmethod
+    def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("a Redis address starts with redis://, rediss:// (TLS) or unix://")
+        return url
 
 
 class HistorySettings(Section):
