@@ -30,7 +30,7 @@ class DpoSettings(Section):
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     max_pairs: int = Field(20_000, ge=1, description="pairs of a cycle, the newest kept")
-    max_rejected: int = Field(2, ge=1, description="rejected SIDs of one pair that become rows")
+    max_rejected: int = Field(1, ge=1, description="rejected SIDs of one pair that become rows")
     max_items: int = Field(20, ge=1, description="items of a pair's prompt, the newest kept")
     min_pairs: int = Field(100, ge=1, description="fewer pairs than this: no DPO model in this cycle")
     schemes: list[Scheme] = Field(
