@@ -98,6 +98,8 @@ class UserEvents(Hooks):
 
     async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Resume event time and parked records of the partitions."""
+        # A topic that was given more partitions shows here first.
+        await self.rewound()
         numbers = sorted({p.partition for p in partitions})
         for number in numbers:
             await self._forget_other_lives(number)

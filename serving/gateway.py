@@ -189,7 +189,7 @@ async def _body(request: Request) -> dict[str, Any]:
             )
     try:
         body = msgspec.json.decode(bytes(read))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EventError("malformed_json", f"the body is not JSON ({error}); send one JSON object") from error
     if not isinstance(body, dict):
         raise EventError("invalid_field", 'the body is not a JSON object; send {"user_id": ...}')

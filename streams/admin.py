@@ -131,14 +131,17 @@ def names(kafka: KafkaSettings) -> set[str]:
 
 
 def incarnations(kafka: KafkaSettings) -> dict[str, int]:
-    """For every topic of the product that stands, a u32 that changes when it is deleted and made again.
+    """For every topic of the product that stands, a u32 that changes when it is made again or cut anew.
 
-    CRC-32 of the topic's UUID (KIP-516). Offsets of two incarnations do not compare.
+    CRC-32 of the topic's UUID (KIP-516) and its number of partitions: with another number a key's records
+    continue in another partition. Offsets of two incarnations do not compare.
     """
     ours = {topic.name for topic in topics(kafka)}
     with admin(kafka) as client:
         return {
-            name: zlib.crc32(UUID(str(described["topic_id"])).bytes)
+            name: zlib.crc32(
+                UUID(str(described["topic_id"])).bytes + len(described["partitions"]).to_bytes(4, "big")
+            )
             for name, described in _described(client).items()
             if name in ours
         }

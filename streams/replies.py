@@ -145,7 +145,7 @@ class Replies:
     def _take(self, value: bytes | None) -> None:
         try:
             request_id = self._head.decode(value or b"").request_id
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return  # not an answer that could name one of our requests
         with self._lock:
             waiting = self._waiting.pop(request_id, None)

@@ -82,7 +82,7 @@ class JsonLines:
             return self._topic, line
         try:
             parsed = msgspec.json.decode(line, type=_Line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SidstreamError(
                 f'{self._path} line {number} is not {{"topic": ..., "value": {{...}}}}: {error}; correct it, '
                 "or name the lines' topic with --topic"
@@ -98,7 +98,7 @@ class JsonLines:
 def _key(topic: str, value: bytes) -> bytes:
     try:
         parsed = msgspec.json.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return b""
     found = parsed.get(BY_TOPIC[topic].key_field) if isinstance(parsed, dict) else None
     return str(found).encode() if found is not None else b""

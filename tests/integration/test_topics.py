@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 from kafka import KafkaConsumer
+from kafka.admin import NewPartitions
 
-from streams.admin import create_topics, delete_topics, end_offsets, incarnations, lag, names, spans
+from streams.admin import admin, create_topics, delete_topics, end_offsets, incarnations, lag, names, spans
 from streams.connect import client_options
 from streams.errors import SidstreamError
 from streams.events import BY_TOPIC, Click
 from streams.settings import KafkaSettings
 from streams.topics import topics
 from tests.conftest import FreshStack
+from tests.support import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -63,6 +65,17 @@ def test_a_topic_that_is_made_again_has_another_incarnation(kafka: KafkaSettings
     delete_topics(kafka)
     create_topics(kafka)
     assert all(after != first[name] for name, after in incarnations(kafka).items())
+
+
+def test_a_topic_that_is_given_more_partitions_has_another_incarnation(fresh_stack: FreshStack) -> None:
+    kafka, _ = fresh_stack()
+    first = incarnations(kafka)
+    with admin(kafka) as client:
+        client.create_partitions({"clicks": NewPartitions(2 * kafka.partitions)})
+    wait_until(lambda: incarnations(kafka)["clicks"] != first["clicks"], 20, "another incarnation")
+    after = incarnations(kafka)
+    assert {name for name in first if first[name] != after[name]} == {"clicks"}
+    delete_topics(kafka)
 
 
 def test_lag_counts_what_a_group_has_not_committed(fresh_stack: FreshStack) -> None:

@@ -73,6 +73,7 @@ def test_a_request_needs_no_more_than_a_user_and_its_answer_is_the_agents():
         (b"{user_id", "not JSON"),
         (b'"u"', "not a JSON object"),
         (b"\xff", "not JSON"),
+        (b'{"user_id": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "not JSON"),
         (b'{"user_id": "' + b"u" * 300_000 + b'"}', "larger than"),
     ],
 )

@@ -75,7 +75,8 @@ def test_answers_to_others_and_bytes_that_are_no_answer_change_nothing(
     replies: Replies, script: Script
 ) -> None:
     future = replies.expect("mine", 30)
-    script.give(answer("theirs"), b"", b"\xff\xfe", b"{", b"[]", b'{"request_id": 7}', answer("mine"))
+    deep = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    script.give(answer("theirs"), b"", b"\xff\xfe", b"{", b"[]", b'{"request_id": 7}', deep, answer("mine"))
     assert future.result(10).request_id == "mine"
 
 
