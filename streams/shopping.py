@@ -1,8 +1,8 @@
 """The shopping loop: simulated shoppers open pages, look at the answers, click and buy.
 
 One session is a trigger, the recommendation that answers it, an impression of all its items, a click on some
-of them and a purchase of some of the clicked. Decisions are drawn from (seed, user, session), so that they do
-not depend on timing; what is shown depends on the model in service.
+of them and a purchase of some of the clicked. Decisions are drawn from (seed, time of the session, first item
+shown), so that they do not depend on the wall clock; what is shown depends on the model in service.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
         "SIDSTREAM_REGISTRY__CACHE": str(tmp_path / "cache"),
         # Seconds of training make a poor model: the demo is shown here, not its quality.
         "SIDSTREAM_TRAINER__MIN_VALIDITY": "0",
-        "SIDSTREAM_TRAINER__MAX_FALL": "1",
+        "SIDSTREAM_TRAINER__MAX_FALL": "0.99",
         "SIDSTREAM_TRAINER__BEAT_POPULARITY": "false",
         "SIDSTREAM_TRAINER__DPO__MIN_PAIRS": "1",
     }
