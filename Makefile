@@ -34,19 +34,29 @@ down: install
 install: $(STAMP)
 
 # The lock's hashes are those of the default build of torch; the CPU build has its own index, so there the
-# lock serves as constraints.
+# lock serves as constraints. Where that index cannot be reached, the default build serves as well.
 $(STAMP): requirements.lock pyproject.toml
 	@echo "installing into $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] < (3, 14) or sys.exit( \
 	    "sidstream needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x "$(UV)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@set -e; if [ "$(TORCH)" = cpu ]; then \
+	@set -e; \
+	cpu() { \
 	    sed -e '/--hash=/d' -e 's/ \\$$//' requirements.lock > $(VENV)/constraints.txt; \
 	    $(UV) pip install --quiet --python $(BIN)/python --torch-backend cpu \
 	        --constraint $(VENV)/constraints.txt --editable '.[train,local,dev]'; \
-	else \
+	}; \
+	locked() { \
 	    $(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock; \
 	    $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .; \
+	}; \
+	if [ "$(TORCH)" = cpu ]; then \
+	    cpu 2> $(VENV)/torch-cpu.log || { \
+	        echo "torch's CPU build could not be had ($(VENV)/torch-cpu.log says why): the default build instead"; \
+	        locked; \
+	    }; \
+	else \
+	    locked; \
 	fi
 	@rm -f $(VENV)/.installed-*; touch $@
