@@ -42,11 +42,11 @@ from trainer.material import load_model
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("defaults", {}),
+    ("one and a half times the rate", {"lr": 3e-4}),
     ("two rejected a pair", {"max_rejected": 2}),
-    ("two rejected, two thirds of the rate", {"max_rejected": 2, "lr": 2e-4}),
     ("ten times the next-token loss", {"sft_weight": 1.0}),
     ("a small term beside SFT", {"weight": 0.03, "sft_weight": 1.0, "lr": 1e-4}),
-    ("three times the rate", {"lr": 1e-3}),
+    ("five times the rate", {"lr": 1e-3}),
     ("beta .3", {"beta": 0.3}),
     ("also clicks", {"schemes": ["purchased_over_clicked", "purchased_over_shown", "clicked_over_shown"]}),
 )
