@@ -23,15 +23,14 @@ from prometheus_client import start_http_server
 from agents.catalogue import Catalogue, Codebooks
 from agents.clock import PartitionClock
 from agents.histories import Histories
-from agents.outcomes import Outcomes
+from agents.outcomes import OutcomeRules, Outcomes, tell_rules
 from agents.parking import Parking
 from agents.preferences import Preferences
 from agents.settings import AgentsSettings
 from agents.sids import Sids
-from agents.windows import Rules
 from registry.embedder import Embedder, WordLlamaEmbedder
 from streams import keys, redisdb
-from streams.admin import incarnations, missing
+from streams.admin import end_offsets, incarnations, missing
 from streams.batches import BatchLoop, BatchOptions, Hooks, Incoming
 from streams.connect import bootstrap, client_options
 from streams.dead_letters import Refusal
@@ -42,8 +41,9 @@ from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 log = logging.getLogger(__name__)
 
 USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
-# The topics whose events carry event time forward; an answer only repeats the time of its trigger.
-CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
+# The topics whose events carry event time forward. Answers too: a worker that catches up would else close the
+# windows of answers that it has yet to read.
+CLOCK_TOPICS: Final = tuple(kind.topic for kind in USER_EVENTS)
 # Loggers of libraries whose lower levels are noise, or slow.
 _QUIET: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
 
@@ -57,7 +57,10 @@ class UserEvents(Hooks):
         self, kafka: KafkaSettings, store: Any, sids: Sids, settings: AgentsSettings,
         history: HistorySettings, producer: AIOKafkaProducer,
     ) -> None:  # fmt: skip
-        rules = Rules(settings.attribution_window_s * 1000, settings.allowed_lateness_s * 1000)
+        rules = OutcomeRules(
+            settings.attribution_window_s * 1000, settings.allowed_lateness_s * 1000, settings.cohort_s * 1000
+        )
+        self._rules = rules
         self._kafka = kafka
         self._store = store
         self._idle_s = settings.idle_s
@@ -98,8 +101,10 @@ class UserEvents(Hooks):
 
     async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Resume event time and parked records of the partitions."""
-        # A topic that was given more partitions shows here first.
+        # A topic that was given more partitions shows here first, and a worker with other settings.
         await self.rewound()
+        counted = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
+        await tell_rules(self._store, self._rules, len(counted))
         numbers = sorted({p.partition for p in partitions})
         for number in numbers:
             await self._forget_other_lives(number)

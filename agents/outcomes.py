@@ -1,4 +1,4 @@
-"""Impressions, clicks and purchases joined to the recommendation that led to them, summed by trial and user.
+"""Impressions, clicks and purchases joined to the answer that led to them, summed by trial, user and cohort.
 
 Only items of the recommendation count: an impression is a recommended item that was shown, a click a distinct
 recommended item that was clicked, an order one that was bought; each at most once a request, clicks and
@@ -6,13 +6,19 @@ orders within the attribution window from the first impression (from the answer,
 answer without a trial (no model in service, or a fallback outside the rollout) is nobody's evidence and is
 not kept.
 
+The window's first moment also says which cohort a request belongs to, with all that followed from it: a
+purchase counts for the hour of its impression, not for its own. Cohorts of one age can be compared.
+
 What a request counts is a function of what is known of it; the sums move by the difference to what it counted
-before, in the same script as the state. So order does not matter, and an event seen again changes nothing.
+before, in the same script as the state: where an earlier impression comes late, all of the request's numbers
+move to the earlier cohort. So order does not matter, and an event seen again changes nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -21,17 +27,30 @@ import redis.asyncio
 from agents.clock import PartitionClock
 from agents.states import States, Sum
 from agents.windows import Fences, Rules, Step, Windowed, fenced
+from streams import keys
 from streams.batches import EVENTS, Incoming
 from streams.errors import SidstreamError
 from streams.events import Click, Event, Impression, Purchase, Recommendation
 
-VERSION: Final = 1
+log = logging.getLogger(__name__)
+
+VERSION: Final = 2
 # Answers that nobody ever looked at have no event time to be forgotten by: a user keeps so many requests.
 MAX_REQUESTS: Final = 256
 
 
+@dataclass(frozen=True, slots=True)
+class OutcomeRules(Rules):
+    """The windows, and the length (ms) of a cohort."""
+
+    cohort_ms: int
+
+
 class Request(msgspec.Struct, array_like=True):
-    """One request. `trial` None: its answer has not come. clicks, bought: item -> first ts."""
+    """One request. `trial` None: its answer has not come. clicks, bought: item -> first ts.
+
+    `counted`: the last result of `counts` that the sums hold.
+    """
 
     answered: int | None = None
     trial: str | None = None
@@ -42,7 +61,7 @@ class Request(msgspec.Struct, array_like=True):
     shown: list[str] = []
     clicks: dict[str, int] = {}
     bought: dict[str, int] = {}
-    counted: tuple[int, int, int] = (0, 0, 0)
+    counted: tuple[int, int, int, int] = (0, 0, 0, 0)
     last: int = 0
 
     def newest(self) -> int:
@@ -50,20 +69,22 @@ class Request(msgspec.Struct, array_like=True):
         return self.last or self.answered or 0
 
     def anchor(self) -> int:
-        """The time (ms) from which the window is counted."""
+        """The time (ms) from which the window is counted, and whose cohort this request belongs to."""
         if self.shown_at is not None:
             return self.shown_at
         if self.answered is not None:
             return self.answered
         return min((*self.clicks.values(), *self.bought.values()), default=0)
 
-    def counts(self, window_ms: int) -> tuple[int, int, int]:
-        """(impressions, clicks, orders) of what is known."""
+    def counts(self, rules: OutcomeRules) -> tuple[int, int, int, int]:
+        """(cohort, impressions, clicks, orders) of what is known; all 0 while the answer has not come."""
         if self.trial is None:
-            return 0, 0, 0
-        last = self.anchor() + window_ms
+            return 0, 0, 0, 0
+        first = self.anchor()
+        last = first + rules.window_ms
         items = set(self.items)
         return (
+            first // rules.cohort_ms,
             len(items.intersection(self.shown)),
             sum(item in items and ts <= last for item, ts in self.clicks.items()),
             sum(item in items and ts <= last for item, ts in self.bought.items()),
@@ -105,17 +126,19 @@ def add(state: Open, event: Event, rules: Rules, matured: int | None) -> bool:
     return True
 
 
-def recount(state: Open, rules: Rules) -> list[Sum]:
-    """What the sums must move by since the last call."""
-    moved: dict[tuple[str, str, str], list[int]] = {}
+def recount(state: Open, rules: OutcomeRules) -> list[Sum]:
+    """What the sums must move by since the last call: out of the old cohorts, into the new ones."""
+    moved: dict[tuple[str, str, str, int], list[int]] = {}
     for request in state.requests.values():
-        counts = request.counts(rules.window_ms)
-        if counts != request.counted and request.trial is not None:
-            total = moved.setdefault((request.trial, request.arm, request.bundle), [0, 0, 0])
-            for place, (new, old) in enumerate(zip(counts, request.counted, strict=True)):
-                total[place] += new - old
-            request.counted = counts
-    return [Sum(*names, *total) for names, total in moved.items()]
+        counts = request.counts(rules)
+        if counts == request.counted or request.trial is None:
+            continue
+        for sign, (cohort, *numbers) in ((-1, request.counted), (1, counts)):
+            total = moved.setdefault((request.trial, request.arm, request.bundle, cohort), [0, 0, 0])
+            for place, number in enumerate(numbers):
+                total[place] += sign * number
+        request.counted = counts
+    return [Sum(*names, *total) for names, total in moved.items() if any(total)]
 
 
 def close(state: Open, watermark: int, rules: Rules) -> int:
@@ -146,6 +169,29 @@ def _request(state: Open, request_id: str) -> Request:
     return request
 
 
+async def tell_rules(store: redis.asyncio.Redis, rules: OutcomeRules, partitions: int) -> None:
+    """Write what the sums are made by, for those who read them. Warns where other rules stand."""
+    told: dict[Any, Any] = {
+        "window_ms": rules.window_ms,
+        "lateness_ms": rules.lateness_ms,
+        "cohort_ms": rules.cohort_ms,
+        "partitions": partitions,
+    }
+    stored: list[Any] = await store.hmget(keys.outcomes_rules(), list(told))
+    changed = [
+        f"{name} {int(old)} -> {new}"
+        for (name, new), old in zip(told.items(), stored, strict=True)
+        if old is not None and int(old) != new
+    ]
+    if changed:
+        log.warning(
+            "another worker makes, or made, the outcome sums by other rules (%s): give all workers the same "
+            "settings and replay the topics into an empty Redis, or trials mix both",
+            ", ".join(changed),
+        )
+    await store.hset(keys.outcomes_rules(), mapping=told)
+
+
 class Outcomes(Windowed[Open]):
     """The stage that writes `sums:<trial>:{user}`."""
 
@@ -153,7 +199,7 @@ class Outcomes(Windowed[Open]):
     topics = frozenset(kind.topic for kind in (Click, Purchase, Impression, Recommendation))
 
     def __init__(
-        self, store: redis.asyncio.Redis, rules: Rules, clocks: Mapping[int, PartitionClock],
+        self, store: redis.asyncio.Redis, rules: OutcomeRules, clocks: Mapping[int, PartitionClock],
         incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
         super().__init__(States(store, self.name), clocks, incarnations)

@@ -25,6 +25,9 @@ class AgentsSettings(Section):
     allowed_lateness_s: int = Field(
         60, ge=0, description="how far out of order events may arrive, in event time"
     )
+    cohort_s: int = Field(
+        3600, ge=1, description="length of a cohort: requests first seen within it are summed together"
+    )
     idle_s: float = Field(
         5.0, gt=0, description="a topic that is silent this long no longer holds back event time"
     )

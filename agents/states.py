@@ -19,16 +19,19 @@ from streams import keys
 from streams.redisdb import run_pipeline
 
 # KEYS state, sums ... | ARGV expected token ('' = absent), new value ('' = delete), then per sums key:
-# arm, bundle, impressions, clicks, orders to add. All or nothing: sums, state and fences agree.
+# arm, bundle, cohort, impressions, clicks, orders to add. All or nothing: sums, state and fences agree. A
+# field that comes to 0 goes, and with the last of them the hash: what moved away leaves nothing behind.
 SWAP: Final = """
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return 0 end
 if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
 for k = 2, #KEYS do
-  local a = 3 + (k - 2) * 5
+  local a = 3 + (k - 2) * 6
   redis.call('HSET', KEYS[k], 'arm', ARGV[a], 'bundle', ARGV[a + 1])
-  redis.call('HINCRBY', KEYS[k], 'impressions', ARGV[a + 2])
-  redis.call('HINCRBY', KEYS[k], 'clicks', ARGV[a + 3])
-  redis.call('HINCRBY', KEYS[k], 'orders', ARGV[a + 4])
+  for n, kind in ipairs({'i', 'c', 'o'}) do
+    local field = ARGV[a + 2] .. ':' .. kind
+    if redis.call('HINCRBY', KEYS[k], field, ARGV[a + 2 + n]) == 0 then redis.call('HDEL', KEYS[k], field) end
+  end
+  if redis.call('HLEN', KEYS[k]) == 2 then redis.call('DEL', KEYS[k]) end
 end
 return 1
 """
@@ -44,11 +47,12 @@ DUE_AT_ONCE: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What to add to the sums of one trial of a user."""
+    """What to add to one cohort's sums of one trial of a user."""
 
     trial: str
     arm: str
     bundle: str
+    cohort: int
     impressions: int
     clicks: int
     orders: int
@@ -107,7 +111,7 @@ class States:
             sums = [keys.sums(s.trial, write.user) for s in write.sums]
             arguments: list[Any] = [write.token, value]
             for s in write.sums:
-                arguments += (s.arm, s.bundle, s.impressions, s.clicks, s.orders)
+                arguments += (s.arm, s.bundle, s.cohort, s.impressions, s.clicks, s.orders)
             commands.append(("EVALSHA", self._swap, 1 + len(sums), self._key(write.user), *sums, *arguments))
         try:
             results = await run_pipeline(self._store, commands)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from typing import Final
 
 from streams.errors import SidstreamError
 from streams.events import Arm
+
+# Arm and salt of the permanent hold-out. No trial changes the salt, so its users stay the same for ever.
+_ANCHOR: Final = "anchor"
 
 
 def share(trial: str, user_id: str) -> float:
@@ -17,23 +22,29 @@ def share(trial: str, user_id: str) -> float:
 
 
 def assign(trial: str, user_id: str, arms: Sequence[Arm]) -> Arm:
-    """The arm whose stretch of the cumulative weights (scaled to 1) holds the user's share.
+    """The arm that serves a user.
 
-    Raises SidstreamError when no arm has weight.
+    An anchor beside other arms is a permanent hold-out: its users are those whose share under a salt that no
+    trial changes is below its weight, so they see the anchor in every trial of that weight, and are the first
+    of a greater one. Everybody else gets the arm whose stretch of the other arms' cumulative weights (scaled
+    to 1) holds the user's share of the trial. Raises SidstreamError when no arm has weight.
     """
-    total = sum(arm.weight for arm in arms)
-    if total <= 0:
+    served = [arm for arm in arms if arm.weight > 0]
+    if not served:
         raise SidstreamError(f"the arms of trial {trial} have no weight; publish a rollout that gives one")
-    point = share(trial, user_id) * total
+    held = [arm for arm in served if arm.name == _ANCHOR]
+    others = [arm for arm in served if arm.name != _ANCHOR]
+    if held:
+        # fsum: rounded once, so that the order of the arms cannot move a user in or out.
+        weight = math.fsum(arm.weight for arm in held)
+        if share(_ANCHOR, user_id) < weight / math.fsum(arm.weight for arm in served):
+            return held[0]
+        served = others
+    point = share(trial, user_id) * sum(arm.weight for arm in served)
     upto = 0.0
-    chosen = None
-    for arm in arms:
-        if arm.weight > 0:
-            # Rounding may leave the sum a hair below the total: then the last arm with weight has the rest.
-            chosen = arm
-            upto += arm.weight
-            if point < upto:
-                break
-    if chosen is None:
-        raise SidstreamError(f"the arms of trial {trial} have no weight; publish a rollout that gives one")
-    return chosen
+    for arm in served:
+        upto += arm.weight
+        if point < upto:
+            return arm
+    # Rounding may leave the sum a hair below the total: then the last arm has the rest.
+    return served[-1]

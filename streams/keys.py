@@ -24,7 +24,10 @@ def outcomes(user_id: str) -> str:
 
 
 def sums(trial: str, user_id: str) -> str:
-    """Hash arm, bundle, impressions, clicks, orders of one user in one trial."""
+    """Hash of one user in one trial: arm, bundle, and `<cohort>:i`, `<cohort>:c`, `<cohort>:o`.
+
+    Impressions, clicks and orders of the requests first seen in that cohort (time // length); 0 is not kept.
+    """
     return f"sums:{trial}:{{{user_id}}}"
 
 
@@ -32,6 +35,11 @@ def sums_pattern(trial: str) -> str:
     """Glob over the sums of every user in one trial (for SCAN)."""
     escaped = "".join(f"\\{c}" if c in "*?[]^-\\" else c for c in trial)
     return f"sums:{escaped}:{{*}}"
+
+
+def outcomes_rules() -> str:
+    """Hash window_ms, lateness_ms, cohort_ms, partitions: what the agents make the sums by."""
+    return "outcomes-rules"
 
 
 def sids(codebook: str) -> str:

@@ -261,8 +261,9 @@ def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(fresh_stack: Fres
         for key in store.scan_iter(match=keys.sums_pattern("t")):
             row = {k.decode(): v.decode() for k, v in store.hgetall(key).items()}
             assert (row["arm"], row["bundle"]) == ("champion", "b")
-            user = key.decode().split("{")[1].rstrip("}")
-            found[user] = Counter({k: int(row[k]) for k in ("impressions", "clicks", "orders")})
+            user, cohort = key.decode().split("{")[1].rstrip("}"), T0 // 3_600_000
+            kinds = {"i": "impressions", "c": "clicks", "o": "orders"}
+            found[user] = Counter({name: int(row.get(f"{cohort}:{kind}", 0)) for kind, name in kinds.items()})
         return found
 
     with redis.Redis.from_url(url) as store:

@@ -1,43 +1,130 @@
 """The sums of a trial and the promoter's lease on a real Redis."""
 
+import asyncio
 import threading
 
+import numpy as np
 import pytest
 import redis
 
+from agents.outcomes import OutcomeRules, tell_rules
 from registry.lease import lease_key, promoter
-from registry.outcomes import read_outcomes
-from streams import keys
+from registry.outcomes import mature_until, read_outcomes
+from streams import keys, redisdb
 from streams.errors import SidstreamError
+from streams.settings import RedisSettings
 from tests.support import wait_until
 
 pytestmark = pytest.mark.integration
 
 
-def test_the_sums_of_a_trial_become_arrays_by_arm(redis_url):
+WINDOW, LATENESS, COHORT, PARTITIONS = 1800_000, 60_000, 3_600_000, 4
+RULES = {"window_ms": WINDOW, "lateness_ms": LATENESS, "cohort_ms": COHORT, "partitions": PARTITIONS}
+
+
+@pytest.fixture
+def store(redis_url):
+    """An empty Redis, as agents leave it that have taken every partition and seen nothing."""
     with redis.Redis.from_url(redis_url) as connection:
-        expected = {"champion": [], "challenger-sft": []}
-        for n in range(2500):
-            arm = "champion" if n % 2 else "challenger-sft"
-            row = (n + 1, n % 7, n % 3)
-            expected[arm].append(row)
-            names = ("impressions", "clicks", "orders")
-            connection.hset(
-                keys.sums("tr-1", f"u{n}:ü*"),
-                mapping={"arm": arm, "bundle": "b"} | dict(zip(names, row, strict=True)),
-            )
-        connection.hset(keys.sums("tr-1", "only-shown"), mapping={"arm": "champion", "impressions": 4})
-        expected["champion"].append((4, 0, 0))
-        connection.hset(keys.sums("tr-11", "u"), mapping={"arm": "champion", "impressions": 9})
+        connection.flushall()
+        connection.hset(keys.outcomes_rules(), mapping=RULES)
+        for partition in range(PARTITIONS):
+            connection.hset(keys.clock(partition), "incarnations", "1 2 3")
+        yield connection
+
+
+def reach(store, watermark, partition=0):
+    store.hset(keys.clock(partition), "outcomes", watermark)
+
+
+def test_a_cohort_is_mature_once_its_windows_are_closed_and_lateness_is_over(store):
+    assert mature_until(store) is None
+    end_of_7 = 8 * COHORT + WINDOW + LATENESS
+    for partition in range(PARTITIONS):
+        reach(store, end_of_7 + 10 * COHORT, partition)
+    reach(store, end_of_7, 2)
+    assert mature_until(store) == 8
+    reach(store, end_of_7 - 1, 2)
+    assert mature_until(store) == 7
+    reach(store, 5, 2)
+    assert mature_until(store) == 0
+
+
+def test_a_partition_without_event_time_holds_back_unless_it_was_taken_and_nothing_is_open(store):
+    reach(store, 9 * COHORT)
+    assert mature_until(store) == 8
+    store.zadd(keys.due("outcomes", 3), {"u": 1})
+    assert mature_until(store) is None
+    store.delete(keys.due("outcomes", 3))
+    store.delete(keys.clock(3))
+    assert mature_until(store) is None
+
+
+def test_nothing_is_mature_before_agents_have_told_their_rules(store):
+    reach(store, 9 * COHORT)
+    store.hset(keys.sums("t", "u"), mapping={"arm": "champion", "bundle": "b", "1:i": 3})
+    assert list(read_outcomes(store, "t")) == ["champion"]
+    store.delete(keys.outcomes_rules())
+    assert mature_until(store) is None
+    assert read_outcomes(store, "t") == {}
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_the_sums_of_a_trial_become_arrays_by_arm_and_mature_cohort(store, redis_url, decode):
+    reach(store, 9 * COHORT)
+    rows = {"champion": {}, "challenger-sft": {}}
+    for n in range(2500):
+        arm, user = "champion" if n % 2 else "challenger-sft", f"u{n}:ü*"
+        numbers = {f"{cohort}:{kind}": 1 + n % 7 for cohort in (3, n % 4) for kind in "ico"[: 1 + n % 3]}
+        rows[arm][keys.sums("tr-1", user)] = numbers
+        # Cohort 8 is not mature; a user with nothing else has no row.
+        store.hset(keys.sums("tr-1", user), mapping={"arm": arm, "bundle": "b", "8:i": 5, **numbers})
+    store.hset(keys.sums("tr-1", "only-young"), mapping={"arm": "champion", "bundle": "b", "8:i": 4})
+    store.hset(keys.sums("tr-1", "only-clicked"), mapping={"arm": "champion", "bundle": "b", "2:c": 1})
+    store.hset(keys.sums("tr-11", "u"), mapping={"arm": "champion", "bundle": "b", "1:i": 9})
+    rows["champion"][keys.sums("tr-1", "only-clicked")] = {"2:c": 1}
+    with redis.Redis.from_url(redis_url, decode_responses=decode) as connection:
         found = read_outcomes(connection, "tr-1")
-        assert {arm: rows.tolist() for arm, rows in found.items()} == {
-            arm: sorted(map(list, rows)) for arm, rows in expected.items()
-        }
-        assert read_outcomes(connection, "tr-none") == {}
-        connection.hset(keys.sums("tr-bad", "secret-user"), mapping={"arm": "champion", "clicks": "many"})
-        with pytest.raises(SidstreamError, match="no whole numbers") as failure:
-            read_outcomes(connection, "tr-bad")
-        assert "secret-user" not in str(failure.value)
+    assert found.keys() == rows.keys()
+    for arm, seen in found.items():
+        assert seen.cohorts == (0, 1, 2, 3)
+        expected = [
+            [[numbers.get(f"{cohort}:{kind}", 0) for kind in "ico"] for cohort in seen.cohorts]
+            for _, numbers in sorted(rows[arm].items(), key=lambda row: row[0].encode())
+        ]
+        assert seen.counts.tolist() == expected
+        shown = [np.sum(row, axis=0).tolist() for row in expected if np.sum(row, axis=0)[0]]
+        assert seen.total().tolist() == shown
+        early = seen.upto(1)
+        assert (early.cohorts, early.counts.tolist()) == ((0, 1), [row[:2] for row in expected])
+        assert seen.upto(-1).total().shape == (0, 3)
+    assert len(found["champion"].total()) == 1250
+    assert read_outcomes(store, "tr-none") == {}
+
+
+@pytest.mark.parametrize("wrong", [{"1:i": "many"}, {"1:c": -1}, {"impressions": 3}, {"x:i": 3}, {"1:k": 3}])
+def test_sums_that_are_no_whole_numbers_by_cohort_are_refused_without_naming_the_user(store, wrong):
+    reach(store, 9 * COHORT)
+    store.hset(keys.sums("tr-bad", "secret-user"), mapping={"arm": "champion", "bundle": "b", **wrong})
+    with pytest.raises(SidstreamError, match="delete that key") as failure:
+        read_outcomes(store, "tr-bad")
+    assert "secret-user" not in str(failure.value)
+
+
+def test_a_worker_with_other_rules_is_warned_about_and_the_newest_rules_stand(store, redis_url, caplog):
+    async def tell(rules):
+        connection = redisdb.async_client(RedisSettings.model_validate({"url": redis_url}))
+        try:
+            await tell_rules(connection, rules, PARTITIONS)
+        finally:
+            await connection.aclose()
+
+    asyncio.run(tell(OutcomeRules(WINDOW, LATENESS, COHORT)))
+    assert not caplog.records
+    asyncio.run(tell(OutcomeRules(WINDOW, LATENESS, COHORT // 2)))
+    assert "cohort_ms 3600000 -> 1800000" in caplog.text
+    assert "window_ms" not in caplog.text
+    assert int(store.hget(keys.outcomes_rules(), "cohort_ms")) == COHORT // 2
 
 
 def test_one_promoter_at_a_time(redis_url):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 import redis
@@ -15,7 +16,7 @@ from streams.settings import RedisSettings
 
 pytestmark = pytest.mark.integration
 
-SUM = Sum("trial", "champion", "bundle", 3, 2, 1)
+SUM = Sum("trial", "champion", "bundle", 7, 3, 2, 1)
 
 
 def with_states(url: str, body: Callable[[States, redis.asyncio.Redis], Awaitable[None]]) -> None:
@@ -54,8 +55,32 @@ def test_an_overtaken_writer_writes_neither_state_nor_sums(redis_url: str) -> No
         assert (await states.read(["u"]))["u"][1] == b"two"
         row = await store.hgetall(keys.sums("trial", "u"))
         assert row == {
-            b"arm": b"champion", b"bundle": b"bundle", b"impressions": b"3", b"clicks": b"2", b"orders": b"1",
+            b"arm": b"champion", b"bundle": b"bundle", b"7:i": b"3", b"7:c": b"2", b"7:o": b"1",
         }  # fmt: skip
+
+    with_states(redis_url, body)
+
+
+def test_numbers_that_move_to_another_cohort_leave_nothing_behind(redis_url: str) -> None:
+    async def body(states: States, store: redis.asyncio.Redis) -> None:
+        async def move(*sums: Sum) -> dict[bytes, bytes]:
+            token = (await states.read(["u"])).get("u", (b"", b""))[0]
+            assert await states.write([Write("u", 0, token, b"state", 5, sums)]) == []
+            return await store.hgetall(keys.sums("trial", "u"))
+
+        names = {b"arm": b"champion", b"bundle": b"bundle"}
+        back = replace(SUM, impressions=-3, clicks=-2, orders=-1)
+        assert await move(SUM, replace(SUM, cohort=8, clicks=0)) == {
+            **names, b"7:i": b"3", b"7:c": b"2", b"7:o": b"1", b"8:i": b"3", b"8:o": b"1",
+        }  # fmt: skip
+        assert await move(back, replace(SUM, cohort=6)) == {
+            **names, b"6:i": b"3", b"6:c": b"2", b"6:o": b"1", b"8:i": b"3", b"8:o": b"1",
+        }  # fmt: skip
+        await move(replace(back, cohort=6))
+        assert await move(replace(back, cohort=8, clicks=0)) == {}
+        # The same hash twice in one script: emptied, then filled.
+        await move(SUM)
+        assert await move(back, replace(SUM, cohort=9, clicks=0, orders=0)) == {**names, b"9:i": b"3"}
 
     with_states(redis_url, body)
 

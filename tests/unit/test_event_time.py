@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agents.app import CLOCK_TOPICS
 from agents.clock import AHEAD_USERS, PartitionClock
 
 WALL = 2_000_000_000_000
@@ -25,6 +26,16 @@ def test_a_topic_with_records_still_to_read_is_not_idle_however_silent() -> None
     c.position("purchases", 1000)
     c.observe("clicks", "u", T0, 1.0, WALL)
     assert c.watermark(100.0) is None
+
+
+def test_answers_that_are_still_to_be_read_keep_the_windows_of_their_requests_open() -> None:
+    c = PartitionClock(CLOCK_TOPICS, idle_s=5.0, now=0.0)
+    c.position("recommendations", 1000)
+    for topic in ("clicks", "purchases", "impressions"):
+        c.observe(topic, "u", T0 + 86_400_000, 1.0, WALL)
+    assert c.watermark(100.0) is None
+    c.observe("recommendations", "u", T0, 101.0, WALL)
+    assert c.watermark(102.0) == T0
 
 
 def test_a_topic_that_is_read_to_its_end_and_silent_holds_nothing_back() -> None:

@@ -53,3 +53,66 @@ def test_an_arm_without_weight_serves_nobody():
         assign("t", "u", arms(0, 0))
     with pytest.raises(SidstreamError, match="no weight"):
         assign("t", "u", [])
+
+
+def made(anchor, champion, sft, dpo):
+    return arms(champion, sft, dpo, anchor)
+
+
+weights = st.floats(0.001, 1)
+
+
+@given(st.text(), st.text(), st.text(), st.permutations([3, 1, 0.5, 0.25]), st.randoms(use_true_random=False))
+def test_whether_a_user_is_held_out_hangs_on_the_user_and_the_weight_alone(trial, other, user, some, random):
+    anchor, *rest = some
+    first, second = made(anchor, *rest), made(anchor, *rest[::-1])
+    random.shuffle(second)
+    held = {assign(trial, user, first).name, assign(other, user, second).name}
+    assert held == {"anchor"} or "anchor" not in held
+    assert assign(trial, user, first) == assign(trial, user, list(first))
+
+
+@given(st.text(), st.text(), st.lists(weights, min_size=4, max_size=4), weights)
+def test_who_is_held_out_stays_so_when_the_anchor_grows(trial, user, some, more):
+    small, great = made(*some), made(some[0] + more, *some[1:])
+    if assign(trial, user, small).name == "anchor":
+        assert assign("another", user, great).name == "anchor"
+
+
+@given(st.text(), st.text(), st.lists(weights, min_size=3, max_size=3), weights)
+def test_who_is_not_held_out_gets_the_arm_of_the_trial_without_the_anchor(trial, user, rest, anchor):
+    chosen = assign(trial, user, made(anchor, *rest))
+    if chosen.name != "anchor":
+        assert chosen == assign(trial, user, arms(*rest))
+
+
+@given(st.text(), st.text(), weights)
+def test_an_anchor_alone_or_without_weight_is_an_arm_as_any(trial, user, weight):
+    assert assign(trial, user, arms(0, 0, 0, weight)).name == "anchor"
+    assert assign(trial, user, arms(weight, weight, 0, 0)) == assign(trial, user, arms(weight, weight))
+
+
+def test_trials_without_an_anchor_deal_as_they_always_did():
+    # Part of the contract, as the shares are: a release of the software moves nobody in mid-trial.
+    drawn = "".join(assign("t1", str(n), arms(0.4, 0.3, 0.3)).name[-1] for n in range(40))
+    assert drawn == "otntnntottoootonttonontononnonttnootnnon"
+
+
+def test_the_hold_out_and_the_other_arms_get_their_shares_of_100_000_users():
+    shares = {"champion": 0.4, "challenger-sft": 0.3, "challenger-dpo": 0.28, "anchor": 0.02}
+    users = [str(n) for n in range(100_000)]
+    four = arms(*shares.values())
+    first, second = ([assign(trial, user, four).name for user in users] for trial in ("t1", "t2"))
+    for dealt in (first, second):
+        counts = Counter(dealt)
+        for name, weight in shares.items():
+            # Four standard deviations of a binomial share.
+            assert abs(counts[name] / 100_000 - weight) < 4 * (weight * (1 - weight) / 100_000) ** 0.5
+    both = Counter(zip(first, second, strict=True))
+    assert all((one == "anchor") == (two == "anchor") for one, two in both)
+    others = {pair: count for pair, count in both.items() if pair[0] != "anchor"}
+    assert len(others) == 9
+    left = sum(others.values())
+    for (one, two), count in others.items():
+        expected = shares[one] * shares[two] / 0.98**2
+        assert abs(count / left - expected) < 4 * (expected * (1 - expected) / left) ** 0.5
