@@ -1,12 +1,14 @@
 """The rule that ends a trial: conversion went up and click-through did not fall by the margin.
 
-One comparison of two arms, by tests (the default) or by point estimates (the published rule, which promotes a
-model without effect about half of the time).
+One comparison of two arms, in one of three modes:
+- sequential (the default): tests that hold however often one looks (registry.sequential);
+- fixed: the same tests for one look, at the end;
+- point: the published rule on point estimates, which promotes a model without effect about half of the time.
 
-test mode, each test one-sided at alpha:
-- promote: CVR is significantly higher and CTR is significantly above (1 - margin) of the control's. Both must
+By tests, each one-sided at alpha:
+- promote: CVR is shown to be higher and CTR is shown to be above (1 - margin) of the control's. Both must
   hold, so alpha needs no correction (intersection-union).
-- reject: harm is shown: CVR is significantly lower, or CTR is significantly below that margin.
+- reject: harm is shown: CVR is lower, or CTR is below that margin.
 - inconclusive: anything else, and whatever cannot be computed.
 """
 
@@ -15,11 +17,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from registry import statistics
+from registry import quality, sequential, statistics
 from registry.settings import GateSettings
 from registry.statistics import Estimate, Sums
 
 Verdict = Literal["promote", "reject", "inconclusive"]
+MODES = ("sequential", "fixed", "point")
 
 
 @dataclass(frozen=True)
@@ -44,63 +47,101 @@ def compare(
     """Judge `target` against `control`. Never raises on data: what cannot be judged is inconclusive."""
     mode = mode or settings.mode
     named = {name: arms.get(name, Sums()) for name in (target, control)}
-    cvr = _figures(statistics.cvr(named[target]), statistics.cvr(named[control]), 1.0, settings)
+    cvr = _figures(statistics.cvr(named[target]), statistics.cvr(named[control]), 0.0, settings, mode)
     ctr = _figures(
-        statistics.ctr(named[target]), statistics.ctr(named[control]), 1.0 - settings.margin, settings
+        statistics.ctr(named[target]), statistics.ctr(named[control]), settings.margin, settings, mode
     )
     verdict: Verdict = "inconclusive"
-    reason = _unusable(named, settings if mode == "test" else None)
+    reason = _unusable(named, settings, mode)
+    if not reason and all(arm.orders == 0 for arm in named.values()):
+        reason = "neither arm has an order yet"
     if not reason and cvr and ctr:
-        verdict, reason = _by_tests(cvr, ctr, settings) if mode == "test" else _by_points(cvr, ctr, settings)
+        verdict, reason = _by_points(cvr, ctr) if mode == "point" else _by_tests(cvr, ctr, settings)
     return Comparison(target, control, cvr, ctr, verdict, f"{target} against {control}: {verdict}; {reason}")
 
 
-def _unusable(named: dict[str, Sums], settings: GateSettings | None) -> str:
-    """Why these sums cannot be judged, or an empty string. `settings`: also demand enough users."""
-    for name, arm in named.items():
-        if arm.users == 0:
-            return f"{name} has served no user yet"
-        if settings and (arm.users < settings.min_users or arm.impressions < settings.min_impressions):
-            return (
-                f"{name} has {arm.users} users and {arm.impressions} impressions; the gate wants at least "
-                f"{settings.min_users} and {settings.min_impressions}"
+def against_anchor(
+    candidate: str, anchor: str, arms: dict[str, Sums], settings: GateSettings, mode: str | None = None
+) -> Comparison:
+    """Has the candidate kept (1 - anchor_margin) of the anchor's CTR? promote: yes, as far as is known.
+
+    Each promotion may lose up to the margin, so ten of -5 % are -40 %, and no comparison with the champion
+    sees it. The hold-out on a fixed anchor does. It is small (a few percent of users), so it cannot show
+    non-inferiority in every cycle, and to ask for that would end all promotions. Asked for is therefore that
+    the point estimate keeps the margin and that harm is not shown. The estimate is wrong half of the time for
+    a model exactly on the margin; but a ratchet passes the margin and goes on, and every further cycle makes
+    it less likely to pass: its loss is bounded near the margin in place of growing without end.
+
+    reject: CTR is shown to be below the margin. In mode point only the estimates are compared.
+    """
+    mode = mode or settings.mode
+    named = {name: arms.get(name, Sums()) for name in (candidate, anchor)}
+    cvr = _figures(statistics.cvr(named[candidate]), statistics.cvr(named[anchor]), 0.0, settings, mode)
+    ctr = _figures(
+        statistics.ctr(named[candidate]),
+        statistics.ctr(named[anchor]),
+        settings.anchor_margin,
+        settings,
+        mode,
+    )
+    verdict: Verdict = "inconclusive"
+    reason = _unusable(named, settings, mode)
+    if not reason and ctr:
+        bound = 1.0 - settings.anchor_margin
+        told = _rate("CTR", ctr)
+        if mode != "point" and ctr["z"] is None:
+            reason = "every user behaved alike, and without variance there is no test"
+        elif mode != "point" and ctr["p_below"] < settings.alpha:
+            verdict, reason = (
+                "reject",
+                f"CTR is shown to be below {bound:.0%} of the anchor's in all ({told})",
             )
-        if arm.users < 2:
-            return f"{name} has one user, and one user has no variance"
-        if arm.impressions <= 0 or arm.clicks <= 0:
-            return (
-                f"{name} has {arm.impressions} impressions and {arm.clicks} clicks, so its rates do not exist"
-            )
-        if arm.clicks > arm.impressions or arm.orders > arm.clicks:
-            return (
-                f"{name} has {arm.impressions} impressions, {arm.clicks} clicks and {arm.orders} orders: "
-                "a rate above 1 means that events are counted twice or lost"
-            )
-    if all(arm.orders == 0 for arm in named.values()):
-        return "neither arm has an order yet"
-    return ""
+        elif ctr["target"] < bound * ctr["control"]:
+            reason = f"CTR is estimated below {bound:.0%} of the anchor's in all ({told})"
+        else:
+            verdict, reason = "promote", f"CTR keeps {bound:.0%} of the anchor's in all ({told})"
+    return Comparison(
+        candidate, anchor, cvr, ctr, verdict, f"{candidate} against {anchor}: {verdict}; {reason}"
+    )
+
+
+def _unusable(named: dict[str, Sums], settings: GateSettings, mode: str) -> str:
+    """Why these sums cannot be judged. The published rule asks for no exposure beyond that rates exist."""
+    if mode == "point":
+        return quality.unusable(named)
+    return quality.unusable(named, settings.min_users, settings.min_impressions)
 
 
 def _figures(
-    target: Estimate | None, control: Estimate | None, factor: float, settings: GateSettings
+    target: Estimate | None, control: Estimate | None, margin: float, settings: GateSettings, mode: str
 ) -> dict[str, Any] | None:
+    """What one metric says; intervals are two-sided at 1 - 2 alpha, so that they agree with the tests."""
     if target is None or control is None:
         return None
-    test = statistics.contrast(target, control, factor)
+    alpha = settings.alpha
+    test = statistics.contrast(target, control, 1.0 - margin)
     plain = statistics.contrast(target, control)
-    interval = statistics.ratio_interval(target, control, settings.alpha)
+    difference: tuple[float, float] | None
+    if mode == "sequential":
+        tau = sequential.prior_scale(target, control, settings.effect)
+        difference = sequential.difference_interval(plain, tau, alpha) if plain else None
+        ratio = sequential.ratio_interval(target, control, tau, alpha)
+        above, below = sequential.p_values(test, tau) if test else (None, None)
+    else:
+        difference = statistics.difference_interval(plain, alpha) if plain else None
+        ratio = statistics.ratio_interval(target, control, statistics.quantile(1.0 - alpha))
+        above, below = (test.p_above, test.p_below) if test else (None, None)
     return {
         "target": target.value,
         "control": control.value,
+        "margin": margin,
         "difference": target.value - control.value,
-        "difference_interval": (
-            list(statistics.difference_interval(plain, settings.alpha)) if plain else None
-        ),
+        "difference_interval": list(difference) if difference else None,
         "ratio": target.value / control.value if control.value else None,
-        "ratio_interval": list(interval) if interval else None,
+        "ratio_interval": list(ratio) if ratio else None,
         "z": test.z if test else None,
-        "p_above": test.p_above if test else None,
-        "p_below": test.p_below if test else None,
+        "p_above": above,
+        "p_below": below,
     }
 
 
@@ -112,11 +153,7 @@ def _by_tests(cvr: dict[str, Any], ctr: dict[str, Any], settings: GateSettings) 
     kept, fallen = ctr["p_above"] < alpha, ctr["p_below"] < alpha
     figures = f"{_rate('CVR', cvr)}, {_rate('CTR', ctr)}"
     if lower or fallen:
-        harm = (
-            "CVR is significantly lower"
-            if lower
-            else f"CTR is significantly below {bound:.0%} of the control's"
-        )
+        harm = "CVR is lower" if lower else f"CTR is below {bound:.0%} of the control's"
         return "reject", f"{harm} ({figures})"
     if higher and kept:
         return "promote", f"CVR is higher and CTR keeps {bound:.0%} of the control's ({figures})"
@@ -128,8 +165,8 @@ def _by_tests(cvr: dict[str, Any], ctr: dict[str, Any], settings: GateSettings) 
     return "inconclusive", f"not shown yet: {' and '.join(missing)} ({figures})"
 
 
-def _by_points(cvr: dict[str, Any], ctr: dict[str, Any], settings: GateSettings) -> tuple[Verdict, str]:
-    bound = 1.0 - settings.margin
+def _by_points(cvr: dict[str, Any], ctr: dict[str, Any]) -> tuple[Verdict, str]:
+    bound = 1.0 - ctr["margin"]
     figures = f"point estimates, no evidence: {_rate('CVR', cvr)}, {_rate('CTR', ctr)}"
     if cvr["difference"] > 0 and ctr["target"] > bound * ctr["control"]:
         return "promote", f"CVR is higher and CTR is above {bound:.0%} of the control's ({figures})"

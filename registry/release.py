@@ -99,7 +99,8 @@ def conclude(registry: Registry, client: Publisher, decision: Mapping[str, Any])
             f"{champion} is champion and {challenger or 'nothing'} on trial, so it is out of date"
         )
     arm = _arm(registry, CHAMPION, after, 1.0)
-    for name in sorted(record["inputs"]):
+    # The trial is not about the anchor: it keeps the record by which it came.
+    for name in sorted(record["inputs"].keys() - {ANCHOR}):
         registry.record(versions[name], record)
     _crown(registry, before, after)
     salt = _derived("conclude", record["decision"])

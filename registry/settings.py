@@ -39,11 +39,26 @@ class CodebookSettings(Section):
 class GateSettings(Section):
     """How a trial is judged."""
 
-    mode: Literal["test", "point"] = Field(
-        "test", description="test: promote on evidence; point: the published rule, on point estimates"
+    mode: Literal["sequential", "fixed", "point"] = Field(
+        "sequential",
+        description="sequential: evidence that holds however often one looks; fixed: evidence at one look, "
+        "at the end; point: the published rule, on point estimates",
     )
     alpha: float = Field(0.05, gt=0, lt=0.5, description="error rate of each one-sided test")
     margin: float = Field(0.10, ge=0, lt=1, description="relative fall of CTR that is still accepted")
+    # The boundary is flat around its best place: half or twice the true effect costs a few percent of users.
+    effect: float = Field(
+        0.10, gt=0, le=10, description="relative change that sequential mode is quickest to find"
+    )
+    anchor_margin: float = Field(
+        0.10, ge=0, lt=1, description="relative fall of CTR below the anchor's that is still accepted in all"
+    )
+    srm_alpha: float = Field(
+        0.001,
+        gt=0,
+        lt=0.5,
+        description="error rate of the check that users came to arms as their weights say",
+    )
     # Below about a hundred clusters the normal approximation of the variance is too kind.
     min_users: int = Field(100, ge=2, description="users that each arm must have served")
     min_impressions: int = Field(1000, ge=1, description="impressions that each arm must have")

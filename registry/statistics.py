@@ -130,13 +130,13 @@ def difference_interval(test: ZTest, alpha: float) -> tuple[float, float]:
     return test.estimate - half, test.estimate + half
 
 
-def ratio_interval(target: Estimate, control: Estimate, alpha: float) -> tuple[float, float] | None:
-    """Fieller's 1 - 2 alpha interval of T / C for independent arms (Fieller 1954).
+def ratio_interval(target: Estimate, control: Estimate, critical: float) -> tuple[float, float] | None:
+    """Fieller's interval of T / C for independent arms (Fieller 1954), `critical` its value of |z|.
 
-    The ratios r with |T - r C| <= z sqrt(Var T + r^2 Var C). None where that set is unbounded: the control is
-    not itself different from zero.
+    The ratios r with |T - r C| <= critical sqrt(Var T + r^2 Var C). None where that set is unbounded: the
+    control is not itself different from zero.
     """
-    z2 = quantile(1.0 - alpha) ** 2
+    z2 = critical**2
     a = control.value**2 - z2 * control.variance
     if a <= 0:
         return None

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sidstream.commands import agents, registry, serving, shoppers, stack, train, wire
+from sidstream.commands import agents, gate, registry, serving, shoppers, stack, train, wire
 from sidstream.commands import demo as demo_command
 from sidstream.console import err
 from streams.errors import SidstreamError
@@ -37,7 +37,6 @@ for function, panel in (
     (shoppers.shoppers, EVENTS),
     (serving.recommend, EVENTS),
     (train.train, MODELS),
-    (registry.gate, MODELS),
     (registry.promote, MODELS),
     (registry.rollback, MODELS),
     (registry.models, MODELS),
@@ -52,6 +51,8 @@ for function, panel in (
 codebook = typer.Typer(help="The codebook that turns items into semantic IDs.", no_args_is_help=True)
 codebook.command("fit")(registry.codebook_fit)
 app.add_typer(codebook, name="codebook", rich_help_panel=MODELS)
+
+app.add_typer(gate.app, name="gate", rich_help_panel=MODELS)
 
 topics = typer.Typer(help="The Kafka topics that events travel on.", no_args_is_help=True)
 topics.command("create")(wire.topics_create)

@@ -11,7 +11,7 @@ import numpy as np
 
 from registry.bundle import Bundle, Kind, write_bundle
 from registry.codebook import Codebook
-from registry.statistics import Sums, sums
+from registry.outcomes import Seen
 from sidstream.stack.servers import MLFLOW_ENVIRONMENT, http_answers, mlflow_command
 from streams.children import spawn
 from streams.errors import SidstreamError
@@ -64,8 +64,9 @@ def bundle(folder: Path, seed: int, kind: Kind = "sft") -> Bundle:
     )  # fmt: skip
 
 
-def arm_sums(cvr: float, seed: int) -> Sums:
+def arm_seen(cvr: float, seed: int, users: int = 2000) -> Seen:
+    """What a trial has seen of one arm whose users buy a share `cvr` of what they click, in one cohort."""
     random = np.random.default_rng(seed)
-    shown = 5 + random.poisson(15, 2000)
+    shown = 5 + random.poisson(15, users)
     clicked = random.binomial(shown, 0.2)
-    return sums(np.stack([shown, clicked, random.binomial(clicked, cvr)], axis=1))
+    return Seen((0,), np.stack([shown, clicked, random.binomial(clicked, cvr)], axis=1)[:, None])

@@ -103,8 +103,9 @@ def demo(
             stage.detail = _shopped(shopped)
 
         with runner.stage("gate") as stage:
-            decision = runner.command("gate", "--conclude", "--end")
-            stage.detail = decision["sentence"]
+            # One look, at the end: what the fixed mode is for.
+            decision = runner.command("gate", "--mode", "fixed", "--conclude", "--end")
+            stage.detail = decision["sentence"].replace(" (mode fixed)", "")
 
         with runner.stage("next answer") as stage:
             champion = decision["arms"][decision["winner"]]["bundle"]

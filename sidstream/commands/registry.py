@@ -1,10 +1,10 @@
-"""The codebook, the gate, and what is in service."""
+"""The codebook, and what is in service."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -78,43 +78,6 @@ def codebook_fit(
     )  # fmt: skip
 
 
-def gate(
-    conclude: Annotated[bool, typer.Option(help="end the trial as the verdict says")] = False,
-    end: Annotated[bool, typer.Option(help="with --conclude: end it also when inconclusive")] = False,
-    mode: Annotated[
-        str | None, typer.Option(help="test (evidence) or point (the published rule); default: settings")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Judge the running trial: conversion must go up, click-through must not fall by the margin.
-
-    Example: sidstream gate --conclude
-    """
-    from registry import release
-    from registry.current import current_rollout
-    from registry.decision import decide
-    from registry.outcomes import read_outcomes
-    from registry.statistics import sums
-    from sidstream.settings import load
-    from streams.redisdb import client as redis_client
-
-    if mode not in (None, "test", "point"):
-        raise SidstreamError(f"mode is {mode!r}: use test or point")
-    settings = load()
-    rollout = current_rollout(settings.kafka, settings.registry.name)
-    if rollout is None or rollout.action != "trial":
-        what = "nothing is in service" if rollout is None else f"the last step was {rollout.action}"
-        raise SidstreamError(f"no trial is running ({what}); `sidstream train` starts one")
-    with redis_client(settings.redis) as redis:
-        seen = {arm: sums(users) for arm, users in read_outcomes(redis, rollout.trial).items()}
-    record = decide(rollout.trial, rollout.arms, seen, settings.gate, mode)
-    concluded = conclude and (record["verdict"] != "inconclusive" or end)
-    if concluded:
-        with _promoting(settings) as (registry, client):
-            release.conclude(registry, client, record)
-    emit(record | {"concluded": concluded}, as_json, _told(record, conclude, concluded))
-
-
 def promote(
     version: Annotated[str, typer.Argument(help="model version or alias, as `sidstream models` lists it")],
     as_json: AsJson = False,
@@ -127,7 +90,7 @@ def promote(
     from sidstream.settings import load
 
     settings = load()
-    with _promoting(settings) as (registry, client):
+    with promoting(settings) as (registry, client):
         rollout = release.promote(registry, client, registry.version(version))
     arm = rollout.arms[0]
     emit(
@@ -145,7 +108,7 @@ def rollback(as_json: AsJson = False) -> None:
     from sidstream.settings import load
 
     settings = load()
-    with _promoting(settings) as (registry, client):
+    with promoting(settings) as (registry, client):
         rollout = release.rollback(registry, client)
     arm = rollout.arms[0]
     emit(
@@ -205,7 +168,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @contextmanager
-def _promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
+def promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
     """The registry and a client, while this process alone may change what is in service."""
     from registry.lease import promoter
     from registry.store import Registry
@@ -218,38 +181,6 @@ def _promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
         Client(settings.kafka) as client,
     ):
         yield Registry(settings.registry), client
-
-
-def _told(record: dict[str, Any], conclude: bool, concluded: bool) -> str:
-    lines = [f"trial {record['trial']}, mode {record['mode']}, decision {record['decision']}"]
-    for name, arm in record["arms"].items():
-        seen = record["inputs"].get(name, {})
-        counts = ", ".join(
-            f"{seen.get(field, 0)} {field}" for field in ("users", "impressions", "clicks", "orders")
-        )
-        lines.append(f"  {name} (version {arm['version']}, {arm['weight']:.0%} of users): {counts}")
-    for comparison in record["comparisons"]:
-        lines.append(f"  {comparison['sentence']}")
-        margin = f"above {1 - record['settings']['margin']:.0%} of the control's"
-        lines.extend(_figures("CVR", "higher", comparison["cvr"]))
-        lines.extend(_figures("CTR", margin, comparison["ctr"]))
-    lines.append(f"verdict: {record['sentence'].partition(': ')[0]}")
-    if concluded:
-        lines.append("concluded: the rollout is published")
-    elif conclude:
-        lines.append("not concluded: the trial goes on; --end ends it with the champion in service")
-    return "\n".join(lines)
-
-
-def _figures(rate: str, claim: str, figures: dict[str, Any] | None) -> Iterator[str]:
-    if figures is None or figures["z"] is None or figures["difference_interval"] is None:
-        return
-    low, high = figures["difference_interval"]
-    yield (
-        f"    {rate} {figures['target']:.3%} against {figures['control']:.3%}: difference "
-        f"{figures['difference']:+.3%} [{low:+.3%}, {high:+.3%}]; {claim}: z {figures['z']:.2f}, "
-        f"p {figures['p_above']:.3g}"
-    )
 
 
 def _day(ms: int) -> str:

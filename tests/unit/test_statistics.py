@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
+from statsmodels.stats.proportion import test_proportions_2indep as proportions_2indep
 
 from registry import statistics
 from registry.statistics import Estimate
@@ -63,6 +64,47 @@ def test_the_variance_is_the_cluster_robust_one_of_a_regression():
     assert made.variance * (len(shown) - 1) / len(shown) == pytest.approx(fit.bse[0] ** 2, rel=1e-9)
 
 
+def two_arms(seed):
+    """Impressions of two arms in long form: clicked or not, target or control, user."""
+    arms = {"target": users(400, seed, 0.2)[:, :2], "control": users(300, seed + 50, 0.22)[:, :2]}
+    clicked, target, groups = [], [], []
+    for n, (shown, clicks) in enumerate(np.concatenate(list(arms.values()))):
+        clicked += [1] * clicks + [0] * (shown - clicks)
+        target += [n < 400] * shown
+        groups += [n] * shown
+    estimates = [
+        statistics.ctr(statistics.sums(np.column_stack([rows, rows[:, 1] * 0]))) for rows in arms.values()
+    ]
+    return np.array(clicked), np.array(target, dtype=float), np.array(groups), *estimates
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_both_fixed_tests_are_those_of_a_cluster_robust_regression(seed, factor):
+    clicked, is_target, groups, target, control = two_arms(seed)
+    # One column an arm, so that the margin is a linear contrast of the coefficients.
+    fit = OLS(clicked, np.column_stack([is_target, 1 - is_target])).fit(
+        cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}
+    )
+    theirs = fit.t_test([1.0, -factor])
+    ours = statistics.contrast(target, control, factor)
+    assert ours.estimate == pytest.approx(theirs.effect.item())
+    # statsmodels divides by n, ours by n - 1, and the arms have 400 and 300 users.
+    assert ours.z == pytest.approx(theirs.tvalue.item(), rel=2e-3)
+    adjusted = (399 / 400) * target.variance + factor**2 * (299 / 300) * control.variance
+    assert adjusted**0.5 == pytest.approx(theirs.sd.item(), rel=1e-9)
+    assert (theirs.pvalue / 2).item() == pytest.approx(min(ours.p_above, ours.p_below), rel=0.05)
+
+
+def test_with_one_impression_a_user_the_test_is_that_of_two_proportions():
+    arms = [np.array([[1, 1, 0]] * clicks + [[1, 0, 0]] * (2000 - clicks)) for clicks in (260, 220)]
+    target, control = (statistics.ctr(statistics.sums(arm)) for arm in arms)
+    theirs = proportions_2indep(260, 2000, 220, 2000, method="wald", alternative="larger")
+    ours = statistics.contrast(target, control)
+    assert ours.z == pytest.approx(theirs.statistic, rel=1e-3)
+    assert ours.p_above == pytest.approx(theirs.pvalue, rel=1e-2)
+
+
 def test_clustering_matters():
     shown, clicked, _ = users(20_000, 1).T
     made = statistics.ctr(statistics.sums(np.stack([shown, clicked, clicked * 0], axis=1)))
@@ -96,8 +138,8 @@ def test_a_ratio_is_in_fiellers_interval_exactly_when_its_contrast_is_not_reject
     tv, tvar, cv, cvar, factor, alpha
 ):
     target, control = Estimate(tv, tvar), Estimate(cv, cvar)
-    interval = statistics.ratio_interval(target, control, alpha)
     critical = statistics.quantile(1 - alpha)
+    interval = statistics.ratio_interval(target, control, critical)
     if interval is None:
         assert cv / np.sqrt(cvar) <= critical * (1 + 1e-9)
         return
@@ -110,7 +152,7 @@ def test_a_ratio_is_in_fiellers_interval_exactly_when_its_contrast_is_not_reject
 def test_at_the_ends_of_fiellers_interval_the_test_is_just_at_its_critical_value():
     target, control = Estimate(0.22, 0.0004), Estimate(0.20, 0.0003)
     for alpha in (0.01, 0.05, 0.2):
-        low, high = statistics.ratio_interval(target, control, alpha)
+        low, high = statistics.ratio_interval(target, control, statistics.quantile(1 - alpha))
         assert statistics.contrast(target, control, low).z == pytest.approx(stats.norm.isf(alpha))
         assert statistics.contrast(target, control, high).z == pytest.approx(-stats.norm.isf(alpha))
 

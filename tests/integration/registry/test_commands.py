@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import redis
+from typer.testing import CliRunner
 
 from registry import release
 from registry.current import current_rollout, read_newest
@@ -13,7 +14,9 @@ from registry.embedder import WordLlamaEmbedder
 from registry.rollout import assign
 from registry.settings import RolloutSettings
 from registry.store import CHAMPION, DPO, SFT
+from sidstream.cli import app
 from sidstream.commands import registry as commands
+from sidstream.commands.gate import gate
 from streams import keys
 from streams.client import Client
 from streams.errors import SidstreamError
@@ -72,13 +75,13 @@ def test_fitting_publishes_a_sid_for_every_item_and_a_codebook_that_agrees(stack
 def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, capsys):
     kafka, redis_address = stack
     with pytest.raises(SidstreamError, match="nothing is in service"):
-        commands.gate()
+        gate()
     with Client(kafka) as client:
         release.start(registry, client, three[0])
         with pytest.raises(SidstreamError, match="the last step was start"):
-            commands.gate()
+            gate()
         rollout = release.start_trial(registry, client, three[1], three[2], RolloutSettings())
-    commands.gate(conclude=True, as_json=True)
+    gate(conclude=True, as_json=True)
     early = told(capsys)
     assert (early["verdict"], early["concluded"]) == ("inconclusive", False)
     assert current_rollout(kafka, registry.name) == rollout
@@ -94,27 +97,35 @@ def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, caps
                 mapping={
                     "arm": chosen.name,
                     "bundle": chosen.bundle,
-                    "impressions": 20,
-                    "clicks": int(clicks),
-                    "orders": int(orders),
+                    "0:i": 20,
+                    "0:c": int(clicks),
+                    "0:o": int(orders),
                 },
             )  # fmt: skip
+        # What the agents write: the first hour is mature on every partition.
+        rules = {"window_ms": 1, "lateness_ms": 1, "cohort_ms": 3_600_000, "partitions": 2}
+        pipeline.hset(keys.outcomes_rules(), mapping=rules)
+        for partition in range(2):
+            pipeline.hset(keys.clock(partition), "outcomes", 3_700_000)
         pipeline.execute()
-    commands.gate()
+    gate()
     text = capsys.readouterr().out
     assert "challenger-dpo against challenger-sft: promote" in text
     assert "challenger-dpo against champion: promote" in text
     assert "verdict: promote challenger-dpo" in text
     assert current_rollout(kafka, registry.name) == rollout
-    commands.gate(conclude=True, as_json=True)
+    gate(conclude=True, as_json=True)
     made = told(capsys)
     assert (made["verdict"], made["winner"], made["concluded"]) == ("promote", DPO, True)
     assert sum(arm["users"] for arm in made["inputs"].values()) == 3000
     now = current_rollout(kafka, registry.name)
     assert (now.action, now.decision["decision"]) == ("promote", made["decision"])
     assert recompute(now.decision) == ("promote", DPO)
+    run = CliRunner().invoke
+    for record in (three[2], CHAMPION):
+        assert f"verdict: {made['sentence']}" in run(app, ["gate", "recompute", record]).stdout
     with pytest.raises(SidstreamError, match="the last step was promote"):
-        commands.gate()
+        gate()
     commands.arm("u1", as_json=True)
     assert told(capsys) == {
         "arm": CHAMPION,
@@ -140,7 +151,7 @@ def test_an_inconclusive_trial_ends_only_when_asked_to(stack, registry, three, c
     with Client(kafka) as client:
         release.start(registry, client, three[0])
         release.start_trial(registry, client, three[1], None, RolloutSettings())
-    commands.gate(conclude=True, end=True, as_json=True)
+    gate(conclude=True, end=True, as_json=True)
     assert told(capsys)["concluded"] is True
     now = current_rollout(kafka, registry.name)
     assert (now.action, [arm.version for arm in now.arms]) == ("inconclusive", [three[0]])

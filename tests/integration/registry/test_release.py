@@ -10,14 +10,18 @@ from registry.settings import GateSettings, RolloutSettings
 from registry.store import ANCHOR, CHAMPION, DPO, SFT
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
-from tests.registry_support import arm_sums, bundle
+from tests.registry_support import arm_seen, bundle
 
 pytestmark = pytest.mark.integration
 
 
 def decided(rollout: Rollout, cvrs=(0.2, 0.27, 0.35)):
     names = (CHAMPION, SFT, DPO)
-    data = {name: arm_sums(cvr, n) for n, (name, cvr) in enumerate(zip(names, cvrs, strict=True))}
+    # As many users as the weights deal out: 40, 30 and 30 percent.
+    data = {
+        name: arm_seen(cvr, n, users)
+        for n, (name, cvr, users) in enumerate(zip(names, cvrs, (2800, 2100, 2100), strict=True))
+    }
     return decide(rollout.trial, rollout.arms, data, GateSettings())
 
 

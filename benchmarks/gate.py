@@ -1,0 +1,258 @@
+"""Claim: looked at 20 times, the gate promotes at most one useless model in 20, and it finds good ones.
+
+Trials of simulated users are judged by the gate itself at 20 looks. Every user has rates of click and
+purchase of their own (beta-distributed), arrives at some look, and comes back at later ones: for each of two
+populations 2,000 trials without an effect and 2,000 in which CTR truly falls by 12 % while CVR rises by 20 %,
+and 1,000 trials of each size that the planner gives for CVR +20 %.
+
+Prints one line of JSON a figure, with the 95 % binomial interval
+(Clopper and Pearson), and writes docs/results/gate.jsonl and the table of docs/results/gate.md.
+
+    python -m benchmarks.gate
+    python -m benchmarks.gate --quick     # a hundredth of the trials; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from registry.gate import MODES, compare
+from registry.plan import Expected, users_needed
+from registry.settings import GateSettings
+from registry.statistics import Sums
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+LOOKS = 20
+SEED = 20
+SETTINGS = GateSettings.model_validate({})
+# Trials handed to a process at once.
+_CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Population:
+    """Users: `impressions` of one user on average (Poisson); beta-distributed rates, whose means these are.
+
+    Rates have a + b = `cohesion`: between users they vary by sqrt(mean (1 - mean) / (cohesion + 1)).
+    """
+
+    name: str
+    ctr: float = 0.05
+    cvr: float = 0.05
+    impressions: float = 7.0
+    cohesion: float = 40.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Trials with a truth: the target's rates are the control's times `ctr` and `cvr`."""
+
+    population: Population
+    users: int
+    ctr: float = 1.0
+    cvr: float = 1.0
+    modes: tuple[str, ...] = MODES
+
+
+ADS = Population("simulated users: CTR .05, CVR .05, 7 impressions")
+SHOP = Population("simulated users: CTR .2, CVR .2, 20 impressions", 0.2, 0.2, 20.0)
+
+
+def looks(
+    random: np.random.Generator, population: Population, users: int, ctr: float, cvr: float
+) -> Iterator[Sums]:
+    """The sums of one arm at each look, users in the order of their arrival.
+
+    A Poisson number of impressions, each clicked with the user's rate, is two independent Poisson numbers of
+    clicked and of passed ones; clicks split likewise. So events are drawn, and users without any are free.
+    """
+    arrival = random.integers(0, LOOKS, users)
+
+    def rate(mean: float) -> npt.NDArray[np.float64]:
+        return random.beta(mean * population.cohesion, (1 - mean) * population.cohesion, users)
+
+    click, buy = rate(population.ctr * ctr), rate(population.cvr * cvr)
+
+    def cumulative(mean: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        who = np.repeat(np.arange(users), random.poisson(mean))
+        first = arrival[who]
+        when = first + (random.random(len(who)) * (LOOKS - first)).astype(np.int64)
+        counts = np.bincount(when * users + who, minlength=LOOKS * users).reshape(LOOKS, users)
+        return np.cumsum(counts, axis=0).astype(np.float64)
+
+    orders = cumulative(population.impressions * click * buy)
+    clicks = orders + cumulative(population.impressions * click * (1 - buy))
+    shown = clicks + cumulative(population.impressions * (1 - click))
+    # Whole numbers far below 2^53: exact in doubles, and products of doubles are quick.
+    for i, c, o in zip(shown, clicks, orders, strict=True):
+        # Not `@`: BLAS would start threads, which only wait for those of the other process.
+        products = (np.einsum("n,n->", *two) for two in ((i, i), (c, c), (o, o), (i, c), (c, o)))
+        figures = (i.sum(), c.sum(), o.sum(), *products)
+        yield Sums(int((i > 0).sum()), *map(int, figures))
+
+
+def trial(seed: np.random.SeedSequence, scenario: Scenario) -> set[str]:
+    """What happened in one trial: `<mode> <verdict> once` (at any look), `... last`, and CVR claims."""
+    random = np.random.default_rng(seed)
+    target = looks(random, scenario.population, scenario.users, scenario.ctr, scenario.cvr)
+    control = looks(random, scenario.population, scenario.users, 1.0, 1.0)
+    happened = set()
+    for look, (t, c) in enumerate(zip(target, control, strict=True), 1):
+        for mode in scenario.modes:
+            made = compare("t", "c", {"t": t, "c": c}, SETTINGS, mode)
+            happened.add(f"{mode} {made.verdict} once")
+            if look == LOOKS:
+                happened.add(f"{mode} {made.verdict} last")
+            if made.cvr and made.cvr["p_above"] is not None and made.cvr["p_above"] < SETTINGS.alpha:
+                happened.add(f"{mode} higher once")
+    return happened
+
+
+def _chunk(job: tuple[list[np.random.SeedSequence], Scenario]) -> Counter[str]:
+    seeds, scenario = job
+    return sum((Counter(trial(seed, scenario)) for seed in seeds), Counter())
+
+
+def run(pool: ProcessPoolExecutor, scenario: Scenario, trials: int, label: str) -> Counter[str]:
+    """Counts over trials, the same for any number of processes."""
+    seeds = np.random.SeedSequence(SEED).spawn(trials)
+    jobs = [(seeds[n : n + _CHUNK], scenario) for n in range(0, trials, _CHUNK)]
+    counts: Counter[str] = Counter()
+    for done, found in enumerate(pool.map(_chunk, jobs), 1):
+        counts += found
+        if sys.stderr.isatty() or done % 10 == 0:
+            _progress(f"{label}: {min(done * _CHUNK, trials):,} of {trials:,} trials")
+    _progress("")
+    return counts
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")
+        sys.stderr.flush()
+    elif text:
+        print(text, file=sys.stderr)
+
+
+def figure(population: Population, metric: str, claim: str, mode: str, count: int, of: int) -> dict[str, Any]:
+    """One line of the results: a share, and its 95 % interval."""
+    interval = stats.binomtest(count, of).proportion_ci(0.95, "exact")
+    return {
+        "claim": claim, "dataset": population.name, "model": f"gate, mode {mode}", "metric": metric,
+        "value": round(count / of, 4), "low": round(interval.low, 4), "high": round(interval.high, 4),
+        "seed": SEED, "mask": None, "command": "python -m benchmarks.gate", "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return asked.stdout.strip() or "none"
+
+
+def figures(pool: ProcessPoolExecutor, trials: int, users_of: float) -> Iterator[dict[str, Any]]:
+    """Every figure of the benchmark; `users_of` scales the arms (1: as published)."""
+    for population, users in ((ADS, 20_000), (SHOP, 4_000)):
+        users = round(users * users_of)
+
+        def said(
+            what: str, truth: str, population: Population = population, users: int = users
+        ) -> tuple[Any, str]:
+            return population, f"{what}; {truth}, {users:,} users an arm, {LOOKS} looks"
+
+        truth = "no effect"
+        null = run(pool, Scenario(population, users), trials, f"{truth}, {population.name}")
+        for mode, happened, what, claim in (
+            ("sequential", "promote once", "promoted at any look", "at most .05"),
+            ("fixed", "promote once", "promoted at any look", "none: it is made for one look"),
+            ("fixed", "promote last", "promoted at the last look", "at most .05"),
+            ("point", "promote once", "promoted at any look", "none: the published rule"),
+            ("point", "promote last", "promoted at the last look", "none: the published rule"),
+            ("sequential", "higher once", "CVR found higher at any look", "at most .05"),
+            ("fixed", "higher once", "CVR found higher at any look", "none: it is made for one look"),
+            ("sequential", "reject once", "rejected at any look", "at most .10: two harms"),
+        ):
+            yield figure(*said(what, truth), claim, mode, null[f"{mode} {happened}"], trials)
+        truth = "CTR -12 %, CVR +20 %"
+        harm = run(
+            pool, Scenario(population, users, ctr=0.88, cvr=1.2), trials, f"{truth}, {population.name}"
+        )
+        for mode, claim in (
+            ("sequential", "at most .05"),
+            ("fixed", "none: it is made for one look"),
+            ("point", "none: the published rule"),
+        ):
+            yield figure(
+                *said("promoted at any look", truth), claim, mode, harm[f"{mode} promote once"], trials
+            )
+    truth = "CVR +20 %, CTR 0"
+    for mode in ("sequential", "fixed"):
+        expected = Expected(ADS.cvr, 0.2, ADS.ctr, ADS.impressions)
+        users = round(users_needed(expected, SETTINGS, mode, 0.8) * users_of)
+        few = max(trials // 2, 1)
+        good = run(pool, Scenario(ADS, users, cvr=1.2, modes=(mode,)), few, f"{truth}, mode {mode}")
+        for happened, what in (("last", "promoted at the last look"), ("once", "promoted at any look")):
+            if mode == "sequential" or happened == "last":
+                metric = f"{what}; {truth}, {users:,} users an arm (planned for .8), {LOOKS} looks"
+                yield figure(ADS, metric, "at least .80", mode, good[f"{mode} promote {happened}"], few)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the trials; writes nothing")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="the figures do not depend on it"
+    )
+    args = parser.parse_args()
+    rows = []
+    with ProcessPoolExecutor(args.processes) as pool:
+        for row in figures(pool, 20 if args.quick else 2000, 0.1 if args.quick else 1.0):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    if not args.quick:
+        publish(rows)
+
+
+def publish(rows: list[dict[str, Any]]) -> None:
+    """Write the results: the lines, and the table in the page for people."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = [
+        "| users | trial and figure | mode | share | 95 % interval | claim |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        metric, _, truth = row["metric"].partition("; ")
+        table.append(
+            f"| {row['dataset'].partition(': ')[2]} | {truth}: {metric} | {row['model'].split()[-1]} "
+            f"| {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['claim']} |"
+        )
+    page = RESULTS / "gate.md"
+    begin, end = "<!-- table -->\n", "<!-- end -->\n"
+    before, _, rest = page.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(before + begin + "\n".join(table) + "\n" + end + after)
+
+
+if __name__ == "__main__":
+    main()

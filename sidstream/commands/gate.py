@@ -1,0 +1,246 @@
+"""The gate: judge the running trial, plan one, recompute a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sidstream.console import emit
+from streams.errors import SidstreamError
+
+app = typer.Typer()
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+Conclude = Annotated[bool, typer.Option(help="end the trial as the verdict says")]
+End = Annotated[bool, typer.Option(help="with --conclude: end it also when inconclusive")]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        help="sequential (evidence, any number of looks), fixed (evidence, one look) or point (the published "
+        "rule); default: settings"
+    ),
+]
+
+
+# Measured by benchmarks/gate.py, for models without effect; docs/results/gate.md has the intervals.
+ERROR_RATES = {
+    "fixed": "made for one look, at the end: looked at 20 times it promotes a model without effect more than "
+    "20 % of the time (docs/results/gate.md)",
+    "point": "it promotes a model without effect about 50 % of the time, more than 90 % when looked at 20 "
+    "times (docs/results/gate.md)",
+}
+
+
+@app.callback(invoke_without_command=True)
+def _bare(
+    context: typer.Context,
+    conclude: Conclude = False,
+    end: End = False,
+    mode: Mode = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the running trial: conversion must go up, click-through must not fall by the margin.
+
+    Example: sidstream gate --conclude
+    """
+    if context.invoked_subcommand is None:
+        gate(conclude, end, mode, as_json)
+
+
+def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_json: bool = False) -> None:
+    """Judge the running trial, and end it where that is asked for."""
+    from registry import release
+    from registry.current import current_rollout
+    from registry.decision import decide
+    from registry.outcomes import read_outcomes
+    from sidstream.commands.registry import promoting
+    from sidstream.settings import load
+    from streams.redisdb import client as redis_client
+
+    _check(mode)
+    settings = load()
+    rollout = current_rollout(settings.kafka, settings.registry.name)
+    if rollout is None or rollout.action != "trial":
+        what = "nothing is in service" if rollout is None else f"the last step was {rollout.action}"
+        raise SidstreamError(f"no trial is running ({what}); `sidstream train` starts one")
+    with redis_client(settings.redis) as redis:
+        seen = read_outcomes(redis, rollout.trial)
+    record = decide(rollout.trial, rollout.arms, seen, settings.gate, mode)
+    concluded = conclude and (record["verdict"] != "inconclusive" or end)
+    if concluded:
+        with promoting(settings) as (registry, client):
+            release.conclude(registry, client, record)
+    caution = ERROR_RATES.get(record["mode"])
+    emit(record | {"concluded": concluded, "caution": caution}, as_json, _told(record, conclude, concluded))
+
+
+@app.command()
+def plan(
+    cvr: Annotated[float, typer.Option(help="orders per click of the champion")],
+    lift: Annotated[float, typer.Option(help="relative rise of it that is hoped for: .08 is 8 %")],
+    ctr: Annotated[float, typer.Option(help="clicks per impression of the champion")] = 0.05,
+    impressions_per_user: Annotated[float, typer.Option(help="of one user within the trial")] = 7.0,
+    design_effect: Annotated[
+        float, typer.Option(help="variance clustered by user over that of independent events")
+    ] = 1.2,
+    power: Annotated[float, typer.Option(help="chance that such a model is promoted")] = 0.8,
+    users_per_day: Annotated[float | None, typer.Option(help="new users a day, over all arms")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="share of users of the smallest compared arm; default: settings")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="sequential or fixed: whose curve is drawn; default: settings")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many users a trial needs before it promotes a model that is that much better.
+
+    Planned for CVR shown to be higher by the lift and CTR shown to keep its margin where it does not change.
+
+    Example: sidstream gate plan --cvr .04 --lift .08 --users-per-day 20000
+    """
+    import math
+
+    from registry import plan as planner
+    from sidstream.settings import read
+
+    settings = read()
+    _check(mode)
+    if mode == "point":
+        raise SidstreamError(
+            "mode point wants no evidence, so no number of users gives it any: use --mode fixed"
+        )
+    if mode is None:
+        mode = "sequential" if settings.gate.mode == "point" else settings.gate.mode
+    rollout = settings.rollout
+    weights = (rollout.champion, rollout.sft, rollout.dpo)
+    share = min(weights) / sum(weights) if share is None else share
+    if not 0 < share <= 1:
+        raise SidstreamError(f"share is {share}: it must be above 0, 1 at most")
+    if users_per_day is not None and users_per_day <= 0:
+        raise SidstreamError(f"users-per-day is {users_per_day}: it must be above 0")
+    expected = planner.Expected(cvr, lift, ctr, impressions_per_user, design_effect)
+    modes: dict[str, dict[str, Any]] = {}
+    for name in ("sequential", "fixed"):
+        users = planner.users_needed(expected, settings.gate, name, power)
+        days = math.ceil(users / (users_per_day * share)) if users_per_day else None
+        modes[name] = {"users_per_arm": users, "days": days}
+    points = planner.curve(modes[mode]["users_per_arm"], expected, settings.gate, mode)
+    result = {
+        "expected": vars(expected),
+        "power": power,
+        "modes": modes,
+        "share": share,
+        "curve": {"mode": mode, "points": [list(point) for point in points]},
+    }
+    lines = [
+        f"to promote with power {power:.0%} where CVR rises from {cvr:.2%} to {cvr * (1 + lift):.2%} "
+        f"and CTR {ctr:.2%} does not change:"
+    ]
+    for name, figures in modes.items():
+        when = "" if figures["days"] is None else f", {figures['days']:,} days at {share:.0%} of the users"
+        lines.append(f"  {name:<10}  {figures['users_per_arm']:>12,} users an arm{when}")
+    lines += ["", f"power by users an arm (mode {mode}, one look):", planner.drawn(points)]
+    emit(result, as_json, "\n".join(lines))
+
+
+@app.command()
+def recompute(
+    record: Annotated[
+        str, typer.Argument(help="a JSON file, - for standard input, or a model version or alias")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Compute a decision record's verdict again from its own sums; an error where it does not follow.
+
+    Example: sidstream gate recompute 3
+    """
+    from registry.decision import rejudge
+
+    stored = _read(record)
+    made = rejudge(stored)
+    said = (stored.get("verdict"), stored.get("winner"))
+    if said != (made.verdict, made.winner):
+        raise SidstreamError(
+            f"decision {stored['decision']} says {said[0]}, winner {said[1]}; "
+            f"its sums say {made.verdict}, winner {made.winner}"
+        )
+    emit(
+        {"decision": stored["decision"]} | made.as_dict(), as_json,
+        f"decision {stored['decision']} follows from its sums\nverdict: {made.sentence}",
+    )  # fmt: skip
+
+
+def _read(record: str) -> dict[str, Any]:
+    import json
+    import sys
+
+    path = Path(record)
+    if record == "-":
+        text = sys.stdin.read()
+    elif path.is_file():
+        text = path.read_text()
+    elif path.suffix == ".json" or path.parent != Path("."):
+        raise SidstreamError(f"there is no file {record}; name a decision record or a model version")
+    else:
+        from registry.store import Registry
+        from sidstream.settings import load
+
+        return Registry(load().registry).decision(record)
+    try:
+        made = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SidstreamError(f"{record} is no JSON ({error}); name a decision record") from error
+    # An event on the topic `rollout` holds the record within.
+    if isinstance(made, dict) and isinstance(made.get("decision"), dict):
+        made = made["decision"]
+    if not isinstance(made, dict):
+        raise SidstreamError(f"{record} holds no JSON object; name a decision record")
+    return made
+
+
+def _check(mode: str | None) -> None:
+    from registry.gate import MODES
+
+    if mode not in (None, *MODES):
+        raise SidstreamError(f"mode is {mode!r}: use {', '.join(MODES[:-1])} or {MODES[-1]}")
+
+
+def _told(record: dict[str, Any], conclude: bool, concluded: bool) -> str:
+    lines = [f"trial {record['trial']}, mode {record['mode']}, decision {record['decision']}"]
+    for name, arm in record["arms"].items():
+        seen = record["inputs"][name]
+        counts = ", ".join(f"{seen[field]} {field}" for field in ("users", "impressions", "clicks", "orders"))
+        lines.append(f"  {name} (version {arm['version']}, {arm['weight']:.0%} of users): {counts}")
+    level = 1 - 2 * record["settings"]["alpha"]
+    always = ", always valid" if record["mode"] == "sequential" else ""
+    lines.append(f"differences with intervals of {level:.0%}{always}:")
+    for comparison in record["comparisons"]:
+        lines.append(f"  {comparison['sentence']}")
+        lines.extend(_figures("CVR", comparison["cvr"]))
+        lines.extend(_figures("CTR", comparison["ctr"]))
+    if record["anchor"]:
+        lines.append(f"  {record['anchor']['sentence']}")
+        lines.extend(_figures("CTR", record["anchor"]["ctr"]))
+    lines.append(f"verdict: {record['sentence']}")
+    if record["mode"] in ERROR_RATES:
+        lines.append(f"mode {record['mode']}: {ERROR_RATES[record['mode']]}")
+    if concluded:
+        lines.append("concluded: the rollout is published")
+    elif conclude:
+        lines.append("not concluded: the trial goes on; --end ends it with the champion in service")
+    return "\n".join(lines)
+
+
+def _figures(rate: str, figures: dict[str, Any] | None) -> Iterator[str]:
+    if figures is None or figures["p_above"] is None or figures["difference_interval"] is None:
+        return
+    low, high = figures["difference_interval"]
+    yield (
+        f"    {rate} {figures['target']:.3%} against {figures['control']:.3%}: difference "
+        f"{figures['difference']:+.3%} [{low:+.3%}, {high:+.3%}], must be above "
+        f"{0.0 - figures['margin'] * figures['control']:+.3%}: p {figures['p_above']:.3g}"
+    )
