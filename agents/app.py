@@ -41,9 +41,9 @@ from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 log = logging.getLogger(__name__)
 
 USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
-# The topics whose events carry event time forward. Answers too: a worker that catches up would else close the
-# windows of answers that it has yet to read.
-CLOCK_TOPICS: Final = tuple(kind.topic for kind in USER_EVENTS)
+# The topics whose events carry event time forward. Answers only hold it back: a worker that catches up must
+# not close the windows of answers that it has yet to read, and an answer only repeats the time of its trigger.
+CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
 # Loggers of libraries whose lower levels are noise, or slow.
 _QUIET: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
 
@@ -115,7 +115,9 @@ class UserEvents(Hooks):
         for number in numbers:
             floors = [self._preferences.reached(number), self._outcomes.reached(number)]
             floor = max((f for f in floors if f is not None), default=None)
-            self._clocks[number] = PartitionClock(CLOCK_TOPICS, self._idle_s, now, floor)
+            self._clocks[number] = PartitionClock(
+                CLOCK_TOPICS, self._idle_s, now, floor, (Recommendation.topic,)
+            )
         self._parking.own(numbers)
 
     async def observed(self, partition: TopicPartition, lag: int) -> None:

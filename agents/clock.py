@@ -39,39 +39,50 @@ class PartitionClock:
 
     The smallest of the topics' newest timestamps; a topic that is read to its end and was silent for `idle_s`
     does not hold the others back. When all are silent, time goes on with the wall clock.
+
+    `answers` are topics whose times are those of requests, which may be made at any time about any other (a
+    person asks today on a replayed year). They hold time back until they are read, and never move it on.
     """
 
     topics: Iterable[str]
     idle_s: float
     now: float
     floor: int | None = None
+    answers: Iterable[str] = ()
     _topics: dict[str, _Topic] = field(init=False)
+    _answers: dict[str, _Topic] = field(init=False)
 
     def __post_init__(self) -> None:
         self._topics = {topic: _Topic(self.now) for topic in self.topics}
+        self._answers = {topic: _Topic(self.now) for topic in self.answers}
         self._started = self.now
 
     def observe(self, topic: str, user: str, ts: int, now: float, wall_ms: int) -> None:
         """A record came: its event's user and time (ms)."""
-        if topic in self._topics:
-            state = self._topics[topic]
+        state = self._topics.get(topic) or self._answers.get(topic)
+        if state is not None:
             state.seen_at = now
             if state.newest_ts is None or ts > state.newest_ts:
                 state.see(user, ts, wall_ms)
 
     def position(self, topic: str, lag: int) -> None:
         """How many records of the topic's partition are still to be read."""
-        if topic in self._topics:
-            self._topics[topic].caught_up = lag == 0
+        state = self._topics.get(topic) or self._answers.get(topic)
+        if state is not None:
+            state.caught_up = lag == 0
 
     def watermark(self, now: float) -> int | None:
         """Milliseconds, never less than before; None: nothing is known yet. `now` is monotonic seconds."""
         active = [t for t in self._topics.values() if not (t.caught_up and now - t.seen_at >= self.idle_s)]
         known = [t.newest_ts for t in self._topics.values() if t.newest_ts is not None]
         reached: int | None = None
-        if active:
-            if all(t.newest_ts is not None for t in active):
-                reached = min(t.newest_ts for t in active if t.newest_ts is not None)
+        unread = [t for t in self._answers.values() if not t.caught_up]
+        if active or unread:
+            held = [t.newest_ts for t in (*active, *unread)]
+            # Only answers left to read: events say how far time is.
+            limits = held if active else [*held, *known]
+            if limits and None not in limits:
+                reached = min(ts for ts in limits if ts is not None)
         elif known:
             silent = now - max(t.seen_at for t in self._topics.values())
             reached = max(known) + int(silent * 1000)

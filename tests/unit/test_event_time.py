@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from agents.app import CLOCK_TOPICS
 from agents.clock import AHEAD_USERS, PartitionClock
 
 WALL = 2_000_000_000_000
@@ -29,13 +28,37 @@ def test_a_topic_with_records_still_to_read_is_not_idle_however_silent() -> None
 
 
 def test_answers_that_are_still_to_be_read_keep_the_windows_of_their_requests_open() -> None:
-    c = PartitionClock(CLOCK_TOPICS, idle_s=5.0, now=0.0)
-    c.position("recommendations", 1000)
-    for topic in ("clicks", "purchases", "impressions"):
+    c = PartitionClock(("clicks", "purchases"), idle_s=5.0, now=0.0, answers=("answers",))
+    c.position("answers", 1000)
+    for topic in ("clicks", "purchases"):
         c.observe(topic, "u", T0 + 86_400_000, 1.0, WALL)
-    assert c.watermark(100.0) is None
-    c.observe("recommendations", "u", T0, 101.0, WALL)
-    assert c.watermark(102.0) == T0
+    assert c.watermark(2.0) is None
+    c.observe("answers", "u", T0, 3.0, WALL)
+    assert c.watermark(4.0) == T0
+    c.position("answers", 0)
+    assert c.watermark(5.0) == T0 + 86_400_000
+
+
+def test_answers_that_are_still_to_be_read_hold_time_back_also_when_all_else_is_silent() -> None:
+    c = PartitionClock(("clicks",), idle_s=5.0, now=0.0, answers=("answers",))
+    c.observe("clicks", "u", T0 + 86_400_000, 1.0, WALL)
+    c.observe("answers", "u", T0, 1.0, WALL)
+    c.position("clicks", 0)
+    c.position("answers", 10)
+    assert c.watermark(100.0) == T0
+    c.observe("answers", "u", T0 + 90_000_000, 101.0, WALL)
+    assert c.watermark(102.0) == T0 + 86_400_000
+
+
+def test_an_answer_made_today_on_a_replayed_year_does_not_close_the_years_windows() -> None:
+    c = PartitionClock(("clicks", "purchases"), idle_s=5.0, now=0.0, answers=("answers",))
+    for topic in ("clicks", "purchases"):
+        c.observe(topic, "u", T0, 1.0, WALL)
+        c.position(topic, 0)
+    c.observe("answers", "u", WALL, 2.0, WALL)
+    c.position("answers", 0)
+    assert c.watermark(3.0) == T0
+    assert c.watermark(11.0) == T0 + 10_000
 
 
 def test_a_topic_that_is_read_to_its_end_and_silent_holds_nothing_back() -> None:
