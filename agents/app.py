@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
 # The topics whose events carry event time forward. Answers only hold it back: a worker that catches up must
-# not close the windows of answers that it has yet to read, and an answer only repeats the time of its trigger.
+# not close the windows of answers that it has yet to read, and an answer only repeats its trigger's time.
 CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
 # Loggers of libraries whose lower levels are noise, or slow.
 _QUIET: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
