@@ -192,6 +192,32 @@ class CatalogItem(Event, frozen=True, kw_only=True):
     active: Annotated[bool, Meta(description="false: never recommended")] = True
 
 
+class Exploration(Event, frozen=True, kw_only=True):
+    """The first place of an answer, drawn by chance from the best candidates: what off-policy estimates need.
+
+    Beams are deterministic, so nothing else that is shown tells how another model would have done.
+    """
+
+    topic: ClassVar[str] = "explorations"
+    request_id: Id
+    user_id: Id
+    item_id: Annotated[Id, Meta(description="the item that was drawn, and shown first")]
+    propensity: Annotated[float, Meta(gt=0, le=1, description="the chance with which it was drawn")]
+    chosen: Annotated[int, Meta(ge=0, description="its place among the candidates")]
+    candidates: Annotated[
+        list[Sid], Meta(min_length=1, max_length=1000, description="what could be drawn, best first")
+    ]
+    scores: Annotated[
+        list[float], Meta(description="log-probability of each candidate under the bundle that answered")
+    ]
+    temperature: Annotated[float, Meta(gt=0, description="of the softmax of scores that was drawn from")]
+    prompt: Annotated[list[Sid], Meta(description="SIDs that the bundle was given, oldest first")]
+    codebook: Id
+    bundle: Id
+    arm: Id
+    trial: Id
+
+
 class UserProfile(Event, frozen=True, kw_only=True):
     """Attributes of a user for the prompt; the newest record of a user_id counts."""
 
@@ -226,7 +252,15 @@ class Rollout(Event, frozen=True, kw_only=True):
     key_field: ClassVar[str] = "name"
     name: Annotated[Id, Meta(description="the recommender that this is about")]
     action: Literal["start", "trial", "promote", "reject", "inconclusive", "rollback"]
-    trial: Annotated[Id, Meta(description="salt of the users' assignment to arms")]
+    trial: Annotated[Id, Meta(description="what outcomes are summed under: one set of arms and weights")]
+    salt: Annotated[
+        Id | None,
+        Meta(description="salt of the users' assignment, one for all steps of a trial; null: the trial"),
+    ] = None
+    step: Annotated[
+        Rate | None,
+        Meta(description="share of their full weights that challengers have; 0: shadow; null: no ramp"),
+    ] = None
     arms: Annotated[list[Arm], Meta(min_length=1, max_length=8)]
     decision: Annotated[dict[str, Any] | None, Meta(description="the decision record, if any")] = None
 
@@ -248,8 +282,8 @@ class DeadLetter(Event, frozen=True, kw_only=True):
 
 
 EVENTS: tuple[type[Event], ...] = (
-    Click, Impression, Purchase, Trigger, Recommendation, PreferencePair, CatalogItem, UserProfile,
-    SidAssignment, Rollout, DeadLetter,
+    Click, Impression, Purchase, Trigger, Recommendation, Exploration, PreferencePair, CatalogItem,
+    UserProfile, SidAssignment, Rollout, DeadLetter,
 )  # fmt: skip
 BY_TOPIC: dict[str, type[Event]] = {kind.topic: kind for kind in EVENTS}
 

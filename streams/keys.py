@@ -42,6 +42,11 @@ def outcomes_rules() -> str:
     return "outcomes-rules"
 
 
+def health(trial: str) -> str:
+    """Hash of what serving saw of each arm in one trial: requests, failures, times, invalid mass."""
+    return f"health:{trial}"
+
+
 def sids(codebook: str) -> str:
     """Hash item_id -> packed SID under one codebook."""
     return f"sids:{{{codebook}}}"

@@ -37,6 +37,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "bundle": "b", "arm": "champion", "trial": "t", "fallback": "popular", "scene": "s",
         "trigger_item_id": "j",
     },
+    "explorations": {
+        **HEAD, "request_id": "r", "user_id": "u", "item_id": "i", "propensity": 0.25, "chosen": 1,
+        "candidates": [[1, 2], [1, 3]], "scores": [-0.5, -1.5], "temperature": 1.0, "prompt": [[5, 6]],
+        "codebook": "c", "bundle": "b", "arm": "champion", "trial": "t",
+    },
     "preferences": {
         **HEAD, "user_id": "u", "scheme": "clicked_over_shown", "codebook": "c", "chosen_item": "i",
         "chosen": [1, 2], "rejected_items": ["j"], "rejected": [[3, 4]], "history": [[5, 6]],
@@ -49,7 +54,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "users": {**HEAD, "user_id": "u", "attributes": {"country": "Japan"}},
     "sids": {**HEAD, "item_id": "i", "sid": [1, 2, 65535], "codebook": "c"},
     "rollout": {
-        **HEAD, "name": "main", "action": "trial", "trial": "t",
+        **HEAD, "name": "main", "action": "trial", "trial": "t", "salt": "s", "step": 0.1,
         "arms": [{"name": "champion", "bundle": "b", "weight": 0.5, "version": "1"}],
         "decision": {"any": [1]},
     },
