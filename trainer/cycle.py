@@ -28,6 +28,7 @@ from trainer.data import Rows, popular
 from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM, new_generator
 from trainer.material import Material, load_model, only_one, read_material
+from trainer.offpolicy import Explored, OffPolicy, explored, judge
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, SftResult, evaluate, hr_ndcg, train
 from trainer.tokenizer import build_tokenizer
@@ -56,6 +57,7 @@ class CycleResult:
     no_dpo: str | None = None  # why there is no DPO model
     sft: SftResult | None = None
     dpo: DpoResult | None = None
+    offpolicy: dict[str, OffPolicy] = field(default_factory=dict)  # kind -> what explored answers say
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -92,15 +94,18 @@ def run_cycle(
     rollout: RolloutSettings,
     promoting: Promoting,
     *,
+    horizon_ms: int,
+    step: float = 1.0,
     from_scratch: bool = False,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> CycleResult:
     """Run one update cycle and put its bundles in service (the first) or on trial (later ones).
 
-    `promoting()` gives a publisher while this process alone may change what is in service. Raises
-    SidstreamError where there is nothing to train on, another cycle runs in the same home, or the offline
-    check fails.
+    `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
+    how long after an answer its clicks may come, `step` the share of their full weights that challengers get
+    at first. Raises SidstreamError where there is nothing to train on,
+    another cycle runs in the same home, or the offline check fails.
     """
     result = CycleResult()
     stages = _Stages(progress, result.seconds)
@@ -135,15 +140,28 @@ def run_cycle(
         if result.sft is not None and result.sft.stopped == "interrupted":
             result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
             return result
-        _check(material, settings, model, result)
+        # Named by what it was made of: a model that is refused has no bundle to be named by.
+        origin = f"bundle {material.parent.id}" if material.parent else "scratch"
+        candidate = f"candidate {run.name} (from {origin})"
+        _check(material, settings, model, result, candidate)
+        found = material.window.explorations(horizon_ms)
+        logged = explored(found, material.codebook.id, material.prompt, settings.offpolicy)
+        veto = _veto("sft", model, logged, settings, result, stages)
+        if veto:
+            raise SidstreamError(f"{candidate} failed its offline check and was not registered: {veto}")
         aligned = None
         if material.parent is None and registry.alias(CHAMPION) is None:
             result.no_dpo = "the first model is aligned when pairs about its answers are there"
         else:
             aligned = _dpo(material, settings, model, tokenizer, run, result, stages, stop)
+        if aligned is not None:
+            veto = _veto("dpo", aligned, logged, settings, result, stages)
+            if veto:
+                result.no_dpo, aligned = f"it failed its offline check: {veto}", None
         _publish(
-            material, settings, model, aligned, tokenizer, run, registry, rollout, promoting, result, stages
-        )
+            material, settings, model, aligned, tokenizer, run, registry, rollout, step, promoting, result,
+            stages,
+        )  # fmt: skip
         shutil.rmtree(run, ignore_errors=True)
     return result
 
@@ -213,8 +231,9 @@ def _named(stage: str, quality: Quality) -> dict[str, float]:
 
 
 def _check(
-    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, result: CycleResult
-) -> None:
+    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, result: CycleResult,
+    candidate: str,
+) -> None:  # fmt: skip
     """The offline check of SFT_T. Raises SidstreamError with the figure that failed and its setting."""
     for parameter in model.parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -232,7 +251,21 @@ def _check(
                 "SIDSTREAM_TRAINER__BEAT_POPULARITY=false)"
             )
     if failed:
-        raise SidstreamError(f"the new model failed its offline check and was not registered: {failed}")
+        raise SidstreamError(f"{candidate} failed its offline check and was not registered: {failed}")
+
+
+def _veto(
+    kind: str, model: GeneratorForCausalLM, logged: Explored | None, settings: TrainerSettings,
+    result: CycleResult, stages: _Stages,
+) -> str:  # fmt: skip
+    """Why explored answers refuse the model; empty where they do not, or there are none."""
+    if logged is None:
+        return ""
+    found = judge(model, logged, settings.offpolicy)
+    result.offpolicy[kind] = found
+    result.metrics |= {f"{kind}/{name}": value for name, value in found.metrics().items()}
+    stages.done(f"{kind}-offpolicy", found.told())
+    return found.sentence if found.vetoed else ""
 
 
 def _failing(quality: Quality, before: float | None, settings: TrainerSettings) -> str | None:
@@ -324,7 +357,7 @@ def _bundle(
 def _publish(
     material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
     aligned: GeneratorForCausalLM | None, tokenizer: PreTrainedTokenizerFast, run: Path, registry: Registry,
-    rollout: RolloutSettings, promoting: Promoting, result: CycleResult, stages: _Stages,
+    rollout: RolloutSettings, step: float, promoting: Promoting, result: CycleResult, stages: _Stages,
 ) -> None:  # fmt: skip
     first = registry.alias(CHAMPION) is None
     kind: Kind = "base" if first else "sft"
@@ -345,7 +378,7 @@ def _publish(
             event = release.start(registry, publisher, result.versions[kind])
         else:
             event = release.start_trial(
-                registry, publisher, result.versions[kind], result.versions.get("dpo"), rollout
+                registry, publisher, result.versions[kind], result.versions.get("dpo"), rollout, step
             )
     result.action, result.trial = event.action, event.trial
     shown = ", ".join(f"{name} is version {version}" for name, version in result.versions.items())

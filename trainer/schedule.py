@@ -31,7 +31,7 @@ def run_periodically(
     gets each result, or the error that ended a cycle: the next one starts all the same. On the way out the
     running cycle is asked to stop, writes its checkpoint, and is waited for.
     """
-    finish = ended or _on_signal()
+    finish = ended or on_signal()
 
     def one() -> None:
         try:
@@ -59,7 +59,8 @@ def run_periodically(
         scheduler.shutdown(wait=True)
 
 
-def _on_signal() -> threading.Event:
+def on_signal() -> threading.Event:
+    """An event that SIGTERM and SIGINT set from now on, in place of ending the process."""
     finish = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:

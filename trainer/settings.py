@@ -43,6 +43,18 @@ class DpoSettings(Section):
     max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
 
 
+class OffPolicySettings(Section):
+    """When explored answers veto a new model before it gets traffic."""
+
+    min_ess: int = Field(1000, ge=1, description="fewer effective samples than this: no veto")
+    margin: float = Field(
+        0.1, gt=0, lt=1, description="relative fall of the logged click-through rate that is vetoed"
+    )
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="error rate of the one-sided test")
+    clip: float = Field(10.0, gt=0, description="largest weight in clipped IPS, shown beside the others")
+    max_explorations: int = Field(10_000, ge=2, description="explorations of a window, the newest kept")
+
+
 class LoraSettings(Section):
     """Low-rank tuning of a Hugging Face causal LM (Hu et al. 2021)."""
 
@@ -100,6 +112,7 @@ class TrainerSettings(Section):
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))
     dpo: DpoSettings = Field(default_factory=lambda: DpoSettings.model_validate({}))
+    offpolicy: OffPolicySettings = Field(default_factory=lambda: OffPolicySettings.model_validate({}))
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings.model_validate({}))
     min_validity: float = Field(
         0.9, ge=0, le=1, description="share of unconstrained answers that are real SIDs"

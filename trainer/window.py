@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
@@ -22,12 +23,18 @@ from streams.settings import KafkaSettings
 from trainer.data import Catalogue, Interactions, interactions
 from trainer.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
 
-TOPICS = ("clicks", "purchases", "preferences", "catalog", "sids")
+TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "sids")
+# Compacted topics: a record without a value removes its key.
+_KEYED = ("catalog", "sids")
 # Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
 _FILE_ROWS = 1_000_000
 _FETCH_BYTES = 8 * 1024 * 1024
 # Without a record for so long the broker counts as gone.
 _SILENCE_S = 30.0
+
+
+class _When(msgspec.Struct):
+    ts: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,34 @@ class Window:
         decoded = (decoder.decode(value) for value in table.filter(pa.array(new))["value"].to_pylist())
         return list({pair.event_id: pair for pair in decoded}.values())
 
+    def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
+        """Explorations whose click window closed in this window, each request once: was its item clicked?
+
+        A click window closes when the newest click is `horizon_ms` or more after the answer; a click that is
+        later than that does not count, so that a reward never changes again. One that was logged before
+        this window, and was open then, is of this window: each counts in one.
+        """
+        clicks, new = self._read("clicks")
+        stamps = clicks["ts"].to_numpy()
+        now, before = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
+        table, fresh = self._read("explorations")
+        when, decoder = msgspec.json.Decoder(_When), msgspec.json.Decoder(events.Exploration)
+        found: dict[str, events.Exploration] = {}
+        for value, is_new in zip(table["value"].to_pylist(), fresh.tolist(), strict=True):
+            closes = when.decode(value).ts + horizon_ms
+            if closes <= now and (is_new or closes > before):
+                one = decoder.decode(value)
+                # An answer may be sent twice. Its draw is the same, its event_id need not be.
+                found.setdefault(one.request_id, one)
+        led = clicks.filter(pc.is_in(clicks["request_id"], value_set=pa.array(list(found), pa.string())))
+        clicked = set()
+        columns = (led[name].to_pylist() for name in ("request_id", "user_id", "item_id", "ts"))
+        for request, user, item, ts in zip(*columns, strict=True):
+            one = found[request]
+            if (user, item) == (one.user_id, one.item_id) and ts <= one.ts + horizon_ms:
+                clicked.add(request)
+        return [(one, request in clicked) for request, one in found.items()]
+
     def titles(self) -> dict[str, str]:
         """The newest title of each item."""
         decoder = msgspec.json.Decoder(events.CatalogItem)
@@ -135,10 +170,12 @@ class _Buffer:
             if self.columnar:
                 event: Any = events.decode(self.kind, record.value, now_ms)
                 kind = event.kind if self.topic == "clicks" else "purchase"
-                row = (partition, record.offset, event.event_id, event.user_id, event.item_id, event.ts, kind)
+                row = (
+                    partition, record.offset, event.event_id, event.user_id, event.item_id, event.ts, kind,
+                    event.request_id,
+                )  # fmt: skip
             else:
-                # A record without a value removes its key: it is data, not a fault.
-                if record.value is not None:
+                if record.value is not None or self.topic not in _KEYED:
                     events.decode(self.kind, record.value, now_ms)
                 row = (partition, record.offset, record.key or b"", record.value)  # type: ignore[assignment]
         except events.EventError:

@@ -36,15 +36,15 @@ def train(
     """
     from sidstream.settings import load
 
-    _prepare()
+    prepare()
     settings = load()
     given = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
     chosen = settings.trainer.model_copy(update={k: v for k, v in given.items() if v is not None})
-    with _lines() as line:
+    with lines() as line:
         if chosen.hf_model:
             _tune(settings, chosen, line, as_json)
             return
-        result = _cycle(settings, chosen, from_scratch, line, None)
+        result = one_cycle(settings, chosen, line, from_scratch)
     emit(result.as_dict(), as_json, _told(result))
 
 
@@ -55,7 +55,7 @@ def trainer() -> None:
     """
     from sidstream.settings import load
 
-    _prepare()
+    prepare()
     from trainer.schedule import run_periodically
 
     settings = load()
@@ -64,15 +64,15 @@ def trainer() -> None:
         text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else _told(outcome)
         err.print(text, markup=False)
 
-    with _lines() as line:
+    with lines() as line:
         run_periodically(
-            lambda stop: _cycle(settings, settings.trainer, False, line, stop),
+            lambda stop: one_cycle(settings, settings.trainer, line, stop=stop),
             settings.trainer.schedule,
             told,
         )
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Before torch is imported: threads that wait must not spin, beside Kafka and the agents on few cores."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -83,10 +83,11 @@ def _prepare() -> None:
         raise SidstreamError("torch is not installed: pip install 'sidstream[train]'")
 
 
-def _cycle(
-    settings: Settings, chosen: TrainerSettings, from_scratch: bool, line: Callable[[str, str, bool], None],
-    stop: Callable[[], bool] | None,
+def one_cycle(
+    settings: Settings, chosen: TrainerSettings, line: Callable[[str, str, bool], None],
+    from_scratch: bool = False, stop: Callable[[], bool] | None = None, step: float = 1.0,
 ) -> CycleResult:  # fmt: skip
+    """Run one update cycle; its trial begins at `step` of the challengers' full weights."""
     from registry.store import Registry
     from trainer.cycle import run_cycle
 
@@ -103,9 +104,10 @@ def _cycle(
         ):
             yield client
 
+    window_s = settings.agents.attribution_window_s + settings.agents.allowed_lateness_s
     return run_cycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, promoting,
-        from_scratch=from_scratch, progress=line, stop=stop,
+        horizon_ms=1000 * window_s, step=step, from_scratch=from_scratch, progress=line, stop=stop,
     )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def _tune(
 
 
 @contextmanager
-def _lines() -> Iterator[Callable[[str, str, bool], None]]:
+def lines() -> Iterator[Callable[[str, str, bool], None]]:
     """`line(stage, text, last)`: the last text of a stage stays, the others are shown while it runs."""
     with err.status("starting") as status:
 

@@ -23,14 +23,16 @@ from streams.events import CatalogItem, Click, Event, PreferencePair, Purchase, 
 from streams.settings import KafkaSettings
 from tests.conftest import FreshStack
 from tests.registry_support import local_mlflow
+from tests.tiny_explorations import explore
 from tests.tiny_shop import ITEMS, SIZES, sid_of
 from trainer.cycle import CycleResult, run_cycle
 from trainer.material import load_model
-from trainer.settings import TrainerSettings
+from trainer.settings import DpoSettings, OffPolicySettings, TrainerSettings
 
 pytestmark = pytest.mark.integration
 
 T0 = 1_600_000_000_000
+HORIZON = 60_000
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,8 @@ class World:
 
         return run_cycle(
             self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
-            progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None, **options,
+            progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None,
+            horizon_ms=HORIZON, **options,
         )  # fmt: skip
 
 
@@ -177,6 +180,69 @@ def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World)
     assert set(second.versions) == {"sft"}
     assert second.no_dpo == "0 new preference pairs, at least 20 are needed"
     assert world.registry.alias("challenger-dpo") is None
+
+
+def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -> None:
+    world.settings = world.settings.model_copy(update={"epochs": 12})
+    world.walk(range(60), 10, Purchase, 0)
+    first = world.cycle()
+    champion = world.registry.fetch("champion")
+    model, _ = load_model(champion.model)
+    since = T0 + 100_000
+    found = explore(
+        model, champion.prompt, 1500, since=since, codebook=world.codebook.id, candidates=8, users=150
+    )
+    made: list[Event] = [event for event, _ in found]
+    made += [
+        Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
+        for event, clicked in found
+        if clicked
+    ]
+    # Their windows are closed by a click; and pairs to align to.
+    made.append(Click.new(user_id="late", item_id="i00", ts=since + 1500 + HORIZON))
+    made += [
+        PreferencePair.new(
+            user_id=f"u{n}", ts=T0 + n, scheme="purchased_over_clicked", codebook=world.codebook.id,
+            chosen_item=f"i{(n + 5) % ITEMS:02}", chosen=list(sid_of((n + 5) % ITEMS)),
+            rejected_items=[f"i{(n + 1) % ITEMS:02}"], rejected=[list(sid_of((n + 1) % ITEMS))],
+            history=[list(sid_of(n % ITEMS))],
+        )
+        for n in range(200)
+    ]  # fmt: skip
+    world.publish(made)
+    sane, explored = world.settings, OffPolicySettings.model_validate({"min_ess": 100})
+
+    # A refresh whose steps are far too large: it passes the loose checks of these tests, and nothing else.
+    world.settings = sane.model_copy(
+        update={"refresh_lr": 1.0, "max_fall": 0.999, "epochs": 1, "offpolicy": explored}
+    )
+    with pytest.raises(
+        SidstreamError, match=r"failed its offline check and was not registered: veto: CTR 0\.\d"
+    ):
+        world.cycle()
+    assert [version.version for version in world.registry.versions()] == [first.versions["base"]]
+    assert world.registry.alias("challenger-sft") is None
+
+    # Alignment that was told the opposite of what shoppers do, and as strongly.
+    world.lines.clear()
+    dpo = DpoSettings.model_validate({
+        "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 5, "sft_weight": 0.0, "max_drop": 1000.0,
+    })  # fmt: skip
+    world.settings = sane.model_copy(update={"epochs": 1, "dpo": dpo, "offpolicy": explored})
+    second = world.cycle()
+    assert [stage for stage, _ in world.lines] == [
+        "window", "sft", "sft-offpolicy", "dpo", "dpo-offpolicy", "export", "register",
+    ]  # fmt: skip
+    assert set(second.versions) == {"sft"}
+    assert second.no_dpo is not None
+    assert second.no_dpo.startswith("it failed its offline check: veto: CTR 0.")
+    sft, aligned = second.offpolicy["sft"], second.offpolicy["dpo"]
+    assert (sft.n, sft.vetoed, aligned.vetoed) == (1500, False, True)
+    assert sft.logged is not None
+    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in found]))
+    version = next(one for one in world.registry.versions() if one.version == second.versions["sft"])
+    assert version.metrics["sft/ope_n"] == 1500
+    assert version.metrics["sft/ope_dr"] > 2 * version.metrics["dpo/ope_dr"]
 
 
 def test_a_model_that_fails_its_check_is_not_registered(world: World) -> None:

@@ -14,6 +14,7 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Event, PreferencePair, Purchase, SidAssignment
 from streams.settings import KafkaSettings
 from tests.conftest import FreshStack
+from tests.tiny_explorations import exploration
 from trainer.data import catalogue
 from trainer.log import Log
 from trainer.window import TOPICS, Window, read_window
@@ -100,11 +101,29 @@ def test_records_that_break_the_contract_are_counted_and_left_out(
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap)
     for value in (b"\xff\xfe", b"{}", b"not json"):
         producer.send("clicks", key=b"u1", value=value).get(timeout=30)
+    # Only where the newest record of a key counts does one without a value say something.
+    for topic in ("preferences", "explorations", "catalog"):
+        producer.send(topic, key=b"i3", value=None).get(timeout=30)
     producer.close()
     publish(kafka, [Click.new(user_id="u1", item_id="i2", ts=T0 + 1)])
     window = read_window(kafka, Log.open(tmp_path))
     assert sequences(window) == {"u1": ["i1", "i2"]}
-    assert sum(file.refused for file in window.log.files) == 3
+    assert sum(file.refused for file in window.log.files) == 5
+    assert window.pairs() == []
+    assert window.explorations(0) == []
+    assert window.titles().keys() == {"i0", "i1", "i2"}
+
+
+def test_explored_answers_and_the_clicks_on_them_are_read(fresh_stack: FreshStack, tmp_path: Path) -> None:
+    kafka, _ = fresh_stack()
+    one, other = exploration(1, ts=T0, user_id="u1"), exploration(2, ts=T0 + 1, user_id="u2")
+    click = Click.new(user_id="u1", item_id=one.item_id, ts=T0 + 9, request_id=one.request_id)
+    last = Click.new(user_id="u3", item_id="i1", ts=T0 + 1001)
+    publish(kafka, [*shop_events(), one, other, one, click, click, last])
+    window = read_window(kafka, Log.open(tmp_path))
+    found = sorted(window.explorations(1000), key=lambda pair: pair[0].ts)
+    assert found == [(one, True), (other, False)]
+    assert read_window(kafka, Log.open(tmp_path), parent=window.ranges).explorations(1000) == []
 
 
 def test_topics_made_again_begin_anew_and_the_old_events_are_kept(
