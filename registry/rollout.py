@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from streams.errors import SidstreamError
-from streams.events import Arm
+from streams.events import Arm, Rollout
 
 # Arm and salt of the permanent hold-out. No trial changes the salt, so its users stay the same for ever.
 _ANCHOR: Final = "anchor"
@@ -19,6 +19,15 @@ def share(trial: str, user_id: str) -> float:
     digest = hashlib.blake2b(user_id.encode(), key=hashlib.sha256(trial.encode()).digest(), digest_size=8)
     # 53 bits: what a double holds exactly, so the result never rounds up to 1.
     return (int.from_bytes(digest.digest(), "big") >> 11) / 2**53
+
+
+def arm_of(rollout: Rollout, user_id: str) -> Arm:
+    """The arm of a rollout that serves a user. All steps of a trial share one salt.
+
+    Challengers stand at the two ends of the users' line, the champion between them: as their weights grow
+    from step to step, users only ever move from the champion to one of them.
+    """
+    return assign(rollout.salt or rollout.trial, user_id, rollout.arms)
 
 
 def assign(trial: str, user_id: str, arms: Sequence[Arm]) -> Arm:

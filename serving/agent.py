@@ -17,20 +17,24 @@ from typing import Any
 import faust
 import platformdirs
 
-from serving.bundles import Bundles, Source
+from serving.bundles import Bundles, Service, Source
 from serving.catalogue import Catalogue
+from serving.exploration import Explorer
 from serving.health import HealthServer
 from serving.histories import Histories
 from serving.metrics import ServingMetrics
+from serving.model_health import ModelHealth
 from serving.outbox import Outbox
 from serving.recommender import Answer, Recommender, Request
 from serving.settings import ServingSettings
+from serving.shadow import Shadow
 from streams.connect import bootstrap
 from streams.dead_letters import Refusal
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
     EventError,
+    Exploration,
     Recommendation,
     Rollout,
     SidAssignment,
@@ -38,7 +42,7 @@ from streams.events import (
     decode,
     encode,
 )
-from streams.records import Record
+from streams.records import Record, record
 from streams.settings import KafkaSettings, RedisSettings
 from streams.tables import TopicTable
 
@@ -61,9 +65,14 @@ class ServingAgent:
             indexed=lambda codebook: self._catalogue.index(codebook) is not None,
             on_loaded=self._loaded, on_failure=self.metrics.bundle_failures.inc,
         )  # fmt: skip
-        self._recommender = Recommender(self._catalogue.index, settings.beam, settings.repeat)
+        explorer = Explorer(settings.explore, settings.explore_candidates, settings.explore_temperature)
+        self._recommender = Recommender(self._catalogue.index, settings.beam, settings.repeat, explorer)
         self._histories = Histories(redis, settings.redis_timeout_s, settings.redis_wait_s)
         self._outbox = Outbox(kafka, settings.retry_max_s)
+        self._model_health = ModelHealth(redis)
+        self._shadow = Shadow(
+            self._recommender, self._model_health, settings.shadow, busy=lambda: not self._queue.empty()
+        )
         self._tables: list[TopicTable[Any]] = []
         # Twice a batch: the next one is complete when this one ends, the rest waits in Kafka.
         self._queue: asyncio.Queue[tuple[Any, Any]] = asyncio.Queue(2 * settings.max_batch)
@@ -110,6 +119,9 @@ class ServingAgent:
                 lambda: self.waiting_for,
             )  # fmt: skip
         await self._outbox.start()
+        if self._settings.explore > 0:
+            await self._outbox.require(Exploration.topic)
+        self._model_health.start()
         self._wait_for("the catalogue and its SIDs")
         await self._follow(TopicTable(self._kafka, CatalogItem, self._catalogue.on_item))
         await self._follow(TopicTable(self._kafka, SidAssignment, self._catalogue.on_sid))
@@ -136,6 +148,8 @@ class ServingAgent:
             await asyncio.wait(self._tasks)
         for table in self._tables:
             await table.stop()
+        await self._shadow.stop()
+        await self._model_health.stop()
         await self._outbox.stop()
         await self._histories.close()
         if self._health is not None:
@@ -221,7 +235,9 @@ class ServingAgent:
                 asked.append((event, decode(Trigger, event.message.value)))
             except EventError as error:
                 refusals.append(_refusal(event, error.reason, error.detail))
-        answers = await self._recommend([trigger for _, trigger in asked])
+        requests = await self._requests([trigger for _, trigger in asked])
+        service = self._bundles.service
+        answers = await self._recommend(requests, service)
         wanted = {trigger.reply_to for _, trigger in asked if trigger.reply_to is not None}
         barred = await self._outbox.refusals(wanted - {Recommendation.topic}) if wanted else {}
         copies: list[tuple[Any, Record]] = []
@@ -229,6 +245,8 @@ class ServingAgent:
             made = answer.recommendation
             value = encode(made)
             records.append(Record(made.topic, made.key, value))
+            if answer.exploration is not None:
+                records += self._fitting(answer.exploration)
             if trigger.reply_to in barred:
                 refusals.append(_refusal(event, "reply_topic", barred[trigger.reply_to]))
             elif trigger.reply_to is not None and trigger.reply_to != Recommendation.topic:
@@ -240,8 +258,19 @@ class ServingAgent:
             late = [(event, why) for (event, _), why in zip(copies, failures, strict=True) if why is not None]
             await self._outbox.send([], [_refusal(event, "reply_topic", why) for event, why in late])
         self.metrics.seconds.labels("total").observe(perf_counter() - begun)
+        # After the answers are confirmed: a batch that fails is answered again, and counts once.
+        self._model_health.count(answers)
+        self._shadow.offer(requests, service)
 
-    async def _recommend(self, triggers: Sequence[Trigger]) -> list[Answer]:
+    def _fitting(self, exploration: Exploration) -> list[Record]:
+        """Its record; none where topics take too little for it, since the answer must go out all the same."""
+        try:
+            return [record(exploration, self._kafka.max_event_bytes)]
+        except SidstreamError as error:
+            log.warning("an exploration is not logged: %s; or lower serving.explore_candidates", error)
+            return []
+
+    async def _requests(self, triggers: Sequence[Trigger]) -> list[Request]:
         if not triggers:
             return []
         with self.metrics.timed("history"):
@@ -249,11 +278,15 @@ class ServingAgent:
         if histories is None:
             self.metrics.degraded.labels("redis").inc(len(triggers))
             histories = [None] * len(triggers)
-        requests = [Request(*pair) for pair in zip(triggers, histories, strict=True)]
+        return [Request(*pair) for pair in zip(triggers, histories, strict=True)]
+
+    async def _recommend(self, requests: Sequence[Request], service: Service | None) -> list[Answer]:
+        if not requests:
+            return []
         with self.metrics.timed("model"):
             # In a thread: the event loop goes on reading Kafka while the model computes.
-            answers = await asyncio.to_thread(self._recommender.recommend, requests, self._bundles.service)
-        self.metrics.batch.observe(len(triggers))
+            answers = await asyncio.to_thread(self._recommender.recommend, requests, service)
+        self.metrics.batch.observe(len(requests))
         for answer in answers:
             self.metrics.answers.labels(answer.recommendation.arm or "none").inc()
             if answer.recommendation.fallback is not None:

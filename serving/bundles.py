@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from registry.bundle import Bundle
-from registry.rollout import assign
+from registry.rollout import arm_of
 from serving.beam import Generator
 from serving.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
@@ -157,7 +157,7 @@ class Bundles:
             self._on_loaded(service)
 
     async def _load(self, rollout: Rollout) -> Service:
-        assign(rollout.trial, "", rollout.arms)  # raises where no arm has weight
+        arm_of(rollout, "")  # raises where no arm has weight
         for arm in rollout.arms:
             standing = self._loaded.get(arm.bundle)
             if standing is None:

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from streams import dead_letters
+from streams.admin import missing
 from streams.connect import client_options
 from streams.dead_letters import Refusal
 from streams.errors import SidstreamError
@@ -44,6 +45,11 @@ class Outbox:
                 f"Kafka at {self._kafka.bootstrap} does not answer ({type(error).__name__}): "
                 "start it, or correct SIDSTREAM_KAFKA__BOOTSTRAP"
             ) from error
+
+    async def require(self, topic: str) -> None:
+        """Raise SidstreamError when a topic does not exist: what is sent there would be tried for ever."""
+        if await self._missing({topic}):
+            raise missing(topic)
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -96,15 +102,19 @@ class Outbox:
             for topic in wanted
             if topic in self._own or topic.startswith("__")
         }
-        if set(wanted) - set(found) - self._topics and self._producer is not None:
+        for topic in await self._missing(set(wanted) - set(found)):
+            found[topic] = f"reply_to is {topic!r}, a topic that does not exist; create it, then ask again"
+        return found
+
+    async def _missing(self, wanted: set[str]) -> set[str]:
+        """Those that do not exist."""
+        if wanted - self._topics and self._producer is not None:
             try:
                 cluster = await self._producer.client.fetch_all_metadata()
                 self._topics = set(cluster.topics())
             except KafkaError as error:
                 log.warning("topics cannot be listed: %r", error)
-        for topic in set(wanted) - set(found) - self._topics:
-            found[topic] = f"reply_to is {topic!r}, a topic that does not exist; create it, then ask again"
-        return found
+        return wanted - self._topics
 
     async def _connected(self) -> AIOKafkaProducer:
         producer = AIOKafkaProducer(**client_options(self._kafka), enable_idempotence=True, linger_ms=0)

@@ -4,28 +4,36 @@ What is missing decides the fallback: no history -> `trigger_only`; no (known) t
 `history_only`; neither, or no model that answers -> `popular`: the bundle's most bought items, then the rest
 of the catalogue in the order of their SIDs, scored 0, -1, -2, ... for want of a probability. Without a bundle
 that is the order of the SIDs alone. Nothing that may be recommended -> `no_catalog` and no items.
+
+What a model ranked is its answer as it stands, but for the requests that are explored: there the first item
+is drawn from the best (serving.exploration), and the others follow in their order.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import struct
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from time import perf_counter
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from registry.prompt import prompt_sids
-from registry.rollout import assign
+from registry.rollout import arm_of
 from serving.beam import Ranking, search
 from serving.bundles import LoadedBundle, Service
+from serving.exploration import Explorer, draw
 from serving.index import SidIndex
 from streams import history
 from streams.errors import SidstreamError
-from streams.events import RankedItem, Recommendation, Trigger
+from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
 from streams.keys import hashed
 
 log = logging.getLogger(__name__)
@@ -43,11 +51,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """A recommendation, and what the model let slip while it was made."""
+    """A recommendation, and what the model let slip while it was made.
+
+    `model_s`: seconds of the model's call, which all requests of a bundle share; None: no model was asked,
+    or nothing was left for it to rank.
+    `exploration`: what the first item was drawn from, where it was.
+    """
 
     recommendation: Recommendation
     invalid_mass: tuple[float, ...] = ()
     model_failed: bool = False
+    model_s: float | None = None
+    exploration: Exploration | None = None
 
 
 @dataclass
@@ -62,6 +77,12 @@ class _Case:
     prompt: list[tuple[int, ...]] = field(default_factory=list)
     excluded: set[int] = field(default_factory=set)
     fallback: Fallback | None = None
+    explorer: Explorer | None = None  # None: the request is not explored
+
+    @property
+    def wanted(self) -> int:
+        """How many items are searched for: those of the answer, or those that its first is drawn from."""
+        return self.trigger.k if self.explorer is None else max(self.trigger.k, self.explorer.candidates)
 
 
 class Recommender:
@@ -72,20 +93,41 @@ class Recommender:
     """
 
     def __init__(
-        self, indexes: Callable[[str | None], SidIndex | None], beam: int, repeat: Literal["always", "never"]
+        self,
+        indexes: Callable[[str | None], SidIndex | None],
+        beam: int,
+        repeat: Literal["always", "never"],
+        explorer: Explorer,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
+        """`clock()`: seconds, by which calls of models are timed."""
         self._indexes = indexes
         self._beam = beam
         self._repeat = repeat
+        self._explorer = explorer
+        self._clock = clock
 
     def recommend(self, requests: Sequence[Request], service: Service | None) -> list[Answer]:
         """One answer a request, in order; all requests of one bundle are one call of its model a level."""
         # One snapshot a codebook for the whole call: leaves of two snapshots are not comparable.
         snapshots: dict[str | None, SidIndex | None] = {}
+        cases = []
+        for request in requests:
+            arm = None if service is None else arm_of(service.rollout, request.trigger.user_id)
+            case = self._case(request, service, arm, snapshots)
+            case.explorer = self._explorer if self._explorer.chosen(request.trigger.request_id) else None
+            cases.append(case)
+        return self._answers(cases)
+
+    def shadow(self, requests: Sequence[Request], service: Service, arm: Arm) -> list[Answer]:
+        """What the bundle of one arm would have answered, whoever the users are. Nothing is explored."""
+        snapshots: dict[str | None, SidIndex | None] = {}
+        return self._answers([self._case(request, service, arm, snapshots) for request in requests])
+
+    def _answers(self, cases: Sequence[_Case]) -> list[Answer]:
         answers: dict[int, Answer] = {}
         searches: dict[str, list[tuple[int, _Case]]] = {}
-        for at, request in enumerate(requests):
-            case = self._case(request, service, snapshots)
+        for at, case in enumerate(cases):
             if case.bundle is None or case.fallback in ("popular", "no_catalog"):
                 answers[at] = _popular(case)
             else:
@@ -93,22 +135,25 @@ class Recommender:
         for group in searches.values():
             found = self._search([case for _, case in group])
             answers.update((at, answer) for (at, _), answer in zip(group, found, strict=True))
-        return [answers[at] for at in range(len(requests))]
+        return [answers[at] for at in range(len(cases))]
 
     def _case(
-        self, request: Request, service: Service | None, snapshots: dict[str | None, SidIndex | None]
+        self,
+        request: Request,
+        service: Service | None,
+        arm: Arm | None,
+        snapshots: dict[str | None, SidIndex | None],
     ) -> _Case:
-        """What a request starts from."""
+        """What a request starts from in one arm of the service."""
         trigger = request.trigger
-        bundle, arm, trial = None, None, None
-        if service is not None:
-            chosen = assign(service.rollout.trial, trigger.user_id, service.rollout.arms)
-            bundle, arm, trial = service.bundles[chosen.bundle], chosen.name, service.rollout.trial
+        bundle, trial = None, None
+        if service is not None and arm is not None:
+            bundle, trial = service.bundles[arm.bundle], service.rollout.trial
         codebook = bundle.codebook if bundle else None
         if codebook not in snapshots:
             snapshots[codebook] = self._indexes(codebook)
         index = snapshots[codebook]
-        case = _Case(trigger, index, bundle, arm, trial)
+        case = _Case(trigger, index, bundle, arm.name if arm else None, trial)
         if index is None:
             case.fallback = "no_catalog"
             return case
@@ -134,19 +179,21 @@ class Recommender:
         bundle, index = cases[0].bundle, cases[0].index
         assert bundle is not None, "a case without a bundle is not searched"
         assert index is not None, "a case without an index is not searched"
+        begun = self._clock()
         try:
             rankings = search(
                 bundle.generator, index,
                 [case.prompt for case in cases], [case.excluded for case in cases],
-                [case.trigger.k for case in cases], self._beam,
+                [case.wanted for case in cases], self._beam,
             )  # fmt: skip
         except Exception:  # whatever a model raises, somebody waits for an answer
             if len(cases) > 1:
                 return [answer for case in cases for answer in self._search([case])]
             user = hashed(cases[0].trigger.user_id)
             log.exception("bundle %s failed for user %s: popular items instead", bundle.id, user)
-            return [_popular(cases[0], model_failed=True)]
-        return [_ranked(case, index, ranking) for case, ranking in zip(cases, rankings, strict=True)]
+            return [_popular(cases[0], failed_after=self._clock() - begun)]
+        took = self._clock() - begun
+        return [_ranked(case, index, ranking, took) for case, ranking in zip(cases, rankings, strict=True)]
 
 
 def _past(request: Request, bundle: LoadedBundle) -> list[tuple[int, ...]]:
@@ -170,16 +217,47 @@ def _past(request: Request, bundle: LoadedBundle) -> list[tuple[int, ...]]:
     ]
 
 
-def _ranked(case: _Case, index: SidIndex, ranking: Ranking) -> Answer:
-    items = [
+def _ranked(case: _Case, index: SidIndex, ranking: Ranking, took: float) -> Answer:
+    ranked = [
         RankedItem(item_id=index.item(leaf), sid=index.sid(leaf), score=float(score))
         for leaf, score in zip(ranking.leaves.tolist(), ranking.scores.tolist(), strict=True)
     ]
-    return Answer(_recommendation(case, items, case.fallback), ranking.invalid_mass)
+    exploration = None if case.explorer is None else _explored(case, case.explorer, ranked)
+    if exploration is not None:
+        ranked.insert(0, ranked.pop(exploration.chosen))
+    made = _recommendation(case, ranked[: case.trigger.k], case.fallback)
+    return Answer(made, ranking.invalid_mass, model_s=took if ranked else None, exploration=exploration)
 
 
-def _popular(case: _Case, model_failed: bool = False) -> Answer:
-    """The bundle's most bought items, then the others by SID; active and not excluded, the k first."""
+def _explored(case: _Case, explorer: Explorer, ranked: Sequence[RankedItem]) -> Exploration | None:
+    """A draw from the best of a ranking; None where there is nothing to draw from."""
+    # An item that the model rules out (log-probability -inf) is nothing that could be drawn.
+    some = itertools.takewhile(lambda one: math.isfinite(one.score), ranked)
+    candidates = list(itertools.islice(some, explorer.candidates))
+    if not candidates:
+        return None
+    assert case.bundle is not None, "a ranking has a model"
+    assert case.arm is not None, "a model serves an arm"
+    assert case.trial is not None, "an arm is of a trial"
+    trigger = case.trigger
+    scores = [one.score for one in candidates]
+    drawn = draw(scores, explorer.temperature, trigger.request_id)
+    made = Exploration(
+        schema_version=1, event_id=trigger.request_id, ts=trigger.ts,
+        request_id=trigger.request_id, user_id=trigger.user_id, item_id=candidates[drawn.chosen].item_id,
+        propensity=drawn.propensity, chosen=drawn.chosen, candidates=[one.sid for one in candidates],
+        scores=scores, temperature=explorer.temperature, prompt=[list(sid) for sid in case.prompt],
+        codebook=case.bundle.codebook, bundle=case.bundle.id, arm=case.arm, trial=case.trial,
+    )  # fmt: skip
+    # A hash of the content, as with preference pairs: what is sent again after a crash is the same event.
+    return msgspec.structs.replace(made, event_id=blake2b(encode(made), digest_size=16).hexdigest())
+
+
+def _popular(case: _Case, failed_after: float | None = None) -> Answer:
+    """The bundle's most bought items, then the others by SID; active and not excluded, the k first.
+
+    `failed_after`: seconds after which the model that was asked first failed.
+    """
     index = case.index
     leaves: dict[int, None] = {}  # in order, each once
     if index is not None:
@@ -194,7 +272,8 @@ def _popular(case: _Case, model_failed: bool = False) -> Answer:
         for rank, leaf in enumerate(leaves)
         if index is not None
     ]
-    return Answer(_recommendation(case, items, "popular"), model_failed=model_failed)
+    made = _recommendation(case, items, "popular")
+    return Answer(made, model_failed=failed_after is not None, model_s=failed_after)
 
 
 def _recommendation(case: _Case, items: list[RankedItem], fallback: Fallback | None) -> Recommendation:

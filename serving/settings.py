@@ -22,6 +22,25 @@ class ServingSettings(Section):
     repeat: Literal["always", "never"] = Field(
         "always", description="never: the items of a user's own history are left out of the answer"
     )
+    explore: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of requests whose first item is drawn by chance, for off-policy estimates; "
+        "0.02 is usual",
+    )
+    explore_candidates: int = Field(
+        50, ge=2, le=1000, description="the first item is drawn from this many of the best"
+    )
+    explore_temperature: float = Field(
+        1.0, ge=0.01, le=100, description="it is drawn by softmax(score / temperature); high: nearly evenly"
+    )
+    shadow: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of requests that arms without users answer unseen, while none waits",
+    )
     index_delay_s: float = Field(
         0.2,
         ge=0,

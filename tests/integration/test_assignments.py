@@ -59,8 +59,9 @@ def test_thirty_users_have_the_same_arm_in_serving_in_the_sums_and_by_the_comman
         running(kafka, url, source) as serving,
         worker(kafka, url, tmp_path / "codebook", tmp_path / "log"),
     ):
-        for trial in ("salt-1", "salt-2"):
-            client.publish(Rollout.new(name="sidstream", action="trial", trial=trial, arms=arms))
+        for trial, salt in (("t1", "salt-1"), ("t2", "salt-2"), ("t3", "salt-1")):
+            step = Rollout.new(name="sidstream", action="trial", trial=trial, salt=salt, step=1.0, arms=arms)
+            client.publish(step)
             serving.wait_ready()
 
             def ask(user: str, trial: str = trial) -> str | None:
@@ -91,7 +92,9 @@ def test_thirty_users_have_the_same_arm_in_serving_in_the_sums_and_by_the_comman
                 told[user] = row["arm"]
             assert told == served
             dealt[trial] = served
-    first, second = dealt["salt-1"], dealt["salt-2"]
+    first, second = dealt["t1"], dealt["t2"]
+    # The next step of a ramp has another trial, and the same salt.
+    assert dealt["t3"] == first
     assert set(first.values()) == set(second.values()) == set(WEIGHTS)
     assert first != second
     held_out = {user for user, arm in first.items() if arm == "anchor"}

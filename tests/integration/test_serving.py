@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -13,12 +14,27 @@ import pytest
 import redis
 from kafka import KafkaConsumer, TopicPartition
 
+from registry.health import Health, read_health
+from serving.agent import ServingAgent
+from serving.settings import ServingSettings
 from streams import history, keys
 from streams.admin import admin, end_offsets
 from streams.client import Client
 from streams.connect import client_options
-from streams.events import Arm, CatalogItem, Click, DeadLetter, Rollout, SidAssignment, Trigger, decode
-from streams.settings import HistorySettings, KafkaSettings
+from streams.errors import SidstreamError
+from streams.events import (
+    Arm,
+    CatalogItem,
+    Click,
+    DeadLetter,
+    Exploration,
+    Recommendation,
+    Rollout,
+    SidAssignment,
+    Trigger,
+    decode,
+)
+from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from tests.serving_support import PATIENCE_S, Versions, running
 from tests.support import free_port, local_redis, wait_until
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
@@ -258,3 +274,122 @@ def test_triggers_sent_while_no_agent_ran_are_answered_when_one_comes(stack):
         answers = [future.result(PATIENCE_S) for future in waiting]
         assert agent.metric("sidstream_batch_requests_sum") == 40
     assert [answer.user_id for answer in answers] == [f"u{number}" for number in range(40)]
+
+
+def health(redis_url: str, trial: str = "t1") -> dict[str, Health]:
+    """What is kept of the models of a trial's arms; empty where Redis is away."""
+    try:
+        with redis.Redis.from_url(redis_url) as connection:
+            return read_health(connection, trial)
+    except redis.ConnectionError:
+        return {}
+
+
+def test_an_explored_answer_comes_with_the_draw_that_its_first_item_is_from(stack):
+    kafka, redis_url, source, client = stack
+    with running(kafka, redis_url, source, explore=0.5, explore_candidates=5) as agent:
+        agent.wait_ready()
+        asked = [trigger(number, user_id=f"u{number}") for number in range(40)]
+        answers = {one.request_id: one for one in (client.ask(each, PATIENCE_S) for each in asked)}
+        unknown = client.ask(trigger("unknown", item_id=None), PATIENCE_S)
+    events = {
+        one.request_id: one for one in (decode(Exploration, r.value) for r in read_all(kafka, "explorations"))
+    }
+    assert unknown.fallback == "popular"
+    assert 5 < len(events) < 35
+    for name, event in events.items():
+        answer = answers[name]
+        assert (event.bundle, event.arm, event.trial) == (answer.bundle, answer.arm, answer.trial)
+        assert (event.user_id, event.ts) == (answer.user_id, answer.ts)
+        assert answer.items[0].item_id == event.item_id
+        assert (answer.items[0].sid, answer.items[0].score) == (
+            event.candidates[event.chosen], event.scores[event.chosen],
+        )  # fmt: skip
+        rest = [one.sid for place, one in enumerate(answer.items) if place > 0]
+        assert rest[:4] == [sid for sid in event.candidates if sid != answer.items[0].sid]
+    for name in answers.keys() - events.keys():
+        scores = [one.score for one in answers[name].items]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_a_draw_that_topics_are_too_small_for_costs_nobody_an_answer(stack):
+    kafka, redis_url, source, client = stack
+    small = kafka.model_copy(update={"max_event_bytes": 1024})
+    with running(small, redis_url, source, explore=1, explore_candidates=50) as agent:
+        agent.wait_ready()
+        assert len(client.ask(trigger(1), PATIENCE_S).items) == 10
+        assert len(client.ask(trigger(2, exclude=[item(row) for row in range(4, 32)]), PATIENCE_S).items) == 3
+    assert [decode(Exploration, one.value).request_id for one in read_all(kafka, "explorations")] == ["r2"]
+
+
+def test_exploring_without_the_topic_for_it_is_refused_at_the_start(stack):
+    kafka, redis_url, source, _ = stack
+    with admin(kafka) as connection:
+        connection.delete_topics(["explorations"])
+
+    async def start() -> None:
+        redis_settings = RedisSettings.model_validate({"url": redis_url})
+        agent = ServingAgent(kafka, redis_settings, ServingSettings(explore=0.1), source, "sidstream")
+        try:
+            await agent.start()
+        finally:
+            await agent.stop()
+
+    with pytest.raises(SidstreamError, match="explorations does not exist"):
+        asyncio.run(start())
+
+
+def test_what_every_arms_model_did_is_in_redis_when_the_agent_has_stopped(stack, tmp_path):
+    kafka, redis_url, source, client = stack
+    source.bundles["v2"] = write_tiny_bundle(tmp_path / "v2", SIZES, 2)
+    client.publish(
+        rollout(champion=("v1", source.bundles["v1"]), challenger_sft=("v2", source.bundles["v2"]))
+    )
+    with running(kafka, redis_url, source) as agent:
+        agent.wait_ready()
+        answers = [client.ask(trigger(number, user_id=f"u{number}"), PATIENCE_S) for number in range(30)]
+        client.ask(trigger("unknown", user_id="u0", item_id=None), PATIENCE_S)
+    kept = health(redis_url)
+    assert set(kept) == {"champion", "challenger-sft"}
+    for arm, seen in kept.items():
+        count = sum(answer.arm == arm for answer in answers)
+        assert (seen.requests, seen.failed, sum(seen.times.values())) == (count, 0, count)
+        assert 0 < seen.invalid <= count
+    with redis.Redis.from_url(redis_url) as connection:
+        assert 29 * 86_400 < connection.ttl(keys.health("t1")) <= 30 * 86_400
+
+
+def test_what_models_did_while_redis_was_away_is_written_when_it_is_back(stack, tmp_path, caplog):
+    kafka, _, source, client = stack
+    port = free_port()
+    with running(kafka, f"redis://127.0.0.1:{port}/0", source, redis_wait_s=0) as agent:
+        agent.wait_ready()
+        for number in range(3):
+            client.ask(trigger(number), PATIENCE_S)
+        wait_until(lambda: "kept until Redis takes it" in caplog.text, PATIENCE_S, "a write that fails")
+        (tmp_path / "redis").mkdir()
+        with local_redis(tmp_path / "redis", port) as url:
+            wait_until(lambda: health(url), PATIENCE_S, "the health of models")
+            assert health(url)["champion"].requests == 3
+            client.ask(trigger("later"), PATIENCE_S)
+            wait_until(lambda: health(url)["champion"].requests == 4, PATIENCE_S, "the last answer's")
+
+
+def test_an_arm_without_users_answers_nobody_and_its_model_is_watched(stack, tmp_path):
+    kafka, redis_url, source, client = stack
+    source.bundles["v2"] = write_tiny_bundle(tmp_path / "v2", SIZES, 2)
+    arms = [
+        Arm(name="champion", bundle=source.bundles["v1"].id, weight=1, version="v1"),
+        Arm(name="challenger-sft", bundle=source.bundles["v2"].id, weight=0, version="v2"),
+    ]
+    client.publish(Rollout.new(name="sidstream", action="trial", trial="t2", salt="t", step=0.0, arms=arms))
+    with running(kafka, redis_url, source, shadow=1.0) as agent:
+        agent.wait_ready()
+        for number in range(10):
+            client.ask(trigger(number, user_id=f"u{number}"), PATIENCE_S)
+    kept = health(redis_url, "t2")
+    made = [decode(Recommendation, record.value) for record in read_all(kafka, "recommendations")]
+    assert [(one.arm, one.bundle) for one in made] == [("champion", source.bundles["v1"].id)] * 10
+    assert kept["champion"].requests == 10
+    shadow = kept["challenger-sft"]
+    assert 1 <= shadow.requests == sum(shadow.times.values()) <= 10

@@ -140,3 +140,15 @@ def test_the_rollout_of_another_recommender_changes_nothing(store):
             return watch.bundles.ready, watch.bundles.service
 
     assert run(story()) == (True, None)
+
+
+def test_an_arm_without_users_is_loaded_as_well(store):
+    async def story():
+        async with Watch(store) as watch:
+            event = rollout("v1", "v2", store=store, weight=1.0)
+            shadow = Arm(name="challenger-sft", bundle=event.arms[1].bundle, weight=0, version="v2")
+            arms = [event.arms[0], shadow]
+            watch.publish(Rollout.new(name="sidstream", action="trial", trial="t", step=0.0, arms=arms))
+            return set((await watch.loaded.get()).bundles)
+
+    assert run(story()) == {store.bundles["v1"].id, store.bundles["v2"].id}

@@ -10,6 +10,7 @@ import pytest
 from registry.prompt import prompt_sids
 from registry.rollout import assign
 from serving.bundles import LoadedBundle, Service
+from serving.exploration import Explorer
 from serving.index import SidIndex
 from serving.recommender import Recommender, Request
 from streams import history
@@ -20,6 +21,7 @@ BOOK, OTHER_BOOK = "00000000aaaaaaaa", "11111111bbbbbbbb"
 SIZES = (3, 3)
 SIDS = list(itertools.product(range(3), repeat=2))
 ITEMS = [f"i{a}{b}" for a, b in SIDS]
+NOT_AT_ALL = Explorer(0, 50, 1.0)
 
 
 class Last:
@@ -81,7 +83,8 @@ def trigger(**fields):
 
 def recommender(made=None, repeat="always", beam=9):
     made = index() if made is None else made
-    return Recommender(lambda codebook: made if codebook in (BOOK, None) else None, beam, repeat)
+    indexes = {BOOK: made, None: made}
+    return Recommender(indexes.get, beam, repeat, NOT_AT_ALL)
 
 
 def ask(one, history=None, made=None, serving=None, **options):
@@ -141,7 +144,9 @@ def test_a_catalogue_without_an_active_item_is_said_to_be_so(made, serving):
 
 
 def test_a_bundle_without_an_index_answers_that_there_is_no_catalogue():
-    answers = Recommender(lambda _: None, 5, "always").recommend([Request(trigger(), None)], service(Last()))
+    answers = Recommender(lambda _: None, 5, "always", NOT_AT_ALL).recommend(
+        [Request(trigger(), None)], service(Last())
+    )
     assert answers[0].recommendation.fallback == "no_catalog"
 
 
@@ -178,6 +183,17 @@ def test_each_user_is_answered_by_the_bundle_of_its_arm_and_order_is_kept():
         arm = assign("t1", answer.user_id, serving.rollout.arms)
         assert (answer.arm, answer.bundle) == (arm.name, arm.bundle)
     assert {answer.arm for answer in answers} == {"champion", "challenger-sft"}
+
+
+def test_all_steps_of_a_trial_deal_users_by_one_salt():
+    made = service(Last(), names=("champion", "challenger-sft"), bundles=("b0", "b1"))
+    rollout = Rollout.new(
+        name="sidstream", action="trial", trial="t1.step-2", salt="t1", arms=made.rollout.arms
+    )
+    requests = [Request(trigger(user_id=f"u{n}", item_id="i00"), None) for n in range(50)]
+    for one in recommender().recommend(requests, Service(rollout, made.bundles)):
+        answer = one.recommendation
+        assert (answer.arm, answer.trial) == (assign("t1", answer.user_id, rollout.arms).name, "t1.step-2")
 
 
 def test_a_model_that_fails_on_one_request_costs_only_that_one_its_ranking():
