@@ -8,15 +8,13 @@ is promoted or rejected on arms whose users are not those that were dealt to the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from registry import quality
+from registry import guards, quality
 from registry.gate import MODES, Comparison, Verdict, against_anchor, compare
 from registry.settings import GateSettings
 from registry.statistics import Sums, sums
@@ -70,7 +68,9 @@ def judge(
     verdict, reason = last.verdict, _reason(last)
     anchor = None
     if ANCHOR in weights and anchored[ANCHOR] != anchored[candidate]:
-        anchor = against_anchor(candidate, ANCHOR, arms, settings, mode)
+        # Where the champion is the anchor, its many users tell more than the few that are held out.
+        same = CHAMPION if anchored[ANCHOR] == anchored[CHAMPION] else ANCHOR
+        anchor = against_anchor(candidate, ANCHOR, arms | {ANCHOR: arms.get(same, Sums())}, settings, mode)
         if anchor.verdict == "reject" or (verdict == "promote" and anchor.verdict != "promote"):
             verdict, reason = anchor.verdict, f"against the anchor: {_reason(anchor)}"
     mismatch = quality.sample_ratio_mismatch(
@@ -78,6 +78,16 @@ def judge(
     )
     if mismatch:
         verdict, reason = "inconclusive", mismatch
+    if anchored[candidate] == anchored[CHAMPION] and not mismatch:
+        # An A/A trial: both arms are one bundle, so whatever is found is chance, or a fault of what measures.
+        if verdict == "inconclusive":
+            reason = f"an A/A trial finds no difference, as it should ({_reason(last)})"
+        else:
+            reason = (
+                f"an A/A trial finds a difference: chance, in {settings.alpha:.0%} a side; if it comes "
+                f"again, arms are not dealt, answered or counted alike ({_reason(last)})"
+            )
+            verdict = "reject"
     label = "" if mode == "sequential" else f" (mode {mode})"
     said = {
         "promote": f"promote {candidate}{label}",
@@ -117,7 +127,7 @@ def decide(
         },
         "inputs": {arm.name: _inputs(seen.get(arm.name)) for arm in arms},
     }
-    record["decision"] = _hash(record)
+    record["decision"] = guards.digest(record)
     return (
         record
         | _judge(record).as_dict()
@@ -143,11 +153,16 @@ def rejudge(record: Mapping[str, Any]) -> Judgement:
             raise SidstreamError(
                 f"the decision has format {record['format']}; this version of sidstream reads {FORMAT}"
             )
-        named = {key: record[key] for key in ("format", "trial", "mode", "settings", "arms", "inputs")}
-        if _hash(named) != record["decision"]:
+        guarded = ("watched", "control") if record["mode"] == "guard" else ()
+        what = ("format", "trial", "mode", "settings", "arms", *guarded, "inputs")
+        named = {key: record[key] for key in what}
+        if guards.digest(named) != record["decision"]:
             raise SidstreamError(
-                f"decision {record['decision']} was changed: its inputs are those of {_hash(named)}"
+                f"decision {record['decision']} was changed: its inputs are those of {guards.digest(named)}"
             )
+        if record["mode"] == "guard":
+            made = guards.rejudge(record)
+            return Judgement([], None, made["verdict"], made["winner"], made["sentence"])
         return _judge(record)
     except (KeyError, TypeError, ValueError) as error:
         raise SidstreamError(f"the decision record is incomplete ({error})") from error
@@ -187,7 +202,3 @@ def _sums(inputs: Mapping[str, Any]) -> Sums:
 
 def _reason(comparison: Comparison) -> str:
     return comparison.sentence.partition("; ")[2]
-
-
-def _hash(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -85,7 +85,10 @@ def against_anchor(
         mode,
     )
     verdict: Verdict = "inconclusive"
-    reason = _unusable(named, settings, mode)
+    reason = _unusable({candidate: named[candidate]}, settings, mode)
+    few = _unusable({anchor: named[anchor]}, settings, mode)
+    if few and not reason:
+        reason = f"{few}; raise rollout.anchor where trials end before that: until then nothing is promoted"
     if not reason and ctr:
         bound = 1.0 - settings.anchor_margin
         told = _rate("CTR", ctr)

@@ -20,6 +20,8 @@ from streams.errors import SidstreamError
 
 # Keys a round trip.
 _BATCH: Final = 1000
+# Beyond every cohort.
+_ALL: Final = 2**62
 _KINDS: Final = {"i": 0, "c": 1, "o": 2}
 _NAMES: Final = frozenset(("arm", "bundle"))
 _RULES: Final = ("window_ms", "lateness_ms", "cohort_ms", "partitions")
@@ -45,6 +47,12 @@ class Seen:
         """The cohorts up to and with that one."""
         count = bisect_right(self.cohorts, cohort)
         return Seen(self.cohorts[:count], self.counts[:, :count])
+
+
+def cohort_ms(redis: Any) -> int:
+    """Length of a cohort (ms), as the agents told it; an hour where they told nothing yet."""
+    stored = redis.hget(keys.outcomes_rules(), "cohort_ms")
+    return 3_600_000 if stored is None else int(stored)
 
 
 def mature_until(redis: Any) -> int | None:
@@ -77,14 +85,16 @@ def mature_until(redis: Any) -> int | None:
     return max(0, (min(watermarks) - window_ms - lateness_ms) // cohort_ms)
 
 
-def read_outcomes(redis: Any, trial: str) -> dict[str, Seen]:
+def read_outcomes(redis: Any, trial: str, mature: bool = True) -> dict[str, Seen]:
     """What the mature cohorts of a trial hold, by arm; empty where none is mature.
+
+    `mature` false: all cohorts, also those that are still open.
 
     `redis` is a redis-py client that answers bytes or text. Memory: 24 bytes a user and cohort. Raises
     SidstreamError for a hash that does not hold whole numbers, none below 0, by cohort.
     """
     # First: what is mature now stays so, and the sums that are read later hold all of it.
-    until = mature_until(redis)
+    until = mature_until(redis) if mature else _ALL
     if until is None:
         return {}
     arms: dict[str, _Rows] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import platformdirs
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from streams.settings import Section
 
@@ -65,8 +65,51 @@ class GateSettings(Section):
 
 
 class RolloutSettings(Section):
-    """Shares of users in a trial; scaled to 1 over the arms that take part."""
+    """Shares of users in a trial; scaled to 1 over the arms that take part, without the anchor's."""
 
     champion: float = Field(0.4, gt=0, le=1, description="share of the champion")
     sft: float = Field(0.3, gt=0, le=1, description="share of challenger-sft")
     dpo: float = Field(0.3, gt=0, le=1, description="share of challenger-dpo")
+    # The least that is usual (1 to 5 %): these users never see a better model than the anchor.
+    anchor: float = Field(
+        0.02, ge=0, lt=0.5, description="share of users that are held out on the anchor, for good; 0: none"
+    )
+    steps: list[float] = Field(
+        [0.0, 0.1, 1.0],
+        min_length=1,
+        description="what share of their full weight challengers get, step by step, in `sidstream cycle`; 0: "
+        "a shadow that nobody sees; the last must be 1",
+    )
+    step_requests: int = Field(
+        300, ge=1, description="requests that each challenger answers in a step before the next one"
+    )
+    watch_requests: int = Field(
+        1000, ge=0, description="requests that a promoted model answers under guard before the next training"
+    )
+    max_hours: float = Field(
+        336.0, gt=0, description="length of a trial, in event time, after which it ends without a verdict"
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _rising(cls, steps: list[float]) -> list[float]:
+        if steps != sorted(set(steps)) or steps[0] < 0 or steps[-1] != 1:
+            raise ValueError("must rise from 0 or more to 1, as [0, 0.1, 1]")
+        return steps
+
+
+class GuardSettings(Section):
+    """What ends a trial, or takes a promoted model back, at once."""
+
+    alpha: float = Field(
+        0.001, gt=0, lt=0.5, description="error rate of each guard, however often it is looked at"
+    )
+    failed: float = Field(0.01, ge=0, le=1, description="share of requests on which the model may fail")
+    slow: float = Field(0.05, ge=0, le=1, description="share of the calls of a model that may be slow")
+    slow_ms: float = Field(200.0, gt=0, le=5000, description="model time (ms) above which a call is slow")
+    invalid: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="how much more of its probability than the control a model may spend on no item",
+    )

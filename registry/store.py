@@ -25,9 +25,14 @@ from streams.errors import SidstreamError
 CHAMPION, SFT, DPO, ANCHOR = "champion", "challenger-sft", "challenger-dpo", "anchor"
 ALIASES = (CHAMPION, SFT, DPO, ANCHOR)
 PREVIOUS = "previous-champion"
+# Tag of a version: candidate -> shadow -> canary -> trial -> promoted, rejected, inconclusive; rolled-back.
+STATE = "state"
 CURRENT = "current"
 _BUNDLE = "bundle"
 _CODEBOOK = "codebook.safetensors"
+_JOURNAL = "sidstream.journal"
+# What MLflow keeps of a tag of a run.
+_LONGEST = 5000
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ class Registry:
                 "codebook": manifest.codebook,
                 "parent": manifest.lineage.parent or "",
                 "reference": manifest.lineage.reference or "",
+                STATE: "candidate",
             }
             # The version comes last: a crash before it leaves a run that nothing points at.
             version = self._add(self.name, run, _BUNDLE, tags)
@@ -243,12 +249,14 @@ class Registry:
         """The tags of a version."""
         return dict(self._find(version).tags)
 
-    def record(self, version: str, decision: Mapping[str, Any]) -> None:
-        """Store a decision record with a version: an artifact of its run, named in the tag `decision`."""
+    def store_decision(self, version: str, record: Mapping[str, Any]) -> None:
+        """Store a decision record with the run of a version.
+
+        It counts once the version's tag `decision` names it.
+        """
         found = self._find(version)
-        with self._asking(f"store decision {decision['decision']}") as client:
-            client.log_dict(found.run_id, dict(decision), f"decisions/{decision['decision']}.json")
-            client.set_model_version_tag(self.name, version, "decision", decision["decision"])
+        with self._asking(f"store decision {record['decision']}") as client:
+            client.log_dict(found.run_id, dict(record), f"decisions/{record['decision']}.json")
 
     def decision(self, version: str, id: str | None = None) -> dict[str, Any]:
         """A decision record stored with a version (default: the newest)."""
@@ -262,6 +270,50 @@ class Registry:
             path = client.download_artifacts(found.run_id, f"decisions/{wanted}.json", folder)
             made: dict[str, Any] = json.loads(Path(path).read_text())
         return made
+
+    def store_picture(self, version: str, decision: str, picture: bytes) -> None:
+        """Store the picture (PNG) of a decision beside its record."""
+        found = self._find(version)
+        with tempfile.TemporaryDirectory() as folder, self._asking(f"store decision {decision}") as client:
+            path = Path(folder) / f"{decision}.png"
+            path.write_bytes(picture)
+            client.log_artifact(found.run_id, str(path), "decisions")
+
+    def decisions(self, version: str) -> list[dict[str, Any]]:
+        """Every decision record that was stored with a version, oldest first."""
+        found = self._find(version)
+        with self._asking(f"list the decisions of version {version}") as client:
+            names = [Path(file.path).name for file in client.list_artifacts(found.run_id, "decisions")]
+        records = [self.decision(version, name[:-5]) for name in names if name.endswith(".json")]
+        return sorted(records, key=lambda record: int(record["ts"]))
+
+    def journal(self, sentence: str, about: Mapping[str, Any]) -> None:
+        """Keep what a cycle did that led to no version: a run of its own, with the reason."""
+        with self._asking("keep the journal") as client:
+            run = self._run("cycle")
+            client.set_tag(run, _JOURNAL, sentence[:_LONGEST])
+            client.log_dict(run, dict(about), "cycle.json")
+            client.set_terminated(run)
+
+    def journalled(self) -> list[tuple[int, str]]:
+        """(time in ms, sentence) of every entry of the journal, oldest first."""
+        with self._asking("read the journal") as client:
+            experiment = client.get_experiment_by_name(self.name)
+            if experiment is None:
+                return []
+            found: list[tuple[int, str]] = []
+            token = None
+            while True:
+                page = client.search_runs(
+                    [experiment.experiment_id],
+                    f"tags.`{_JOURNAL}` LIKE '%'",
+                    max_results=1000,
+                    page_token=token,
+                )
+                found.extend((run.info.start_time, run.data.tags[_JOURNAL]) for run in page)
+                token = page.token
+                if not token:
+                    return sorted(found)
 
     def note(self, key: str, value: str | None) -> None:
         """Set a tag of the recommender itself, or remove it (None)."""

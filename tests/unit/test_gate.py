@@ -350,15 +350,6 @@ def test_a_ratchet_that_every_single_step_passes_is_stopped_by_the_anchor():
     assert ctr > 0.2 * 0.95**4
 
 
-def test_arms_of_one_bundle_are_judged_like_any_others():
-    arms = [Arm("champion", "b0", 0.5, "1"), Arm("challenger-sft", "b0", 0.5, "1")]
-    random = np.random.default_rng(8)
-    data = {one.name: seen(users(random, 2000)) for one in arms}
-    assert decide("t", arms, data, SETTINGS)["verdict"] == "inconclusive"
-    better = data | {"challenger-sft": seen(users(random, 2000, cvr=0.3))}
-    assert decide("t", arms, better, SETTINGS)["verdict"] == "promote"
-
-
 def test_a_record_of_another_kind_says_what_it_is():
     record = decide("t", ARMS, trial(4), SETTINGS)
     with pytest.raises(SidstreamError, match="has format 1"):
@@ -409,3 +400,19 @@ def test_a_trial_of_the_demos_size_is_promoted_in_the_default_mode():
         data[one.name] = seen(np.stack([shown, clicked, bought], axis=1))
     record = decide("t", arms, data, SETTINGS)
     assert record["verdict"] == "promote", record["sentence"]
+
+
+def aa_trial(cvr):
+    random = np.random.default_rng(5)
+    arms = [Arm("champion", "b0", 0.5, "1"), Arm("challenger-sft", "b0", 0.5, "1")]
+    data = {"champion": seen(users(random, 2000)), "challenger-sft": seen(users(random, 2000, cvr=cvr))}
+    return decide("t", arms, data, SETTINGS)
+
+
+def test_an_aa_trial_never_promotes_and_says_what_a_difference_means():
+    quiet, loud = aa_trial(0.2), aa_trial(0.3)
+    assert (quiet["verdict"], quiet["winner"]) == ("inconclusive", "champion")
+    assert "no difference, as it should" in quiet["sentence"]
+    assert (loud["verdict"], loud["winner"]) == ("reject", "champion")
+    assert "not dealt, answered or counted alike" in loud["sentence"]
+    assert recompute(loud) == ("reject", "champion")

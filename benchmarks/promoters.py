@@ -1,0 +1,309 @@
+"""Claim: one champion, and record = alias = traffic, after 200 races of two promoters and 50 kills (-9).
+
+Promoters are processes that take release steps under the lease, on a real MLflow (SQLite), Redis and Kafka:
+
+- races: two processes begin two different steps at the same time, 200 times;
+- kills: SIGKILL at a random moment of a random step, 50 times; then another promoter waits for the lease and
+  finishes, or takes a next step. And for each step: SIGKILL before every single write, in turn;
+- stops: for each step and every single write, SIGSTOP after the check of the lease and before the write,
+  until the lease has ended and another promoter took a step; then SIGCONT, and a third promoter finishes.
+
+After each, record, aliases, tags and traffic are compared (tests.promoter_worker.agree). Prints one line of
+JSON a figure, with the 95 % binomial interval (Clopper and Pearson), and writes docs/results/promoters.jsonl
+and the table of docs/results/promoters.md.
+
+    python -m benchmarks.promoters
+    python -m benchmarks.promoters --quick     # a twentieth; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from registry.settings import RegistrySettings
+from registry.store import Registry
+from streams.admin import create_topics
+from streams.errors import SidstreamError
+from streams.events import Rollout
+from tests.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
+from tests.registry_support import bundle, local_mlflow
+from tests.support import kafka_settings, local_kafka, local_redis
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SEED = 4
+VERSIONS = ("1", "2", "3", "4")
+RACES, KILLS = 200, 50
+ACTIONS = ("trial", "advance", "conclude", "promote", "rollback")
+_PATIENCE_S = 60.0
+
+
+class Drill:
+    """Draws steps, and counts what came of them."""
+
+    def __init__(self, promoters: Promoters, seed: int) -> None:
+        self.promoters, self.random = promoters, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+
+    def others(self) -> list[str]:
+        """Every version but the champion, in random order."""
+        champion = self.promoters.champion()
+        return self.random.sample([version for version in VERSIONS if version != champion], len(VERSIONS) - 1)
+
+    def trial(self, step: float) -> Rollout:
+        """Begin a trial of two random versions."""
+        return self.promoters.trial(*self.others()[:2], step)
+
+    def step(self, action: str, rollout: Rollout, verdict: str | None = None) -> dict[str, Any]:
+        """A step that could come next in the trial `rollout`, which is at step .1."""
+        one, two, _ = self.others()
+        verdict = verdict or self.random.choice(("promote", "reject", "inconclusive"))
+        return {
+            "trial": {"action": "trial", "sft": one, "dpo": two, "step": 1.0},
+            "advance": {"action": "advance", "step": 1.0},
+            "conclude": {"action": "conclude", "record": decided(rollout, verdict)},
+            "promote": {"action": "promote", "version": one},
+            "rollback": {"action": "rollback"},
+        }[action]
+
+    def agreed(self, what: str, check: Callable[[], object]) -> None:
+        """Count whether a check holds."""
+        self.counts[f"{what} in all"] += 1
+        try:
+            check()
+        except AssertionError:
+            print(f"{what}: they do not agree\n{traceback.format_exc()}", file=sys.stderr)
+            return
+        self.counts[what] += 1
+
+    def race(self) -> None:
+        """Two steps at once."""
+        rollout = self.trial(0.1)
+        steps = [self.step(action, rollout) for action in self.random.choices(ACTIONS, k=2)]
+        patience = self.random.choice((0.0, _PATIENCE_S))
+        made = self.promoters.race(*steps, patience=patience)
+        self.counts["both steps held"] += sum("done" in row for row in made) == 2
+        self.counts["refused by the lease"] += any(
+            "another process" in row.get("refused", "") for row in made
+        )
+
+        def check() -> None:
+            # None was killed, and none lost its lease; a step may be refused by the rules.
+            assert len(made) == 2, made
+            assert not any("was lost" in row.get("refused", "") for row in made), made
+            agree(self.promoters)
+
+        self.agreed("races", check)
+
+    def kill(self, after: float) -> bool:
+        """A random step, killed after so many seconds; False where it was done before."""
+        rollout = self.trial(0.1)
+        step = self.step(self.random.choice(ACTIONS), rollout)
+        old = self.promoters.champion()
+        made = self.promoters.end(self.promoters.begin(step, after=self.random.uniform(0, after)))
+        if made is not None:
+            return False
+        between = self.promoters.champion()
+        finishing = self.random.random() < 0.5
+        following = {"action": "finish"} if finishing else self.step(self.random.choice(ACTIONS), rollout)
+
+        def check() -> None:
+            try:
+                self.promoters.take(following)
+            except SidstreamError:
+                # Refused by the rules, as a conclusion of a trial that has ended; what was noted is finished.
+                self.counts["next steps refused"] += 1
+            new = agree(self.promoters)
+            if finishing:
+                assert between in (old, new)
+                self.counts["cut short before the note"] += new == old
+            assert between in VERSIONS
+
+        self.agreed("random kills", check)
+        return True
+
+    def every_write(self, action: str) -> int:
+        """Kill a step before each of its writes; how many they are."""
+        n = 0
+        while True:
+            step = self.step(action, self.trial(0.1), "promote")
+            writes = None
+
+            def check(step: dict[str, Any] = step, n: int = n) -> None:
+                nonlocal writes
+                writes = killed_before(self.promoters, step, n)
+
+            self.agreed(f"kills {action}", check)
+            if writes is not None:
+                return writes
+            n += 1
+
+    def every_stop(self, action: str, writes: int) -> None:
+        """Stop a step before each of its writes, and let another promoter go ahead."""
+        for n in range(writes):
+            step = self.step(action, self.trial(0.1), "promote")
+            # A version that the stopped step does not name: who has won can be told.
+            other = self.others()[2]
+
+            def check(step: dict[str, Any] = step, n: int = n, other: str = other) -> None:
+                made = stopped_before(self.promoters, step, n, {"action": "promote", "version": other})
+                assert made is not None
+                assert "lease" in made["refused"], made
+                self.counts["later step kept"] += self.promoters.champion() == other
+
+            self.agreed("stops", check)
+
+
+@contextmanager
+def recommender() -> Iterator[Promoters]:
+    """A recommender with four versions, the first in service, on a stack of its own."""
+    with ExitStack() as running:
+        folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+        kafka = kafka_settings(running.enter_context(local_kafka(folder / "kafka")).bootstrap)
+        create_topics(kafka)
+        redis_url = running.enter_context(local_redis(folder / "redis"))
+        mlflow = running.enter_context(local_mlflow(folder / "mlflow"))
+        registry = Registry(RegistrySettings(tracking_uri=mlflow, name="drill", cache=folder / "cache"))
+        for version in VERSIONS:
+            assert registry.register(bundle(folder, int(version))) == version
+        made = Promoters(kafka, redis_url, registry, folder)
+        running.callback(made.close)
+        made.take({"action": "start", "version": "1"})
+        # So that there is a predecessor to go back to.
+        made.take({"action": "promote", "version": "2"})
+        yield made
+
+
+def figures(drill: Drill, races: int, kills: int, actions: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every figure of the benchmark."""
+    counts = drill.counts
+    for n in range(races):
+        drill.race()
+        _progress(f"{n + 1} of {races} races")
+    yield figure("two promoters at once: they agree afterwards", "always", counts["races"], races)
+    yield figure(
+        "two promoters at once: both steps held, one after the other",
+        "none",
+        counts["both steps held"],
+        races,
+    )
+    yield figure(
+        "two promoters at once: one refused by the lease", "none", counts["refused by the lease"], races
+    )
+    usual = []
+    for action in ACTIONS:
+        made = drill.promoters.race(drill.step(action, drill.trial(0.1)), patience=0.0)
+        usual.append(made[0].get("seconds", 0.0))
+    while counts["random kills in all"] < kills:
+        drill.kill(max(usual))
+        _progress(f"{counts['random kills in all']} of {kills} kills")
+    yield figure(
+        "kill -9 at a random moment: they agree after the next promoter",
+        "always",
+        counts["random kills"],
+        kills,
+    )
+    for action in actions:
+        writes = drill.every_write(action)
+        _progress(f"{action} killed before each of {writes} writes")
+        found, of = counts[f"kills {action}"], counts[f"kills {action} in all"]
+        yield figure(
+            f"kill -9 before each write of `{action}`: they agree after the next promoter",
+            "always",
+            found,
+            of,
+        )
+        drill.every_stop(action, writes)
+        _progress(f"{action} stopped before each of {writes} writes")
+    stops = counts["stops in all"]
+    yield figure(
+        "stopped past the lease before a write: they agree after the next promoter",
+        "always",
+        counts["stops"],
+        stops,
+    )
+    yield figure(
+        "stopped past the lease before a write: the later step is kept",
+        "always",
+        counts["later step kept"],
+        stops,
+    )
+
+
+def figure(metric: str, claim: str, count: int, of: int) -> dict[str, Any]:
+    """One line of the results: a share, and its 95 % interval."""
+    interval = stats.binomtest(count, of).proportion_ci(0.95, "exact")
+    return {
+        "claim": claim, "dataset": "four versions on MLflow (SQLite), Redis and Kafka",
+        "model": "release steps", "metric": f"{metric}; {count} of {of}", "value": round(count / of, 4),
+        "low": round(interval.low, 4), "high": round(interval.high, 4), "seed": SEED, "mask": None,
+        "command": "python -m benchmarks.promoters", "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return asked.stdout.strip() or "none"
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def publish(rows: list[dict[str, Any]]) -> None:
+    """Write the results: the lines, and the table in the page for people."""
+    (RESULTS / "promoters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = [
+        "| what was done | what was seen | times | share | 95 % interval | claim |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        what, _, times = row["metric"].partition("; ")
+        done, _, seen = what.partition(": ")
+        table.append(
+            f"| {done} | {seen} | {times} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} "
+            f"| {row['claim']} |"
+        )
+    page = RESULTS / "promoters.md"
+    begin, end = "<!-- table -->\n", "<!-- end -->\n"
+    before, _, rest = page.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(before + begin + "\n".join(table) + "\n" + end + after)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a twentieth; writes nothing")
+    args = parser.parse_args()
+    rows = []
+    with recommender() as promoters:
+        quick = (RACES // 20, KILLS // 10, ("advance",))
+        for row in figures(Drill(promoters, SEED), *(quick if args.quick else (RACES, KILLS, ACTIONS))):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    if not args.quick:
+        publish(rows)
+
+
+if __name__ == "__main__":
+    main()
