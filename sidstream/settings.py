@@ -15,17 +15,29 @@ from pydantic_settings import (
 )
 
 from agents.settings import AgentsSettings
-from registry.settings import CodebookSettings, GateSettings, RegistrySettings, RolloutSettings
+from registry.settings import (
+    CodebookSettings,
+    GateSettings,
+    GuardSettings,
+    RegistrySettings,
+    RolloutSettings,
+)
 from serving.settings import GatewaySettings, ServingSettings
 from sidstream.stack.settings import StackSettings
 from streams.errors import SidstreamError
-from streams.settings import HistorySettings, KafkaSettings, RedisSettings, ShoppersSettings
+from streams.settings import HistorySettings, KafkaSettings, RedisSettings, Section, ShoppersSettings
 from trainer.settings import TrainerSettings
 
 CONFIG_VARIABLE = "SIDSTREAM_CONFIG"
 DEFAULT_FILE = Path("sidstream.toml")
 # Never printed, not even when they do not fit.
 _SECRETS = frozenset({"sasl_password", "url", "token"})
+
+
+class CycleSettings(Section):
+    """How often `sidstream cycle` looks; trainer.schedule.every_minutes says how often it trains."""
+
+    look_s: float = Field(60.0, gt=0, description="pause after a look that found nothing to do")
 
 
 class Settings(BaseSettings):
@@ -43,6 +55,8 @@ class Settings(BaseSettings):
     codebook: CodebookSettings = Field(default_factory=CodebookSettings)
     gate: GateSettings = Field(default_factory=GateSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    guards: GuardSettings = Field(default_factory=GuardSettings)
+    cycle: CycleSettings = Field(default_factory=CycleSettings)
     trainer: TrainerSettings = Field(default_factory=TrainerSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)

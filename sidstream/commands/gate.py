@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sidstream.console import emit
 from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from registry.outcomes import Seen
+    from registry.settings import GateSettings
+    from registry.store import Registry
 
 app = typer.Typer()
 
@@ -66,15 +72,46 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
     if rollout is None or rollout.action != "trial":
         what = "nothing is in service" if rollout is None else f"the last step was {rollout.action}"
         raise SidstreamError(f"no trial is running ({what}); `sidstream train` starts one")
+    if rollout.step not in (None, 1.0):
+        raise SidstreamError(
+            f"trial {rollout.trial} is at {rollout.step:.0%} of its ramp, too few users to be judged: "
+            "`sidstream cycle` takes it on, `sidstream promote champion` ends it"
+        )
     with redis_client(settings.redis) as redis:
         seen = read_outcomes(redis, rollout.trial)
     record = decide(rollout.trial, rollout.arms, seen, settings.gate, mode)
     concluded = conclude and (record["verdict"] != "inconclusive" or end)
     if concluded:
         with promoting(settings) as (registry, client):
-            release.conclude(registry, client, record)
+            release.conclude(registry, client, record, settings.rollout)
+            _draw(registry, record, seen, settings.gate)
     caution = ERROR_RATES.get(record["mode"])
-    emit(record | {"concluded": concluded, "caution": caution}, as_json, _told(record, conclude, concluded))
+    emit(record | {"concluded": concluded, "caution": caution}, as_json, told(record, conclude, concluded))
+
+
+@app.command()
+def aa(as_json: AsJson = False) -> None:
+    """Put the champion on trial against itself: whatever `sidstream gate` then finds is chance, or a fault.
+
+    Run one before the first real trial, and after every change of what deals, serves or counts.
+
+    Example: sidstream gate aa
+    """
+    from registry import release
+    from registry.store import CHAMPION
+    from sidstream.commands.registry import promoting
+    from sidstream.settings import load
+
+    settings = load()
+    with promoting(settings) as (registry, client):
+        if (running := registry.alias("challenger-sft")) is not None:
+            raise SidstreamError(f"version {running} is on trial: end that with `sidstream gate --conclude`")
+        made = release.start_trial(registry, client, registry.version(CHAMPION), None, settings.rollout)
+    emit(
+        {"trial": made.trial, "arms": {arm.name: arm.weight for arm in made.arms}}, as_json,
+        f"A/A trial {made.trial} of version {made.arms[0].version}; `sidstream gate` says what it finds, "
+        "`sidstream gate --conclude --end` ends it",
+    )  # fmt: skip
 
 
 @app.command()
@@ -117,7 +154,7 @@ def plan(
         mode = "sequential" if settings.gate.mode == "point" else settings.gate.mode
     rollout = settings.rollout
     weights = (rollout.champion, rollout.sft, rollout.dpo)
-    share = min(weights) / sum(weights) if share is None else share
+    share = (1 - rollout.anchor) * min(weights) / sum(weights) if share is None else share
     if not 0 < share <= 1:
         raise SidstreamError(f"share is {share}: it must be above 0, 1 at most")
     if users_per_day is not None and users_per_day <= 0:
@@ -202,6 +239,16 @@ def _read(record: str) -> dict[str, Any]:
     return made
 
 
+def _draw(registry: Registry, record: dict[str, Any], seen: dict[str, Seen], settings: GateSettings) -> None:
+    """Store a picture beside the record, where the extra `train` draws one: it is no part of the decision."""
+    try:
+        from trainer.picture import save_picture
+    except ModuleNotFoundError:
+        return
+    with contextlib.suppress(SidstreamError):
+        save_picture(registry, record, seen, settings)
+
+
 def _check(mode: str | None) -> None:
     from registry.gate import MODES
 
@@ -209,7 +256,8 @@ def _check(mode: str | None) -> None:
         raise SidstreamError(f"mode is {mode!r}: use {', '.join(MODES[:-1])} or {MODES[-1]}")
 
 
-def _told(record: dict[str, Any], conclude: bool, concluded: bool) -> str:
+def told(record: dict[str, Any], conclude: bool = False, concluded: bool = False) -> str:
+    """A decision in words: sums, differences with their intervals, verdict."""
     lines = [f"trial {record['trial']}, mode {record['mode']}, decision {record['decision']}"]
     for name, arm in record["arms"].items():
         seen = record["inputs"][name]

@@ -91,7 +91,7 @@ def promote(
 
     settings = load()
     with promoting(settings) as (registry, client):
-        rollout = release.promote(registry, client, registry.version(version))
+        rollout = release.promote(registry, client, registry.version(version), settings.rollout)
     arm = rollout.arms[0]
     emit(
         {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
@@ -109,7 +109,7 @@ def rollback(as_json: AsJson = False) -> None:
 
     settings = load()
     with promoting(settings) as (registry, client):
-        rollout = release.rollback(registry, client)
+        rollout = release.rollback(registry, client, settings.rollout)
     arm = rollout.arms[0]
     emit(
         {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
@@ -126,14 +126,14 @@ def arm(
     Example: sidstream arm 17850
     """
     from registry.current import current_rollout
-    from registry.rollout import assign
+    from registry.rollout import arm_of
     from sidstream.settings import load
 
     settings = load()
     rollout = current_rollout(settings.kafka, settings.registry.name)
     if rollout is None:
         raise SidstreamError("nothing is in service yet: `sidstream train` makes and starts the first model")
-    chosen = assign(rollout.trial, user, rollout.arms)
+    chosen = arm_of(rollout, user)
     emit(
         {"arm": chosen.name, "bundle": chosen.bundle, "version": chosen.version, "trial": rollout.trial},
         as_json,
@@ -151,7 +151,7 @@ def models(as_json: AsJson = False) -> None:
 
     versions = Registry(load().registry).versions()
     lines = [
-        f"{row.version:>4}  {row.kind:<4}  {row.bundle}  {_day(row.created)}  "
+        f"{row.version:>4}  {row.kind:<4}  {row.bundle}  {day(row.created)}  "
         f"{','.join(row.aliases) or '-':<24}  "
         + " ".join(f"{key}={value:.4g}" for key, value in sorted(row.metrics.items()))
         for row in versions
@@ -183,7 +183,7 @@ def promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
         yield Registry(settings.registry), client
 
 
-def _day(ms: int) -> str:
+def day(ms: int) -> str:
     import datetime
 
     return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M")
