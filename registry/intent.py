@@ -78,12 +78,14 @@ def take(registry: Registry, client: Publisher, step: Step, record: dict[str, An
     """
     last = newest(registry)
     if last is not None and last.id == step.id:
-        step = last  # taken before: what it said then stands, and is said again
+        # Taken before: what was said and stored then stands, and is said again. The same decision, made
+        # twice, has another time in it.
+        step, record = last, None
     else:
         # Inert until a tag names it, so that a record which is named is always there.
         for version in step.recorded:
             assert record is not None
-            registry.store_decision(version, record)
+            _write(registry, registry.store_decision, version, record)
         step.number = 1 if last is None else last.number + 1
         _write(registry, registry.note, _STEP, msgspec.json.encode(step).decode())
     return _carry_out(registry, client, step, record)

@@ -105,6 +105,14 @@ def test_a_promoter_that_has_lost_its_lease_changes_nothing(promoters):
     assert agree(promoters) == champion
 
 
+def test_a_decision_made_twice_is_published_as_it_was_stored(promoters):
+    promoters.take({"action": "promote", "version": "1"})
+    record = decided(promoters.trial("2", "3"))
+    promoters.take({"action": "conclude", "record": record})
+    promoters.take({"action": "conclude", "record": record | {"ts": record["ts"] + 1}})
+    assert agree(promoters) == "3"
+
+
 def test_a_step_over_a_running_trial_leaves_no_challenger_behind(promoters):
     promoters.take({"action": "promote", "version": "1"})
     promoters.trial("2", "3")

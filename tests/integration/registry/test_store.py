@@ -85,7 +85,7 @@ def test_nothing_in_the_store_is_pickled(registry, three, server):
     files = [path for path in server[1].rglob("*") if path.is_file()]
     assert len(files) >= 3 * 9
     for path in files:
-        assert path.suffix in {".json", ".safetensors", ".onnx"}
+        assert path.suffix in {".json", ".safetensors", ".onnx", ".png"}
         # Every pickle of protocol 2 or later begins with this byte.
         assert path.read_bytes()[:1] != b"\x80"
 
