@@ -68,9 +68,7 @@ def judge(
     verdict, reason = last.verdict, _reason(last)
     anchor = None
     if ANCHOR in weights and anchored[ANCHOR] != anchored[candidate]:
-        # Where the champion is the anchor, its many users tell more than the few that are held out.
-        same = CHAMPION if anchored[ANCHOR] == anchored[CHAMPION] else ANCHOR
-        anchor = against_anchor(candidate, ANCHOR, arms | {ANCHOR: arms.get(same, Sums())}, settings, mode)
+        anchor = against_anchor(candidate, ANCHOR, arms, settings, mode)
         if anchor.verdict == "reject" or (verdict == "promote" and anchor.verdict != "promote"):
             verdict, reason = anchor.verdict, f"against the anchor: {_reason(anchor)}"
     mismatch = quality.sample_ratio_mismatch(
