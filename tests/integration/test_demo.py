@@ -40,11 +40,11 @@ def bare(tmp_path: Path) -> dict[str, str]:
 def _sidstream(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "sidstream", *arguments],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
+        env=environment, capture_output=True, text=True, timeout=550, check=False,
     )  # fmt: skip
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_demo_closes_the_loop_on_a_machine_with_python_packages_only(bare: dict[str, str]) -> None:
     try:
         demo = _sidstream(

@@ -145,12 +145,13 @@ def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder
     publish_all(kafka, [CatalogItem.new(item_id=i, title=f"thing {i}", ts=T0) for i in ITEMS])
     rng = random.Random(11)
     arriving = arrivals(shoppers(rng), rng)
-    half = len(arriving) // 2
+    # One part before the kill, one before the stop, one after it: neither comes when all is done.
+    third = len(arriving) // 3
     options = {
         "attribution_window_s": WINDOW_S, "allowed_lateness_s": LATENESS_S, "cohort_s": COHORT_S,
         "session_timeout_s": 6, "batch_size": 25, "group": "restarted",
     }  # fmt: skip
-    publish_all(kafka, arriving[:half])
+    publish_all(kafka, arriving[:third])
     with redis.Redis.from_url(url) as store:
         killed = start(kafka, url, book, log, **options)
         try:
@@ -161,10 +162,11 @@ def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder
             killed.wait()
         assert lag(kafka, "restarted") > 0, "all was done before the kill: the test did not bite"
         at_kill = held(store)
-        publish_all(kafka, arriving[half:])
+        publish_all(kafka, arriving[third : 2 * third])
         with worker(kafka, url, book, log, **options):
             wait_until(lambda: held(store) != at_kill, WAIT_S, "more sums")
         stopped = held(store)
+        publish_all(kafka, arriving[2 * third :])
         end = max(event.ts for event in arriving) + (3 * WINDOW_S + LATENESS_S + COHORT_S) * 1000
         publish_all(kafka, horizon(end))
         wanted = reference(logged(kafka), WINDOW_S * 1000, COHORT_S * 1000)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sidstream.commands import wire
 from streams.admin import delete_topics, end_offsets
 from streams.errors import SidstreamError
-from streams.events import Click, decode
+from streams.events import EVENTS, Click, decode
 from streams.settings import KafkaSettings
 from tests.responder import read_new
 
@@ -113,5 +113,5 @@ def test_publish_fills_in_what_every_event_has_and_says_where_it_stands(
 
 
 def test_contract_writes_the_documents(tmp_path: Path) -> None:
-    assert len(typed("contract", str(tmp_path))["files"]) == 12
+    assert len(typed("contract", str(tmp_path))["files"]) == len(EVENTS) + 1
     assert json.loads((tmp_path / "asyncapi.json").read_text())["asyncapi"] == "3.0.0"

@@ -88,7 +88,9 @@ def test_the_command_says_users_days_and_the_curve():
     line = ["gate", "plan", "--cvr", ".05", "--lift", ".2", "--users-per-day", "10000"]
     said = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     users = users_needed(Expected(0.05, 0.2), SETTINGS, "sequential")
-    assert said["modes"]["sequential"] == {"users_per_arm": users, "days": math.ceil(users / 3000)}
+    # 2 % are held out on the anchor, and the smallest arm has 30 % of the others.
+    days = math.ceil(users / (10_000 * 0.98 * 0.3))
+    assert said["modes"]["sequential"] == {"users_per_arm": users, "days": days}
     assert said["modes"]["fixed"]["users_per_arm"] < users
     text = CliRunner().invoke(app, [*line, "--mode", "fixed"]).stdout
     assert f"{users:,} users an arm" in text
