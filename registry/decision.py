@@ -1,9 +1,10 @@
 """The decision record: One4All applied twice, with everything that is needed to compute it again.
 
 First the aligned model against the fine-tuned one it came from; whichever goes on is then held against the
-champion. The order is fixed beforehand, and all comparisons read the same trial. A candidate that would be
-promoted must also have kept its CTR against the anchor, where the trial holds users out on one, and nothing
-is promoted or rejected on arms whose users are not those that were dealt to them.
+champion. Where the two are not told apart and the fine-tuned one is shown to harm, the aligned one is held
+against the champion itself. The order is fixed beforehand, and all comparisons read the same trial. A
+candidate that would be promoted must also have kept its CTR against the anchor, where the trial holds users
+out on one, and nothing is promoted or rejected on arms whose users are not those that were dealt to them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def judge(
     """Judge a trial from the sums of its arms.
 
     `weights` are the arms' shares of users, `anchored` their bundles. The aligned model goes on only where it
-    is promoted over the fine-tuned one; without an aligned arm there is one comparison. The verdict is that
+    is promoted over the fine-tuned one, or where the fine-tuned one is shown to harm and the two are not told
+    apart; without an aligned arm there is one comparison. The verdict is that
     of the last one, unless the anchor or the sample-ratio check objects: then a promotion is inconclusive (a
     reject where the anchor shows harm).
     """
@@ -65,6 +67,11 @@ def judge(
         candidate = DPO if first.verdict == "promote" else SFT
     last = compare(candidate, CHAMPION, arms, settings, mode)
     comparisons.append(last)
+    if DPO in weights and last.verdict == "reject" and comparisons[0].verdict == "inconclusive":
+        # What is shown to do harm is no yardstick: the aligned model need not beat it, but the champion.
+        candidate = DPO
+        last = compare(candidate, CHAMPION, arms, settings, mode)
+        comparisons.append(last)
     verdict, reason = last.verdict, _reason(last)
     anchor = None
     if ANCHOR in weights and anchored[ANCHOR] != anchored[candidate]:

@@ -182,6 +182,8 @@ def trial(seed=0, sft=None, dpo=None, count=3000):
         ({"cvr": 0.25}, {"cvr": 0.15}, ["dpo-sft", "sft-champion"], "promote", "challenger-sft"),
         ({"cvr": 0.12}, {"cvr": 0.15}, ["dpo-sft", "dpo-champion"], "reject", "champion"),
         ({"cvr": 0.20}, {"cvr": 0.20}, ["dpo-sft", "sft-champion"], "inconclusive", "champion"),
+        # A sibling that does harm does not take the other one with it.
+        ({"cvr": 0.15}, {"cvr": 0.155}, ["dpo-sft", "sft-champion", "dpo-champion"], "reject", "champion"),
     ],
 )
 def test_the_winner_of_the_first_comparison_meets_the_champion(sft, dpo, pairs, verdict, winner):
@@ -416,3 +418,15 @@ def test_an_aa_trial_never_promotes_and_says_what_a_difference_means():
     assert (loud["verdict"], loud["winner"]) == ("reject", "champion")
     assert "not dealt, answered or counted alike" in loud["sentence"]
     assert recompute(loud) == ("reject", "champion")
+
+
+def test_an_aligned_model_goes_on_where_its_sibling_is_shown_to_harm_and_they_are_not_told_apart():
+    random = np.random.default_rng(3)
+    data = {
+        "champion": seen(users(random, 4000)), "challenger-sft": seen(users(random, 3000, cvr=0.15)),
+        "challenger-dpo": seen(users(random, 60, cvr=0.2)),
+    }  # fmt: skip
+    arms = [Arm(arm.name, arm.bundle, len(data[arm.name].counts) / 7060, arm.version) for arm in ARMS]
+    record = decide("t", arms, data, SETTINGS)
+    assert [made["verdict"] for made in record["comparisons"]] == ["inconclusive", "reject", "inconclusive"]
+    assert (record["verdict"], record["winner"]) == ("inconclusive", "champion")
