@@ -60,8 +60,10 @@ def test_a_fetched_bundle_is_kept_and_a_damaged_copy_is_replaced(registry, tmp_p
 
 
 def test_a_bundle_that_was_changed_in_the_store_is_refused(registry, tmp_path, server):
-    version = registry.register(bundle(tmp_path, 3))
-    stored = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == bytes([3]) * 100]
+    # Numbers that no other test of the shared server takes.
+    version = registry.register(bundle(tmp_path, 203))
+    mine = bytes([203]) * 100
+    stored = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == mine]
     assert len(stored) == 1
     stored[0].write_bytes(bytes([4]) * 100)
     with pytest.raises(SidstreamError, match=r"model\.safetensors was changed"):
@@ -70,9 +72,9 @@ def test_a_bundle_that_was_changed_in_the_store_is_refused(registry, tmp_path, s
 
 
 def test_another_bundle_in_its_place_is_refused(registry, tmp_path, server):
-    version = registry.register(bundle(tmp_path, 5))
-    other = bundle(tmp_path, 6)
-    mine = bytes([5]) * 100
+    version = registry.register(bundle(tmp_path, 205))
+    other = bundle(tmp_path, 206)
+    mine = bytes([205]) * 100
     found = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == mine]
     stored = found[0].parent.parent
     for name in (*other.manifest.files, "manifest.json"):
