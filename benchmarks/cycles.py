@@ -246,11 +246,16 @@ def play(
     return rows
 
 
-def figures(rows: list[dict[str, Any]], poison: int | None, command: str, seed: int) -> list[dict[str, Any]]:
+def head() -> str:
+    """The commit that runs: asked for at the start, since a run takes longer than a commit."""
+    made = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return made.stdout.strip()
+
+
+def figures(
+    rows: list[dict[str, Any]], poison: int | None, command: str, seed: int, commit: str
+) -> list[dict[str, Any]]:
     """One line a figure."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     common = {
         "dataset": "UCI Online Retail, simulated shoppers with drift",
         "model": "closed loop on the local stack",
@@ -259,7 +264,7 @@ def figures(rows: list[dict[str, Any]], poison: int | None, command: str, seed: 
         "date": date.today().isoformat(), "machine": f"{os.cpu_count()} cores",
     }  # fmt: skip
     made = [("10 cycles run unattended", "cycles ended by a verdict or a stated refusal", len(rows)),
-            ("", "promotions", sum(row["did"] == "promote" for row in rows))]  # fmt: skip
+            ("none", "promotions", sum(row["did"] == "promote" for row in rows))]  # fmt: skip
     if poison is not None:
         (bad,) = (row for row in rows if row["poisoned"])
         kept = bad["did"] == "promote" and "rolled_back" not in bad
@@ -285,13 +290,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the figures to this file")
     given = parser.parse_args()
     prepare()
+    commit = head()
     with tempfile.TemporaryDirectory(prefix="sidstream-") as folder, stack(Path(folder) / "stack") as last_ts:
         settings = load()
         with Client(settings.kafka) as client:
             world = World(settings, client, given.seed, given.cycles, last_ts + 86_400_000)
             rows = play(settings, world, given.cycles, given.poison, given.first_seconds)
     command = f"python -m benchmarks.cycles {' '.join(sys.argv[1:])}".strip()
-    lines = "".join(json.dumps(line) + "\n" for line in figures(rows, given.poison, command, given.seed))
+    lines = "".join(
+        json.dumps(line) + "\n" for line in figures(rows, given.poison, command, given.seed, commit)
+    )
     if given.out:
         with given.out.open("a") as out:
             out.write(lines)
