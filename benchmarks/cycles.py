@@ -22,12 +22,12 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.results import line
 from registry.current import current_rollout
 from registry.store import Registry
 from sidstream.commands.registry import promoting
@@ -246,23 +246,8 @@ def play(
     return rows
 
 
-def head() -> str:
-    """The commit that runs: asked for at the start, since a run takes longer than a commit."""
-    made = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return made.stdout.strip()
-
-
-def figures(
-    rows: list[dict[str, Any]], poison: int | None, command: str, seed: int, commit: str
-) -> list[dict[str, Any]]:
+def figures(rows: list[dict[str, Any]], poison: int | None, command: str, seed: int) -> list[dict[str, Any]]:
     """One line a figure."""
-    common = {
-        "dataset": "UCI Online Retail, simulated shoppers with drift",
-        "model": "closed loop on the local stack",
-        "low": None,
-        "high": None, "seed": seed, "mask": None, "command": command, "commit": commit,
-        "date": date.today().isoformat(), "machine": f"{os.cpu_count()} cores",
-    }  # fmt: skip
     made = [("10 cycles run unattended", "cycles ended by a verdict or a stated refusal", len(rows)),
             ("none", "promotions", sum(row["did"] == "promote" for row in rows))]  # fmt: skip
     if poison is not None:
@@ -275,7 +260,11 @@ def figures(
                 int(kept),
             )
         )
-    return [{"claim": claim, "metric": metric, "value": value} | common for claim, metric, value in made]
+    dataset = "UCI Online Retail, simulated shoppers with drift"
+    return [
+        line(claim, dataset, "closed loop on the local stack", metric, value, seed, command)
+        for claim, metric, value in made
+    ]
 
 
 def main() -> None:
@@ -290,16 +279,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the figures to this file")
     given = parser.parse_args()
     prepare()
-    commit = head()
     with tempfile.TemporaryDirectory(prefix="sidstream-") as folder, stack(Path(folder) / "stack") as last_ts:
         settings = load()
         with Client(settings.kafka) as client:
             world = World(settings, client, given.seed, given.cycles, last_ts + 86_400_000)
             rows = play(settings, world, given.cycles, given.poison, given.first_seconds)
     command = f"python -m benchmarks.cycles {' '.join(sys.argv[1:])}".strip()
-    lines = "".join(
-        json.dumps(line) + "\n" for line in figures(rows, given.poison, command, given.seed, commit)
-    )
+    lines = "".join(json.dumps(figure) + "\n" for figure in figures(rows, given.poison, command, given.seed))
     if given.out:
         with given.out.open("a") as out:
             out.write(lines)

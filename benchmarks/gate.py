@@ -15,28 +15,24 @@ Prints one line of JSON a figure, with the 95 % binomial interval
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
+from benchmarks.results import RESULTS, line, put_table, share
 from registry.gate import MODES, compare
 from registry.plan import Expected, users_needed
 from registry.settings import GateSettings
 from registry.statistics import Sums
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 LOOKS = 20
 SEED = 20
 SETTINGS = GateSettings.model_validate({})
@@ -151,20 +147,10 @@ def _progress(text: str) -> None:
 
 def figure(population: Population, metric: str, claim: str, mode: str, count: int, of: int) -> dict[str, Any]:
     """One line of the results: a share, and its 95 % interval."""
-    interval = stats.binomtest(count, of).proportion_ci(0.95, "exact")
-    return {
-        "claim": claim, "dataset": population.name, "model": f"gate, mode {mode}", "metric": metric,
-        "value": round(count / of, 4), "low": round(interval.low, 4), "high": round(interval.high, 4),
-        "seed": SEED, "mask": None, "command": "python -m benchmarks.gate", "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
-    }  # fmt: skip
-
-
-def _commit() -> str:
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
-    )
-    return asked.stdout.strip() or "none"
+    return line(
+        claim, population.name, f"gate, mode {mode}", metric, seed=SEED, command="python -m benchmarks.gate",
+        **share(count, of),
+    )  # fmt: skip
 
 
 def figures(pool: ProcessPoolExecutor, trials: int, users_of: float) -> Iterator[dict[str, Any]]:
@@ -247,11 +233,7 @@ def publish(rows: list[dict[str, Any]]) -> None:
             f"| {row['dataset'].partition(': ')[2]} | {truth}: {metric} | {row['model'].split()[-1]} "
             f"| {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['claim']} |"
         )
-    page = RESULTS / "gate.md"
-    begin, end = "<!-- table -->\n", "<!-- end -->\n"
-    before, _, rest = page.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    page.write_text(before + begin + "\n".join(table) + "\n" + end + after)
+    put_table(RESULTS / "gate.md", "<!-- table -->\n", "<!-- end -->\n", table)
 
 
 if __name__ == "__main__":

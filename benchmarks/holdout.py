@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from benchmarks.ratchet import Ratchet, line, publish
+from benchmarks.ratchet import Ratchet, publish
 from benchmarks.rated_shop import Crowd, Rates
+from benchmarks.results import line, share
 from registry.decision import ANCHOR, CHAMPION, DPO, SFT, judge
 from registry.settings import GateSettings, RolloutSettings
 from registry.statistics import sums
@@ -79,13 +79,6 @@ def series(seed: int, held: float, ratchet: Ratchet, crowd: Crowd) -> tuple[floa
     return champion.ctr / first.ctr, promotions
 
 
-def share(metric: str, count: int, of: int) -> dict[str, Any]:
-    """A share and its 95 % interval (Clopper and Pearson)."""
-    interval = stats.binomtest(count, of).proportion_ci(0.95, "exact")
-    return {"metric": metric, "value": round(count / of, 4), "low": round(interval.low, 4),
-            "high": round(interval.high, 4)}  # fmt: skip
-
-
 def figures(pool: ProcessPoolExecutor, times: int, crowd: Crowd) -> Iterator[dict[str, Any]]:
     """Every figure of the benchmark."""
     for name, ratchet in SERIES.items():
@@ -100,7 +93,8 @@ def figures(pool: ProcessPoolExecutor, times: int, crowd: Crowd) -> Iterator[dic
                  "value": round(float(np.median(ctr)), 4)},
                 {"metric": "the same, lowest", "value": round(float(ctr.min()), 4)},
                 # A step below the margin is .857, two are .815.
-                *(share(f"the same below {bound}", int((ctr < bound).sum()), times) for bound in (0.9, 0.85)),
+                *({"metric": f"the same below {bound}"} | share(int((ctr < bound).sum()), times)
+                  for bound in (0.9, 0.85)),
             ]  # fmt: skip
             for one in found:
                 claim = "bounded near the margin" if name == "ratchet" and held else "for comparison"

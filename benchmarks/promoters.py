@@ -19,11 +19,8 @@ and the table of docs/results/promoters.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -33,8 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
+from benchmarks.results import RESULTS, line, put_table, share
 from registry.settings import RegistrySettings
 from registry.store import Registry
 from streams.admin import create_topics
@@ -44,7 +40,6 @@ from tests.promoter_worker import Promoters, agree, decided, killed_before, stop
 from tests.registry_support import bundle, local_mlflow
 from tests.support import kafka_settings, local_kafka, local_redis
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SEED = 4
 VERSIONS = ("1", "2", "3", "4")
 RACES, KILLS = 200, 50
@@ -246,21 +241,11 @@ def figures(drill: Drill, races: int, kills: int, actions: tuple[str, ...]) -> I
 
 def figure(metric: str, claim: str, count: int, of: int) -> dict[str, Any]:
     """One line of the results: a share, and its 95 % interval."""
-    interval = stats.binomtest(count, of).proportion_ci(0.95, "exact")
-    return {
-        "claim": claim, "dataset": "four versions on MLflow (SQLite), Redis and Kafka",
-        "model": "release steps", "metric": f"{metric}; {count} of {of}", "value": round(count / of, 4),
-        "low": round(interval.low, 4), "high": round(interval.high, 4), "seed": SEED, "mask": None,
-        "command": "python -m benchmarks.promoters", "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
-    }  # fmt: skip
-
-
-def _commit() -> str:
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
-    )
-    return asked.stdout.strip() or "none"
+    return line(
+        claim, "four versions on MLflow (SQLite), Redis and Kafka", "release steps",
+        f"{metric}; {count} of {of}", seed=SEED, command="python -m benchmarks.promoters",
+        **share(count, of),
+    )  # fmt: skip
 
 
 def _progress(text: str) -> None:
@@ -281,11 +266,7 @@ def publish(rows: list[dict[str, Any]]) -> None:
             f"| {done} | {seen} | {times} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} "
             f"| {row['claim']} |"
         )
-    page = RESULTS / "promoters.md"
-    begin, end = "<!-- table -->\n", "<!-- end -->\n"
-    before, _, rest = page.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    page.write_text(before + begin + "\n".join(table) + "\n" + end + after)
+    put_table(RESULTS / "promoters.md", "<!-- table -->\n", "<!-- end -->\n", table)
 
 
 def main() -> None:

@@ -19,10 +19,8 @@ docs/results/cycles.md. Trials are salted at random, so figures move a little be
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rated_shop import Crowd, Rates, Shop
+from benchmarks.results import RESULTS, line, put_table
 from registry import lease, release
 from registry.bundle import Kind
 from registry.store import CHAMPION, Registry
@@ -45,7 +44,6 @@ from tests.registry_support import Outbox, bundle, local_mlflow
 from tests.support import local_redis
 from trainer.cycle import CycleResult
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 COMMAND = "python -m benchmarks.ratchet"
 RUNS: dict[str, dict[str, Any]] = {
     "anchor": {},
@@ -193,20 +191,14 @@ def figures(ran: Ran, dataset: str) -> Iterator[dict[str, Any]]:
     }
     for metric, value in found.items():
         yield line(
-            claim[ran.run], dataset, f"run {ran.run}", f"{metric}; {len(ran.rows)} cycles", value, ran.seed
+            claim[ran.run],
+            dataset,
+            f"run {ran.run}",
+            f"{metric}; {len(ran.rows)} cycles",
+            value,
+            ran.seed,
+            COMMAND,
         )
-
-
-def line(
-    claim: str, dataset: str, model: str, metric: str, value: Any, seed: int, command: str = COMMAND,
-    low: float | None = None, high: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """One line of the results."""
-    return {
-        "claim": claim, "dataset": dataset, "model": model, "metric": metric, "value": value, "low": low,
-        "high": high, "seed": seed, "mask": None, "command": command, "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
-    }  # fmt: skip
 
 
 def table(made: Sequence[Ran]) -> list[str]:
@@ -235,18 +227,7 @@ def publish(out: Path, lines: Sequence[dict[str, Any]], mark: str, rows: Sequenc
     kept = [json.loads(one) for one in out.read_text().splitlines()] if out.exists() else []
     kept = [one for one in kept if one["command"] != lines[0]["command"]]
     out.write_text("".join(json.dumps(one) + "\n" for one in [*kept, *lines]))
-    page = RESULTS / "cycles.md"
-    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
-    before, found, rest = page.read_text().partition(begin)
-    assert found, f"{page} has no line {begin!r}"
-    page.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.partition(end)[2])
-
-
-def _commit() -> str:
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
-    )
-    return asked.stdout.strip() or "none"
+    put_table(RESULTS / "cycles.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n", rows)
 
 
 def main() -> None:

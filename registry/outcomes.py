@@ -85,18 +85,30 @@ def mature_until(redis: Any) -> int | None:
     return max(0, (min(watermarks) - window_ms - lateness_ms) // cohort_ms)
 
 
-def read_outcomes(redis: Any, trial: str, mature: bool = True) -> dict[str, Seen]:
-    """What the mature cohorts of a trial hold, by arm; empty where none is mature.
+def read_all_outcomes(redis: Any, trial: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
+    """By arm: what the mature cohorts of a trial hold, and what all of them do. Raises as `read_outcomes`."""
+    # First, as there: what is mature now stays so.
+    until = mature_until(redis)
+    every = _read(redis, trial, _ALL)
+    if until is None:
+        return {}, every
+    mature = ((arm, seen.upto(until - 1)) for arm, seen in every.items())
+    return {arm: seen for arm, seen in mature if seen.counts.any()}, every
 
-    `mature` false: all cohorts, also those that are still open.
+
+def read_outcomes(redis: Any, trial: str) -> dict[str, Seen]:
+    """What the mature cohorts of a trial hold, by arm; empty where none is mature.
 
     `redis` is a redis-py client that answers bytes or text. Memory: 24 bytes a user and cohort. Raises
     SidstreamError for a hash that does not hold whole numbers, none below 0, by cohort.
     """
     # First: what is mature now stays so, and the sums that are read later hold all of it.
-    until = mature_until(redis) if mature else _ALL
-    if until is None:
-        return {}
+    until = mature_until(redis)
+    return {} if until is None else _read(redis, trial, until)
+
+
+def _read(redis: Any, trial: str, until: int) -> dict[str, Seen]:
+    """What cohorts below `until` hold, by arm."""
     arms: dict[str, _Rows] = {}
     parsed: dict[bytes | str, tuple[int, int] | None] = {}
     # SCAN may name a key twice; a user counts once. Sorted: the same sums are the same arrays everywhere.

@@ -7,7 +7,6 @@ that follows. A process that dies is replaced by another, which goes on where it
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from registry import release
 from registry.health import read_health
-from registry.outcomes import Seen, cohort_ms, read_outcomes
+from registry.outcomes import cohort_ms, read_all_outcomes
 from registry.store import Registry
 from registry.trial import Move, Sight, next_move
+from sidstream.pictures import keep_picture
 from streams.errors import SidstreamError
 from streams.events import Rollout
 
 if TYPE_CHECKING:
     from sidstream.settings import Settings
     from trainer.cycle import CycleResult
-
-log = logging.getLogger(__name__)
 
 Promoting = Callable[[], contextlib.AbstractContextManager[tuple[Registry, release.Publisher]]]
 
@@ -106,20 +104,8 @@ class Cycle:
                     return Turn("refuse", f"{move.sentence}; but {error}", rollout.trial, move.record)
             else:
                 made = release.conclude(registry, client, move.record, settings.rollout)
-        details = {"picture": self._draw(move.record, sight.mature)}
+        details = {"picture": keep_picture(registry, move.record, sight.mature, settings.gate)}
         return Turn(made.action, move.sentence, rollout.trial, move.record, details)
-
-    def _draw(self, record: dict[str, Any], seen: Any) -> str | None:
-        """Save the picture of the intervals beside the record; None where there is nothing to draw."""
-        if record["mode"] == "guard":
-            return None
-        from trainer.picture import save_picture
-
-        try:
-            return save_picture(self._registry, record, seen, self._settings.gate)
-        except SidstreamError as error:
-            log.warning("decision %s has no picture: %s", record["decision"], error)
-            return None
 
     def _learn(self, why: str) -> Turn:
         schedule = self._settings.trainer.schedule
@@ -132,13 +118,8 @@ class Cycle:
         except SidstreamError as error:
             return self._noted(Turn("refuse", str(error)))
         if result.skipped:
-            return self._noted(Turn("skip", f"nothing trained: {result.skipped}"))
-        versions = ", ".join(f"{kind} as version {version}" for kind, version in result.versions.items())
-        where = "in service" if result.action == "start" else "on trial"
-        reason = f"; no DPO model: {result.no_dpo}" if result.no_dpo else ""
-        turn = Turn(
-            "train", f"registered {versions}, {where}{reason}", result.trial, details=result.as_dict()
-        )
+            return self._noted(Turn("skip", result.told()))
+        turn = Turn("train", result.told(), result.trial, details=result.as_dict())
         return self._noted(turn) if result.no_dpo else turn
 
     def _noted(self, turn: Turn) -> Turn:
@@ -149,6 +130,5 @@ class Cycle:
         return turn
 
     def _look(self, trial: str) -> Sight:
-        mature: dict[str, Seen] = read_outcomes(self._redis, trial)
-        recent: dict[str, Seen] = read_outcomes(self._redis, trial, mature=False)
+        mature, recent = read_all_outcomes(self._redis, trial)
         return Sight(mature, recent, read_health(self._redis, trial), cohort_ms(self._redis))

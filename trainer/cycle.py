@@ -65,6 +65,15 @@ class CycleResult:
         """For JSON."""
         return asdict(self)
 
+    def told(self) -> str:
+        """What the cycle did, in a sentence."""
+        if self.skipped:
+            return f"nothing trained: {self.skipped}"
+        shown = ", ".join(f"{kind} as version {version}" for kind, version in self.versions.items())
+        where = "in service" if self.action == "start" else f"on trial {self.trial}"
+        reason = f"; no DPO model: {self.no_dpo}" if self.no_dpo else ""
+        return f"registered {shown}, {where}{reason}"
+
 
 class _Stages:
     """One line a stage, and its seconds."""

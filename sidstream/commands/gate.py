@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sidstream.console import emit
 from streams.errors import SidstreamError
-
-if TYPE_CHECKING:
-    from registry.outcomes import Seen
-    from registry.settings import GateSettings
-    from registry.store import Registry
 
 app = typer.Typer()
 
@@ -63,6 +57,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
     from registry.decision import decide
     from registry.outcomes import read_outcomes
     from sidstream.commands.registry import promoting
+    from sidstream.pictures import keep_picture
     from sidstream.settings import load
     from streams.redisdb import client as redis_client
 
@@ -84,7 +79,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
     if concluded:
         with promoting(settings) as (registry, client):
             release.conclude(registry, client, record, settings.rollout)
-            _draw(registry, record, seen, settings.gate)
+            keep_picture(registry, record, seen, settings.gate)
     caution = ERROR_RATES.get(record["mode"])
     emit(record | {"concluded": concluded, "caution": caution}, as_json, told(record, conclude, concluded))
 
@@ -237,16 +232,6 @@ def _read(record: str) -> dict[str, Any]:
     if not isinstance(made, dict):
         raise SidstreamError(f"{record} holds no JSON object; name a decision record")
     return made
-
-
-def _draw(registry: Registry, record: dict[str, Any], seen: dict[str, Seen], settings: GateSettings) -> None:
-    """Store a picture beside the record, where the extra `train` draws one: it is no part of the decision."""
-    try:
-        from trainer.picture import save_picture
-    except ModuleNotFoundError:
-        return
-    with contextlib.suppress(SidstreamError):
-        save_picture(registry, record, seen, settings)
 
 
 def _check(mode: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,7 +45,7 @@ def train(
             _tune(settings, chosen, line, as_json)
             return
         result = one_cycle(settings, chosen, line, from_scratch)
-    emit(result.as_dict(), as_json, _told(result))
+    emit(result.as_dict(), as_json, result.told())
 
 
 def trainer() -> None:
@@ -61,7 +61,7 @@ def trainer() -> None:
     settings = load()
 
     def told(outcome: CycleResult | SidstreamError) -> None:
-        text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else _told(outcome)
+        text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else outcome.told()
         err.print(text, markup=False)
 
     with lines() as line:
@@ -89,24 +89,17 @@ def one_cycle(
 ) -> CycleResult:  # fmt: skip
     """Run one update cycle; its trial begins at `step` of the challengers' full weights."""
     from registry.store import Registry
+    from sidstream.commands.registry import promoting
     from trainer.cycle import run_cycle
 
     @contextmanager
-    def promoting() -> Iterator[Publisher]:
-        from registry.lease import promoter
-        from streams.client import Client
-        from streams.redisdb import client as redis_client
-
-        with (
-            redis_client(settings.redis) as redis,
-            promoter(redis, settings.registry.name),
-            Client(settings.kafka) as client,
-        ):
+    def publisher() -> Iterator[Publisher]:
+        with promoting(settings) as (_, client):
             yield client
 
     window_s = settings.agents.attribution_window_s + settings.agents.allowed_lateness_s
     return run_cycle(
-        chosen, settings.kafka, Registry(settings.registry), settings.rollout, promoting,
+        chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
         horizon_ms=1000 * window_s, step=step, from_scratch=from_scratch, progress=line, stop=stop,
     )  # fmt: skip
 
@@ -134,13 +127,3 @@ def lines() -> Iterator[Callable[[str, str, bool], None]]:
                 status.update(f"{stage}: {text}")
 
         yield line
-
-
-def _told(result: CycleResult) -> str:
-    if result.skipped:
-        return f"nothing trained: {result.skipped}"
-    kinds: dict[str, Any] = result.versions
-    shown = ", ".join(f"{kind} as version {version}" for kind, version in kinds.items())
-    where = "in service" if result.action == "start" else f"on trial {result.trial}"
-    reason = f"; no DPO model: {result.no_dpo}" if result.no_dpo else ""
-    return f"registered {shown}, {where}{reason}"

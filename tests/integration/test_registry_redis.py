@@ -9,7 +9,7 @@ import redis
 
 from agents.outcomes import OutcomeRules, tell_rules
 from registry.lease import lease_key, promoter
-from registry.outcomes import mature_until, read_outcomes
+from registry.outcomes import mature_until, read_all_outcomes, read_outcomes
 from streams import keys, redisdb
 from streams.errors import SidstreamError
 from streams.settings import RedisSettings
@@ -67,6 +67,27 @@ def test_nothing_is_mature_before_agents_have_told_their_rules(store):
     store.delete(keys.outcomes_rules())
     assert mature_until(store) is None
     assert read_outcomes(store, "t") == {}
+
+
+def test_one_reading_gives_the_mature_cohorts_as_their_own_does_and_the_open_ones_beside_them(store):
+    for partition in range(PARTITIONS):
+        reach(store, 4 * COHORT + WINDOW + LATENESS, partition)  # cohorts 0 to 3
+    for user, arm, fields in (
+        ("a", "champion", {"1:i": 5, "1:c": 2, "7:i": 3}), ("b", "champion", {"7:i": 4}),
+        ("c", "challenger-sft", {"3:i": 6, "3:c": 1, "3:o": 1}), ("d", "challenger-dpo", {"4:i": 2}),
+    ):  # fmt: skip
+        store.hset(keys.sums("t", user), mapping={"arm": arm, "bundle": "b"} | fields)
+    alone = read_outcomes(store, "t")
+    mature, every = read_all_outcomes(store, "t")
+    assert list(alone) == list(mature) == ["challenger-sft", "champion"]
+    for arm, seen in alone.items():
+        assert mature[arm].cohorts == seen.cohorts == (1, 3)
+        assert mature[arm].total().tolist() == seen.total().tolist()
+    assert {arm: seen.total().tolist() for arm, seen in every.items()} == {
+        "challenger-dpo": [[2, 0, 0]], "challenger-sft": [[6, 1, 1]], "champion": [[8, 2, 0], [4, 0, 0]],
+    }  # fmt: skip
+    store.delete(keys.outcomes_rules())
+    assert read_all_outcomes(store, "t")[0] == {}
 
 
 @pytest.mark.parametrize("decode", [False, True])
