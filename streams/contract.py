@@ -117,7 +117,7 @@ def _message(topic: Topic) -> dict[str, Any]:
         "payload": {"$ref": f"#/components/schemas/{kind.__name__}"},
         "bindings": {
             "kafka": {
-                "key": {"type": "string", "description": f"the event's {kind.key_field}, UTF-8"},
+                "key": {"type": "string", "description": f"the event's {kind.key_name()}, UTF-8"},
                 "bindingVersion": _BINDING,
             }
         },

@@ -54,10 +54,10 @@ class EventError(ValueError):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """What every event has. `topic` and `key_field` say where its records go."""
+    """What every event has. `topic` and `key_fields` say where its records go."""
 
     topic: ClassVar[str] = ""
-    key_field: ClassVar[str] = "user_id"
+    key_fields: ClassVar[tuple[str, ...]] = ("user_id",)
 
     schema_version: Annotated[Literal[1], Meta(description="version of this contract")]
     event_id: Annotated[Id, Meta(description="unique; the same id means the same event")]
@@ -77,10 +77,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             raise EventError("invalid_field", f"{cls.__name__}: {error}") from error
 
+    @classmethod
+    def key_name(cls) -> str:
+        """What the record key is made of, such as `user_id`."""
+        return "/".join(cls.key_fields)
+
     @property
     def key(self) -> bytes:
         """The record key, UTF-8: equal keys meet in one partition."""
-        return str(getattr(self, self.key_field)).encode()
+        return "/".join(str(getattr(self, field)) for field in self.key_fields).encode()
 
 
 class Click(Event, frozen=True, kw_only=True):
@@ -182,7 +187,7 @@ class CatalogItem(Event, frozen=True, kw_only=True):
     """An item that may be advertised; the newest record of an item_id counts."""
 
     topic: ClassVar[str] = "catalog"
-    key_field: ClassVar[str] = "item_id"
+    key_fields: ClassVar[tuple[str, ...]] = ("item_id",)
     item_id: Id
     title: Annotated[str, Meta(min_length=1, max_length=1000)]
     category: str = ""
@@ -230,7 +235,10 @@ class SidAssignment(Event, frozen=True, kw_only=True):
     """An item's SID under one codebook. Append-only: an SID is never moved or reused."""
 
     topic: ClassVar[str] = "sids"
-    key_field: ClassVar[str] = "item_id"
+    # Both, so that compaction keeps the SIDs of every codebook: histories are translated by them, and a
+    # bundle of an earlier codebook is served by them. Readers take all from the value, so a record that was
+    # keyed by the item alone, as earlier versions did, counts as well.
+    key_fields: ClassVar[tuple[str, ...]] = ("codebook", "item_id")
     item_id: Id
     sid: Sid
     codebook: Annotated[Id, Meta(description="content hash of the codebook")]
@@ -249,7 +257,7 @@ class Rollout(Event, frozen=True, kw_only=True):
     """Which bundles serve which share of users, from now on; the newest record counts."""
 
     topic: ClassVar[str] = "rollout"
-    key_field: ClassVar[str] = "name"
+    key_fields: ClassVar[tuple[str, ...]] = ("name",)
     name: Annotated[Id, Meta(description="the recommender that this is about")]
     action: Literal["start", "trial", "promote", "reject", "inconclusive", "rollback"]
     trial: Annotated[Id, Meta(description="what outcomes are summed under: one set of arms and weights")]
@@ -269,7 +277,7 @@ class DeadLetter(Event, frozen=True, kw_only=True):
     """A record that could not be applied, with its bytes, where it came from and why."""
 
     topic: ClassVar[str] = "dead-letters"
-    key_field: ClassVar[str] = "source"
+    key_fields: ClassVar[tuple[str, ...]] = ("source",)
     source: Annotated[str, Meta(description="topic of the record")]
     partition: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     offset: Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -145,20 +145,20 @@ def topics_list(as_json: Json = False) -> None:
         rows.append(
             {
                 "topic": topic.name,
-                "key": topic.event.key_field,
+                "key": topic.event.key_name(),
                 "cleanup": topic.configs["cleanup.policy"],
                 "partitions": len(held) if held else None,
                 "offsets": {str(number): [span.begin, span.end] for number, span in (held or {}).items()},
                 "records": sum(span.end - span.begin for span in held.values()) if held else None,
             }
         )
-    lines = [f"{'topic':<16} {'key':<8} {'cleanup':<8} partitions {'records':>12}"]
+    lines = [f"{'topic':<16} {'key':<16} {'cleanup':<8} partitions {'records':>12}"]
     for row in rows:
         if row["partitions"] is None:
             lines.append(f"{row['topic']:<16} missing: create it with `sidstream topics create`")
         else:
             lines.append(
-                f"{row['topic']:<16} {row['key']:<8} {row['cleanup']:<8} "
+                f"{row['topic']:<16} {row['key']:<16} {row['cleanup']:<8} "
                 f"{row['partitions']:>10} {row['records']:>12,}"
             )
     emit({"topics": rows}, as_json, "\n".join(lines))

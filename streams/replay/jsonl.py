@@ -100,5 +100,6 @@ def _key(topic: str, value: bytes) -> bytes:
         parsed = msgspec.json.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return b""
-    found = parsed.get(BY_TOPIC[topic].key_field) if isinstance(parsed, dict) else None
-    return str(found).encode() if found is not None else b""
+    fields = BY_TOPIC[topic].key_fields
+    found = [parsed.get(field) for field in fields] if isinstance(parsed, dict) else [None]
+    return b"" if None in found else "/".join(map(str, found)).encode()

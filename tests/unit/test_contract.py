@@ -209,6 +209,6 @@ def test_the_asyncapi_document_names_every_topic_with_key_partitions_cleanup_and
         assert binding["partitions"] == topic.partitions
         assert binding["topicConfiguration"]["cleanup.policy"] == [topic.configs["cleanup.policy"]]
         message = document["components"]["messages"][topic.event.__name__]
-        assert topic.event.key_field in message["bindings"]["kafka"]["key"]["description"]
+        assert topic.event.key_name() in message["bindings"]["kafka"]["key"]["description"]
         action = "send" if topic.name in SENT else "receive"
         assert document["operations"][f"{action}-{topic.name}"]["action"] == action

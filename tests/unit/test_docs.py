@@ -97,7 +97,7 @@ def test_the_table_of_topics_is_what_is_created() -> None:
     made = {topic.name: topic for topic in topics(KafkaSettings())}
     assert set(documented) == set(made)
     for name, topic in made.items():
-        assert documented[name][1] == f"`{topic.event.key_field}`", name
+        assert documented[name][1] == f"`{topic.event.key_name()}`", name
         assert documented[name][3] == topic.configs["cleanup.policy"], name
         assert topic.partitions == (1 if name == "rollout" else 4), name
 

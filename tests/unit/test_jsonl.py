@@ -76,3 +76,5 @@ def test_raw_lines_are_sent_as_they_are_in_the_files_order(file: Path) -> None:
     assert [tuple(r) for r in JsonLines(file).records()] == [
         ("catalog", b"i1", b'{"item_id":  "i1", "title": ""}')
     ]
+    file.write_bytes(b'{"item_id": "i1", "codebook": "0b"}\n{"item_id": "i1"}')
+    assert [r.key for r in JsonLines(file, "sids").records()] == [b"0b/i1", b""]

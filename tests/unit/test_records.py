@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kafka.partitioner import DefaultPartitioner
 
 from streams.errors import SidstreamError
-from streams.events import Click, Purchase, UserProfile
+from streams.events import Click, Purchase, SidAssignment, UserProfile
 from streams.records import BATCH_OVERHEAD, fitting, partition_of, record
 
 # org.apache.kafka.common.utils.UtilsTest.testMurmur2, as Java's signed integers.
@@ -50,6 +50,11 @@ def test_a_record_has_the_topic_the_key_and_the_json_of_its_event() -> None:
     made = record(click, LIMIT)
     assert (made.topic, made.key) == ("clicks", "käufer".encode())
     assert made.value.startswith(b'{"schema_version":1,"event_id":"e","ts":1767225600000,')
+
+
+def test_the_sids_of_an_item_under_two_codebooks_have_two_keys_so_that_compaction_keeps_both() -> None:
+    old, new = (SidAssignment.new(item_id="a/b", sid=[1], codebook=book) for book in ("0b", "1c"))
+    assert (old.key, new.key) == (b"0b/a/b", b"1c/a/b")
 
 
 def test_an_event_above_the_limit_is_refused_in_one_sentence_with_type_size_and_limit() -> None:

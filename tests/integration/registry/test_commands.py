@@ -65,7 +65,7 @@ def test_fitting_publishes_a_sid_for_every_item_and_a_codebook_that_agrees(stack
     assert {row.codebook for row in sids.values()} == {made["codebook"]}
     # i0 is the first to choose a slot, so it has the greedy one of its newest title.
     (vector,) = WordLlamaEmbedder().embed(["a renamed lamp"])
-    assert tuple(sids["i0"].sid) == next(registry.codebook().candidates(vector))
+    assert tuple(sids[f"{made['codebook']}/i0"].sid) == next(registry.codebook().candidates(vector))
     with pytest.raises(SidstreamError, match="--replace"):
         commands.codebook_fit()
     commands.codebook_fit(replace=True, as_json=True)
