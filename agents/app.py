@@ -26,9 +26,9 @@ from agents.histories import Histories
 from agents.outcomes import OutcomeRules, Outcomes, tell_rules
 from agents.parking import Parking
 from agents.preferences import Preferences
+from agents.recoding import Recoding
 from agents.settings import AgentsSettings
 from agents.sids import Sids
-from registry.embedder import Embedder, WordLlamaEmbedder
 from streams import keys, redisdb
 from streams.admin import end_offsets, incarnations, missing
 from streams.batches import BatchLoop, BatchOptions, Hooks, Incoming
@@ -66,8 +66,10 @@ class UserEvents(Hooks):
         self._idle_s = settings.idle_s
         self._clocks: dict[int, PartitionClock] = {}
         self._incarnations: dict[str, int] = {}
+        self._sids = sids
         self._parking = Parking(store, sids, settings.park_seconds)
-        self._histories = Histories(store, sids, self._parking, history, self._incarnations)
+        self._recoding = Recoding(store, sids, history)
+        self._histories = Histories(store, sids, self._parking, self._recoding, history, self._incarnations)
         self._preferences = Preferences(
             store, producer, sids, rules, settings.max_rejected, self._clocks, self._incarnations
         )
@@ -119,6 +121,7 @@ class UserEvents(Hooks):
                 CLOCK_TOPICS, self._idle_s, now, floor, (Recommendation.topic,)
             )
         self._parking.own(numbers)
+        self._recoding.own(numbers, len(counted))
 
     async def observed(self, partition: TopicPartition, lag: int) -> None:
         """Tell the clock whether a topic is read to its end."""
@@ -127,7 +130,10 @@ class UserEvents(Hooks):
             clock.position(partition.topic, lag)
 
     async def tick(self) -> Sequence[Refusal]:
-        """Close windows, apply or give up parked records."""
+        """Change over to a new codebook, close windows, apply or give up parked records."""
+        # Here and nowhere else: a batch and a round of closing see one codebook from beginning to end.
+        self._sids.follow()
+        await self._recoding.tick()
         refused = await self._parking.sweep(self._histories.apply_parked)
         await self._preferences.mature()
         await self._outcomes.mature()
@@ -151,7 +157,7 @@ class Agents(Service):
 
     def __init__(
         self, kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
-        codebooks: Codebooks, embedder: Callable[[], Embedder], **service: Any,
+        codebooks: Codebooks, **service: Any,
     ) -> None:  # fmt: skip
         super().__init__(**service)
         self._kafka = kafka
@@ -159,7 +165,6 @@ class Agents(Service):
         self._history = history
         self._settings = agents
         self._codebooks = codebooks
-        self._embedder = embedder
         self._store: Any = None
         self._producer: Any = None
         self._sids: Any = None
@@ -178,7 +183,7 @@ class Agents(Service):
         await self._sids.start()
         users = UserEvents(self._kafka, self._store, self._sids, settings, self._history, self._producer)
         catalogue = Catalogue(
-            self._kafka, self._store, self._producer, self._sids, self._codebooks, self._embedder,
+            self._kafka, self._store, self._producer, self._sids, self._codebooks,
             settings.codebook_check_s,
         )  # fmt: skip
         await self.add_runtime_dependency(
@@ -218,9 +223,9 @@ class _App(faust.App):
 
 def create_app(
     kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
-    codebooks: Codebooks, embedder: Callable[[], Embedder] = WordLlamaEmbedder,
+    codebooks: Codebooks,
 ) -> faust.App:  # fmt: skip
-    """The app, to be run by a `faust.Worker`. `codebooks` is the registry; `embedder` is called once."""
+    """The app, to be run by a `faust.Worker`. `codebooks` is the registry."""
     app = _App(
         agents.group,
         broker=[f"kafka://{address}" for address in bootstrap(kafka)],
@@ -238,7 +243,7 @@ def create_app(
     @app.service
     class _Agents(Agents):
         def __init__(self, **service: Any) -> None:
-            super().__init__(kafka, redis, history, agents, codebooks, embedder, **service)
+            super().__init__(kafka, redis, history, agents, codebooks, **service)
 
     return app
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Final, Protocol
 
 import redis.asyncio
@@ -20,7 +21,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from agents.metrics import SIDS
 from agents.sids import Sids, as_list
 from registry.codebook import Codebook
-from registry.embedder import Embedder, item_text
+from registry.embedder import Embedder, embedder_of, item_text
 from streams import keys
 from streams.batches import Hooks, Incoming
 from streams.dead_letters import Refusal
@@ -63,11 +64,13 @@ return result
 
 
 class Codebooks(Protocol):
-    """What the catalogue needs of the registry; both calls block."""
+    """What the catalogue needs of the registry; the calls block."""
 
     def current_codebook(self) -> str | None: ...
 
     def codebook(self, id: str | None = None) -> Codebook: ...
+
+    def encoder(self, codebook: str) -> Path: ...
 
 
 class Catalogue(Hooks):
@@ -77,14 +80,13 @@ class Catalogue(Hooks):
 
     def __init__(
         self, kafka: KafkaSettings, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: Sids,
-        codebooks: Codebooks, embedder: Callable[[], Embedder], check_s: float,
+        codebooks: Codebooks, check_s: float,
     ) -> None:  # fmt: skip
         self._kafka = kafka
         self._producer = producer
         self._store = store
         self._sids = sids
         self._codebooks = codebooks
-        self._make_embedder = embedder
         self._embedder: Embedder | None = None
         self._check_s = check_s
         self._checked_at = float("-inf")
@@ -113,8 +115,8 @@ class Catalogue(Hooks):
         await self._sids.write()
         due = time.monotonic() - self._checked_at >= self._check_s
         # SIDs of a codebook that is not known here: it was just fitted, so do not wait.
-        unknown = self._sids.codebook is not None and (
-            self._codebook is None or self._codebook.id != self._sids.codebook
+        unknown = self._sids.newest is not None and (
+            self._codebook is None or self._codebook.id != self._sids.newest
         )
         if due or (unknown and self._changes != self._sids.changes):
             self._checked_at = time.monotonic()
@@ -131,13 +133,8 @@ class Catalogue(Hooks):
                 return
             codebook = await asyncio.to_thread(self._codebooks.codebook, current)
             embedder = self._embedder
-            if embedder is None:
-                embedder = await asyncio.to_thread(self._make_embedder)
-            if codebook.embedder != embedder.id:
-                raise SidstreamError(
-                    f"codebook {current} was fitted with embedder {codebook.embedder}, this version has "
-                    f"{embedder.id}: fit it again with `sidstream codebook fit --replace`"
-                )
+            if embedder is None or embedder.id != codebook.embedder:
+                embedder = await asyncio.to_thread(embedder_of, codebook, self._codebooks.encoder)
         except SidstreamError as error:
             # Without the registry new items wait; everything else goes on.
             if str(error) != self._complaint:

@@ -9,6 +9,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError
 
 from agents.parking import Parking
+from agents.recoding import Recoding
 from agents.sids import Sids
 from streams import history, keys
 from streams.batches import EVENTS, Incoming
@@ -27,12 +28,13 @@ class Histories:
     name = "histories"
 
     def __init__(
-        self, store: redis.asyncio.Redis, sids: Sids, parking: Parking, bounds: HistorySettings,
-        incarnations: Mapping[str, int],
+        self, store: redis.asyncio.Redis, sids: Sids, parking: Parking, recoding: Recoding,
+        bounds: HistorySettings, incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
         self._store = store
         self._sids = sids
         self._parking = parking
+        self._recoding = recoding
         self._bounds = bounds
         self._incarnations = incarnations
         self._script: str | None = None
@@ -79,6 +81,7 @@ class Histories:
         for start in range(0, len(users), _AT_ONCE):
             chunk = users[start : start + _AT_ONCE]
             results = await self._run([self._command(user, changes[user]) for user in chunk])
+            await self._bring_over(chunk, changes, results)
             for user, (_, skipped) in zip(chunk, results, strict=True):
                 for change in changes[user]:
                     if change.source is None:
@@ -89,6 +92,16 @@ class Histories:
                     else:
                         applied[change.source] += 1
         return applied, repeated
+
+    async def _bring_over(
+        self, users: Sequence[str], changes: Mapping[str, Sequence[history.Change]], results: list[list[int]]
+    ) -> None:
+        """Bring histories of another codebook over, apply their changes, and put the results in place."""
+        while old := [at for at, result in enumerate(results) if result == history.OTHER_CODEBOOK]:
+            await self._recoding.recode([users[at] for at in old], "touch")
+            again = await self._run([self._command(users[at], changes[users[at]]) for at in old])
+            for at, result in zip(old, again, strict=True):
+                results[at] = result
 
     def _command(self, user: str, changes: Sequence[history.Change]) -> tuple[Any, ...]:
         assert self._sids.codebook is not None

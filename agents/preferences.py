@@ -16,11 +16,13 @@ from agents.metrics import PAIRS
 from agents.sids import Sids, as_list
 from agents.states import States
 from agents.windows import Rules, Step, Windowed, fenced
-from streams import history, keys
+from streams import keys
 from streams.batches import EVENTS, Incoming
 from streams.errors import SidstreamError
 from streams.events import Click, Impression, PreferencePair, Purchase, Recommendation, encode
+from streams.history import Entry
 from streams.redisdb import run_pipeline
+from streams.translation import under
 
 VERSION = 1
 
@@ -100,18 +102,23 @@ class Preferences(Windowed[pairs.Open]):
             return
         users = list(dict.fromkeys(user for user, _ in decided))
         values = await run_pipeline(self._store, [("GET", keys.history(user)) for user in users])
-        pasts = {user: history.decode(value) for user, value in zip(users, values, strict=True)}
+        codebook = self._sids.codebook
+        assert codebook is not None
+        # Told under the codebook of the pair, also where a history was not brought over to it yet.
+        pasts = {
+            user: under(value, codebook, self._sids.translate)
+            for user, value in zip(users, values, strict=True)
+        }
         made = [self.pair(user, decision, pasts[user]) for user, decision in decided]
         sent = [await self._producer.send(pair.topic, encode(pair), key=pair.key) for pair in made]
         await asyncio.gather(*sent)
         for pair in made:
             PAIRS.labels(pair.scheme).inc()
 
-    def pair(self, user: str, decision: pairs.Decision, past: history.History) -> PreferencePair:
+    def pair(self, user: str, decision: pairs.Decision, past: Sequence[Entry]) -> PreferencePair:
         """The event of a decision; its history is what the user did strictly before."""
         codebook = self._sids.codebook
         assert codebook is not None
-        same = past.codebook_tag == codebook[:8]
         trigger = None if decision.trigger is None else self._sids.get(decision.trigger)
         return PreferencePair.new(
             event_id=pairs.pair_id(user, decision, codebook),
@@ -123,7 +130,7 @@ class Preferences(Windowed[pairs.Open]):
             chosen=self._sid(decision.chosen),
             rejected_items=list(decision.rejected),
             rejected=[self._sid(item) for item in decision.rejected],
-            history=[list(e.sid) for e in past.entries if e.ts < decision.before] if same else [],
+            history=[list(e.sid) for e in past if e.ts < decision.before],
             trigger=None if trigger is None else as_list(trigger),
             request_id=decision.request_id,
         )

@@ -1,4 +1,9 @@
-"""The SID of every item under the codebook in use, in memory and in Redis, from the topic `sids`."""
+"""The SID of every item under every codebook, in memory and in Redis, from the topic `sids`.
+
+One codebook is in use: histories and pairs are written under it. It is the newest one on the topic, from
+the moment at which its SIDs have all come. It changes only where `follow` is called, so whoever calls that
+between two pieces of work sees one codebook in each.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,9 @@ from typing import Final
 import redis.asyncio
 
 from streams import keys
+from streams.codebooks import Newest
 from streams.events import SidAssignment
-from streams.history import pack_sid
+from streams.history import pack_sid, tag_of
 from streams.settings import KafkaSettings
 from streams.tables import TopicTable
 
@@ -21,6 +27,8 @@ log = logging.getLogger(__name__)
 # After a codebook first appears, its table counts as whole once nothing was added for this long: whoever
 # fitted it publishes thousands of SIDs in one go.
 _SETTLE_S: Final = 1.0
+# And in any case after this: where items are listed without a pause, nothing is ever quiet for a second.
+_SETTLE_AT_MOST_S: Final = 60.0
 _POLL_S: Final = 0.05
 # Items a script call: some 0.5 ms of Redis's time.
 _CHUNK: Final = 500
@@ -38,13 +46,16 @@ return redis.status_reply('OK')
 
 
 class Sids:
-    """`get(item)` -> packed SID under the codebook in use, which is the one that appeared last on `sids`."""
+    """`get(item)` -> packed SID under the codebook in use; `translate` an SID of another one."""
 
     def __init__(self, kafka: KafkaSettings, store: redis.asyncio.Redis) -> None:
         self._table = TopicTable(kafka, SidAssignment, self._on_change)
         self._mirror = store.register_script(_MIRROR)
         self._packed: dict[str, dict[str, bytes]] = {}
-        self._first_ts: dict[str, int] = {}
+        # By tag; made where a codebook's SIDs are first translated, so that one codebook costs nothing.
+        self._holders: dict[str, dict[bytes, str]] = {}
+        self._newest = Newest()
+        self._seen_at: dict[str, float] = {}
         self._unwritten: list[SidAssignment] = []
         self._changed_at = 0.0
         self._settled: str | None = None
@@ -57,10 +68,22 @@ class Sids:
         """Read the topic from its beginning; return when it is read."""
         await self._table.start()
         await self._table.wait_caught_up()
+        if self.newest is not None:
+            self._use(self.newest)
 
     async def stop(self) -> None:
         """Stop following the topic."""
         await self._table.stop()
+
+    @property
+    def newest(self) -> str | None:
+        """The codebook that appeared last: the one in use, or the next one."""
+        return self._newest.codebook
+
+    @property
+    def several(self) -> bool:
+        """Whether SIDs of more than one codebook are known."""
+        return len(self._packed) > 1
 
     def get(self, item_id: str) -> bytes | None:
         """Packed SID under the codebook in use; None: the item has none."""
@@ -70,12 +93,35 @@ class Sids:
         """Packed SIDs of one codebook by item."""
         return self._packed.get(codebook, {})
 
+    def holder(self, tag: str, packed: bytes) -> str | None:
+        """The item that has this SID under the codebook with this tag; None: nobody, or it is not known."""
+        held = self._holders.get(tag)
+        if held is None:
+            named = [codebook for codebook in self._packed if tag_of(codebook) == tag]
+            if not named:
+                return None
+            held = self._holders[tag] = {}
+            for item_id, sid in self._packed[named[0]].items():
+                held.setdefault(sid, item_id)
+        return held.get(packed)
+
+    def translate(self, tag: str, packed: bytes) -> bytes | None:
+        """The SID under the codebook in use, of the item that has this one under another; None: none."""
+        item = self.holder(tag, packed)
+        return None if item is None else self.get(item)
+
+    def follow(self) -> None:
+        """Take the newest codebook into use, once its SIDs have come."""
+        newest = self.newest
+        if newest is not None and newest != self.codebook and self._has_settled(newest):
+            self._use(newest)
+
     def whole_since_ms(self) -> int | None:
         """Wall clock (ms) from which the codebook in use covers the catalogue; None: not yet."""
         if self.codebook is None:
             return None
         if self._settled != self.codebook:
-            if time.monotonic() - self._changed_at < _SETTLE_S:
+            if not self._has_settled(self.codebook):
                 return None
             self._settled, self._settled_ms = self.codebook, time.time_ns() // 1_000_000
         return self._settled_ms
@@ -100,25 +146,36 @@ class Sids:
                 await self._mirror(keys=[keys.sids(codebook), keys.slots(codebook)], args=arguments)
             del self._unwritten[: len(chunk)]
 
-    def _on_change(self, item_id: str, event: SidAssignment | None) -> None:
+    def _on_change(self, _key: str, event: SidAssignment | None) -> None:
         if event is None:  # a deleted assignment: the slot stays taken, the item keeps its SID here
             return
         self._unwritten.append(event)
+        self._newest.see(event)
+        now = time.monotonic()
+        self._seen_at.setdefault(event.codebook, now)
         known = self._packed.setdefault(event.codebook, {})
-        packed = pack_sid(event.sid)
-        if known.get(item_id) == packed:
+        if event.item_id in known:  # the first one counts, as in serving: an SID is never moved
             return
-        known[item_id] = packed
-        self._changed_at = time.monotonic()
+        packed = pack_sid(event.sid)
+        known[event.item_id] = packed
+        held = self._holders.get(tag_of(event.codebook))
+        if held is not None:
+            held.setdefault(packed, event.item_id)
+        self._changed_at = now
         self.changes += 1
-        first = min(event.ts, self._first_ts.get(event.codebook, event.ts))
-        self._first_ts[event.codebook] = first
-        # By first appearance: a straggling assignment under the old codebook must not bring that one back.
-        newest = max(self._first_ts, key=lambda codebook: (self._first_ts[codebook], codebook))
-        if newest != self.codebook:
-            log.info("SIDs of codebook %s are in use", newest)
-            self.codebook = newest
-            self.levels = len(next(iter(self._packed[newest].values()))) // 2
+        # The first of all needs no moment of its own: nothing was written under another one.
+        if self.codebook is None:
+            self._use(event.codebook)
+
+    def _has_settled(self, codebook: str) -> bool:
+        now = time.monotonic()
+        return now - self._changed_at >= _SETTLE_S or now - self._seen_at[codebook] >= _SETTLE_AT_MOST_S
+
+    def _use(self, codebook: str) -> None:
+        if codebook != self.codebook:
+            log.info("SIDs of codebook %s are in use", codebook)
+            self.codebook = codebook
+            self.levels = len(next(iter(self._packed[codebook].values()))) // 2
 
 
 def as_list(packed: bytes) -> Sequence[int]:

@@ -66,7 +66,10 @@ class ServingAgent:
             on_loaded=self._loaded, on_failure=self.metrics.bundle_failures.inc,
         )  # fmt: skip
         explorer = Explorer(settings.explore, settings.explore_candidates, settings.explore_temperature)
-        self._recommender = Recommender(self._catalogue.index, settings.beam, settings.repeat, explorer)
+        self._recommender = Recommender(
+            self._catalogue.index, settings.beam, settings.repeat, explorer,
+            translator=self._catalogue.translator,
+        )  # fmt: skip
         self._histories = Histories(redis, settings.redis_timeout_s, settings.redis_wait_s)
         self._outbox = Outbox(kafka, settings.retry_max_s)
         self._model_health = ModelHealth(redis)

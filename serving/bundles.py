@@ -171,7 +171,9 @@ class Bundles:
                 self._loaded[arm.bundle] = standing
             if not self._indexed(standing.codebook):
                 raise SidstreamError(
-                    f"no SID of codebook {standing.codebook} is on topic sids yet; bundle {arm.bundle} waits"
+                    f"no SID of codebook {standing.codebook} is on topic sids; bundle {arm.bundle} of arm "
+                    f"{arm.name} waits for them: publish them, or release without it (an anchor: "
+                    "rollout.anchor = 0)"
                 )
         # What no arm names any more is let go, once nothing can go wrong.
         self._loaded = {arm.bundle: self._loaded[arm.bundle] for arm in rollout.arms}

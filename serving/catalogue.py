@@ -1,5 +1,8 @@
 """The live catalogue: SIDs and active flags as they arrive from Kafka, and index snapshots made of them.
 
+Every codebook on the topic has its table and its index, so that bundles of several answer side by side, and a
+history under one is translated for a bundle of another: SID -> item -> SID.
+
 Changes are cheap and happen on the event loop. A snapshot is sorted in a thread, on copies, and the finished
 index replaces the one in service by one assignment. A new item is recommendable as soon as its SID and its
 catalogue record are in a snapshot, in whichever order they came.
@@ -15,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.index import SidIndex
+from streams.codebooks import Newest
 from streams.events import CatalogItem, Event, SidAssignment
+from streams.history import pack_sid, tag_of, unpack_sid
+from streams.translation import Translate
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +61,15 @@ class SidTable:
         self.rows[item_id] = row
         return True
 
+    def holder(self, sid: tuple[int, ...]) -> str | None:
+        """The item that has this SID."""
+        return self._holder.get(sid)
+
+    def sid(self, item_id: str) -> tuple[int, ...] | None:
+        """The SID of an item."""
+        row = self.rows.get(item_id)
+        return None if row is None else tuple(self.codes[row].tolist())
+
     def copies(self) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
         """The rows so far, safe to read in another thread."""
         size = len(self.item_ids)
@@ -72,21 +87,27 @@ class Catalogue:
         self._delay_s = delay_s
         self._on_build = on_build
         self._tables: dict[str, SidTable] = {}
+        self._by_tag: dict[str, SidTable] = {}
+        self._newest = Newest()
         self._active: dict[str, bool] = {}
         self._indexes: dict[str, SidIndex] = {}
         self._changed: set[str] = set()
         self._wake = asyncio.Event()
-        # The codebook of the newest assignment: what stands in while no bundle names one.
-        self.newest: str | None = None
+
+    @property
+    def newest(self) -> str | None:
+        """The codebook that appeared last: what stands in while no bundle names one."""
+        return self._newest.codebook
 
     def on_sid(self, _key: str, event: Event | None) -> None:
         """An assignment arrived. A deletion is ignored: the table is append-only."""
         if not isinstance(event, SidAssignment):
             return
-        self.newest = event.codebook
+        self._newest.see(event)
         table = self._tables.get(event.codebook)
         if table is None:
             table = self._tables[event.codebook] = SidTable(len(event.sid))
+            self._by_tag.setdefault(tag_of(event.codebook), table)
         if table.add(event.item_id, tuple(event.sid), self._active.get(event.item_id, False)):
             self._touch(event.codebook)
 
@@ -103,9 +124,26 @@ class Catalogue:
                 self._touch(codebook)
 
     def index(self, codebook: str | None = None) -> SidIndex | None:
-        """The newest index of a codebook (default: of the newest assignment); None before the first."""
+        """The newest index of a codebook (default: of the newest codebook); None before the first."""
         wanted = self.newest if codebook is None else codebook
         return self._indexes.get(wanted) if wanted else None
+
+    def translator(self, codebook: str) -> Translate:
+        """Turns packed SIDs of any codebook into those of the same items under `codebook`.
+
+        May be called from other threads: tables only grow, and an item is looked up once it is whole.
+        """
+        target = self._tables.get(codebook)
+
+        def translate(tag: str, packed: bytes) -> bytes | None:
+            source = self._by_tag.get(tag)
+            if source is None or target is None:
+                return None
+            item = source.holder(unpack_sid(packed))
+            sid = None if item is None else target.sid(item)
+            return None if sid is None else pack_sid(sid)
+
+        return translate
 
     def items(self) -> int:
         """How many items are active."""

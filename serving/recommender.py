@@ -31,10 +31,10 @@ from serving.beam import Ranking, search
 from serving.bundles import LoadedBundle, Service
 from serving.exploration import Explorer, draw
 from serving.index import SidIndex
-from streams import history
 from streams.errors import SidstreamError
 from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
 from streams.keys import hashed
+from streams.translation import Translate, under
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class Recommender:
     """Answers requests; holds no state of its own.
 
     `indexes(codebook)` is the newest index of a codebook, None where there is none; `indexes(None)` the one
-    that stands in while no bundle names a codebook.
+    that stands in while no bundle names a codebook. `translator(codebook)` turns SIDs of other codebooks,
+    under which a history may stand, into those of this one; by default none is known.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Recommender:
         repeat: Literal["always", "never"],
         explorer: Explorer,
         clock: Callable[[], float] = perf_counter,
+        translator: Callable[[str], Translate] = lambda _: lambda _tag, _sid: None,
     ) -> None:
         """`clock()`: seconds, by which calls of models are timed."""
         self._indexes = indexes
@@ -106,6 +108,7 @@ class Recommender:
         self._repeat = repeat
         self._explorer = explorer
         self._clock = clock
+        self._translator = translator
 
     def recommend(self, requests: Sequence[Request], service: Service | None) -> list[Answer]:
         """One answer a request, in order; all requests of one bundle are one call of its model a level."""
@@ -163,7 +166,7 @@ class Recommender:
         if bundle is None:
             case.fallback = "popular"
             return case
-        past = _past(request, bundle)
+        past = _past(request, bundle, self._translator(bundle.codebook))
         if self._repeat == "never":
             case.excluded |= {leaf for sid in past if (leaf := index.leaf_of_sid(sid)) is not None}
         seen = None if opened is None else tuple(index.sid(opened))
@@ -196,22 +199,23 @@ class Recommender:
         return [_ranked(case, index, ranking, took) for case, ranking in zip(cases, rankings, strict=True)]
 
 
-def _past(request: Request, bundle: LoadedBundle) -> list[tuple[int, ...]]:
-    """The SIDs of a history, oldest first; none where it is of another codebook or cannot be read."""
+def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[tuple[int, ...]]:
+    """The SIDs of a history under the bundle's codebook, oldest first; none where it cannot be read.
+
+    An item that has no SID there is left out: the bundle has never heard of it.
+    """
     if not request.history:
         return []
     try:
-        known = history.decode(request.history)
+        known = under(request.history, bundle.codebook, translate)
     except (SidstreamError, struct.error, IndexError) as error:
         user = hashed(request.trigger.user_id)
         log.error("the history of user %s is not used: %s", user, error)
         return []
-    if known.codebook_tag != bundle.codebook[: len(known.codebook_tag)]:
-        return []
     sizes = bundle.generator.sizes
     return [
         entry.sid
-        for entry in known.entries
+        for entry in known
         if len(entry.sid) == len(sizes)
         and all(code < size for code, size in zip(entry.sid, sizes, strict=True))
     ]

@@ -2,7 +2,7 @@
 -- same bytes). Strings are never compared with `<`: that is strcoll, whose order depends on the locale.
 -- KEYS[1] history | ARGV: 1 head (6 bytes), 2 incarnations (2 x 4 bytes), 3 max_length, 4 max_age_ms,
 -- 5 changes: per change source u8 (0 none, 1 clicks, 2 purchases), offset u48, entry
--- Returns {applied, skipped by the fence}.
+-- Returns {applied, skipped by the fence}, or {-1, 0} for a history under another codebook: it is left as it is.
 local byte, sub = string.byte, string.sub
 
 local function u48(s, at)
@@ -33,17 +33,22 @@ local size = 10 + 2 * byte(head, 2)
 
 local fences = {string.rep('\0', 10), string.rep('\0', 10)}
 local entries, n = {}, 0
+local waiting = '' -- with its length in front; only carried along
 local stored = redis.call('GET', KEYS[1])
 if stored then
-  if byte(stored, 1) ~= byte(head, 1) then
+  if byte(stored, 1) ~= 1 and byte(stored, 1) ~= 2 then
     return redis.error_reply('SIDSTREAM history of layout ' .. byte(stored, 1) .. ' in ' .. KEYS[1])
   end
+  if sub(stored, 2, 6) ~= sub(head, 2, 6) then return {-1, 0} end
   fences = {sub(stored, 7, 16), sub(stored, 17, 26)}
-  if sub(stored, 1, 6) == head then
-    for at = 27, #stored, size do
-      n = n + 1
-      entries[n] = sub(stored, at, at + size - 1)
-    end
+  local first = 27
+  if byte(stored, 1) == 2 then
+    first = 31 + u48('\0\0' .. sub(stored, 27, 30), 1)
+    waiting = sub(stored, 27, first - 1)
+  end
+  for at = first, #stored, size do
+    n = n + 1
+    entries[n] = sub(stored, at, at + size - 1)
   end
 end
 
@@ -81,5 +86,7 @@ if n > 0 then
   local oldest = u48(entries[n], 1) - max_age
   while u48(entries[first], 1) < oldest do first = first + 1 end
 end
-redis.call('SET', KEYS[1], head .. fences[1] .. fences[2] .. table.concat(entries, '', first, n))
+local layout = waiting == '' and '\1' or '\2'
+redis.call('SET', KEYS[1],
+  layout .. sub(head, 2, 6) .. fences[1] .. fences[2] .. waiting .. table.concat(entries, '', first, n))
 return {applied, skipped}

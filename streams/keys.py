@@ -13,6 +13,11 @@ def history(user_id: str) -> str:
     return f"h:{{{user_id}}}"
 
 
+def user_of_history(key: bytes) -> str:
+    """The user whose packed history stands under this key."""
+    return key[3:-1].decode()
+
+
 def preferences(user_id: str) -> str:
     """A user's clicks, purchases and slates whose attribution window is open."""
     return f"p:{{{user_id}}}"

@@ -162,7 +162,7 @@ def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_ap
         published = count(kafka, "sids")
         publish_all(kafka, [item(1, "another title altogether"), item(6)])
         wait_until(lambda: count(kafka, "sids") > published, WAIT_S, "the SID of the new item")
-        assert read_newest(kafka, SidAssignment)["i1"].sid == list(told["i1"])
+        assert read_newest(kafka, SidAssignment)[f"{codebook.id}/i1"].sid == list(told["i1"])
         assert count(kafka, "sids") == published + 1
 
 

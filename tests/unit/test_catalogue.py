@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from serving.catalogue import Catalogue
 from serving.index import SidIndex
 from streams.events import CatalogItem, SidAssignment
+from streams.history import pack_sid
+
+T0 = 1_700_000_000_000
 
 
-def sid_event(item, sid, codebook="book"):
-    return SidAssignment.new(item_id=item, sid=list(sid), codebook=codebook)
+def sid_event(item, sid, codebook="book", ts=T0):
+    return SidAssignment.new(item_id=item, sid=list(sid), codebook=codebook, ts=ts)
 
 
 def item_event(item, active=True):
@@ -121,9 +124,29 @@ def test_an_sid_is_never_moved_shared_or_of_another_length():
 def test_each_codebook_has_its_own_index_and_the_newest_stands_in_for_none():
     async def go():
         catalogue = Catalogue(delay_s=0)
-        feed(catalogue, sid_event("a", (1, 1), "old"))
-        feed(catalogue, sid_event("a", (2, 0, 3), "new"))
+        # In the order of partitions, not of time; and an item that was late under the old one.
+        feed(catalogue, sid_event("a", (2, 0, 3), "new", T0 + 5))
+        feed(catalogue, sid_event("a", (1, 1), "old", T0))
+        feed(catalogue, sid_event("b", (1, 2), "old", T0 + 9))
         await catalogue.refresh()
         return [catalogue.index(book).sid(0) for book in ("old", "new", None)], catalogue.index("other")
 
     assert asyncio.run(go()) == ([[1, 1], [2, 0, 3], [2, 0, 3]], None)
+
+
+def test_an_sid_of_another_codebook_is_translated_by_its_item():
+    catalogue = Catalogue(delay_s=0)
+    old, new = "00000000aaaaaaaa", "11111111bbbbbbbb"
+    for row in range(3000):  # more than a table starts with
+        feed(catalogue, sid_event(f"i{row}", (row // 60, row % 60), old))
+    early = catalogue.translator(new)
+    feed(catalogue, sid_event("i7", (7, 7, 7), new))
+    translate = catalogue.translator(new)
+    assert translate(old[:8], pack_sid((0, 7))) == pack_sid((7, 7, 7))
+    assert translate(old[:8], pack_sid((0, 8))) is None, "the item has no SID there"
+    assert translate(old[:8], pack_sid((60, 0))) is None, "nobody has that SID"
+    assert translate("ffffffff", pack_sid((0, 7))) is None, "a codebook that is not on the topic"
+    assert early(old[:8], pack_sid((0, 7))) is None
+    assert catalogue.translator(old)(new[:8], pack_sid((7, 7, 7))) == pack_sid((0, 7))
+    feed(catalogue, sid_event("i2999", (9, 9, 9), new))
+    assert translate(old[:8], pack_sid((49, 59))) == pack_sid((9, 9, 9))

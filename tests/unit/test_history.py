@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from streams import history
 from streams.errors import SidstreamError
-from streams.history import CLICK, PURCHASE, Change, apply, decode, pack_entry, pack_sid
+from streams.history import (
+    CLICK,
+    PURCHASE,
+    Change,
+    OtherCodebook,
+    apply,
+    cut,
+    decode,
+    join,
+    pack_entry,
+    pack_sid,
+)
 from streams.settings import HistorySettings
 
 BOOK = "0123456789abcdef"
@@ -104,20 +115,32 @@ def test_a_topic_made_anew_starts_its_offsets_again() -> None:
     assert len(decode(again).entries) == 2
 
 
-def test_another_codebook_drops_the_entries_and_keeps_the_fences() -> None:
+def test_a_history_under_another_codebook_takes_no_change_before_it_is_brought_over() -> None:
     value = run(None, [change("clicks", 3, T0, "a")])
-    other, _, _ = apply(
-        value,
-        [change("purchases", 0, T0, "b")],
-        codebook="f" * 16,
-        levels=3,
-        incarnations=LIVES,
-        bounds=bounds(),
-    )
-    decoded = decode(other)
-    assert decoded.codebook_tag == "ffffffff"
-    assert len(decoded.entries) == 1
-    assert decoded.fences == {"clicks": (7, 4), "purchases": (9, 1)}
+    with pytest.raises(OtherCodebook, match=BOOK[:8]):
+        apply(
+            value, [change("purchases", 0, T0, "b")], codebook="f" * 16, levels=3, incarnations=LIVES,
+            bounds=bounds(),
+        )  # fmt: skip
+
+
+def test_entries_that_wait_are_carried_along_and_come_back_as_they_were() -> None:
+    value = run(None, [change("clicks", 2, T0, "a")])
+    assert value is not None
+    waiting = [
+        ("ffffffff", pack_entry(T0 - 1, CLICK, "b", pack_sid((4, 5)))),
+        ("eeeeeeee", pack_entry(T0, 3, "c", pack_sid((6,)))),
+    ]
+    held = join(cut(value)._replace(waiting=waiting))
+    assert cut(held).waiting == waiting
+    later = run(held, [change("clicks", 3, T0 + 1, "d")])
+    assert cut(later or b"").waiting == waiting
+    decoded = decode(later)
+    assert [(tag, e.ts, e.sid) for tag, e in decoded.waiting] == [
+        ("ffffffff", T0 - 1, (4, 5)), ("eeeeeeee", T0, (6,)),
+    ]  # fmt: skip
+    assert [e.ts for e in decoded.entries] == [T0, T0 + 1]
+    assert decoded.fences["clicks"] == (7, 4)
 
 
 def test_no_history_is_an_empty_one() -> None:
@@ -125,8 +148,8 @@ def test_no_history_is_an_empty_one() -> None:
 
 
 def test_another_layout_is_refused_with_the_remedy() -> None:
-    with pytest.raises(SidstreamError, match=r"layout 2.*replay"):
-        decode(b"\x02" + bytes(30))
+    with pytest.raises(SidstreamError, match=r"layout 9.*replay"):
+        decode(b"\x09" + bytes(30))
 
 
 def test_a_codebook_id_that_is_not_hex_is_refused() -> None:

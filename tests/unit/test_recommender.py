@@ -163,8 +163,28 @@ def test_whether_past_items_come_again_is_a_setting(repeat, repeated):
     assert len(ids(answer)) == (9 if repeated else 7)
 
 
-def test_a_history_under_another_codebook_is_not_used():
+def test_a_history_under_another_codebook_is_not_used_where_its_sids_are_not_known():
     assert ask(trigger(item_id="i00"), past((1, 1), codebook=OTHER_BOOK)).fallback == "trigger_only"
+
+
+def test_one_history_is_told_to_each_bundle_under_its_own_codebook():
+    # Under the other codebook an item's codes are swapped; (2, 1) has no item there.
+    def translator(codebook):
+        def translate(tag, packed):
+            a, b = history.unpack_sid(packed)
+            return None if (a, b) == (1, 2) else history.pack_sid((b, a))
+
+        return translate
+
+    known = index()
+    asked, generator = past((0, 1), (1, 2), (2, 0), codebook=OTHER_BOOK), Last()
+    made = Recommender({BOOK: known}.get, 9, "never", NOT_AT_ALL, translator=translator)
+    (answer,) = made.recommend([Request(trigger(k=9), asked)], service(generator))
+    assert generator.prompts == [[(1, 0), (0, 2)]]
+    assert not {"i10", "i02"} & set(ids(answer.recommendation)), "what the user knows is not repeated"
+    own = Last()
+    made.recommend([Request(trigger(), past((0, 1), (1, 2), codebook=BOOK))], service(own))
+    assert own.prompts == [[(0, 1), (1, 2)]]
 
 
 @pytest.mark.parametrize("value", [b"\xff" * 40, b"\x01", b"\x01\x02\x00\x00\x00\x00" + bytes(21)])

@@ -1,0 +1,155 @@
+"""Histories of earlier codebooks, brought over to the one in use: at their next touch, and by a scan.
+
+A write compares the bytes that were read with those that stand: a history that somebody else changed in
+between is read again. So it is brought over once, wherever a worker dies, and whoever else is writing.
+
+Entries whose items have no SID under the new codebook wait in their history (streams.translation). The items
+are remembered here, and the histories are brought over again when one of them gets its SID. That memory is
+rebuilt by the scan, which runs after a start, an assignment and a new codebook.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+from agents.metrics import RECODED
+from agents.sids import Sids
+from streams import keys
+from streams.errors import SidstreamError
+from streams.history import cut
+from streams.records import partition_of
+from streams.redisdb import run_pipeline
+from streams.settings import HistorySettings
+from streams.translation import REPLACE, foreign, recode
+
+log = logging.getLogger(__name__)
+
+# Histories translated in one go, and keys looked at by one SCAN: some milliseconds each.
+_AT_ONCE: Final = 500
+_KEYS_A_LOOK: Final = 1000
+# What a scan takes of the time between two batches, seconds.
+_SCAN_S: Final = 0.05
+
+
+class Recoding:
+    """Keeps `h:{user}` of this worker's users under the codebook in use."""
+
+    def __init__(self, store: redis.asyncio.Redis, sids: Sids, bounds: HistorySettings) -> None:
+        self._store = store
+        self._sids = sids
+        self._bounds = bounds
+        self._script: str | None = None
+        self._partitions: frozenset[int] = frozenset()
+        self._count = 1
+        self._cursor: int | None = 0  # of the scan; None: it is done
+        self._scanned: str | None = None  # the codebook that it is for
+        # item -> users of whose histories an entry waits for its SID; looked at when SIDs came.
+        self._waiting: dict[str, set[str]] = {}
+        self._changes = -1
+
+    def own(self, partitions: Iterable[int], count: int) -> None:
+        """This worker's partitions of `count`: all its users' histories are looked at."""
+        self._partitions, self._count = frozenset(partitions), count
+        self._waiting.clear()
+        self._cursor = 0
+
+    async def recode(self, users: Iterable[str], how: str) -> None:
+        """Bring these users' histories over. `how` stands in the metric: touch, scan or sid."""
+        codebook = self._sids.codebook
+        assert codebook is not None
+        left = list(users)
+        while left:
+            chunk = left[:_AT_ONCE]
+            values: list[Any] = await run_pipeline(self._store, [("GET", keys.history(u)) for u in chunk])
+            old = {u: value for u, value in zip(chunk, values, strict=True) if value is not None}
+            new = {user: self._recoded(user, value, codebook, how) for user, value in old.items()}
+            changed = [user for user in old if new[user] != old[user]]
+            replaced = await self._replace([(user, old[user], new[user]) for user in changed])
+            overtaken = {user for user, done in zip(changed, replaced, strict=True) if not done}
+            for user in old.keys() - overtaken:
+                self._wait(user, new[user])
+            RECODED.labels(how).inc(len(changed) - len(overtaken))
+            left = [*overtaken, *left[_AT_ONCE:]]
+
+    async def tick(self) -> None:
+        """Go on with the scan for a while, and bring over what waited for SIDs that came."""
+        codebook = self._sids.codebook
+        if codebook is None:
+            return
+        if self._scanned != codebook:
+            self._scanned, self._cursor = codebook, 0
+            self._waiting.clear()
+        # Under the only codebook that ever was, nothing is to be brought over.
+        if self._sids.several:
+            await self._scan(codebook)
+        await self._arrived()
+
+    async def _arrived(self) -> None:
+        if self._changes == self._sids.changes:
+            return
+        changes = self._sids.changes
+        ready = [item for item in self._waiting if self._sids.get(item) is not None]
+        users = {user for item in ready for user in self._waiting[item]}
+        await self.recode(users, "sid")
+        for item in ready:
+            del self._waiting[item]
+        self._changes = changes
+
+    async def _scan(self, codebook: str) -> None:
+        until = time.monotonic() + _SCAN_S
+        while self._cursor is not None and time.monotonic() < until:
+            looked: tuple[int, list[Any]] = await self._store.scan(
+                self._cursor, match=keys.history("*"), count=_KEYS_A_LOOK
+            )
+            cursor, found = looked
+            users = [user for user in (keys.user_of_history(key) for key in found) if self._mine(user)]
+            starts = await run_pipeline(self._store, [("GETRANGE", keys.history(u), 0, 5) for u in users])
+            some = [user for user, start in zip(users, starts, strict=True) if foreign(start, codebook)]
+            await self.recode(some, "scan")
+            # Last: a look that failed half-way is repeated.
+            self._cursor = cursor or None
+
+    def _recoded(self, user: str, value: bytes, codebook: str, how: str) -> bytes:
+        try:
+            return recode(
+                value, self._sids.translate, codebook=codebook, levels=self._sids.levels, bounds=self._bounds
+            )
+        except (SidstreamError, IndexError) as error:
+            if how == "touch":  # the event that touched it is refused; a scan only leaves it as it is
+                raise
+            log.error("the history of user %s stays as it is: %s", keys.hashed(user), error)
+            return value
+
+    def _mine(self, user: str) -> bool:
+        return partition_of(user.encode(), self._count) in self._partitions
+
+    def _wait(self, user: str, value: bytes) -> None:
+        try:
+            waiting = cut(value).waiting
+        except (SidstreamError, IndexError):  # said where it was to be brought over
+            return
+        for tag, entry in waiting:
+            item = self._sids.holder(tag, entry[10:])
+            # An SID of a codebook that nobody tells of any more waits without hope, and is kept all the same.
+            if item is not None:
+                self._waiting.setdefault(item, set()).add(user)
+                self._changes = -1
+
+    async def _replace(self, values: Sequence[tuple[str, bytes, bytes]]) -> list[int]:
+        while values:
+            if self._script is None:
+                self._script = await self._store.script_load(REPLACE)
+            try:
+                return await run_pipeline(
+                    self._store,
+                    [("EVALSHA", self._script, 1, keys.history(user), old, new) for user, old, new in values],
+                )
+            except NoScriptError:
+                self._script = None  # a restarted server has no scripts; what was replaced is found so
+        return []
