@@ -227,16 +227,14 @@ def _trial_arms(
 
 
 def _anchor(registry: Registry, champion: str, rollout: RolloutSettings) -> list[Arm]:
-    """The arm of the hold-out; none where the anchor is the champion, or its codebook is another one's.
+    """The arm of the hold-out; none where the anchor is the champion.
 
-    A bundle of another codebook knows other SIDs than the agents write.
+    Its codebook may be an earlier one: its SIDs stay on their topic, and serving translates histories.
     """
     version = registry.alias(ANCHOR)
     if version in (None, champion) or rollout.anchor == 0:
         return []
-    arm = _arm(registry, ANCHOR, str(version), rollout.anchor)
-    wanted = registry.fetch(champion).manifest.codebook
-    return [arm] if registry.fetch(str(version)).manifest.codebook == wanted else []
+    return [_arm(registry, ANCHOR, str(version), rollout.anchor)]
 
 
 def _aliases(arms: list[Arm]) -> dict[str, str | None]:

@@ -51,7 +51,7 @@ def codebook(seed: int = 0) -> Codebook:
     return Codebook("test", tuple(random.normal(size=(n, 8)).astype(np.float32) for n in (4, 3, 2)))
 
 
-def bundle(folder: Path, seed: int, kind: Kind = "sft") -> Bundle:
+def bundle(folder: Path, seed: int, kind: Kind = "sft", codebook_seed: int = 0) -> Bundle:
     folder = folder / f"bundle-{seed}"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
@@ -59,7 +59,7 @@ def bundle(folder: Path, seed: int, kind: Kind = "sft") -> Bundle:
     for name in ("encode", "step_0", "step_1", "step_2"):
         (folder / f"{name}.onnx").write_bytes(name.encode())
     return write_bundle(
-        folder, kind=kind, codebook=codebook(), popular=["a"], max_items=50, sids={0: 1},
+        folder, kind=kind, codebook=codebook(codebook_seed), popular=["a"], max_items=50, sids={0: 1},
         window={"clicks": {0: (0, 5)}}, seed=seed,
     )  # fmt: skip
 

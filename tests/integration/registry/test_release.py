@@ -134,6 +134,23 @@ def test_the_hold_out_stays_on_the_anchor_in_and_between_trials(registry, three,
         assert sum(arm.weight for arm in rollout.arms) == pytest.approx(1)
 
 
+def test_an_anchor_of_an_earlier_codebook_keeps_its_hold_out_and_a_champion_of_one_comes_back(
+    registry, three, outbox, tmp_path
+):
+    release.start(registry, outbox, three[0])
+    newer = [registry.register(bundle(tmp_path, seed, codebook_seed=1)) for seed in (7, 8)]
+    assert registry.fetch(three[0]).manifest.codebook != registry.fetch(newer[0]).manifest.codebook
+    trial = release.start_trial(registry, outbox, newer[0], None, RolloutSettings())
+    assert {arm.name: arm.version for arm in trial.arms} == {CHAMPION: three[0], SFT: newer[0]}
+    for champion in newer:
+        standing = release.promote(registry, outbox, champion, RolloutSettings())
+        held = next(arm for arm in standing.arms if arm.name == ANCHOR)
+        assert (held.version, held.weight) == (three[0], RolloutSettings().anchor)
+    release.rollback(registry, outbox, RolloutSettings())
+    back = release.promote(registry, outbox, three[0], RolloutSettings())
+    assert [(arm.name, arm.version) for arm in back.arms] == [(CHAMPION, three[0])]
+
+
 def test_a_trial_whose_begin_was_cut_short_is_begun_by_the_next_step(registry, three, outbox):
     release.start(registry, outbox, three[0])
     outbox.broken = True
