@@ -1,0 +1,1 @@
+"""Offline evaluation: data sets, splits, metrics and intervals, the same for product and baselines."""

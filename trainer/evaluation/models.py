@@ -1,0 +1,72 @@
+"""The models that can be evaluated, by name. Each is imported only when it is asked for: some need torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from streams.errors import SidstreamError
+from trainer.evaluation.ranker import Ranker
+
+
+class Options(NamedTuple):
+    """What a run asks of a model that is trained."""
+
+    max_seconds: float | None = None  # time budget of one `fit`; None: until it stops by itself
+    epochs: int | None = None  # passes over the training part, at most; None: the model's own
+
+
+Factory = Callable[[Options], Ranker]
+
+
+def _popularity(options: Options) -> Ranker:
+    from trainer.baselines.popularity import Popularity
+
+    return Popularity()
+
+
+def _popularity_of_category(options: Options) -> Ranker:
+    from trainer.baselines.popularity_of_category import PopularityOfCategory
+
+    return PopularityOfCategory()
+
+
+def _itemknn(forward: bool) -> Factory:
+    def make(options: Options) -> Ranker:
+        from trainer.baselines.itemknn import ItemKnn
+
+        return ItemKnn(forward)
+
+    return make
+
+
+def _sasrec(samples: str) -> Factory:
+    def make(options: Options) -> Ranker:
+        from trainer.baselines.sasrec import SasRec, SasRecSettings
+
+        own = SasRecSettings(samples=samples, max_seconds=options.max_seconds)
+        return SasRec(own if options.epochs is None else replace(own, epochs=options.epochs))
+
+    return make
+
+
+MODELS: dict[str, Factory] = {
+    "popularity": _popularity,
+    "popularity-of-category": _popularity_of_category,
+    "itemknn": _itemknn(forward=False),
+    "itemknn-forward": _itemknn(forward=True),
+    "sasrec": _sasrec("position"),
+    "sasrec-prefix": _sasrec("prefix"),
+}
+# What `sidstream evaluate` runs where nothing is named.
+DEFAULT = ("popularity", "itemknn", "sasrec")
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The names, each once, in their order. Raises SidstreamError for one that is no model, or for none."""
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        asked = f"there is no model {unknown[0]!r}" if unknown else "no model is named"
+        raise SidstreamError(f"{asked}: give one or more of {', '.join(MODELS)}")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,159 @@
+"""What an evaluation says: a line a figure, a table for the screen, and the page of results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.evaluation.bootstrap import Interval, differences, intervals
+from trainer.evaluation.results import line, put_table
+from trainer.evaluation.run import BY_SID, NEW_ITEMS, Measured
+from trainer.evaluation.sequences import Float64
+
+Line = dict[str, Any]
+BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
+# What a table shows beside the model: heading, metric, and how it is written.
+_COLUMNS = (
+    ("HR@10", "HR@10", ".4f"), ("NDCG@10", "NDCG@10", ".4f"), ("HR@10 by SID", f"HR@10{BY_SID}", ".4f"),
+    ("HR@10 new items", f"HR@10{NEW_ITEMS}", ".4f"), ("coverage@10", "coverage@10", ".3f"),
+    ("parameters", "parameters", ",.0f"), ("ms/answer", "ms per answer", ".2f"),
+)  # fmt: skip
+_WITH_INTERVAL = ("HR@10", "NDCG@10")
+_HEADINGS = ("model", "ordered by", "mask", "seed", *(column[0] for column in _COLUMNS))
+
+
+def lines(measured: Sequence[Measured], dataset: str, protocol: str, command: str) -> list[Line]:
+    """Every figure of the runs; `protocol`: the split, and the shards where there are any."""
+    return [
+        _line(run, dataset, protocol, command, metric, value)
+        for run in measured
+        for metric, value in _figures(run)
+    ]
+
+
+def compared(
+    measured: Sequence[Measured], against: str, dataset: str, protocol: str, command: str
+) -> list[Line]:
+    """The differences of every model's accuracy to that of `against`, over the same users.
+
+    The mean over seeds where there are several; else the one run.
+    """
+    last = {(run.model, run.mask): run for run in measured}  # the mean comes after the seeds it is of
+    made = []
+    for (model, mask), run in last.items():
+        base = last[against, mask]
+        if model == against:
+            continue
+        shared = [
+            metric for metric in run.rows if metric in base.rows and not np.isnan(run.rows[metric]).any()
+        ]
+        ours, theirs = (np.stack([one.rows[metric] for metric in shared], 1) for one in (run, base))
+        made += [
+            _line(run, dataset, protocol, command, f"{metric} minus {against}", value)
+            for metric, value in zip(shared, differences(ours, theirs, run.users), strict=True)
+        ]
+    return made
+
+
+def _line(
+    run: Measured, dataset: str, protocol: str, command: str, metric: str, value: Interval | float
+) -> Line:
+    low = high = None
+    if isinstance(value, Interval):
+        value, low, high = value
+    fields = {"value": value, "low": low, "high": high}
+    rounded = {name: None if part is None else float(f"{part:.5g}") for name, part in fields.items()}
+    made = line(f"accuracy, {protocol}", dataset, run.model, metric, seed=run.seed, command=command,
+                mask=run.mask, **rounded)  # fmt: skip
+    return made | {"head": run.head}
+
+
+def _figures(run: Measured) -> Iterator[tuple[str, Interval | float]]:
+    """Every figure of a run: those of targets with intervals, by the rows that they are of."""
+    groups: dict[bytes, list[str]] = {}
+    for metric, values in run.rows.items():
+        groups.setdefault(np.isnan(values).tobytes(), []).append(metric)
+    for metrics in groups.values():
+        kept = ~np.isnan(run.rows[metrics[0]])
+        figures: Float64 = np.stack([run.rows[metric][kept] for metric in metrics], axis=1)
+        yield from zip(metrics, intervals(figures, run.users[kept]), strict=True)
+        rest = metrics[0].partition(",")[2].strip()
+        yield f"targets, {rest}" if rest else "targets", float(kept.sum())
+    yield from run.totals.items()
+
+
+def table(rows: Sequence[Line]) -> list[list[str]]:
+    """Lines -> cells: the headings, then a row for each model and mask; the mean stands for its seeds."""
+    runs: dict[tuple[str, str, str | None], dict[int | None, dict[str, Line]]] = {}
+    for row in rows:
+        by_seed = runs.setdefault((row["model"], row["head"], row["mask"]), {})
+        by_seed.setdefault(row["seed"], {})[row["metric"]] = row
+    cells = [list(_HEADINGS)]
+    for (model, head, mask), by_seed in runs.items():
+        seed = None if None in by_seed else next(iter(by_seed))
+        shown = str(seed) if seed is not None else f"mean of {len(by_seed) - 1}"
+        found = by_seed[seed]
+        cells.append(
+            [
+                model,
+                head,
+                mask or "",
+                shown,
+                *(_cell(found.get(metric), form) for _, metric, form in _COLUMNS),
+            ]
+        )
+    kept = [n for n, heading in enumerate(_HEADINGS) if n < 4 or any(row[n] for row in cells[1:])]
+    return [[row[n] for n in kept] for row in cells]
+
+
+def _cell(row: Line | None, form: str) -> str:
+    if row is None or row["value"] is None or math.isnan(row["value"]):
+        return ""
+    said = format(row["value"], form)
+    if row["low"] is not None and row["metric"] in _WITH_INTERVAL:
+        said += f" ({format(row['low'], form)} to {format(row['high'], form)})"
+    return said
+
+
+def as_text(cells: Sequence[Sequence[str]]) -> str:
+    """Cells in columns of one width each."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def as_markdown(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as the lines of a table of a page."""
+    made = [f"| {' | '.join(row)} |" for row in cells]
+    return [made[0], "|" + "---|" * len(cells[0]), *made[1:]]
+
+
+def publish(rows: Sequence[Line], folder: Path) -> None:
+    """Put the figures into `evaluation.jsonl` and the table of `evaluation.md` in `folder`.
+
+    They take the place of what was there for the same data set, protocol, model and mask; the rest stays.
+    """
+
+    def of(row: Line) -> tuple[str, str, str, str]:
+        return row["dataset"], row["claim"], row["model"], row["mask"]
+
+    page, file = folder / "evaluation.md", folder / "evaluation.jsonl"
+    before = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
+    fresh = {of(row) for row in rows}
+    kept = sorted([*(row for row in before if of(row) not in fresh), *rows], key=lambda row: of(row)[:2])
+    chapters: dict[tuple[str, str], list[Line]] = {}
+    for row in kept:
+        chapters.setdefault((row["dataset"], row["claim"]), []).append(row)
+    shown: list[str] = []
+    for (dataset, claim), of_chapter in chapters.items():
+        about = f"**{dataset}**, {claim.partition(', ')[2]}"
+        shown += [about, "", *as_markdown(table(of_chapter)), ""]
+    put_table(page, BEGIN, END, shown)
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -1,0 +1,55 @@
+"""What measurements write: one line of JSON a figure, and tables between marks in the pages for people."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from streams.errors import SidstreamError
+
+# Only a checkout has it; an installed package has no pages.
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+@cache
+def commit() -> str:
+    """The commit of the working tree when this was first asked; "none" outside of a repository.
+
+    Ask at the start: a run can take longer than the next commit.
+    """
+    try:
+        asked = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parents[1], capture_output=True, text=True
+        )
+    except OSError:
+        return "none"
+    return asked.stdout.strip() or "none"
+
+
+def line(
+    claim: str, dataset: str, model: str, metric: str, value: Any, seed: int | None, command: str,
+    low: float | None = None, high: float | None = None, mask: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One figure, with the commit, the day and the machine."""
+    return {
+        "claim": claim, "dataset": dataset, "model": model, "metric": metric, "value": value, "low": low,
+        "high": high, "seed": seed, "mask": mask, "command": command, "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
+    }  # fmt: skip
+
+
+def put_table(page: Path, begin: str, end: str, rows: Sequence[str]) -> None:
+    """Put the rows between two marks of a page, in place of what stands there.
+
+    Raises SidstreamError where the page or its first mark is not there.
+    """
+    text = page.read_text() if page.is_file() else ""
+    before, found, rest = text.partition(begin)
+    if not found:
+        raise SidstreamError(f"{page} has no line {begin.strip()!r}: a table is published in a checkout only")
+    page.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.partition(end)[2])

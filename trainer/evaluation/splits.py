@@ -1,0 +1,137 @@
+"""What is learned from and what is predicted: leave-one-out, a cut in time, and shard after shard of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from streams.errors import SidstreamError
+from trainer.evaluation.sequences import Int64, Sequences
+
+LEAVE_ONE_OUT = "leave-one-out"
+TIME = "time"
+SPLITS = (LEAVE_ONE_OUT, TIME)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """B items to be predicted, each from what its user did before it."""
+
+    users: Int64  # (B,) row of Sequences.users
+    histories: list[Int64]  # item rows, oldest first; never empty
+    targets: Int64  # (B,) item rows
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One data set, cut. Nothing of `valid` or `test` targets is in `train`."""
+
+    kind: str
+    data: Sequences
+    train: list[Int64]  # per user of `data`; empty for a user who came later
+    valid: Queries
+    test: Queries
+    starts: tuple[int, int] | None = None  # when validation and test begin, where the cut is one in time
+
+    def train_counts(self) -> Int64:
+        """(I,) how often each item occurs in training."""
+        return np.bincount(np.concatenate([*self.train, np.zeros(0, np.int64)]), minlength=self.data.size)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A stretch of time: first its queries are answered, then what happened in it may be learned."""
+
+    queries: Queries
+    histories: list[Int64]  # of the users who did something in it: what they did before
+    fresh: list[Int64]  # of the same users: what they did in it
+
+
+def leave_one_out(data: Sequences) -> Split:
+    """Each user's last item is the test, the one before it validation, the rest training.
+
+    The validation item is history at test. Users of fewer than three items are in training only. It leaks:
+    other users' later items are trained on (Ji et al. 2020, arXiv 2010.11060), so it serves the comparison
+    with published tables.
+    """
+    tested = np.flatnonzero(np.array([len(row) for row in data.items], np.int64) >= 3)
+    train = [row[:-2] if len(row) >= 3 else row for row in data.items]
+
+    def queries(at: int) -> Queries:
+        targets = np.array([data.items[u][at] for u in tested], np.int64)
+        return Queries(tested, [data.items[u][:at] for u in tested], targets)
+
+    return Split(LEAVE_ONE_OUT, data, train, queries(-2), queries(-1))
+
+
+def cut_times(data: Sequences, train: float = 0.8, valid: float = 0.1) -> tuple[int, int]:
+    """(t1, t2): about `train` of the events are before t1, and `valid` of them from t1 to before t2."""
+    ts = np.sort(np.concatenate(_times(data)))
+    places = [min(len(ts) - 1, int(len(ts) * share)) for share in (train, train + valid)]
+    return int(ts[places[0]]), int(ts[places[1]])
+
+
+def by_time(data: Sequences, t1: int | None = None, t2: int | None = None) -> Split:
+    """Training before t1, validation from t1 to before t2, test from t2 on; by default 80, 10 and 10 %.
+
+    Every event that follows another one of its user is a target, with all of that user's earlier events as
+    history, validation and test ones included. Raises SidstreamError for a set without times.
+    """
+    first, second = cut_times(data)
+    t1, t2 = first if t1 is None else t1, second if t2 is None else t2
+    if t1 > t2:
+        raise SidstreamError(f"t1 is {t1} and t2 is {t2}: validation has to begin before the test does")
+    train = [row[: np.searchsorted(ts, t1)] for row, ts in zip(data.items, _times(data), strict=True)]
+    return Split(TIME, data, train, _between(data, t1, t2), _between(data, t2, None), (t1, t2))
+
+
+def stretch(data: Sequences, low: int, high: int | None) -> Shard:
+    """What happened from `low` to before `high` (None: to the end)."""
+    histories, fresh = [], []
+    for row, ts in zip(data.items, _times(data), strict=True):
+        begin, end = _span(ts, low, high)
+        if end > begin:
+            histories.append(row[:begin])
+            fresh.append(row[begin:end])
+    return Shard(_between(data, low, high), histories, fresh)
+
+
+def shards(data: Sequences, start: int, count: int) -> Iterator[Shard]:
+    """The time from `start` on in `count` shards of about as many events each (prequential, Dawid 1984).
+
+    Fewer where there are fewer moments than that.
+    """
+    later = np.sort(np.concatenate(_times(data)))
+    later = later[later >= start]
+    inner = [int(later[len(later) * n // count]) for n in range(1, count)] if len(later) else []
+    edges = sorted({start, *inner})
+    for low, high in zip(edges, [*edges[1:], None], strict=True):
+        yield stretch(data, low, high)
+
+
+def _times(data: Sequences) -> list[Int64]:
+    if data.ts is None:
+        raise SidstreamError(f"{data.name} has no times: give --split {LEAVE_ONE_OUT}")
+    return data.ts
+
+
+def _span(ts: Int64, low: int, high: int | None) -> tuple[int, int]:
+    """Places of the times in [low, high); None is no bound."""
+    return int(np.searchsorted(ts, low)), len(ts) if high is None else int(np.searchsorted(ts, high))
+
+
+def _between(data: Sequences, low: int, high: int | None) -> Queries:
+    """Every event of [low, high) that follows another one of its user, by user and then by time."""
+    users, histories, targets = [], [], []
+    for user, (row, ts) in enumerate(zip(data.items, _times(data), strict=True)):
+        begin, end = _span(ts, low, high)
+        for at in range(max(begin, 1), end):
+            users.append(user)
+            histories.append(row[:at])
+            targets.append(int(row[at]))
+    return Queries(np.array(users, np.int64), histories, np.array(targets, np.int64))
