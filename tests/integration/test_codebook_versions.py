@@ -110,6 +110,12 @@ def tags(store: redis.Redis) -> list[str]:
     return [value[2:6].hex() for value in stored(store).values()]
 
 
+def told(store: redis.Redis) -> int:
+    """How many events the histories hold, those that wait included."""
+    some = [history.decode(value) for value in stored(store).values()]
+    return sum(len(one.entries) + len(one.waiting) for one in some)
+
+
 def everywhere(store: redis.Redis, codebook: Codebook, users: int) -> bool:
     return tags(store) == [codebook.id[:8]] * users
 
@@ -171,12 +177,7 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
 
             publish_all(kafka, second)
             count = len(first) + len(second)
-
-            def entries() -> int:
-                told = [history.decode(value) for value in stored(store).values()]
-                return sum(len(one.entries) + len(one.waiting) for one in told)
-
-            wait_until(lambda: entries() == count, WAIT_S, "the events of both times")
+            wait_until(lambda: told(store) == count, WAIT_S, "the events of both times")
             # Champion and challenger of two codebooks answer from the same histories.
             trial = release("trial", "t2", champion=v1, challenger_sft=v2)
             client.publish(trial)
@@ -213,7 +214,7 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
 ) -> None:
     kafka, url = fresh_stack()
     rng = random.Random(5)
-    users = 5000
+    users = 3000
     OLD.save(tmp_path / "codebook")
     publish_all(kafka, [CatalogItem.new(item_id=i, title=i) for i in ITEMS])
     publish_all(kafka, assigned(OLD, ITEMS))
@@ -221,7 +222,7 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
     process = start(kafka, url, tmp_path / "codebook", tmp_path / "log")
     with redis.Redis.from_url(url) as store:
         try:
-            wait_until(lambda: stored(store) == pure(kafka, OLD, SIDS[OLD.id]), WAIT_S, "the old histories")
+            wait_until(lambda: told(store) == 2 * users, WAIT_S, "the old histories")
             publish_all(kafka, assigned(NEW, ITEMS))
             wait_until(lambda: NEW.id[:8] in tags(store), WAIT_S, "the first of the new ones")
         finally:
@@ -232,5 +233,7 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
         # Events for some of those that the dead worker left behind.
         publish_all(kafka, acts(rng, users, users // 2, "b"))
         with worker(kafka, url, tmp_path / "codebook", tmp_path / "log"):
-            wait_until(lambda: stored(store) == pure(kafka, NEW, SIDS[NEW.id]), WAIT_S, "the new histories")
+            wait_until(lambda: told(store) == 2 * users + users // 2, WAIT_S, "all events")
+            wait_until(lambda: everywhere(store, NEW, users), WAIT_S, "histories under the new codebook")
+            assert stored(store) == pure(kafka, NEW, SIDS[NEW.id])
     assert sum(end_offsets(kafka, "dead-letters").values()) == 0
