@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sidstream.commands import agents, cycle, gate, registry, serving, shoppers, stack, train, wire
+from sidstream.commands import agents, cycle, evaluate, gate, registry, serving, shoppers, stack, train, wire
 from sidstream.commands import demo as demo_command
 from sidstream.console import err
 from streams.errors import SidstreamError
@@ -37,6 +37,7 @@ for function, panel in (
     (shoppers.shoppers, EVENTS),
     (serving.recommend, EVENTS),
     (train.train, MODELS),
+    (evaluate.evaluate, MODELS),
     (cycle.history, MODELS),
     (registry.promote, MODELS),
     (registry.rollback, MODELS),

@@ -60,5 +60,4 @@ class PopularityOfCategory:
         total = np.bincount(self._category, self._counts, len(self._named))
         members = np.bincount(self._category, seen, len(self._named))
         mean = (total / np.maximum(members, 1))[self._category]
-        counts = np.where(seen, self._counts, mean)
-        return fill_order(np.argsort(np.argsort(counts, kind="stable"), kind="stable"))
+        return fill_order(np.where(seen, self._counts, mean))

@@ -78,7 +78,7 @@ def in_chunks(
     return np.concatenate(lists)
 
 
-def fill_order(counts: Int64) -> npt.NDArray[np.float64]:
+def fill_order(counts: Int64 | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(I,) scores in (0, 1) that fall with popularity, the earlier item first among equals."""
     order = np.argsort(-counts, kind="stable")
     fill = np.empty(len(counts))

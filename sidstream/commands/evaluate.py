@@ -1,0 +1,152 @@
+"""`sidstream evaluate`: models and baselines on a public data set, the same targets for all."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sidstream.console import emit, err
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from trainer.evaluation.models import Options
+    from trainer.evaluation.ranker import Mask
+    from trainer.evaluation.run import Measured
+    from trainer.evaluation.sequences import Sequences
+    from trainer.evaluation.splits import Split
+
+
+def evaluate(
+    dataset: Annotated[
+        str, typer.Argument(help="amazon14-beauty, amazon14-toys, online-retail, rees46 or tmall2014")
+    ],
+    models: Annotated[
+        str | None,
+        typer.Option(help="names with commas between; a wrong one shows them all"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each trained model")] = 1,
+    mask: Annotated[
+        str, typer.Option(help="none: all items; seen: without the user's own past items; both")
+    ] = "both",
+    split: Annotated[
+        str | None, typer.Option(help="leave-one-out or time; default: what suits the data set")
+    ] = None,
+    shards: Annotated[
+        int, typer.Option(min=0, help="cut the test in so many stretches; learn each after scoring it")
+    ] = 0,
+    against: Annotated[
+        str | None, typer.Option(help="also the difference of every model to this one")
+    ] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="time budget of one training, in seconds")] = None,
+    out: Annotated[Path | None, typer.Option(help="write one line of JSON a figure to this file")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="put the figures into docs/results of this checkout")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="SIDSTREAM_DATA", help="folder of the data sets that do not ship"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON")] = False,
+) -> None:
+    """Measure how well models rank what users did next: the whole catalogue, intervals over users.
+
+    Example: sidstream evaluate amazon14-beauty --models popularity,itemknn --data /data
+    """
+    from trainer.evaluation import datasets, report
+    from trainer.evaluation.models import DEFAULT, Options, chosen
+    from trainer.evaluation.results import RESULTS, commit
+
+    names = chosen(models.split(",") if models else DEFAULT)
+    masks = _masks(mask)
+    if against is not None and against not in names:
+        raise SidstreamError(
+            f"--against is {against!r}, but the models are {', '.join(names)}: name one of them"
+        )
+    kind = split or datasets.known(dataset).splits[0]
+    cut = _cut(kind)
+    commit()
+    with err.status(f"reading {dataset}") as status:
+        prepared = cut(datasets.load(dataset, data))
+        measured = _measured(names, prepared, seeds, masks, shards, Options(max_seconds), status.update)
+    protocol = f"{kind}, {shards} shards" if shards else kind
+    command = f"sidstream evaluate {dataset} --models {','.join(names)} --seeds {seeds} --mask {mask}"
+    command += f" --split {kind}"
+    if shards:
+        command += f" --shards {shards}"
+    if max_seconds:
+        command += f" --max-seconds {max_seconds:g}"
+    lines = report.lines(measured, dataset, protocol, command)
+    shown = report.table(lines)
+    differences = report.compared(measured, against, dataset, protocol, command) if against else []
+    if out:
+        out.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *differences]))
+    if publish:
+        report.publish([*lines, *differences], RESULTS)
+    about = f"{dataset}, {protocol}: {len(prepared.test):,} targets among {prepared.data.size:,} items"
+    text = [about, report.as_text(shown), *_told(differences)]
+    emit(
+        {"dataset": dataset, "protocol": protocol, "lines": [*lines, *differences]}, as_json, "\n".join(text)
+    )
+
+
+def _masks(named: str) -> list[Mask]:
+    """The masks that --mask names."""
+    from trainer.evaluation.ranker import MASKS
+
+    masks = [mask for mask in MASKS if named in (mask, "both")]
+    if not masks:
+        raise SidstreamError(f"--mask is {named!r}: give none, seen or both")
+    return masks
+
+
+def _cut(kind: str) -> Callable[[Sequences], Split]:
+    """The split that --split names."""
+    from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME, by_time, leave_one_out
+
+    cuts: dict[str, Callable[[Sequences], Split]] = {LEAVE_ONE_OUT: leave_one_out, TIME: by_time}
+    if kind not in cuts:
+        raise SidstreamError(f"--split is {kind!r}: give {' or '.join(cuts)}")
+    return cuts[kind]
+
+
+def _measured(
+    names: Sequence[str], split: Split, seeds: int, masks: Sequence[Mask], shards: int, options: Options,
+    show: Callable[[str], None],
+) -> list[Measured]:  # fmt: skip
+    """Every model's runs; a seed's models together, so that models which share a training do."""
+    from trainer.evaluation.models import MODELS
+    from trainer.evaluation.run import evaluate as run
+    from trainer.evaluation.run import with_means
+
+    found: list[Measured] = []
+    for seed in range(1, seeds + 1):
+        for name in names:
+            started = time.monotonic()
+
+            def progress(text: str, name: str = name, seed: int = seed) -> None:
+                show(f"{name}, seed {seed}: {text}")
+
+            try:
+                ranker = MODELS[name](options)
+                if seed > 1 and not getattr(ranker, "seeded", True):
+                    continue
+                found += run(split, ranker, seed, masks, progress, shards)
+            except ModuleNotFoundError as error:
+                raise SidstreamError(f"{name} needs {error.name}: pip install 'sidstream[train]'") from error
+            err.print(f"{name}, seed {seed}: measured in {time.monotonic() - started:.0f} s", markup=False)
+    return with_means(found)
+
+
+def _told(differences: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The differences of the two metrics that the table has intervals of."""
+    for line in differences:
+        if line["metric"].startswith(("HR@10 minus", "NDCG@10 minus")):
+            yield (
+                f"{line['model']}, mask {line['mask']}: {line['metric']} {line['value']:+.4f} "
+                f"({line['low']:+.4f} to {line['high']:+.4f})"
+            )

@@ -1,0 +1,75 @@
+"""SASRec: it learns what it should, from every event once, and sees no future."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tiny_sequences import chains
+from trainer.baselines import sasrec
+from trainer.baselines.sasrec import SasRec, SasRecSettings
+from trainer.evaluation import splits
+
+
+def quiet(text):
+    pass
+
+
+def test_it_learns_who_follows_whom():
+    split = splits.leave_one_out(chains(users=60, items=8))
+    ranker = SasRec(SasRecSettings(width=16, layers=1, dropout=0.1, lr=0.02, batch=8, epochs=12))
+    ranker.fit(split, 1, quiet)
+    # Not the mask "seen": of eight items in a circle it leaves hardly any wrong ones.
+    listed = ranker.rank(split.test.histories, 1, "none")[:, 0]
+    assert (listed == split.test.targets).mean() > 0.9
+
+
+@given(
+    st.lists(st.integers(0, 23), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 5),
+    st.sampled_from(["position", "prefix"]),
+)  # fmt: skip
+def test_every_event_but_a_users_first_is_a_target_once_in_an_epoch(lengths, length, epoch, samples):
+    # An item's row tells user and place.
+    train = [np.arange(count) + 100 * user for user, count in enumerate(lengths)]
+    settings = SasRecSettings(samples=samples, length=length, batch=2)
+    targets = []
+    for rows, wanted in sasrec._batches(train, settings, 3, epoch):
+        assert rows.shape[1] <= length
+        for row, target in zip(rows.numpy(), wanted.numpy(), strict=True):
+            at = target >= 0
+            # The input at a target's place is the item just before it, and the row is without gaps.
+            assert (row[at] == target[at] - 1).all()
+            assert (np.diff(row[row >= 0]) == 1).all()
+            targets += target[at].tolist()
+    assert sorted(targets) == sorted(item for row in train for item in row[1:].tolist())
+
+
+def test_a_state_depends_on_its_own_past_only():
+    network = sasrec._Network(20, SasRecSettings(width=8, length=6)).eval()
+    first, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 9, 8]])
+    with torch.no_grad():
+        one, two = network(first), network(other)
+        assert torch.allclose(one[:, :2], two[:, :2])
+        assert not torch.allclose(one[:, 2:], two[:, 2:])
+        # Padding on the right changes nothing.
+        padded = network(torch.tensor([[1, 2, 3, 4, -1, -1]]))
+        assert torch.allclose(padded[:, :4], one, atol=1e-6)
+
+
+def test_a_new_epoch_cuts_long_sequences_elsewhere():
+    train = [np.arange(200)]
+    settings = SasRecSettings(length=10)
+    cuts = [
+        {int(row[0]) for rows, _ in sasrec._batches(train, settings, 1, epoch) for row in rows}
+        for epoch in range(5)
+    ]
+    assert len({frozenset(cut) for cut in cuts}) > 1
+
+
+def test_the_weights_kept_are_those_that_validation_liked_best():
+    split = splits.leave_one_out(chains(users=30))
+    told = []
+    ranker = SasRec(SasRecSettings(width=8, lr=0.5, epochs=6, patience=2))
+    ranker.fit(split, 1, told.append)
+    best = max(float(line.split("NDCG@10 ")[1].split(",")[0]) for line in told)
+    assert f"{ranker._ndcg(split.valid):.4f}" == f"{best:.4f}"

@@ -1,0 +1,189 @@
+"""`sidstream evaluate`, what it writes, and what it refuses."""
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sidstream.cli import app
+from streams.errors import SidstreamError
+from tests.tiny_sequences import chains, sequences
+from trainer.baselines.popularity import Popularity
+from trainer.evaluation import datasets, report, results, splits
+from trainer.evaluation.run import evaluate, with_means
+
+
+def quiet(text):
+    pass
+
+
+class Ordered:
+    """Lists the items in the order of their rows, from its seed on."""
+
+    name = "ordered"
+    head = "row"
+
+    def fit(self, data, seed, progress):
+        self.size, self.first = data.data.size, seed
+        self.learned = []
+        self.parameters = 7
+        self.invalid_rate = 0.25
+
+    def update(self, histories, fresh):
+        self.learned.append([row.tolist() for row in fresh])
+
+    def rank(self, histories, k, mask):
+        self.learned.append(len(histories))
+        return np.tile((np.arange(k) + self.first) % self.size, (len(histories), 1))
+
+
+def test_targets_are_counted_by_item_by_sid_and_apart_for_what_is_new():
+    data = sequences([0, 1, 2, 3], [1, 0, 1, 1], [4, 5], sids=[[0], [3], [1], [2], [2], [2]])
+    found = evaluate(splits.leave_one_out(data), Ordered(), 0, ["none"], quiet)[0]
+    assert found.rows["HR@1"].tolist() == [0, 0]
+    assert found.rows["NDCG@5"][0] == pytest.approx(1 / np.log2(5))  # item 3 is at the fourth place
+    assert found.rows["MRR@20 by SID"].tolist() == [1 / 4, 1 / 2]
+    # Item 3 is not in training, item 1 is.
+    assert np.isnan(found.rows["HR@10, new items"]).tolist() == [False, True]
+    assert "HR@10, new users" not in found.rows
+    assert found.totals["parameters"] == 7
+    assert found.totals["invalid rate"] == 0.25
+    lines = {line["metric"]: line for line in report.lines([found], "d", "leave-one-out", "c")}
+    assert lines["HR@10, new items"]["value"] == 1
+    assert lines["targets, new items"]["value"] == 1
+    assert lines["targets"]["value"] == 2
+    assert lines["NDCG@5"]["low"] <= lines["NDCG@5"]["value"] <= lines["NDCG@5"]["high"]
+    assert lines["NDCG@5"]["head"] == "row"
+    assert lines["NDCG@5"]["mask"] == "none"
+
+
+def test_seeds_are_followed_by_their_mean():
+    split = splits.leave_one_out(chains())
+    runs = [run for seed in (1, 2) for run in evaluate(split, Ordered(), seed, ["none", "seen"], quiet)]
+    made = with_means(runs)
+    assert [(run.seed, run.mask) for run in made] == [
+        (1, "none"), (2, "none"), (None, "none"), (1, "seen"), (2, "seen"), (None, "seen"),
+    ]  # fmt: skip
+    one, two, mean = made[:3]
+    assert (mean.rows["HR@5"] == (one.rows["HR@5"] + two.rows["HR@5"]) / 2).all()
+    assert report.table(report.lines(made, "d", "p", "c"))[1][3] == "mean of 2"
+
+
+def test_prequential_scores_a_shard_before_it_is_learned():
+    data = chains()
+    split = splits.by_time(data, 200, 400)
+    ranker = Ordered()
+    found = evaluate(split, ranker, 0, ["none"], quiet, shard_count=3)[0]
+    assert len(found.users) == len(split.test)
+    shards = list(splits.shards(data, 400, 3))
+    expected = [[row.tolist() for row in splits.stretch(data, 200, 400).fresh]]
+    for shard in shards:
+        expected += [len(shard.queries), [row.tolist() for row in shard.fresh]]
+    assert ranker.learned == expected
+    with pytest.raises(SidstreamError, match="give --split time"):
+        evaluate(splits.leave_one_out(data), ranker, 0, ["none"], quiet, shard_count=3)
+
+
+def test_a_model_is_compared_over_the_same_users():
+    split = splits.leave_one_out(chains())
+    runs = [
+        *evaluate(split, Ordered(), 0, ["none"], quiet),
+        *evaluate(split, Popularity(), 0, ["none"], quiet),
+    ]
+    made = {line["metric"]: line for line in report.compared(runs, "popularity", "d", "p", "c")}
+    expected = (runs[0].rows["HR@10"] - runs[1].rows["HR@10"]).mean()
+    assert made["HR@10 minus popularity"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert {line["model"] for line in made.values()} == {"ordered"}
+
+
+def published(rows, model="m", value=0.5):
+    line = results.line("accuracy, time", "d", model, "HR@10", value, 1, "c", 0.4, 0.6, mask="none")
+    return [*rows, line | {"head": "h"}]
+
+
+def test_publishing_replaces_what_was_measured_again_and_keeps_the_rest(tmp_path):
+    page = tmp_path / "evaluation.md"
+    page.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    report.publish(published(published([]), "other", 0.1), tmp_path)
+    report.publish(published([], "m", 0.7), tmp_path)
+    lines = [json.loads(text) for text in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert {(line["model"], line["value"]) for line in lines} == {("m", 0.7), ("other", 0.1)}
+    text = page.read_text()
+    assert "| m | h | none | 1 | 0.7000 (0.4000 to 0.6000) |" in text
+    assert "0.5000" not in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_there_is_nothing_to_publish_into_outside_of_a_checkout(tmp_path):
+    with pytest.raises(SidstreamError, match="in a checkout only"):
+        report.publish(published([]), tmp_path)
+    assert not (tmp_path / "evaluation.jsonl").exists()
+
+
+@pytest.fixture
+def amazon(tmp_path):
+    """A folder that has a small Beauty, gzipped."""
+    folder = tmp_path / "amazon14_beauty"
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    with gzip.open(folder / "user_sequence.txt.gz", "wt") as file:
+        for user in range(20):
+            file.write(f"U{user} {' '.join(f'A{item}' for item in random.permutation(9)[:5])}\n")
+    with gzip.open(folder / "item_text.txt.gz", "wt") as file:
+        file.writelines(f"A{item} red nail polish\n" for item in range(9))
+    return tmp_path
+
+
+def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path):
+    words = ["evaluate", "amazon14-beauty", "--models", "popularity,itemknn", "--data", str(amazon)]
+    table = CliRunner().invoke(app, words)
+    assert table.exit_code == 0
+    assert "amazon14-beauty, leave-one-out: 20 targets among 9 items" in table.output
+    assert "itemknn     similarity  seen" in table.output
+    out = tmp_path / "lines.jsonl"
+    made = CliRunner().invoke(
+        app, [*words, "--mask", "seen", "--json", "--out", str(out), "--against", "popularity"]
+    )
+    said = json.loads(made.stdout.splitlines()[-1])
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    assert said["lines"] == lines
+    assert {line["mask"] for line in lines} == {"seen"}
+    assert any(line["metric"] == "HR@10 minus popularity" for line in lines)
+    # A command that anybody can repeat names no folder of this machine.
+    assert {line["command"] for line in lines} == {
+        "sidstream evaluate amazon14-beauty --models popularity,itemknn --seeds 1 --mask seen "
+        "--split leave-one-out"
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["amazon14-toys"],
+            "amazon14-toys is not in .*: name the folder that has amazon14_toys/user_sequence.txt",
+        ),
+        (["nowhere"], "there is no data set 'nowhere': give one of amazon14-beauty"),
+        (["amazon14-beauty", "--models", "x"], "there is no model 'x': give one or more of popularity"),
+        (["amazon14-beauty", "--mask", "all"], "--mask is 'all': give none, seen or both"),
+        (["amazon14-beauty", "--split", "half"], "--split is 'half': give leave-one-out or time"),
+        (["amazon14-beauty", "--split", "time"], "has no times: give --split leave-one-out"),
+        (["amazon14-beauty", "--against", "sasrec", "--models", "itemknn"], "--against is 'sasrec'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(amazon, words, said):
+    made = CliRunner().invoke(app, ["evaluate", *words, "--data", str(amazon)])
+    assert made.exit_code == 1
+    assert isinstance(made.exception, SidstreamError)
+    assert re.search(said, str(made.exception))
+
+
+def test_without_a_folder_the_error_says_how_to_name_one(monkeypatch):
+    monkeypatch.delenv("SIDSTREAM_DATA", raising=False)
+    with pytest.raises(SidstreamError, match=r"does not ship with sidstream: name the folder .* --data"):
+        datasets.load("tmall2014")
