@@ -33,7 +33,7 @@ from serving.beam import search
 from serving.index import SidIndex
 from serving.onnx_generator import OnnxGenerator
 from streams.replay import OnlineRetail, past_of
-from trainer.codebook import fit_codebook
+from trainer.codebooks.fit import fit_codebook
 from trainer.export import export
 from trainer.generator import GeneratorForCausalLM, new_generator
 
@@ -47,11 +47,13 @@ _STEPS, _BATCH, _RATE = 60, 32, 2e-3
 def real_year() -> tuple[tuple[int, ...], dict[str, Sid], list[list[Sid]]]:
     """The codebook's sizes, every item's SID, and every customer's purchases as SIDs, oldest first."""
     shop = OnlineRetail()
-    codebook, assigned = fit_codebook(
-        list(shop.catalogue()), WordLlamaEmbedder(), CodebookSettings.model_validate({})
+    fit = fit_codebook(list(shop.catalogue()), WordLlamaEmbedder(), CodebookSettings.model_validate({}))
+    sids = dict(zip(fit.items, fit.sids, strict=True))
+    return (
+        fit.codebook.sizes,
+        sids,
+        [[sids[item] for item in past] for _, past in sorted(past_of(shop).items())],
     )
-    sids = dict(assigned)
-    return codebook.sizes, sids, [[sids[item] for item in past] for _, past in sorted(past_of(shop).items())]
 
 
 def flat(prompt: Prompt, sids: Sequence[Sid]) -> list[int]:

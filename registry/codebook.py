@@ -1,8 +1,9 @@
-"""The frozen quantiser: a text embedding becomes a semantic ID, one item a SID.
+"""The frozen quantiser: an embedding becomes a semantic ID, one item a SID.
 
-Residual quantisation: level by level the nearest centroid, then what it leaves over, scaled to unit length.
-Without the scaling a level is ruled by the length of what is left (on 3,659 shop titles one code of 64 took
-1,027 of them; with it, 164).
+Residual quantisation: level by level the nearest centroid, then what it leaves over. For centroids of
+k-means that is scaled to unit length: without the scaling a level is ruled by the length of what is left (on
+3,659 shop titles one code of 64 took 1,027 of them; with it, 164). An RQ-VAE's centroids quantise what its
+encoder makes of the embedding, unscaled; the encoder is part of the codebook, as plain matrices.
 """
 
 from __future__ import annotations
@@ -22,20 +23,31 @@ from safetensors.numpy import save_file
 from registry.prompt import Sid
 from streams.errors import SidstreamError
 
-FORMAT = 1
+# 1: centroids alone, residuals scaled. 2: an encoder, a collaborative part, or residuals that are not scaled.
+FORMATS = (1, 2)
 # An SID's code is a u16 in a packed history.
 MAX_CODES = 65_536
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+# Weight (in, out) and bias (out,) of one layer of an encoder.
+Layer = tuple[Float32, Float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """Centroids a level, each float32 (K_l, D), for the vectors of one embedder."""
+    """Centroids a level, each float32 (K_l, d), for the vectors (D,) of one embedder.
+
+    `encoder`: the layers of an MLP with ReLU between them, D -> d; without one d is D. `scaled`: residuals
+    are scaled to unit length. `collaborative`: how many of the D dimensions, the last ones, come from what
+    users did with the item; an item that nobody touched yet is quantised by the others, with zeros there.
+    """
 
     embedder: str
     centroids: tuple[Float32, ...]
+    encoder: tuple[Layer, ...] = ()
+    scaled: bool = True
+    collaborative: int = 0
 
     def __post_init__(self) -> None:
         shapes = [level.shape for level in self.centroids]
@@ -47,13 +59,32 @@ class Codebook:
             raise SidstreamError(f"a codebook has 1 to 8 levels of (K, D) centroids with one D, not {shapes}")
         if any(level.dtype != np.float32 or not np.isfinite(level).all() for level in self.centroids):
             raise SidstreamError("a codebook's centroids are finite float32 numbers")
+        widths = [*(weight.shape[0] for weight, _ in self.encoder), shapes[0][1]]
+        if any(
+            weight.shape != (before, after) or bias.shape != (after,)
+            for (weight, bias), before, after in zip(self.encoder, widths, widths[1:], strict=False)
+        ):
+            raise SidstreamError(f"an encoder's layers lead from its input to {shapes[0][1]} dimensions")
+        numbers = [array for layer in self.encoder for array in layer]
+        if any(array.dtype != np.float32 or not np.isfinite(array).all() for array in numbers):
+            raise SidstreamError("a codebook's encoder has finite float32 weights")
+        if not 0 <= self.collaborative < self.dim:
+            raise SidstreamError(f"{self.collaborative} of {self.dim} dimensions cannot be collaborative")
+
+    @property
+    def format(self) -> int:
+        """The oldest format of the file that holds all of it."""
+        return 1 if self.scaled and not self.encoder and not self.collaborative else 2
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits of the hash of the embedder's name and the centroids."""
-        digest = hashlib.sha256(json.dumps([FORMAT, self.embedder, self.sizes, self.dim]).encode())
-        for level in self.centroids:
-            digest.update(np.ascontiguousarray(level, dtype="<f4").tobytes())
+        """16 hex digits of the hash of the embedder's name, the encoder and the centroids."""
+        named: list[object] = [self.format, self.embedder, self.sizes, self.dim]
+        if self.format > 1:
+            named += [self.scaled, self.collaborative, [weight.shape for weight, _ in self.encoder]]
+        digest = hashlib.sha256(json.dumps(named).encode())
+        for array in (*self.centroids, *(array for layer in self.encoder for array in layer)):
+            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -64,24 +95,42 @@ class Codebook:
     @property
     def dim(self) -> int:
         """Length of the vectors that it quantises."""
-        return int(self.centroids[0].shape[1])
+        return int((self.encoder[0][0] if self.encoder else self.centroids[0].T).shape[0])
 
     @cached_property
     def _wide(self) -> tuple[Float64, ...]:
         # Double precision: a batch and a single vector must find the same nearest centroid.
         return tuple(level.astype(np.float64) for level in self.centroids)
 
+    @cached_property
+    def _layers(self) -> tuple[tuple[Float64, Float64], ...]:
+        return tuple((weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in self.encoder)
+
+    def encode(self, vectors: npt.ArrayLike) -> Float64:
+        """What the centroids quantise, float64 (N, d), of vectors (N, D).
+
+        Vectors (N, D - collaborative) are the text's part alone, of items that nobody touched yet.
+        """
+        rows = np.asarray(vectors, dtype=np.float64)
+        if rows.ndim == 2 and self.collaborative and rows.shape[1] == self.dim - self.collaborative:
+            rows = np.pad(rows, ((0, 0), (0, self.collaborative)))
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise SidstreamError(
+                f"vectors of shape {rows.shape} do not fit a codebook of {self.dim} dimensions"
+            )
+        for number, (weight, bias) in enumerate(self._layers):
+            rows = (rows if number == 0 else np.maximum(rows, 0.0)) @ weight + bias
+        return rows
+
+    def _left(self, residual: Float64) -> Float64:
+        return unit(residual) if self.scaled else residual
+
     def candidates(self, vector: npt.ArrayLike) -> Iterator[Sid]:
-        """Every SID there is, nearest first; the same vector (D,) gives the same order.
+        """Every SID there is, nearest first; the same vector (D,), or its text's part, gives the same order.
 
         The greedy SID, its siblings by the last code's distance, the same below the next-nearest prefix, ...
         """
-        row = np.asarray(vector, dtype=np.float64)
-        if row.shape != (self.dim,):
-            raise SidstreamError(
-                f"a vector of shape {row.shape} does not fit a codebook of {self.dim} dimensions"
-            )
-        yield from self._walk(row, ())
+        yield from self._walk(self.encode(np.asarray(vector)[None])[0], ())
 
     def _walk(self, residual: Float64, prefix: Sid) -> Iterator[Sid]:
         level = len(prefix)
@@ -91,21 +140,17 @@ class Codebook:
                 yield (*prefix, code)
             return
         for code in order:
-            yield from self._walk(unit(residual - self._wide[level][code]), (*prefix, code))
+            yield from self._walk(self._left(residual - self._wide[level][code]), (*prefix, code))
 
     def quantise(self, vectors: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Float64]:
-        """Greedy codes int64 (N, L) of vectors (N, D), and what is left over before the last level (N, D)."""
-        residual = np.asarray(vectors, dtype=np.float64)
-        if residual.ndim != 2 or residual.shape[1] != self.dim:
-            raise SidstreamError(
-                f"vectors of shape {residual.shape} do not fit a codebook of {self.dim} dimensions"
-            )
+        """Greedy codes int64 (N, L) of vectors (N, D), and what is left over before the last level (N, d)."""
+        residual = self.encode(vectors)
         codes = np.empty((len(residual), len(self.centroids)), dtype=np.int64)
         last = len(self.centroids) - 1
         for level, centroids in enumerate(self._wide):
             codes[:, level] = _distances(residual, centroids).argmin(axis=1)
             if level < last:
-                residual = unit(residual - centroids[codes[:, level]])
+                residual = self._left(residual - centroids[codes[:, level]])
         return codes, residual
 
     def assign(self, vectors: npt.ArrayLike, taken: Collection[Sid] = ()) -> list[Sid]:
@@ -137,8 +182,13 @@ class Codebook:
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal codebooks give equal bytes."""
         # One metadata entry: safetensors writes several in no fixed order, and bundles hash this file.
-        about = json.dumps({"format": FORMAT, "id": self.id, "embedder": self.embedder})
+        named: dict[str, object] = {"format": self.format, "id": self.id, "embedder": self.embedder}
+        if self.format > 1:
+            named |= {"scaled": self.scaled, "collaborative": self.collaborative}
+        about = json.dumps(named)
         tensors = {f"level_{level}": np.ascontiguousarray(c) for level, c in enumerate(self.centroids)}
+        for number, (weight, bias) in enumerate(self.encoder):
+            tensors |= {f"weight_{number}": np.ascontiguousarray(weight), f"bias_{number}": bias}
         save_file(tensors, str(path), metadata={"codebook": about})
 
     @classmethod
@@ -147,12 +197,21 @@ class Codebook:
         try:
             with safe_open(str(path), framework="numpy") as file:
                 about = json.loads((file.metadata() or {})["codebook"])
-                levels = tuple(file.get_tensor(f"level_{level}") for level in range(len(file.keys())))
-            if about["format"] != FORMAT:
-                raise SidstreamError(
-                    f"{path} has codebook format {about['format']}; this version reads {FORMAT}"
-                )
-            made = cls(about["embedder"], levels)
+                if about["format"] not in FORMATS:
+                    raise SidstreamError(
+                        f"{path} has codebook format {about['format']}; this version reads {max(FORMATS)}: "
+                        "update sidstream"
+                    )
+                names = set(file.keys())
+                levels = [file.get_tensor(f"level_{n}") for n in range(8) if f"level_{n}" in names]
+                layers = [
+                    (file.get_tensor(f"weight_{n}"), file.get_tensor(f"bias_{n}"))
+                    for n in range((len(names) - len(levels)) // 2)
+                ]
+            made = cls(
+                about["embedder"], tuple(levels), tuple(layers), about.get("scaled", True),
+                about.get("collaborative", 0),
+            )  # fmt: skip
             wanted = about["id"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SidstreamError(

@@ -1,10 +1,11 @@
-"""Text of an item -> unit vector, on the CPU, without torch and without a download."""
+"""Text of an item -> unit vector, on the CPU and without torch."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from registry.codebook import Codebook
+from registry.encoder import PREFIX, SentenceEmbedder
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
 
@@ -73,6 +76,26 @@ def _wheel() -> Path:
     if spec is None or spec.origin is None:
         raise SidstreamError("wordllama is not installed: pip install sidstream")
     return Path(spec.origin).parent
+
+
+def embedder_of(codebook: Codebook, encoder: Callable[[str], Path]) -> Embedder:
+    """The embedder that a codebook was fitted with, loaded; `encoder` fetches a codebook's encoder by its id.
+
+    Raises SidstreamError where this version has another one, or what was fetched cannot be used.
+    """
+    found: Embedder
+    if codebook.embedder.startswith(PREFIX):
+        found = SentenceEmbedder(encoder(codebook.id))
+    else:
+        found = WordLlamaEmbedder()
+    if found.id != codebook.embedder:
+        raise SidstreamError(
+            f"codebook {codebook.id} was fitted with embedder {codebook.embedder}, this version has "
+            f"{found.id}: fit it again with `sidstream codebook fit --replace`"
+        )
+    # What cannot be loaded shows now, and not with a batch of items in hand.
+    found.embed(["item"])
+    return found
 
 
 def item_text(item: CatalogItem) -> str:

@@ -28,10 +28,27 @@ class RegistrySettings(Section):
 class CodebookSettings(Section):
     """How the codebook is fitted."""
 
+    embedder: str = Field(
+        "wordllama",
+        description="what turns an item's text into a vector: wordllama, or sentence-transformers:<folder or "
+        "model id>",
+    )
+    collaborative: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of an item's vector that comes from what users touched together; 0: text alone",
+    )
+    collaborative_dim: int = Field(128, ge=2, le=1024, description="length of that part of the vector")
+    method: Literal["kmeans", "rqvae"] = Field(
+        "kmeans", description="residual k-means, or an encoder trained with its codes (RQ-VAE)"
+    )
     levels: int = Field(3, ge=2, le=8, description="codes of an SID")
     # On 3,659 shop titles, after equal training, 256 codes were easier to predict than 128, those than 64: a
     # prefix then holds six items at most, so that little is left to the last code.
     size: int = Field(256, ge=2, le=65_536, description="codes of each level but the last")
+    # Room for newcomers even where the catalogue at hand is tiny.
+    last: int = Field(16, ge=1, le=65_536, description="codes of the last level at least")
     headroom: float = Field(1.5, ge=1.0, description="slots of a prefix over the items of the largest one")
     seed: int = Field(7, ge=0, description="seed of k-means: the same catalogue gives the same codebook")
 

@@ -30,6 +30,7 @@ STATE = "state"
 CURRENT = "current"
 _BUNDLE = "bundle"
 _CODEBOOK = "codebook.safetensors"
+_ENCODER = "encoder"
 _JOURNAL = "sidstream.journal"
 # What MLflow keeps of a tag of a run.
 _LONGEST = 5000
@@ -89,14 +90,19 @@ class Registry:
 
     # Codebooks
 
-    def publish_codebook(self, codebook: Codebook) -> str:
-        """Store a codebook and make it the current one; storing it again only moves the alias. Its id."""
+    def publish_codebook(self, codebook: Codebook, encoder: Path | None = None) -> str:
+        """Store a codebook and make it the current one; storing it again only moves the alias. Its id.
+
+        `encoder`: the folder of its sentence encoder, for those who give new items their SIDs.
+        """
         with tempfile.TemporaryDirectory() as folder, self._asking("store the codebook") as client:
             version = self._version_with(self.codebooks, "codebook", codebook.id)
             if version is None:
                 codebook.save(Path(folder) / _CODEBOOK)
                 run = self._run(f"codebook-{codebook.id}")
                 client.log_artifact(run, str(Path(folder) / _CODEBOOK))
+                if encoder is not None:
+                    client.log_artifacts(run, str(encoder), _ENCODER)
                 tags = {"codebook": codebook.id, "embedder": codebook.embedder}
                 version = self._add(self.codebooks, run, _CODEBOOK, tags)
                 client.set_terminated(run)
@@ -132,6 +138,29 @@ class Registry:
                 )
             path.replace(kept)
         return codebook
+
+    def encoder(self, codebook: str) -> Path:
+        """The folder of a codebook's sentence encoder, from the cache or downloaded.
+
+        Its content is verified where it is opened. Raises SidstreamError where the registry has none.
+        """
+        with self._asking(f"find codebook {codebook}") as client:
+            number = self._version_with(self.codebooks, "codebook", codebook)
+            found = client.get_model_version(self.codebooks, number) if number else None
+        if found is None:
+            raise SidstreamError(
+                f"the registry has no codebook {codebook}: make one with `sidstream codebook fit`"
+            )
+        final = self.cache / "encoders" / str(found.tags["embedder"])
+        if not final.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as folder:
+                with self._asking(f"fetch the encoder of codebook {codebook}") as client:
+                    path = Path(client.download_artifacts(found.run_id, _ENCODER, folder))
+                # Another process may have been faster; the folder's name says that the content is the same.
+                with contextlib.suppress(OSError):
+                    path.rename(final)
+        return final
 
     def current_codebook(self) -> str | None:
         """The id of the current codebook, or None."""

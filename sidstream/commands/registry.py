@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidstream.console import emit, progress
+from sidstream.console import emit, err, progress
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
 def codebook_fit(
     replace: Annotated[
-        bool, typer.Option(help="make a new one although one is current; models trained with the old one end")
+        bool,
+        typer.Option(help="make a new one although one is current; items keep SIDs where they can"),
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="with --replace: begin anew; no item keeps its SID but by chance")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -30,14 +34,16 @@ def codebook_fit(
     Example: sidstream codebook fit
     """
     from registry.current import read_newest
-    from registry.embedder import WordLlamaEmbedder, item_text
     from registry.store import Registry
     from sidstream.settings import load
     from streams.client import Client
     from streams.events import CatalogItem, SidAssignment
 
     try:
-        from trainer.codebook import fill, fit_codebook
+        from trainer.codebooks.fit import Old, fit_codebook
+        from trainer.codebooks.report import report
+        from trainer.embedders import encoder_folder, open_embedder
+        from trainer.touched import touched
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
 
@@ -47,35 +53,60 @@ def codebook_fit(
     if current and not replace:
         raise SidstreamError(
             f"codebook {current} is current already, and SIDs made with it are in histories and models; "
-            "to start over with a new one, use --replace"
+            "to put a new one in its place, use --replace"
         )
     items = list(read_newest(settings.kafka, CatalogItem).values())
-    embedder = WordLlamaEmbedder()
+    with err.status("loading the embedder"):
+        embedder = open_embedder(settings.codebook.embedder, registry.cache)
+    old = None
+    if current and not fresh:
+        assigned = read_newest(settings.kafka, SidAssignment).values()
+        sids = {one.item_id: tuple(one.sid) for one in assigned if one.codebook == current}
+        old = Old(registry.codebook(current), sids)
+    sequences = (
+        touched(settings.kafka, sorted(item.item_id for item in items))
+        if settings.codebook.collaborative
+        else []
+    )
     with progress("fitting the codebook", settings.codebook.levels) as advance:
-        codebook, sids = fit_codebook(items, embedder, settings.codebook, advance)
+        fit = fit_codebook(items, embedder, settings.codebook, advance, sequences=sequences, old=old)
+    codebook = fit.codebook
+    if codebook.id == current:
+        raise SidstreamError(
+            f"the catalogue and the settings give codebook {current} again: there is nothing to replace"
+        )
     assignments = (
         # The same id for the same SID: a fit that is run again after a crash says nothing new.
         SidAssignment.new(
             event_id=f"sid-{codebook.id}-{number}", item_id=item_id, sid=list(sid), codebook=codebook.id
         )
-        for number, (item_id, sid) in enumerate(sids)
+        for number, (item_id, sid) in enumerate(zip(fit.items, fit.sids, strict=True))
     )
-    with Client(settings.kafka) as client, progress("publishing SIDs", len(sids)) as advance:
+    with Client(settings.kafka) as client, progress("publishing SIDs", len(fit.sids)) as advance:
         client.publish_all(assignments, advance)
     # Last: agents that find a current codebook find every item's SID before it.
-    registry.publish_codebook(codebook)
-    filled = fill(codebook, embedder.embed([item_text(item) for item in items]))
-    result = {
-        "codebook": codebook.id, "sizes": codebook.sizes, "items": len(sids), "embedder": embedder.id,
-        "collision_rate": round(filled.collision_rate, 4), "largest_prefix": filled.largest_prefix,
-        "prefixes": filled.prefixes, "used": filled.used,
+    registry.publish_codebook(codebook, encoder_folder(embedder))
+    found = report(codebook, fit.sids, fit.vectors)
+    assert found.greedy is not None
+    result: dict[str, Any] = {
+        "codebook": codebook.id, "sizes": codebook.sizes, "items": len(fit.sids), "embedder": embedder.id,
+        "method": settings.codebook.method, "collision_rate": round(found.greedy.collision_rate, 4),
+        "largest_prefix": found.largest_prefix, "prefixes": found.prefixes,
+        "used": [level.used for level in found.levels],
     }  # fmt: skip
-    emit(
-        result, as_json,
-        f"codebook {codebook.id}: {len(sids)} items, each with its own SID of {len(codebook.sizes)} codes "
-        f"({' x '.join(map(str, codebook.sizes))}); {filled.collision_rate:.1%} moved from a taken SID; "
-        f"the fullest of {filled.prefixes} prefixes holds {filled.largest_prefix} items",
-    )  # fmt: skip
+    text = (
+        f"codebook {codebook.id}: {len(fit.sids)} items, each with its own SID of "
+        f"{len(codebook.sizes)} codes ({' x '.join(map(str, codebook.sizes))}); "
+        f"{found.greedy.collision_rate:.1%} moved from a taken SID; "
+        f"the fullest of {found.prefixes} prefixes holds {found.largest_prefix} items"
+    )
+    if old is not None:
+        kept = fit.kept(old)
+        result |= {"replaced": current, "kept": kept, "had": len(old.sids)}
+        text += f"; {kept} of {len(old.sids)} items keep the SID that they had under {current}"
+        if len(old.codebook.sizes) != len(codebook.sizes):
+            text += f": they are new, with {len(codebook.sizes)} codes, not {len(old.codebook.sizes)}"
+    emit(result, as_json, text)
 
 
 def promote(

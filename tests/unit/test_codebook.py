@@ -1,3 +1,4 @@
+import json
 from itertools import islice, product
 
 import numpy as np
@@ -9,6 +10,16 @@ from safetensors.numpy import save_file
 
 from registry.codebook import Codebook, unit
 from streams.errors import SidstreamError
+
+
+def with_encoder(seed=0, collaborative=0):
+    """8 dimensions -> 7 -> 6, and centroids that are not scaled."""
+    random = np.random.default_rng(seed)
+    layers = tuple(
+        (random.normal(size=(a, b)).astype(np.float32), random.normal(size=b).astype(np.float32))
+        for a, b in ((8, 7), (7, 6))
+    )
+    return Codebook("test", made().centroids, layers, scaled=False, collaborative=collaborative)
 
 
 def made(sizes=(4, 3, 5), dim=6, seed=0):
@@ -108,6 +119,86 @@ def test_a_changed_file_is_refused(tmp_path):
         Codebook.load(tmp_path / "c")
     with pytest.raises(SidstreamError, match="is no codebook"):
         Codebook.load(tmp_path / "absent")
+
+
+def test_an_encoder_is_a_chain_of_products_with_relu_between_them():
+    codebook, vectors = with_encoder(), rows(20, 8)
+    (first, b1), (second, b2) = codebook.encoder
+    latent = np.maximum(vectors @ first + b1, 0) @ second + b2
+    assert codebook.dim == 8
+    assert np.allclose(codebook.encode(vectors), latent, atol=1e-5)
+    plain = Codebook("test", codebook.centroids, scaled=False)
+    assert codebook.assign(vectors) == plain.assign(latent)
+
+
+def test_a_residual_that_is_not_scaled_keeps_its_length():
+    levels = (np.array([[1, 0]], np.float32), np.array([[0.1, 0], [1, 0]], np.float32))
+    vector = np.array([[1.2, 0]])
+    assert Codebook("test", levels, scaled=False).quantise(vector)[0].tolist() == [[0, 0]]
+    assert Codebook("test", levels).quantise(vector)[0].tolist() == [[0, 1]]
+
+
+def test_the_text_alone_stands_for_an_item_that_nobody_touched():
+    codebook = with_encoder(collaborative=3)
+    texts = rows(10, 5)
+    padded = np.pad(texts, ((0, 0), (0, 3)))
+    assert codebook.assign(texts) == codebook.assign(padded)
+    assert list(codebook.candidates(texts[0])) == list(codebook.candidates(padded[0]))
+    with pytest.raises(SidstreamError, match="8 dimensions"):
+        with_encoder().assign(texts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.booleans(), st.integers(0, 5), st.data())
+def test_items_that_are_replayed_get_the_sids_that_they_got_before(count, encoded, seed, data):
+    codebook = with_encoder(seed) if encoded else made(seed=seed)
+    vectors = rows(3, codebook.dim, seed)[np.random.default_rng(seed).integers(3, size=count)]
+    cut = data.draw(st.integers(0, count))
+    first = codebook.assign(vectors[:cut])
+    assert first + codebook.assign(vectors[cut:], set(first)) == codebook.assign(vectors)
+
+
+def test_what_is_new_in_a_codebook_survives_its_file_and_counts_in_its_id(tmp_path):
+    codebook = with_encoder(collaborative=2)
+    codebook.save(tmp_path / "a")
+    back = Codebook.load(tmp_path / "a")
+    assert (back.id, back.scaled, back.collaborative) == (codebook.id, False, 2)
+    assert back.assign(rows(9, 8)) == codebook.assign(rows(9, 8))
+    others = [
+        Codebook("test", codebook.centroids, codebook.encoder, True, 2),
+        Codebook("test", codebook.centroids, codebook.encoder, False, 0),
+        Codebook("test", codebook.centroids, with_encoder(1).encoder, False, 2),
+        Codebook("test", codebook.centroids),
+    ]
+    assert len({codebook.id, *(other.id for other in others)}) == 5
+
+
+def test_a_file_of_the_first_format_is_read_and_written_as_ever(tmp_path):
+    codebook = Codebook("test", tuple(np.arange(6, dtype=np.float32).reshape(3, 2) for _ in range(2)))
+    assert codebook.id == "750394ba59e15faa"
+    codebook.save(tmp_path / "a")
+    with safe_open(str(tmp_path / "a"), framework="numpy") as file:
+        assert json.loads(file.metadata()["codebook"]) == {"format": 1, "id": codebook.id, "embedder": "test"}
+        assert sorted(file.keys()) == ["level_0", "level_1"]
+
+
+def test_a_newer_format_says_that_an_update_is_needed(tmp_path):
+    made().save(tmp_path / "a")
+    with safe_open(str(tmp_path / "a"), framework="numpy") as file:
+        about = json.loads(file.metadata()["codebook"]) | {"format": 3}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, str(tmp_path / "b"), metadata={"codebook": json.dumps(about)})
+    with pytest.raises(SidstreamError, match="update sidstream"):
+        Codebook.load(tmp_path / "b")
+
+
+def test_an_encoder_that_does_not_lead_to_the_centroids_is_refused():
+    (first, bias), second = with_encoder().encoder
+    for layers in (((first, bias),), ((first, bias[:3]), second), ((first * np.nan, bias), second)):
+        with pytest.raises(SidstreamError):
+            Codebook("test", made().centroids, tuple(layers))
+    with pytest.raises(SidstreamError, match="collaborative"):
+        Codebook("test", made().centroids, collaborative=6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""How good the semantic IDs are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sidstream.console import emit, progress
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from sidstream.settings import Settings
+    from streams.events import CatalogItem
+    from trainer.codebooks.report import Report, Shared
+
+app = typer.Typer(help="The semantic IDs of the items.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+
+
+@app.callback()
+def _group() -> None:
+    """The semantic IDs of the items."""
+
+
+@app.command("report")
+def report(
+    codebook: Annotated[
+        Path | None, typer.Option(help="a codebook's file, with --catalogue; without both: the current one")
+    ] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option(help="items, a catalog event in JSON a line; without --codebook it is fitted"),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="a data set of `sidstream evaluate`: its codebook is fitted"),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="the folder that data sets are in")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw it into this PNG file")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the codebook: collisions, evenness, room, error, neighbours; needs the extra `train`.
+
+    Example: sidstream sids report --plot sids.png
+    """
+    from sidstream.settings import load
+
+    try:
+        import trainer.codebooks.report  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
+
+    if dataset and (codebook or catalogue):
+        raise SidstreamError("--dataset and --catalogue both name the items: give one of them")
+    for file in (codebook, catalogue):
+        if file and not file.is_file():
+            raise SidstreamError(f"there is no file {file}")
+    if codebook and not catalogue:
+        raise SidstreamError("--codebook needs the items as well: --catalogue FILE.jsonl")
+    settings = load()
+    if dataset:
+        found = _of_dataset(settings, dataset, data)
+    elif catalogue:
+        found = _of_file(settings, codebook, catalogue)
+    else:
+        found = _current(settings)
+    if plot:
+        from trainer.codebooks.picture import draw
+
+        plot.write_bytes(draw(found))
+    emit(found.as_dict(), as_json, _text(found))
+
+
+def _current(settings: Settings) -> Report:
+    """The current codebook with the SIDs that were given, on Kafka's catalogue and clicks."""
+    import numpy as np
+
+    from registry.current import read_newest
+    from registry.embedder import embedder_of, item_text
+    from registry.store import Registry
+    from streams.events import CatalogItem, SidAssignment
+    from trainer.codebooks.report import report
+    from trainer.embedding_cache import CachedEmbedder
+    from trainer.touched import touched
+
+    registry = Registry(settings.registry)
+    codebook = registry.codebook()
+    catalogue = {item.item_id: item for item in read_newest(settings.kafka, CatalogItem).values()}
+    sids = {
+        one.item_id: tuple(one.sid)
+        for one in read_newest(settings.kafka, SidAssignment).values()
+        if one.codebook == codebook.id and one.item_id in catalogue
+    }
+    if not sids:
+        raise SidstreamError(f"no item of the catalogue has a SID of codebook {codebook.id} yet")
+    names = sorted(sids)
+    vectors = None
+    # The collaborative part of what it was fitted to is not kept: without it the nearest codes are others.
+    if not codebook.collaborative:
+        embedder = embedder_of(codebook, registry.encoder)
+        cached = CachedEmbedder(embedder, registry.cache / "embeddings")
+        vectors = cached.embed([item_text(catalogue[name]) for name in names])
+    place = {name: row for row, name in enumerate(names)}
+    rows = [np.array([place[item] for item in one], np.int64) for one in touched(settings.kafka, names)]
+    return report(codebook, [sids[name] for name in names], vectors, rows)
+
+
+def _of_file(settings: Settings, path: Path | None, catalogue: Path) -> Report:
+    """A codebook's file on a file of items; without the codebook, the one that the settings make of them."""
+    from registry.codebook import Codebook
+    from registry.embedder import item_text
+    from streams.replay.jsonl import JsonLines
+    from trainer.codebooks.report import report
+    from trainer.embedders import open_embedder
+
+    items = list(JsonLines(catalogue, "catalog").catalogue())
+    if path is None:
+        return _fitted(settings, items, ())
+    codebook = Codebook.load(path)
+    embedder = open_embedder(settings.codebook.embedder, settings.registry.cache_folder)
+    if embedder.id != codebook.embedder or codebook.collaborative:
+        part = " and what users touched" if codebook.collaborative else ""
+        raise SidstreamError(
+            f"codebook {codebook.id} was fitted to {codebook.embedder}{part}, and {catalogue} is embedded "
+            f"with {embedder.id}: set SIDSTREAM_CODEBOOK__EMBEDDER, or leave --codebook out to fit one"
+        )
+    ordered = sorted({item.item_id: item for item in items}.values(), key=lambda item: item.item_id)
+    if not ordered:
+        raise SidstreamError(f"{catalogue} has no items")
+    vectors = embedder.embed([item_text(item) for item in ordered])
+    return report(codebook, codebook.assign(vectors), vectors)
+
+
+def _of_dataset(settings: Settings, name: str, folder: Path | None) -> Report:
+    """The codebook that the settings make of a data set; each user's last two items stay unseen."""
+    from streams.events import CatalogItem
+    from trainer.evaluation.datasets import load
+
+    data = load(name, folder)
+    items = [
+        CatalogItem.new(item_id=item, title=text or item)
+        for item, text in zip(data.item_names, data.texts, strict=True)
+    ]
+    return _fitted(settings, items, [[data.item_names[row] for row in rows[:-2]] for rows in data.items])
+
+
+def _fitted(settings: Settings, items: list[CatalogItem], sequences: Sequence[Sequence[str]]) -> Report:
+    import numpy as np
+
+    from trainer.codebooks.fit import fit_codebook
+    from trainer.codebooks.report import report
+    from trainer.embedders import open_embedder
+
+    embedder = open_embedder(settings.codebook.embedder, settings.registry.cache_folder)
+    with progress("fitting the codebook", settings.codebook.levels) as advance:
+        fit = fit_codebook(items, embedder, settings.codebook, advance, sequences=sequences)
+    place = {name: row for row, name in enumerate(fit.items)}
+    rows = [np.array([place[item] for item in one], np.int64) for one in sequences]
+    return report(fit.codebook, fit.sids, fit.vectors, rows)
+
+
+def _text(found: Report) -> str:
+    lines = [
+        f"codebook {found.codebook}: {found.items} items below {found.prefixes} prefixes; the fullest holds "
+        f"{found.largest_prefix}, the last level has {found.headroom:.1f} times as many codes",
+        "",
+        f"{'level':<6} {'codes':>6} {'used':>6} {'perplexity':>11} {'Gini':>6}",
+    ]
+    lines += [
+        f"{at:<6} {one.size:>6} {one.used:>6} {one.perplexity:>11.1f} {one.gini:>6.3f}"
+        for at, one in enumerate(found.levels, start=1)
+    ]
+    lines.append("")
+    one = found.greedy
+    if one is None:
+        lines.append(
+            "collisions and error: `codebook fit` alone can tell, with what users touched in vectors"
+        )
+    else:
+        lines += [
+            f"nearest codes: {one.collision_rate:.2%} of SIDs lost to collisions, {one.collided:.2%} of "
+            f"items in one, at most {one.largest_group} on a SID (99 % of SIDs: at most {one.p99_group:g})",
+            f"own slots: {one.moved:.2%} of items moved; error {one.error:.4f} of the spread before, "
+            f"{one.moved_error:.4f} after",
+        ]
+    lines.append(_shared("nearest by vector", found.neighbours))
+    lines.append(_shared("touched together most", found.together))
+    return "\n".join(lines)
+
+
+def _shared(what: str, found: Shared | None) -> str:
+    if found is None:
+        return f"{what}: not measured"
+    return (
+        f"{what}: {found.first:.1%} share the first code, {found.two:.1%} the first two "
+        f"(by chance {found.chance:.1%}; {found.items} items)"
+    )

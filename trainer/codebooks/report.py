@@ -1,0 +1,189 @@
+"""How good a codebook's SIDs are: collisions, how evenly codes are used, and what neighbours share.
+
+Collisions are told in three ways, because one of them alone misleads: (N - U) / N with U distinct SIDs, the
+share of items whose SID another item has too, and the sizes of such groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from registry.codebook import Codebook, unit
+from registry.prompt import Sid
+from trainer.collaborative import WINDOW, cooccurrence
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+# Neighbours are looked for from so many items, evenly spread, among all.
+QUERIES = 5_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The nearest code at every level, before every item got a slot of its own."""
+
+    collision_rate: float  # (N - U) / N
+    collided: float  # share of items whose SID another item has too
+    largest_group: int  # items of the most shared SID
+    p99_group: float  # 99th percentile of items a SID
+    error: float  # mean squared distance to what the codes stand for, over that to the mean of all items
+    moved: float  # share of items whose own SID is another
+    moved_error: float  # the error of the SIDs that items have
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """How the items' codes of one level are spread."""
+
+    size: int
+    used: int
+    perplexity: float  # exp of the entropy: as many codes in even use would be as surprising
+    gini: float  # 0: all codes have as many items; near 1: one code has them all
+    counts: tuple[int, ...]  # items of each code, fullest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Share of items whose neighbour has the same first code, and the same first two."""
+
+    first: float
+    two: float
+    chance: float  # share of pairs of any two items that have the same first code
+    items: int  # items that were asked about
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `sidstream sids report` tells. None: what it needs was not there."""
+
+    codebook: str
+    items: int
+    levels: tuple[Level, ...]
+    prefixes: int  # prefixes, all codes but the last, with at least one item
+    largest_prefix: int  # items of the fullest one
+    headroom: float  # codes of the last level over that
+    greedy: Greedy | None
+    neighbours: Shared | None  # the nearest in the space of vectors
+    together: Shared | None  # the item that was most often touched next to it
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, rounded to four places, for JSON."""
+        made: dict[str, Any] = _rounded(dataclasses.asdict(self))
+        for level in made["levels"]:
+            del level["counts"]
+        return made
+
+
+def report(
+    codebook: Codebook,
+    sids: Sequence[Sid],
+    vectors: Float32 | None = None,
+    sequences: Sequence[Int64] = (),
+) -> Report:
+    """Measure the SIDs of N >= 1 items; `vectors` (N, D) as it was fitted to, `sequences` of rows."""
+    codes = np.array(sids, dtype=np.int64)
+    prefixes = Counter(map(tuple, codes[:, :-1].tolist()))
+    largest = max(prefixes.values())
+    return Report(
+        codebook=codebook.id,
+        items=len(codes),
+        levels=tuple(spread(codes[:, at], size) for at, size in enumerate(codebook.sizes)),
+        prefixes=len(prefixes),
+        largest_prefix=largest,
+        headroom=codebook.sizes[-1] / largest,
+        greedy=None if vectors is None else greedy(codebook, vectors, codes),
+        neighbours=None if vectors is None else _neighbours(codes, vectors),
+        together=_together(codes, sequences),
+    )
+
+
+def greedy(codebook: Codebook, vectors: Float32, given: Int64) -> Greedy:
+    """Collisions and error of the nearest codes of vectors (N, D); `given`: the items' own SIDs (N, L)."""
+    codes, _ = codebook.quantise(vectors)
+    groups = np.array(list(Counter(map(tuple, codes.tolist())).values()))
+    latent = codebook.encode(vectors)
+    apart = ((latent - latent.mean(axis=0)) ** 2).sum(axis=1).mean() or 1.0
+    return Greedy(
+        collision_rate=(len(codes) - len(groups)) / len(codes),
+        collided=float(groups[groups > 1].sum() / len(codes)),
+        largest_group=int(groups.max()),
+        p99_group=float(np.percentile(groups, 99)),
+        error=float(_errors(codebook, latent, codes).mean() / apart),
+        moved=float((codes != given).any(axis=1).mean()),
+        moved_error=float(_errors(codebook, latent, given).mean() / apart),
+    )
+
+
+def _errors(codebook: Codebook, latent: Float64, codes: Int64) -> Float64:
+    """Squared distances (N,) of what is quantised (N, d) to what codes (N, L) stand for.
+
+    A residual that is scaled takes its length along: the last distance is scaled back by all of them.
+    """
+    residual, length = latent, np.ones((len(latent), 1))
+    for level, centroids in enumerate(codebook.centroids):
+        if level and codebook.scaled:
+            length = length * np.linalg.norm(residual, axis=1, keepdims=True)
+            residual = unit(residual)
+        residual = residual - centroids[codes[:, level]].astype(np.float64)
+    errors: Float64 = ((length * residual) ** 2).sum(axis=1)
+    return errors
+
+
+def spread(codes: Int64, size: int) -> Level:
+    """How codes (N,) of 0..size-1 are spread.
+
+    Gini of the sorted counts x_(1) <= .. <= x_(K): (2 / (K S)) sum_i i x_(i) - (K + 1) / K, with S their sum.
+    """
+    counts = np.sort(np.bincount(codes, minlength=size)).astype(np.float64)
+    total = counts.sum()
+    share = counts[counts > 0] / total
+    rank = np.arange(1, size + 1)
+    held = counts[::-1].astype(np.int64).tolist()
+    gini = 2.0 / (size * total) * float((rank * counts).sum()) - (size + 1) / size
+    return Level(size, len(share), float(np.exp(-(share * np.log(share)).sum())), gini, tuple(held))
+
+
+def _neighbours(codes: Int64, vectors: Float32) -> Shared | None:
+    if len(codes) < 2:
+        return None
+    rows = np.unique(np.linspace(0, len(codes) - 1, min(QUERIES, len(codes))).astype(np.int64))
+    found = np.empty(len(rows), dtype=np.int64)
+    for begin in range(0, len(rows), 512):
+        part = rows[begin : begin + 512]
+        near = vectors[part] @ vectors.T
+        near[np.arange(len(part)), part] = -np.inf
+        found[begin : begin + 512] = near.argmax(axis=1)
+    return _shared(codes, rows, found)
+
+
+def _together(codes: Int64, sequences: Sequence[Int64]) -> Shared | None:
+    counts = cooccurrence(sequences, len(codes), WINDOW)
+    rows = np.flatnonzero(np.diff(counts.indptr))
+    if not len(rows):
+        return None
+    return _shared(codes, rows, np.asarray(counts.argmax(axis=1)).ravel()[rows])
+
+
+def _shared(codes: Int64, rows: Int64, others: Int64) -> Shared:
+    first = codes[rows, 0] == codes[others, 0]
+    two = first & (codes[rows, 1] == codes[others, 1])
+    share = np.bincount(codes[:, 0]) / len(codes)
+    return Shared(float(first.mean()), float(two.mean()), float((share**2).sum()), len(rows))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return value

@@ -1,0 +1,165 @@
+"""RQ-VAE: an encoder whose output is quantised level by level, trained to give the vector back.
+
+With r_0 = Enc(x): c_l = argmin_k |r_{l-1} - e_{l,k}|^2, r_l = r_{l-1} - e_{l,c_l}, z = sum_l e_{l,c_l},
+L = |x - Dec(z)|^2 + sum_l (|sg[r_{l-1}] - e_{l,c_l}|^2 + beta |r_{l-1} - sg[e_{l,c_l}]|^2),
+straight-through for the decoder (Lee et al. 2022, arXiv 2203.01941; for SIDs: Rajput et al. 2023, arXiv
+2305.05065).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from registry.codebook import Layer
+from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+HIDDEN = (256, 128)
+CODE_DIM = 32
+COMMITMENT = 0.25
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 1e-4
+BATCH = 1024
+EPOCHS = 100
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training leaves: the layers of the encoder, and centroids (K, CODE_DIM) a level."""
+
+    encoder: tuple[Layer, ...]
+    centroids: tuple[Float32, ...]
+
+
+class RQVAE(nn.Module):
+    """Encoder, residual codebooks, decoder."""
+
+    def __init__(self, dim: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        widths = (dim, *HIDDEN, CODE_DIM)
+        self.encoder = _mlp(widths)
+        self.decoder = _mlp(widths[::-1])
+        self.codes = nn.ParameterList(nn.Parameter(torch.zeros(size, CODE_DIM)) for size in sizes)
+
+    def quantise(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Straight-through codes of latents (B, d): their sum (B, d), the loss (), the codes (B, L)."""
+        residual, total, loss = latent, torch.zeros_like(latent), latent.new_zeros(())
+        chosen = []
+        for level in self.codes:
+            with torch.no_grad():
+                code = ((level**2).sum(1) - 2.0 * residual @ level.T).argmin(1)
+            vector = level[code]
+            loss = loss + (residual.detach() - vector).pow(2).sum(1).mean()
+            loss = loss + COMMITMENT * (residual - vector.detach()).pow(2).sum(1).mean()
+            residual = residual - vector
+            total = total + vector
+            chosen.append(code)
+        return latent + (total - latent).detach(), loss, torch.stack(chosen, dim=1)
+
+    def forward(self, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss () of giving `wanted` (B, D) back from `rows` (B, D), and the codes (B, L)."""
+        quantised, loss, codes = self.quantise(self.encoder(rows))
+        return (self.decoder(quantised) - wanted).pow(2).sum(1).mean() + loss, codes
+
+
+def fit_rqvae(
+    rows: Float32,
+    sizes: Sequence[int],
+    seed: int,
+    *,
+    optional: int = 0,
+    old: Int64 | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Fitted:
+    """Train on rows (N, D), sizes[l] codes at level l. `progress(1)` is called once an epoch.
+
+    `optional`: how many columns, the last ones, later items may lack; a quarter of the rows of a batch are
+    encoded without them. `old`: the codes (N, >= len(sizes)) that the rows had, -1 for rows that had none:
+    training begins at their means, so that a code goes on to mean what it meant.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = RQVAE(rows.shape[1], sizes)
+    data = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+    _begin(model, data, seed, old)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    for epoch in range(EPOCHS):
+        used = [torch.zeros(size, dtype=torch.bool) for size in sizes]
+        for picked in torch.randperm(len(data), generator=generator).split(BATCH):
+            wanted = data[picked]
+            given = wanted
+            if optional:
+                given = wanted.clone()
+                given[torch.rand(len(picked), generator=generator) < 0.25, -optional:] = 0.0
+            loss, codes = model(given, wanted)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            for level, column in zip(used, codes.T, strict=True):
+                level[column] = True
+        # The last fifth settles: a code that moves then would find no time to.
+        if epoch < 0.8 * EPOCHS:
+            _restart(model, data, used, generator)
+        if progress:
+            progress(1)
+    return Fitted(
+        tuple((_numpy(linear.weight.T), _numpy(linear.bias)) for linear in _linears(model.encoder)),
+        tuple(_numpy(level) for level in model.codes),
+    )
+
+
+def _mlp(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _linears(mlp: nn.Sequential) -> list[nn.Linear]:
+    return [layer for layer in mlp if isinstance(layer, nn.Linear)]
+
+
+@torch.no_grad()
+def _begin(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
+    """Codes by k-means on what the untrained encoder makes of the rows, or the old codes' means."""
+    residual = model.encoder(data).double().numpy()
+    for number, level in enumerate(model.codes):
+        if old is None:
+            centroids = kmeans(residual, len(level), seed + number)
+        else:
+            # Iterations of k-means would lead away from where training had put the codes.
+            centroids = means(residual, old[:, number], len(level), seed + number)
+        level.copy_(torch.from_numpy(centroids))
+        codes = nearest(residual, centroids)
+        if old is not None:
+            old = agreeing(old, codes, number)
+        residual = residual - centroids[codes]
+
+
+@torch.no_grad()
+def _restart(model: RQVAE, data: Tensor, used: Sequence[Tensor], generator: torch.Generator) -> None:
+    """Codes that no row took in an epoch begin again at what is left of rows that were drawn."""
+    if all(bool(level.all()) for level in used):
+        return
+    drawn = data[torch.randint(len(data), (BATCH,), generator=generator)]
+    residual = model.encoder(drawn)
+    for level, seen in zip(model.codes, used, strict=True):
+        dead = (~seen).nonzero()[:, 0]
+        level[dead] = residual[torch.randint(len(residual), (len(dead),), generator=generator)]
+        near = ((level**2).sum(1) - 2.0 * residual @ level.T).argmin(1)
+        residual = residual - level[near]
+
+
+def _numpy(tensor: Tensor) -> Float32:
+    return np.ascontiguousarray(tensor.detach().numpy(), dtype=np.float32)
