@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from sidstream.commands import agents, cycle, evaluate, gate, registry, serving, shoppers, stack, train, wire
+from sidstream.commands import (
+    agents,
+    cycle,
+    evaluate,
+    gate,
+    registry,
+    serving,
+    shoppers,
+    sids,
+    stack,
+    train,
+    wire,
+)
 from sidstream.commands import demo as demo_command
 from sidstream.console import err
 from streams.errors import SidstreamError
@@ -54,6 +66,8 @@ for function, panel in (
 codebook = typer.Typer(help="The codebook that turns items into semantic IDs.", no_args_is_help=True)
 codebook.command("fit")(registry.codebook_fit)
 app.add_typer(codebook, name="codebook", rich_help_panel=MODELS)
+
+app.add_typer(sids.app, name="sids", rich_help_panel=MODELS)
 
 app.add_typer(gate.app, name="gate", rich_help_panel=MODELS)
 
