@@ -67,8 +67,8 @@ class ServingAgent:
         )  # fmt: skip
         explorer = Explorer(settings.explore, settings.explore_candidates, settings.explore_temperature)
         self._recommender = Recommender(
-            self._catalogue.index, settings.beam, settings.repeat, explorer,
-            translator=self._catalogue.translator,
+            self._catalogue.index, settings.beam, settings.repeats, explorer,
+            translator=self._catalogue.translator, exact=settings.exact_items,
         )  # fmt: skip
         self._histories = Histories(redis, settings.redis_timeout_s, settings.redis_wait_s)
         self._outbox = Outbox(kafka, settings.retry_max_s)

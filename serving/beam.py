@@ -1,5 +1,8 @@
 """Constrained beam search: the k best items under a generator, over nothing but allowed items.
 
+Where a bundle has a dense head, its own best items join the beam's, and the order is a mixture of both
+log-probabilities (registry.ranking).
+
 The score of an item is the sum of its codes' log-probabilities over the whole vocabulary, never
 renormalised to the allowed codes, so that scores compare across requests and the probability that a model
 spends on codes no item has (`invalid_mass`) stays visible. SIDs have one length, so there is no length
@@ -16,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.index import Ints, Sid, SidIndex
-
-Floats = NDArray[np.float32]
+from serving.items import Floats, Items
 
 
 class Generator(Protocol):
@@ -30,6 +32,18 @@ class Generator(Protocol):
 
     def step(self, state: NDArray[np.generic], prefix: Ints) -> Floats:
         """States of N beams and the codes they have chosen (N, l) -> log-probabilities (N, K_l), float32."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense head, and its weight in the final score, above 0.
+
+    In catalogues of more than `exact` items it scores the beam's items alone.
+    """
+
+    items: Items
+    weight: float
+    exact: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ def search(
     excluded: Sequence[Iterable[int]],
     k: Sequence[int],
     beam: int,
+    dense: Dense | None = None,
 ) -> list[Ranking]:
     """Answer R requests at once: one call of the generator a level, for all beams of all requests.
 
@@ -80,7 +95,83 @@ def search(
         parent, node, code = parent[kept], child[kept], code[kept]
         request, score = request[parent], score[parent] + chosen[kept]
         prefix = np.concatenate((prefix[parent], code[:, None]), axis=1)
+    if dense is not None:
+        again = _again(index, dense.items, prompts)
+        request, node, score = _mixed(
+            generator, index, dense, state, excluded, again, widths, request, node, score
+        )
     return [_ranking(r, request, node, score, k[r], invalid[:, r]) for r in range(total)]
+
+
+def _mixed(
+    generator: Generator, index: SidIndex, dense: Dense, state: NDArray[np.generic],
+    excluded: Sequence[Iterable[int]], again: tuple[Ints, Ints, Floats], widths: Sequence[int], request: Ints,
+    leaf: Ints, score: Floats,
+) -> tuple[Ints, Ints, Floats]:  # fmt: skip
+    """The beam's candidates and the dense head's own, by request and leaf, with the mixture of scores."""
+    query, matrix = dense.items.queries(state), dense.items.matrix(index)
+    if len(index) > dense.exact:
+        logits = np.einsum("nd,nd->n", query[request], matrix[leaf])
+        added = {(row, at): value for row, at, value in zip(*again, strict=True)}
+        logits += [added.get(pair, 0.0) for pair in zip(request.tolist(), leaf.tolist(), strict=True)]
+        return request, leaf, _mixture(dense, score, _log_softmax(logits, request, len(query)))
+    logs = query @ matrix.T
+    logs[again[0], again[1]] += again[2]
+    logs[:, ~index.active] = -np.inf
+    for row, some in enumerate(excluded):
+        logs[row, list(some)] = -np.inf
+    top = logs.max(axis=1, keepdims=True)
+    logs -= top + np.log(np.exp(logs - top).sum(axis=1, keepdims=True))
+    held = set(zip(request.tolist(), leaf.tolist(), strict=True))
+    own = []
+    for row, width in enumerate(widths):
+        width = min(width, logs.shape[1])
+        best = np.argpartition(logs[row], logs.shape[1] - width)[logs.shape[1] - width :]
+        own += [(row, at) for at in best.tolist() if logs[row, at] > -np.inf and (row, at) not in held]
+    more = np.array(own, dtype=np.int64).reshape(-1, 2)
+    if len(more):
+        asked = spelled(generator, index, state[more[:, 0]], more[:, 1])
+        request, leaf = np.concatenate((request, more[:, 0])), np.concatenate((leaf, more[:, 1]))
+        score = np.concatenate((score, asked))
+        order = np.lexsort((leaf, request))
+        request, leaf, score = request[order], leaf[order], score[order]
+    return request, leaf, _mixture(dense, score, logs[request, leaf])
+
+
+def _again(index: SidIndex, items: Items, prompts: Sequence[Sequence[Sid]]) -> tuple[Ints, Ints, Floats]:
+    """Request, leaf and what the dense head adds, for every item of a prompt, by its last place."""
+    last: dict[tuple[int, int], int] = {}
+    for request, prompt in enumerate(prompts):
+        for place, sid in enumerate(prompt):
+            leaf = index.leaf_of_sid(sid)
+            if leaf is not None:
+                last[request, leaf] = len(prompt) - place
+    pairs = np.array(list(last), dtype=np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1], items.again(np.array(list(last.values()), dtype=np.int64))
+
+
+def spelled(generator: Generator, index: SidIndex, state: NDArray[np.generic], leaves: Ints) -> Floats:
+    """Log-probability of each leaf's SID (n,) under its state (n, ...); -inf where the model rules it out."""
+    sids = index.sids[leaves].astype(np.int64)
+    total = np.zeros(len(leaves), dtype=np.float32)
+    for level in range(index.levels):
+        total += generator.step(state, sids[:, :level])[np.arange(len(leaves)), sids[:, level]]
+    return total
+
+
+def _mixture(dense: Dense, spelled: Floats, scored: Floats) -> Floats:
+    if dense.weight == 1:
+        return scored.astype(np.float32)
+    return ((1 - dense.weight) * spelled + dense.weight * scored).astype(np.float32)
+
+
+def _log_softmax(logits: Floats, request: Ints, total: int) -> Floats:
+    """Log-probabilities (n,) among each request's own candidates."""
+    top = np.full(total, -np.inf, dtype=np.float32)
+    np.maximum.at(top, request, logits)
+    mass = np.bincount(request, weights=np.exp(logits - top[request]), minlength=total)
+    made: Floats = (logits - top[request] - np.log(mass)[request]).astype(np.float32)
+    return made
 
 
 def _best(score: Floats, request: Ints, widths: Sequence[int]) -> Ints:

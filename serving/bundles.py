@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from registry import ranking
 from registry.bundle import Bundle
+from registry.ranking import Ranking
 from registry.rollout import arm_of
 from serving.beam import Generator
+from serving.items import Items
 from serving.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout
@@ -43,6 +46,8 @@ class LoadedBundle:
     max_items: int
     popular: tuple[str, ...]
     generator: Generator
+    items: Items | None = None  # None: the bundle has no dense head
+    ranking: Ranking = field(default_factory=Ranking)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,10 @@ def load(bundle: Bundle, threads: int) -> LoadedBundle:
     manifest = bundle.manifest
     generator = OnnxGenerator(bundle.path, manifest.sizes, manifest.max_items, threads)
     warm_up(generator, manifest.max_items, bundle.id)
-    return LoadedBundle(bundle.id, manifest.codebook, manifest.max_items, tuple(bundle.popular()), generator)
+    return LoadedBundle(
+        bundle.id, manifest.codebook, manifest.max_items, tuple(bundle.popular()), generator,
+        generator.items, ranking.read(bundle.path),
+    )  # fmt: skip
 
 
 def warm_up(generator: Generator, max_items: int, name: str) -> None:

@@ -10,16 +10,17 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from registry.prompt import Prompt
-from serving.beam import Floats
 from serving.index import Ints, Sid
+from serving.items import ITEMS, Floats, Items
 from streams.errors import SidstreamError
 
 
 class OnnxGenerator:
     """`serving.beam.Generator` over a bundle's encode.onnx and step_<l>.onnx.
 
-    encode: codes (B, P, L) int64 token ids padded with 0 on the right, lengths (B,) int64 -> state (B, D)
-    float32. step_l: state (N, D), prefix (N, l) int64 token ids -> log_probs (N, K_l) float32.
+    encode: codes (B, P, L) int64 token ids padded with 0 on the right, lengths (B,) int64 and, where the
+    bundle knows items by themselves, extras (B, P, D) float32 -> state (B, D) float32. step_l: state (N, D),
+    prefix (N, l) int64 token ids -> log_probs (N, K_l) float32.
     """
 
     def __init__(self, folder: Path, sizes: Sequence[int], max_items: int, threads: int = 1) -> None:
@@ -28,6 +29,7 @@ class OnnxGenerator:
         prompt = Prompt(self.sizes, max_items)
         self._bases = np.array([prompt.code_base(level) for level in range(len(self.sizes))], dtype=np.int64)
         self._encode = _session(folder / "encode.onnx", threads)
+        self.items = Items(folder, self.sizes) if (folder / ITEMS).exists() else None
         self._steps = [_session(folder / f"step_{level}.onnx", threads) for level in range(len(self.sizes))]
 
     def encode(self, prompts: Sequence[Sequence[Sid]]) -> NDArray[np.generic]:
@@ -35,10 +37,17 @@ class OnnxGenerator:
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         # At least one column: the graph has no shape for P = 0, and `lengths` says that nothing is in it.
         codes = np.zeros((len(prompts), max(1, int(lengths.max())), len(self.sizes)), dtype=np.int64)
+        inputs: dict[str, NDArray[np.generic]] = {"codes": codes, "lengths": lengths}
+        if self.items is not None:
+            extras = np.zeros((*codes.shape[:2], self.items.width), dtype=np.float32)
+            inputs["extras"] = extras
         for row, prompt in enumerate(prompts):
             if len(prompt):
-                codes[row, : len(prompt)] = np.asarray(prompt, dtype=np.int64) + self._bases
-        state: NDArray[np.float32] = self._encode.run(["state"], {"codes": codes, "lengths": lengths})[0]
+                sids = np.asarray(prompt, dtype=np.int64)
+                codes[row, : len(prompt)] = sids + self._bases
+                if self.items is not None:
+                    extras[row, : len(prompt)] = self.items.extras(sids)
+        state: NDArray[np.float32] = self._encode.run(["state"], inputs)[0]
         return state
 
     def step(self, state: NDArray[np.generic], prefix: Ints) -> Floats:

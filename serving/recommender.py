@@ -26,13 +26,15 @@ import msgspec
 import numpy as np
 
 from registry.prompt import prompt_sids
+from registry.ranking import Repeats, left_out
 from registry.rollout import arm_of
-from serving.beam import Ranking, search
+from serving.beam import Dense, Ranking, search
 from serving.bundles import LoadedBundle, Service
 from serving.exploration import Explorer, draw
 from serving.index import SidIndex
 from streams.errors import SidstreamError
 from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
+from streams.history import PURCHASE, Entry
 from streams.keys import hashed
 from streams.translation import Translate, under
 
@@ -97,17 +99,21 @@ class Recommender:
         self,
         indexes: Callable[[str | None], SidIndex | None],
         beam: int,
-        repeat: Literal["always", "never"],
+        repeats: Repeats | None,
         explorer: Explorer,
         clock: Callable[[], float] = perf_counter,
         translator: Callable[[str], Translate] = lambda _: lambda _tag, _sid: None,
+        exact: int = 200_000,
     ) -> None:
-        """`clock()`: seconds, by which calls of models are timed."""
+        """`repeats`: which past items may be shown again; None: as each bundle says. `clock()`: seconds, by
+        which calls of models are timed. `exact`: in larger catalogues the dense head scores the beam's items
+        alone."""
         self._indexes = indexes
         self._beam = beam
-        self._repeat = repeat
+        self._repeats = repeats
         self._explorer = explorer
         self._clock = clock
+        self._exact = exact
         self._translator = translator
 
     def recommend(self, requests: Sequence[Request], service: Service | None) -> list[Answer]:
@@ -161,14 +167,23 @@ class Recommender:
             case.fallback = "no_catalog"
             return case
         opened = index.leaf_of(trigger.item_id) if trigger.item_id is not None else None
-        left_out = (index.leaf_of(item) for item in (trigger.item_id, *trigger.exclude) if item is not None)
-        case.excluded = {leaf for leaf in left_out if leaf is not None}
+        named = (index.leaf_of(item) for item in (trigger.item_id, *trigger.exclude) if item is not None)
+        case.excluded = {leaf for leaf in named if leaf is not None}
         if bundle is None:
             case.fallback = "popular"
             return case
-        past = _past(request, bundle, self._translator(bundle.codebook))
-        if self._repeat == "never":
-            case.excluded |= {leaf for sid in past if (leaf := index.leaf_of_sid(sid)) is not None}
+        known = _past(request, bundle, self._translator(bundle.codebook))
+        past = [entry.sid for entry in known]
+        gone = left_out(
+            self._repeats or bundle.ranking,
+            [entry.kind == PURCHASE for entry in known],
+            [(trigger.ts - entry.ts) // 1000 for entry in known],
+        )
+        case.excluded |= {
+            leaf
+            for sid, out in zip(past, gone, strict=True)
+            if out and (leaf := index.leaf_of_sid(sid)) is not None
+        }
         seen = None if opened is None else tuple(index.sid(opened))
         case.prompt = prompt_sids(past, seen, bundle.max_items)
         if not past:
@@ -176,6 +191,11 @@ class Recommender:
         elif seen is None:
             case.fallback = "history_only"
         return case
+
+    def _dense(self, bundle: LoadedBundle) -> Dense | None:
+        if bundle.items is None or bundle.ranking.dense_weight == 0:
+            return None
+        return Dense(bundle.items, bundle.ranking.dense_weight, self._exact)
 
     def _search(self, cases: Sequence[_Case]) -> list[Answer]:
         """One bundle's answers; where its model fails, each request alone, then popular items."""
@@ -187,7 +207,7 @@ class Recommender:
             rankings = search(
                 bundle.generator, index,
                 [case.prompt for case in cases], [case.excluded for case in cases],
-                [case.wanted for case in cases], self._beam,
+                [case.wanted for case in cases], self._beam, self._dense(bundle),
             )  # fmt: skip
         except Exception:  # whatever a model raises, somebody waits for an answer
             if len(cases) > 1:
@@ -199,8 +219,8 @@ class Recommender:
         return [_ranked(case, index, ranking, took) for case, ranking in zip(cases, rankings, strict=True)]
 
 
-def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[tuple[int, ...]]:
-    """The SIDs of a history under the bundle's codebook, oldest first; none where it cannot be read.
+def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[Entry]:
+    """The entries of a history under the bundle's codebook, oldest first; none where it cannot be read.
 
     An item that has no SID there is left out: the bundle has never heard of it.
     """
@@ -214,7 +234,7 @@ def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[
         return []
     sizes = bundle.generator.sizes
     return [
-        entry.sid
+        entry
         for entry in known
         if len(entry.sid) == len(sizes)
         and all(code < size for code, size in zip(entry.sid, sizes, strict=True))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
+from registry.ranking import Repeats
 from streams.settings import Section
 
 
@@ -19,8 +20,14 @@ class ServingSettings(Section):
     beam: int = Field(20, ge=1, le=1000, description="beams kept a level; a request for more items widens it")
     max_batch: int = Field(16, ge=1, le=512, description="requests answered in one call of the model")
     threads: int = Field(1, ge=1, le=64, description="threads of one operator in ONNX Runtime")
-    repeat: Literal["always", "never"] = Field(
-        "always", description="never: the items of a user's own history are left out of the answer"
+    repeat: Literal["bundle", "always", "never", "bought", "within"] = Field(
+        "bundle",
+        description="which items of a user's own history may be answered: as the bundle was fitted, always, "
+        "never, none that was bought, none that was touched within repeat_within_s",
+    )
+    repeat_within_s: int = Field(86_400, ge=1, description="seconds, for repeat = within")
+    exact_items: int = Field(
+        200_000, ge=0, description="in larger catalogues the dense head scores the beam's items alone"
     )
     explore: float = Field(
         0.0,
@@ -64,6 +71,13 @@ class ServingSettings(Section):
         le=65535,
         description="port of /metrics and /health of the agent; 0: any free; empty: none",
     )
+
+    @property
+    def repeats(self) -> Repeats | None:
+        """The rule about past items; None: the bundle's."""
+        if self.repeat == "bundle":
+            return None
+        return Repeats(repeats=self.repeat, within_s=self.repeat_within_s if self.repeat == "within" else 0)
 
 
 class GatewaySettings(Section):

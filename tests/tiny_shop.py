@@ -37,10 +37,12 @@ class Shop:
         """A generator of width 32 with fresh weights."""
         torch.manual_seed(seed)
         given = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "depth_size": 32}
-        return new_generator(
+        made = new_generator(
             SIZES, self.prompt.code_base(0), len(self.tokenizer), max_items=self.prompt.max_items,
             **given | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
+        made.know(torch.from_numpy(self.known.codes))
+        return made
 
 
 def sid_of(item: int) -> tuple[int, int, int]:

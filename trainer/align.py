@@ -24,6 +24,7 @@ from trl import DPOConfig, DPOTrainer
 from registry.prompt import BOS, Prompt, prompt_sids
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
+from trainer.dense_preference import dense_preference_loss
 from trainer.generator import GeneratorForCausalLM
 from trainer.settings import DpoSettings, TrainerSettings
 
@@ -83,7 +84,18 @@ def preference_rows(
 
 
 class _TokenDpoTrainer(DPOTrainer):
-    """DPOTrainer for rows that are token ids already: TRL 1.16 tokenizes text only."""
+    """DPOTrainer for rows that are token ids already (TRL 1.16 tokenizes text only), and for both heads."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weight, sft_weight = self.args.loss_weights
+        dense = dense_preference_loss(
+            self.accelerator.unwrap_model(model), self.accelerator.unwrap_model(self.ref_model),
+            inputs["input_ids"], inputs["completion_mask"], self.args.beta, weight, sft_weight,
+        )  # fmt: skip
+        return (made[0] + dense, made[1]) if return_outputs else made + dense
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

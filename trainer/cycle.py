@@ -20,13 +20,17 @@ from transformers import PreTrainedTokenizerFast
 from registry import release
 from registry.bundle import Bundle, Kind, write_bundle
 from registry.prompt import Sid
+from registry.ranking import Ranking
+from registry.ranking import read as read_ranking
+from registry.ranking import write as write_ranking
 from registry.settings import RolloutSettings
 from registry.store import CHAMPION, SFT, Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
+from trainer.build import fresh_generator
 from trainer.data import Rows, popular
 from trainer.export import export, parity
-from trainer.generator import GeneratorForCausalLM, new_generator
+from trainer.generator import GeneratorForCausalLM
 from trainer.material import Material, load_model, only_one, read_material
 from trainer.offpolicy import Explored, OffPolicy, explored, judge
 from trainer.settings import TrainerSettings
@@ -155,7 +159,8 @@ def run_cycle(
         _check(material, settings, model, result, candidate)
         found = material.window.explorations(horizon_ms)
         logged = explored(found, material.codebook.id, material.prompt, settings.offpolicy)
-        veto = _veto("sft", model, logged, settings, result, stages)
+        ranking = result.sft.quality.ranking if result.sft and result.sft.quality else Ranking()
+        veto = _veto("sft", model, logged, settings, ranking, result, stages)
         if veto:
             raise SidstreamError(f"{candidate} failed its offline check and was not registered: {veto}")
         aligned = None
@@ -164,7 +169,7 @@ def run_cycle(
         else:
             aligned = _dpo(material, settings, model, tokenizer, run, result, stages, stop)
         if aligned is not None:
-            veto = _veto("dpo", aligned, logged, settings, result, stages)
+            veto = _veto("dpo", aligned, logged, settings, ranking, result, stages)
             if veto:
                 result.no_dpo, aligned = f"it failed its offline check: {veto}", None
         _publish(
@@ -189,21 +194,18 @@ def _sft(
     stop: Callable[[], bool] | None,
 ) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:  # fmt: skip
     if material.parent is None:
-        torch.manual_seed(settings.seed)
         tokenizer = build_tokenizer(material.prompt, material.known.titles, settings.max_words)
-        model = new_generator(
-            material.prompt.sizes, material.prompt.code_base(0), len(tokenizer), hidden_size=settings.width,
-            num_hidden_layers=settings.layers, num_attention_heads=settings.heads, dropout=settings.dropout,
-            intermediate_size=settings.ffn_factor * settings.width,
-            depth_size=settings.depth_factor * settings.width, max_items=settings.max_items,
-        )  # fmt: skip
+        model = fresh_generator(material.known, material.text, material.prompt, len(tokenizer), settings)
     else:
         model, tokenizer = load_model(material.parent.model)
+        text = None if material.text is None else torch.from_numpy(material.text)
+        model.know(torch.from_numpy(material.known.codes), text)
         settings = settings.model_copy(
             update={"lr": settings.refresh_lr, "max_items": material.prompt.max_items}
         )
         if len(material.split.held.targets):
-            before = evaluate(model, material.split.held, material.known, material.sids, settings)
+            ranking = read_ranking(material.parent.path)
+            before = evaluate(model, material.split.held, material.known, material.sids, settings, ranking)
             result.metrics |= _named("parent", before)
     rows = Rows(material.log, material.split, material.known, tokenizer, material.prompt, settings)
     result.sft = train(
@@ -236,7 +238,16 @@ def _popularity_ranks(material: Material) -> torch.Tensor:
 
 
 def _named(stage: str, quality: Quality) -> dict[str, float]:
-    return {f"{stage}/{name}": float(value) for name, value in asdict(quality).items()}
+    numbers = {
+        "users": quality.users,
+        "hr10": quality.hr10,
+        "ndcg10": quality.ndcg10,
+        "validity": quality.validity,
+    }
+    return {
+        f"{stage}/{name}": float(value)
+        for name, value in (numbers | {"dense_weight": quality.ranking.dense_weight}).items()
+    }
 
 
 def _check(
@@ -265,12 +276,12 @@ def _check(
 
 def _veto(
     kind: str, model: GeneratorForCausalLM, logged: Explored | None, settings: TrainerSettings,
-    result: CycleResult, stages: _Stages,
+    ranking: Ranking, result: CycleResult, stages: _Stages,
 ) -> str:  # fmt: skip
     """Why explored answers refuse the model; empty where they do not, or there are none."""
     if logged is None:
         return ""
-    found = judge(model, logged, settings.offpolicy)
+    found = judge(model, logged, settings.offpolicy, ranking.dense_weight)
     result.offpolicy[kind] = found
     result.metrics |= {f"{kind}/{name}": value for name, value in found.metrics().items()}
     stages.done(f"{kind}-offpolicy", found.told())
@@ -316,7 +327,10 @@ def _dpo(
     }  # fmt: skip
     shown, failed = "", None
     if len(material.split.held.targets) and result.sft and result.sft.quality:
-        quality = evaluate(aligned, material.split.held, material.known, material.sids, settings)
+        # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
+        quality = evaluate(
+            aligned, material.split.held, material.known, material.sids, settings, result.sft.quality.ranking
+        )
         result.metrics |= _named("dpo", quality)
         shown = f", HR@10 {quality.hr10:.3f}"
         failed = _failing(quality, result.sft.quality.hr10, settings)
@@ -345,6 +359,7 @@ def _bundle(
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     export(model, folder)
+    write_ranking(result.sft.quality.ranking if result.sft and result.sft.quality else Ranking(), folder)
     log, known = material.log, material.known
     some = [
         log.items[log.starts[u] : log.starts[u + 1]] for u in range(min(_PARITY_HISTORIES, len(log.users)))

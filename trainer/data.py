@@ -28,6 +28,13 @@ class Row(NamedTuple):
     weight: float
 
 
+class Pieces(NamedTuple):
+    """Pieces of users' sequences, padded on the right to one length."""
+
+    items: Tensor  # (B, P) int64 rows of `Catalogue.codes`, -1 where there is none
+    learned: Tensor  # (B, P) bool: True where the item is a target
+
+
 class Batch(NamedTuple):
     """Rows padded on the right to one length."""
 
@@ -45,6 +52,7 @@ class Interactions:
     items: Int64  # (N,) row of `Catalogue.codes`
     ts: Int64  # (N,) milliseconds
     fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
+    bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
 
     def __len__(self) -> int:
         return len(self.items)
@@ -76,6 +84,7 @@ def interactions(
     items: Sequence[str],
     known: Catalogue,
     fresh: npt.ArrayLike | None = None,
+    bought: npt.ArrayLike | None = None,
 ) -> Interactions:
     """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
     place = {item: row for row, item in enumerate(known.items)}
@@ -87,9 +96,10 @@ def interactions(
     group = np.fromiter((number.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
     times = np.asarray(ts, dtype=np.int64)
     new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
+    paid = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
     order = keep[np.lexsort((keep, times[keep], group[keep]))]
     starts = np.searchsorted(group[order], np.arange(len(names) + 1))
-    return Interactions(names, starts, rows[order], times[order], new[order])
+    return Interactions(names, starts, rows[order], times[order], new[order], paid[order])
 
 
 class Held(NamedTuple):
@@ -97,6 +107,20 @@ class Held(NamedTuple):
 
     histories: list[Int64]
     targets: Int64
+    ages_s: list[Int64]  # how long before the target each item of the history was touched
+    bought: list[npt.NDArray[np.bool_]]  # whether it was bought
+
+
+def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
+    """The rows `at` (N,) of a log as targets, each with up to `max_items` of its user before it."""
+    targets = np.asarray(at, dtype=np.int64)
+    begins = log.starts[np.searchsorted(log.starts, targets, side="right") - 1]
+    spans = [slice(max(low, row - max_items), row) for low, row in zip(begins, targets, strict=True)]
+    return Held(
+        [log.items[span] for span in spans], log.items[targets],
+        [(log.ts[row] - log.ts[span]) // 1000 for row, span in zip(targets, spans, strict=True)],
+        [log.bought[span] for span in spans],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,8 +142,7 @@ def hold_out(log: Interactions, settings: TrainerSettings, rng: np.random.Genera
     last = last[log.items[ends[last] - 1] != log.items[ends[last] - 2]]
     drawn = rng.permutation(last)[: min(settings.validation_users, len(last) // 2)]
     ends[drawn] -= 1
-    histories = [log.items[max(log.starts[u], ends[u] - settings.max_items) : ends[u]] for u in drawn]
-    return Split(ends, Held(histories, log.items[ends[drawn]]))
+    return Split(ends, held(log, ends[drawn], settings.max_items))
 
 
 class Rows:
@@ -187,17 +210,39 @@ class Rows:
         chosen = rng.permutation(len(older))[:keep]
         return fresh + [older[at] for at in chosen]
 
+    def texts(self, number: int) -> list[Row]:
+        """The rows of epoch `number` that join SIDs and titles, shuffled."""
+        weights = self.settings.weights
+        named = [item for item, words in enumerate(self.titles) if words]
+        rows = [self.sid_to_title(item) for item in named if weights.sid_to_title > 0]
+        rows += [self.title_to_sid(item) for item in named if weights.title_to_sid > 0]
+        rng = np.random.default_rng((self.settings.seed, number, 2))
+        return [rows[at] for at in rng.permutation(len(rows))]
+
     def epoch(self, number: int) -> list[Row]:
         """All rows of epoch `number`, unordered."""
         rng = np.random.default_rng((self.settings.seed, number))
-        rows = [self.sequence(low, high) for low, high in self.crops(rng)]
-        weights = self.settings.weights
-        named = [item for item, words in enumerate(self.titles) if words]
-        if weights.sid_to_title > 0:
-            rows += [self.sid_to_title(item) for item in named]
-        if weights.title_to_sid > 0:
-            rows += [self.title_to_sid(item) for item in named]
-        return rows
+        return [self.sequence(low, high) for low, high in self.crops(rng)] + self.texts(number)
+
+    def pieces(self, number: int) -> list[Pieces]:
+        """The sequences of an epoch in batches of similar length and about `batch_positions` items, shuffled.
+
+        An item equal to the one right before it is read, but not learned, as in `sequence`.
+        """
+        crops = np.array(self.crops(np.random.default_rng((self.settings.seed, number)))).reshape(-1, 2)
+        rng = np.random.default_rng((self.settings.seed, number, 1))
+        length = crops[:, 1] - crops[:, 0]
+        order = np.lexsort((rng.random(len(crops)), length))
+        made = []
+        for batch in _by_size(order, length, self.settings.batch_positions):
+            width = int(length[batch].max())
+            items = np.full((len(batch), width), -1, dtype=np.int64)
+            for row, (low, high) in enumerate(crops[batch].tolist()):
+                items[row, : high - low] = self.log.items[low:high]
+            learned = items >= 0
+            learned[:, 1:] &= items[:, 1:] != items[:, :-1]
+            made.append(Pieces(torch.from_numpy(items), torch.from_numpy(learned)))
+        return [made[at] for at in rng.permutation(len(made))]
 
     def batches(self, number: int) -> list[list[Row]]:
         """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""
@@ -207,16 +252,20 @@ class Rows:
         length = np.array([len(row.ids) for row in rows])
         order = np.lexsort((rng.random(len(rows)), length))
         limit = self.settings.batch_positions * len(self.prompt.sizes)
-        made: list[list[Row]] = []
-        batch: list[Row] = []
-        for at in order:
-            if batch and (len(batch) + 1) * length[at] > limit:
-                made.append(batch)
-                batch = []
-            batch.append(rows[at])
-        if batch:
-            made.append(batch)
+        made = [[rows[at] for at in batch] for batch in _by_size(order, length, limit)]
         return [made[at] for at in rng.permutation(len(made))]
+
+
+def _by_size(order: Int64, length: Int64, limit: int) -> Iterator[list[int]]:
+    """Rows of ascending `length`, cut where a padded batch would be larger than `limit`."""
+    batch: list[int] = []
+    for at in order.tolist():
+        if batch and (len(batch) + 1) * length[at] > limit:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
 
 
 def collate(rows: Sequence[Row]) -> Batch:

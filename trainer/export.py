@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from registry.prompt import Prompt
@@ -31,8 +32,8 @@ class _Encode(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, codes: Tensor, lengths: Tensor) -> Tensor:
-        return self.model.encode(codes, lengths)
+    def forward(self, codes: Tensor, lengths: Tensor, extras: Tensor) -> Tensor:
+        return self.model.encode(codes, lengths, extras)
 
 
 class _Step(nn.Module):
@@ -45,7 +46,8 @@ class _Step(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without the exporter's own output and warnings."""
     # The exporter tells its maker, not its user, what it is doing.
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -61,9 +63,10 @@ def _quiet() -> Iterator[None]:
 
 
 def export(model: GeneratorForCausalLM, folder: Path) -> None:
-    """Write encode.onnx and step_0.onnx .. step_{L-1}.onnx into `folder`, every leading dimension dynamic.
+    """Write encode.onnx, step_0.onnx .. step_{L-1}.onnx and items.safetensors into `folder`.
 
-    encode: codes (B, P, L) int64, lengths (B,) int64 -> state (B, D) float32. step_l: state (N, D) and, for
+    Every leading dimension is dynamic. encode: codes (B, P, L) int64, lengths (B,) int64, extras (B, P, D)
+    float32, which are the items' own vectors and texts -> state (B, D) float32. step_l: state (N, D) and, for
     l > 0, prefix (N, l) int64 -> log_probs (N, K_l) float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +75,14 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
     # Sizes of two and more: the tracer takes a dimension of one for a constant.
     first = model.config.code_base
     codes = torch.full((2, 3, levels), first, dtype=torch.int64)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         torch.onnx.export(
-            _Encode(model), (codes, torch.tensor([3, 2])), str(folder / "encode.onnx"),
-            input_names=["codes", "lengths"], output_names=["state"],
-            dynamic_axes={"codes": {0: "B", 1: "P"}, "lengths": {0: "B"}, "state": {0: "B"}},
+            _Encode(model), (codes, torch.tensor([3, 2]), torch.zeros(2, 3, width)),
+            str(folder / "encode.onnx"),
+            input_names=["codes", "lengths", "extras"], output_names=["state"],
+            dynamic_axes={
+                "codes": {0: "B", 1: "P"}, "lengths": {0: "B"}, "extras": {0: "B", 1: "P"}, "state": {0: "B"},
+            },
             opset_version=_OPSET, dynamo=False, external_data=False,
         )  # fmt: skip
         for level in range(levels):
@@ -91,6 +97,27 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
                 dynamic_axes={name: {0: "N"} for name in [*names, "log_probs"]},
                 opset_version=_OPSET, dynamo=False, external_data=False,
             )  # fmt: skip
+
+    _save_items(model, folder / "items.safetensors")
+
+
+def _save_items(model: GeneratorForCausalLM, path: Path) -> None:
+    """What serving.items reads: SIDs (I, L) uint16, extras (I, D), codes (sum K, D), query (D, D), again."""
+    base, config = model.model, model.config
+    table = base.items
+    starts = torch.tensor([config.code_range(level)[0] for level in range(config.levels)])
+    end = config.code_range(config.levels - 1)[1]
+    rows = torch.arange(len(table.keys))
+    save_file(
+        {
+            "sids": (table.codes - starts).numpy().astype(np.uint16),
+            "extras": table.extras(rows).detach().numpy(),
+            "codes": base.embed_tokens.weight[config.code_base : end].detach().numpy().copy(),
+            "query": table.query_proj.weight.detach().numpy(),
+            "again": table.again.detach().numpy(),
+        },
+        str(path),
+    )
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -126,7 +153,9 @@ def parity(
             [np.arange(low, high) for low, high in pairwise(bounds)], spelled.reshape(-1, config.levels)
         )
         state = model.encode(codes, counts)
-        (found,) = encode.run(["state"], {"codes": codes.numpy(), "lengths": counts.numpy()})
+        extras = model.model.items.extras(model.model.items.rows(codes))
+        given = {"codes": codes.numpy(), "lengths": counts.numpy(), "extras": extras.numpy()}
+        (found,) = encode.run(["state"], given)
         worst = max(worst, float(np.abs(found - state.numpy()).max()))
         chosen = torch.from_numpy(rng.integers(0, sizes, size=(len(batch), len(sizes))))
         tokens = chosen + torch.tensor([prompt.code_base(level) for level in range(config.levels)])

@@ -4,7 +4,9 @@ To transformers, TRL and peft it is an ordinary causal language model over flat 
 codes of an item fold into one position (the sum of their embeddings), a causal backbone runs over positions,
 and the vector that predicts an item's next code is made from the last position and the codes already chosen
 (RQ-Transformer's spatial and depth parts, Lee et al. 2022, arXiv 2203.01941). A convolution over the last
-few positions runs beside attention (a local filter, after BSARec, arXiv 2312.10325).
+few positions runs beside attention (a local filter, after BSARec, arXiv 2312.10325). Beside the SID's codes a
+position holds what is known of the item itself (trainer.items), and the dense head scores a state against
+every item's vector at once.
 
 Shapes: B rows, T flat tokens, P positions, L levels, D width, V tokens of vocabulary.
 """
@@ -21,7 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from trainer.backbone import DepthLevel, Layer, RMSNorm
+from trainer.items import ItemTable
+
 IGNORE = -100
+# Spread of fresh weights, as in BERT and GPT-2.
+_SPREAD = 0.02
 
 
 class GeneratorConfig(PreTrainedConfig):
@@ -42,6 +49,9 @@ class GeneratorConfig(PreTrainedConfig):
     dropout: float = 0.2
     rope_theta: float = 10_000.0
     max_items: int = 50
+    num_items: int = 0
+    text_size: int = 0
+    item_dropout: float = 0.0
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -59,80 +69,6 @@ class GeneratorConfig(PreTrainedConfig):
         return start, start + self.sizes[level]
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a gain (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-        return x * scale.to(x.dtype) * self.weight
-
-
-def _rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions (Su et al. 2021) on (B, H, P, E): scores depend on distances alone."""
-    half = x.shape[-1] // 2
-    steps = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * theta**-steps
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    left, right = x[..., :half], x[..., half:]
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-
-
-class Layer(nn.Module):
-    """One causal layer: attention and a short convolution side by side, then a feed-forward part."""
-
-    def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads, self.theta, self.dropout = config.num_attention_heads, config.rope_theta, config.dropout
-        self.kernel = config.kernel_size
-        self.mix_norm, self.ffn_norm = RMSNorm(width), RMSNorm(width)
-        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
-        self.conv = nn.Conv1d(width, width, self.kernel, groups=width, bias=False)
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, P, D) -> (B, P, D); place p sees places 0 to p."""
-        y = self.mix_norm(x)
-        batch, places, width = y.shape
-        q, k, v = self.qkv_proj(y).view(batch, places, 3, self.heads, width // self.heads).unbind(2)
-        q, k = (_rotate(part.transpose(1, 2), self.theta) for part in (q, k))
-        seen = F.scaled_dot_product_attention(
-            q, k, v.transpose(1, 2), is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        local = self.conv(F.pad(y.transpose(1, 2), (self.kernel - 1, 0))).transpose(1, 2)
-        x = x + self.drop(self.o_proj(seen.transpose(1, 2).reshape(batch, places, width)) + local)
-        return x + self.drop(self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x)))))
-
-
-class DepthLevel(nn.Module):
-    """The depth head of one level: state and chosen codes -> the vector that scores this level's code."""
-
-    def __init__(self, config: GeneratorConfig, level: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.state_proj = nn.Linear(width, config.depth_size, bias=False)
-        self.prefix_proj = nn.Linear(width, config.depth_size, bias=False) if level else None
-        self.out_proj = nn.Linear(config.depth_size, width, bias=False)
-        self.norm = RMSNorm(width)
-
-    def forward(self, state: Tensor, prefix: Tensor | None) -> Tensor:
-        """state (N, D); prefix (N, D) = sum of the chosen codes' embeddings, None at level 0 -> (N, D)."""
-        mixed = self.state_proj(state)
-        if self.prefix_proj is not None and prefix is not None:
-            mixed = mixed + self.prefix_proj(prefix)
-            state = state + prefix
-        out: Tensor = self.norm(state + self.out_proj(F.gelu(mixed)))
-        return out
-
-
 class GeneratorPreTrainedModel(PreTrainedModel):
     """What the two models share: the configuration, and how weights start."""
 
@@ -146,14 +82,16 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         from transformers import initialization as init
 
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+            init.normal_(module.weight, mean=0.0, std=_SPREAD)
         elif isinstance(module, nn.Conv1d):
             init.normal_(module.weight, mean=0.0, std=self.config.kernel_size**-0.5 / 2)
         elif isinstance(module, nn.Embedding):
-            # Rows of unit length: a normalised vector's logits then start with unit spread.
-            init.normal_(module.weight, mean=0.0, std=self.config.hidden_size**-0.5)
+            init.normal_(module.weight, mean=0.0, std=_SPREAD)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, ItemTable):
+            init.normal_(module.own, mean=0.0, std=_SPREAD)
+            init.eye_(module.query_proj.weight)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)
 
@@ -166,6 +104,9 @@ class GeneratorModel(GeneratorPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # What is known before the first position: only malformed input, which has no BOS, reads it.
         self.start = nn.Parameter(torch.zeros(config.hidden_size))
+        self.items = ItemTable(config)
+        # A position is a sum of several small vectors: scaled, it is of the size that the layers add.
+        self.position_norm = RMSNorm(config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size)
         self.depth = nn.ModuleList(DepthLevel(config, level) for level in range(config.levels))
@@ -182,7 +123,7 @@ class GeneratorModel(GeneratorPreTrainedModel):
 
     def states(self, positions: Tensor) -> Tensor:
         """Backbone: embeddings of positions (B, P, D), oldest first -> states (B, P, D)."""
-        x = self.drop(positions)
+        x = self.drop(self.position_norm(positions))
         for layer in self.layers:
             x = layer(x)
         out: Tensor = self.norm(x)
@@ -190,7 +131,24 @@ class GeneratorModel(GeneratorPreTrainedModel):
 
     def embed_items(self, codes: Tensor) -> Tensor:
         """Items as codes (B, P, L) of token ids -> positions (B, P, D)."""
-        return self.embed_tokens(codes).sum(-2)
+        return self.embed_tokens(codes).sum(-2) + self.items.extras(self.items.rows(codes))
+
+    def queries(self, states: Tensor) -> Tensor:
+        """What the dense head multiplies with items' vectors: states (..., D) -> (..., D)."""
+        made: Tensor = self.items.query_proj(states)
+        return made
+
+    def again(self, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the dense head adds to the items of a row's past.
+
+        rows (B, P) of the item table, oldest first, of which `lengths` (B,) are the past; -1 for an unknown
+        item -> row of the batch (M,), row of the table (M,), what is added (M,) float32; no pair comes twice.
+        """
+        at = torch.arange(rows.shape[1], device=rows.device)
+        real = (at < lengths[:, None]) & (rows >= 0)
+        later = (rows[:, :, None] == rows[:, None]) & (at[:, None] < at) & real[:, None]
+        batch, place = (real & ~later.any(-1)).nonzero(as_tuple=True)
+        return batch, rows[batch, place], self.items.again_of(lengths[batch] - place)
 
     def _levels_of(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> 0 for specials, 1..L for codes of level 0..L-1, L+1 for words."""
@@ -234,7 +192,18 @@ class GeneratorModel(GeneratorPreTrainedModel):
         places = torch.zeros(batch, count + 1, dtype=torch.long, device=folded.device)
         places.scatter_(1, slots, torch.arange(length, device=folded.device).expand(batch, -1))
         rows = torch.arange(batch, device=folded.device)[:, None]
-        states = self.states(folded[rows, places[:, :count]])
+        closed = places[:, :count]
+        positions = folded[rows, closed]
+        if len(self.items.keys):
+            # The L tokens that end where an item is closed; other positions have no item.
+            tail = (closed[..., None] - torch.arange(last - 1, -1, -1, device=closed.device)).clamp(min=0)
+            whole = levels.gather(1, closed).eq(last)
+            codes = input_ids[rows[..., None], tail]
+            climbing = torch.arange(1, last + 1, device=closed.device)
+            spelled = (levels[rows[..., None], tail] == climbing).all(-1)
+            known = torch.where(whole & spelled, self.items.rows(codes), -1)
+            positions = positions + self.items.extras(known)
+        states = self.states(positions)
 
         states = torch.cat((self.start.to(states.dtype).expand(batch, 1, width), states), dim=1)
         state = states[rows, done]
@@ -291,15 +260,23 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         """What `generate` passes to `forward`: always the whole sequence, since nothing is cached."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def encode(self, codes: Tensor, lengths: Tensor) -> Tensor:
+    def know(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
+        """Know these items by themselves: see `ItemTable.replace`. The configuration follows."""
+        rows = self.model.items.replace(codes, text)
+        self.config.num_items = len(codes)
+        return rows
+
+    def encode(self, codes: Tensor, lengths: Tensor, extras: Tensor | None = None) -> Tensor:
         """The state after BOS and a row's items: what a request is decoded from.
 
-        codes (B, P, L) token ids, oldest first, right-padded with 0; lengths (B,) items a row, 0 allowed
-        -> (B, D). Equals the state that `forward` keeps at the last place of BOS and the items.
+        codes (B, P, L) token ids, oldest first, right-padded with 0; lengths (B,) items a row, 0 allowed;
+        extras (B, P, D) what is known of the items beyond their codes, default: the table's -> (B, D). Equals
+        the state that `forward` keeps at the last place of BOS and the items.
         """
         base = self.model
         begin = base.embed_tokens(torch.full_like(lengths, self.config.bos_token_id))[:, None]
-        states = base.states(torch.cat((begin, base.embed_items(codes)), dim=1))
+        items = base.embed_items(codes) if extras is None else base.embed_tokens(codes).sum(-2) + extras
+        states = base.states(torch.cat((begin, items), dim=1))
         return states.gather(1, lengths[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
 
     def step(self, level: int, state: Tensor, prefix: Tensor | None) -> Tensor:

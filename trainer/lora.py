@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from registry.prompt import BOS, EOS, ITEM, LEVELS, PAD, TITLE, UNK, Prompt
+from registry.ranking import Ranking
 from registry.store import Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
@@ -226,7 +227,7 @@ def rank_held(
             valid += all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens))
     users = len(held.targets)
     hr, ndcg = hr_ndcg(torch.cat(found)) if found else (0.0, 0.0)
-    return Quality(users, hr, ndcg, valid / users if users else 0.0)
+    return Quality(users, hr, ndcg, valid / users if users else 0.0, Ranking())
 
 
 def tune_window(

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from registry.bundle import Bundle
 from registry.codebook import Codebook
+from registry.embedder import WordLlamaEmbedder
 from registry.prompt import Prompt
 from registry.store import CHAMPION, Registry
 from streams.errors import SidstreamError
@@ -39,6 +41,7 @@ class Material:
     log: Interactions
     split: Split
     sids: SidSet
+    text: npt.NDArray[np.float32] | None  # (I, T) a vector of each item's text; None: the generator sees none
 
 
 @contextlib.contextmanager
@@ -98,7 +101,10 @@ def read_material(
             "send some, for example with `sidstream replay online-retail`"
         )
     split = hold_out(log, settings, np.random.default_rng(settings.seed))
-    return Material(window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt))
+    text = None
+    if settings.text_inputs:
+        text = WordLlamaEmbedder().embed([title.lower() for title in known.titles])
+    return Material(window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt), text)
 
 
 def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:

@@ -113,10 +113,11 @@ def _tokens(sids: Sequence[Sequence[int]], prompt: Prompt) -> Int64:
 
 
 @torch.no_grad()
-def log_probabilities(model: GeneratorForCausalLM, logged: Explored) -> Floats:
-    """Log-probability of every candidate's SID (M,) under its own prompt, by the model in its own precision.
+def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -> Floats:
+    """The score of every candidate (M,) under its own prompt, by the model in its own precision.
 
-    The same sum over levels that ranks the beams.
+    (1 - weight) times the log-probability of its SID, plus weight times its product with the dense head,
+    which is its log-probability there up to one constant a prompt.
     """
     model.eval()
     where = next(model.parameters()).device
@@ -142,16 +143,22 @@ def log_probabilities(model: GeneratorForCausalLM, logged: Explored) -> Floats:
             asked, of = prefix.unique(dim=0, return_inverse=True)
             scored = model.step(level, state[asked[:, 0]], asked[:, 1:] if level else None)
             total += scored[of, codes[:, level] - base]
+        if weight > 0:
+            vectors = model.model.embed_items(codes)
+            logits = (model.model.queries(state)[owner] * vectors).sum(-1)
+            batch, past, more = model.model.again(model.model.items.rows(items.to(where)), lengths.to(where))
+            same = (owner[:, None] == batch) & (model.model.items.rows(codes)[:, None] == past)
+            total = (1 - weight) * total + weight * (logits + (same * more).sum(-1))
         made[rows] = total.double().cpu().numpy()
     return made
 
 
-def target_policy(log_probs: Floats, logged: Explored) -> Floats:
-    """softmax(log_probs / temperature) over each exploration's candidates: (M,) -> (M,)."""
+def target_policy(scored: Floats, logged: Explored) -> Floats:
+    """softmax(scored / temperature) over each exploration's candidates: (M,) -> (M,)."""
     counts = np.diff(logged.starts)
-    top = np.maximum.reduceat(log_probs, logged.starts[:-1])
+    top = np.maximum.reduceat(scored, logged.starts[:-1])
     # The best is taken off first: a small temperature then makes zeros, and never a quotient of infinities.
-    raised = np.exp((log_probs - np.repeat(top, counts)) / np.repeat(logged.temperature, counts))
+    raised = np.exp((scored - np.repeat(top, counts)) / np.repeat(logged.temperature, counts))
     normaliser = np.add.reduceat(raised, logged.starts[:-1])
     policy: Floats = raised / np.repeat(normaliser, counts)
     return policy
@@ -232,8 +239,10 @@ class OffPolicy:
         )
 
 
-def judge(model: GeneratorForCausalLM, logged: Explored, settings: OffPolicySettings) -> OffPolicy:
-    """Hold a model against the explorations.
+def judge(
+    model: GeneratorForCausalLM, logged: Explored, settings: OffPolicySettings, weight: float = 0.0
+) -> OffPolicy:
+    """Hold a model against the explorations; `weight` is the dense head's in its score.
 
     Veto: enough effective samples, and the doubly robust value is shown (one-sided `alpha`, clustered by
     user) to be below (1 - margin) of the value that was logged. Anything else is no veto.
@@ -245,7 +254,7 @@ def judge(model: GeneratorForCausalLM, logged: Explored, settings: OffPolicySett
     )  # fmt: skip
     if users < 2:
         return nothing
-    policy = target_policy(log_probabilities(model, logged), logged)
+    policy = target_policy(scores(model, logged, weight), logged)
     w, r = policy[logged.drawn] / logged.propensity, logged.reward
     q = reward_model(logged)
     q_chosen, q_pi = q[logged.drawn], np.add.reduceat(policy * q, logged.starts[:-1])

@@ -15,6 +15,7 @@ class TaskWeights(Section):
     """How much each task of SFT counts in the loss."""
 
     next_sid: float = Field(1.0, ge=0, description="the next item's SID, at every position")
+    next_item: float = Field(1.0, ge=0, description="the next item itself, by the dense head")
     sid_to_title: float = Field(0.1, ge=0, description="an SID's title, word by word")
     title_to_sid: float = Field(0.1, ge=0, description="a title's SID")
 
@@ -94,6 +95,15 @@ class TrainerSettings(Section):
     ffn_factor: int = Field(2, ge=1, le=8, description="inner size of a feed-forward part over the width")
     depth_factor: int = Field(1, ge=1, le=8, description="inner size of a level's depth head over the width")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of activations left out in training")
+    item_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of items without their own vector in a step, so that codes and text also stand "
+        "alone, as they do for a new item",
+    )
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of both heads")
+    text_inputs: bool = Field(True, description="whether the generator sees the embedding of an item's text")
     max_words: int = Field(512, ge=0, description="words of titles in the vocabulary, the most frequent ones")
     title_words: int = Field(12, ge=1, description="words of a title that are learned")
     max_items: int = Field(50, ge=1, le=1000, description="items of a prompt, the newest kept")

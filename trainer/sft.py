@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from registry.ranking import Ranking
 from trainer.checkpoint import Checkpoint, Place, restore, snapshot
-from trainer.constrained import SidSet, beam, greedy
-from trainer.data import Batch, Catalogue, Held, Rows, collate, pad_items
+from trainer.constrained import SidSet, greedy
+from trainer.data import Batch, Catalogue, Held, Pieces, Rows, collate, pad_items
 from trainer.generator import IGNORE, GeneratorForCausalLM
-from trainer.settings import TrainerSettings
+from trainer.losses import softmax_loss
+from trainer.ranking import Ranker, fit
+from trainer.ranking import ranks as ranks_of
+from trainer.settings import TaskWeights, TrainerSettings
 
 # Rows of one forward in evaluation: 20 beams of 64 codes of 256 rows stay in cache.
 _EVAL_ROWS = 256
@@ -35,6 +39,7 @@ class Quality:
     hr10: float
     ndcg10: float
     validity: float  # share of answers spelled without the constraint that are known SIDs
+    ranking: Ranking  # how the two heads were mixed
 
 
 @dataclass
@@ -86,25 +91,77 @@ def token_loss(model: GeneratorForCausalLM, batch: Batch) -> Tensor:
     return (losses * batch.weights[:, None].expand_as(labels)[at]).mean()
 
 
+def sequence_loss(
+    model: GeneratorForCausalLM, pieces: Pieces, table: Tensor, weights: TaskWeights, smoothing: float = 0.0
+) -> Tensor:
+    """The next item at every position, by its SID and by itself.
+
+    `table` (I,): the model's row of each item of the catalogue. The SID's part is the sum over its levels of
+    the cross-entropy over the whole vocabulary; the dense head's is over all items.
+    """
+    base = model.model
+    every = base.items.vectors(base.embed_tokens.weight)
+    rows = torch.where(pieces.items >= 0, table[pieces.items.clamp(min=0)], -1)
+    begin = base.embed_tokens.weight[model.config.bos_token_id].expand(len(rows), 1, -1)
+    seen = rows[:, :-1]
+    past = F.embedding(seen.clamp(min=0), every) * (seen >= 0)[..., None]
+    state = base.states(torch.cat((begin, past), dim=1))[pieces.learned]
+    target = rows[pieces.learned]
+    loss = torch.zeros((), device=rows.device)
+    if weights.next_item > 0:
+        places, distance = _pasts(rows, pieces.learned)
+        loss = loss + weights.next_item * softmax_loss(
+            base.queries(state), every, target, smoothing, places, base.items.again_of(distance)
+        )
+    if weights.next_sid > 0:
+        codes = base.items.codes[target]
+        chosen = base.embed_tokens(codes)
+        vectors, prefix = [], None
+        for level, head in enumerate(base.depth):
+            vectors.append(head(state, prefix))
+            prefix = chosen[:, level] if prefix is None else prefix + chosen[:, level]
+        spelled = softmax_loss(
+            torch.cat(vectors), base.embed_tokens.weight, codes.T.reshape(-1), smoothing
+        )  # fmt: skip
+        loss = loss + weights.next_sid * len(base.depth) * spelled
+    return loss
+
+
+def _pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The items of every learned position's past, by their last occurrence.
+
+    rows (B, P), -1 where there is none -> (queries (M,) ascending, items (M,)), distances (M,) from 1.
+    """
+    length = rows.shape[1]
+    at = torch.arange(length, device=rows.device)
+    # later[b, q, r]: position r, after q, holds the item of q again; the first such r hides q from then on.
+    same = (rows[:, :, None] == rows[:, None]) & (at[:, None] < at) & (rows >= 0)[:, :, None]
+    until = torch.where(same.any(-1), same.int().argmax(-1), length)
+    seen = (at[None, None] < at[None, :, None]) & (at[None, :, None] <= until[:, None]) & learned[..., None]
+    number = (learned.flatten().cumsum(0) - 1).view(learned.shape)
+    row, place, past = seen.nonzero(as_tuple=True)
+    return (number[row, place], rows[row, past]), place - past
+
+
 @torch.no_grad()
 def evaluate(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings
-) -> Quality:
-    """HR@10, NDCG@10 and validity on held-out items."""
+    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
+    ranking: Ranking | None = None,
+) -> Quality:  # fmt: skip
+    """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
     model.eval()
+    if not len(held.targets):
+        return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
+    ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
+    found = ranker.candidates(held.histories)
+    ranking = ranking or fit(found, held)
+    hr, ndcg = hr_ndcg(ranks_of(found, held, ranking))
     where = next(model.parameters()).device
-    found, valid = [], []
-    sid_rows = torch.tensor(known.sids, dtype=torch.long)
+    valid = []
     for low in range(0, len(held.targets), _EVAL_ROWS):
-        rows = slice(low, low + _EVAL_ROWS)
-        codes, lengths = pad_items(held.histories[rows], known.codes)
-        state = model.encode(codes.to(where), lengths.to(where))
-        best, scores = beam(model, state, sids, max(settings.beam, 10))
-        best = torch.where(torch.isfinite(scores)[..., None], best, -1).cpu()
-        found.append(ranks(best, sid_rows[held.targets[rows]]))
-        valid.append(greedy(model, state, sids).cpu())
-    hr, ndcg = hr_ndcg(torch.cat(found)) if found else (0.0, 0.0)
-    return Quality(len(held.targets), hr, ndcg, float(torch.cat(valid).float().mean()) if valid else 0.0)
+        codes, lengths = pad_items(held.histories[low : low + _EVAL_ROWS], known.codes)
+        valid.append(greedy(model, model.encode(codes.to(where), lengths.to(where)), sids).cpu())
+    return Quality(len(held.targets), hr, ndcg, float(torch.cat(valid).float().mean()), ranking)
 
 
 def _learning_rate(fraction: float) -> float:
@@ -133,7 +190,7 @@ def train(
     model.to(where)
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
+        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True
     )
     saved = Checkpoint(folder) if folder else None
     place = saved.load(model, optimizer) if saved else None
@@ -157,11 +214,18 @@ def train(
             place.stale += 1
         return measured
 
+    codes = torch.from_numpy(rows.known.codes).to(where)
+    table = model.model.items.rows(codes)
+    if bool((table < 0).any()):
+        raise ValueError("every item of the catalogue must be in the model's table: call items.replace first")
+
     while place.epoch < settings.epochs:
-        batches = rows.batches(place.epoch)
+        batches = rows.pieces(place.epoch)
+        texts = rows.texts(place.epoch)
+        each = -(-len(texts) // max(1, len(batches)))
         total = max(1, settings.epochs * len(batches))
         cut = False
-        for rows_of_batch in batches[place.batch :]:
+        for pieces in batches[place.batch :]:
             place.seconds = before + time.monotonic() - began
             spent = place.seconds / settings.max_seconds if settings.max_seconds else 0.0
             if spent >= 1:
@@ -173,9 +237,13 @@ def train(
                 done = place.epoch + place.batch / max(1, len(batches))
                 return SftResult(place.step, done, place.seconds, running, None, "interrupted")
             model.train()
-            batch = Batch(*(part.to(where) for part in collate(rows_of_batch)))
+            pieces = Pieces(*(part.to(where) for part in pieces))
+            titles = texts[place.batch * each : (place.batch + 1) * each]
             with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
-                loss = token_loss(model, batch)
+                loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing)
+                if titles:
+                    batch = Batch(*(part.to(where) for part in collate(titles)))
+                    loss = loss + token_loss(model, batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)

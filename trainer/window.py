@@ -61,6 +61,7 @@ class Window:
         items: list[str] = []
         stamps: list[int] = []
         fresh: list[bool] = []
+        bought: list[bool] = []
         # At one millisecond a purchase follows the click that led to it.
         for topic in ("clicks", "purchases"):
             table, new = self._read(topic)
@@ -76,7 +77,8 @@ class Window:
             items += table["item_id"].to_pylist()
             stamps += table["ts"].to_pylist()
             fresh += new.tolist()
-        return interactions(users, stamps, items, known, fresh)
+            bought += [topic == "purchases"] * table.num_rows
+        return interactions(users, stamps, items, known, fresh, bought)
 
     def bought(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""

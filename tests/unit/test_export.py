@@ -23,7 +23,7 @@ def test_graphs_equal_torch_and_have_the_shapes_of_the_contract(
     assert parity(model, tmp_path, [made.known.sids[:5], made.known.sids[:20]]) < TOLERANCE
     assert capfd.readouterr() == ("", "")
     encode = onnx.load(tmp_path / "encode.onnx")
-    assert [port.name for port in encode.graph.input] == ["codes", "lengths"]
+    assert [port.name for port in encode.graph.input] == ["codes", "lengths", "extras"]
     assert [port.name for port in encode.graph.output] == ["state"]
     assert encode.opset_import[0].version >= 17
     for level in range(len(SIZES)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +26,11 @@ def model() -> GeneratorForCausalLM:
         SIZES, PROMPT.code_base(0), PROMPT.first_word + WORDS, hidden_size=16, num_attention_heads=2,
         intermediate_size=32, depth_size=24, dropout=0.3, max_items=8,
     )  # fmt: skip
+    # Half of all SIDs are items that it knows by themselves.
+    some = [sid for at, sid in enumerate(product(*map(range, SIZES))) if at % 2]
+    made.know(torch.tensor([PROMPT.tokens(sid) for sid in some]))
+    with torch.no_grad():
+        made.model.items.own.normal_(0, 0.1)
     return made.eval()
 
 
@@ -47,11 +54,17 @@ def reference(model: GeneratorForCausalLM, ids: list[int]) -> torch.Tensor:
     positions: list[torch.Tensor] = []
     opened: list[torch.Tensor] = []
     vectors = []
+    spelled: list[int] = []
     for token in ids:
         opened.append(table[token])
         level = levels.get(token)
+        spelled.append(-1 if level is None else level)
         if level is None or level == len(SIZES) - 1:
-            positions.append(torch.stack(opened[-len(SIZES) :]).sum(0))
+            position = torch.stack(opened[-len(SIZES) :]).sum(0)
+            if spelled[-len(SIZES) :] == list(range(len(SIZES))):
+                codes = torch.tensor(ids[len(spelled) - len(SIZES) : len(spelled)])
+                position = position + base.items.extras(base.items.rows(codes))
+            positions.append(position)
             opened = []
             state = base.states(torch.stack(positions)[None])[0, -1]
             vectors.append(base.depth[0](state, None))

@@ -15,7 +15,7 @@ from registry.prompt import BOS
 from tests.tiny_explorations import T0, exploration, explore
 from tests.tiny_shop import Shop, shop, sid_of
 from trainer.generator import GeneratorForCausalLM
-from trainer.offpolicy import Explored, explored, judge, log_probabilities, reward_model, target_policy
+from trainer.offpolicy import Explored, explored, judge, scores, reward_model, target_policy
 from trainer.settings import OffPolicySettings
 from trainer.sft import train
 
@@ -40,7 +40,7 @@ def logged_of(found: list[Any], made: Shop, **settings: Any) -> Explored:
     return logged
 
 
-def test_log_probabilities_are_those_of_the_whole_forward_pass() -> None:
+def test_scores_are_those_of_the_whole_forward_pass() -> None:
     made = shop()
     model = made.model(seed=4)
     random = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def test_log_probabilities_are_those_of_the_whole_forward_pass() -> None:
             False,
         ))  # fmt: skip
     logged = logged_of(found, made)
-    got = log_probabilities(model, logged)
+    got = scores(model, logged)
     for at in (0, 1, 2, 3, 23, 84, 85, 86, 340, 503):
         event = found[at][0]
         shown = [token for sid in event.prompt[-8:] for token in made.prompt.tokens(sid)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from registry.prompt import prompt_sids
+from registry.ranking import Repeats
 from registry.rollout import assign
 from serving.bundles import LoadedBundle, Service
 from serving.exploration import Explorer
@@ -81,7 +82,7 @@ def trigger(**fields):
     return Trigger.new(**{"request_id": "r", "user_id": "u", "k": 3, **fields})
 
 
-def recommender(made=None, repeat="always", beam=9):
+def recommender(made=None, repeat=None, beam=9):
     made = index() if made is None else made
     indexes = {BOOK: made, None: made}
     return Recommender(indexes.get, beam, repeat, NOT_AT_ALL)
@@ -156,7 +157,9 @@ def test_the_trigger_item_and_exclusions_are_never_answered():
     assert set(ids(answer)) == set(ITEMS) - {"i00", *excluded}
 
 
-@pytest.mark.parametrize(("repeat", "repeated"), [("always", True), ("never", False)])
+@pytest.mark.parametrize(
+    ("repeat", "repeated"), [(Repeats(), True), (Repeats(repeats="never"), False), (None, True)]
+)
 def test_whether_past_items_come_again_is_a_setting(repeat, repeated):
     answer = ask(trigger(k=9), past((0, 0), (1, 1)), repeat=repeat)
     assert ({"i00", "i11"} <= set(ids(answer))) == repeated
@@ -178,7 +181,7 @@ def test_one_history_is_told_to_each_bundle_under_its_own_codebook():
 
     known = index()
     asked, generator = past((0, 1), (1, 2), (2, 0), codebook=OTHER_BOOK), Last()
-    made = Recommender({BOOK: known}.get, 9, "never", NOT_AT_ALL, translator=translator)
+    made = Recommender({BOOK: known}.get, 9, Repeats(repeats="never"), NOT_AT_ALL, translator=translator)
     (answer,) = made.recommend([Request(trigger(k=9), asked)], service(generator))
     assert generator.prompts == [[(1, 0), (0, 2)]]
     assert not {"i10", "i02"} & set(ids(answer.recommendation)), "what the user knows is not repeated"

@@ -11,9 +11,10 @@ import torch
 from registry.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, shop
 from trainer.constrained import SidSet
-from trainer.data import catalogue, collate, hold_out, interactions
+from trainer.data import Pieces, catalogue, collate, hold_out, interactions
 from trainer.generator import IGNORE
-from trainer.sft import hr_ndcg, ranks, token_loss, train
+from trainer.ranking import sid_scores
+from trainer.sft import hr_ndcg, ranks, sequence_loss, token_loss, train
 
 
 def test_training_learns_which_item_follows() -> None:
@@ -94,6 +95,48 @@ def test_the_loss_is_the_weighted_mean_over_learned_tokens() -> None:
                 total -= row.weight * float(logs[at - 1, row.ids[at]])
                 count += 1
         assert float(token_loss(model, batch)) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one() -> None:
+    made = shop()
+    model = made.model(seed=2)
+    base = model.model
+    with torch.no_grad():
+        base.items.own.normal_(0, 0.3)
+        base.items.again.copy_(torch.linspace(-1, 1, 8))
+    items = torch.tensor([[4, 7, 4, 4, 9], [3, 2, -1, -1, -1]])
+    learned = torch.tensor([[True, True, True, False, True], [True, True, False, False, False]])
+    table = base.items.rows(torch.from_numpy(made.known.codes))
+    weights = made.settings.weights.model_copy(update={"next_sid": 0.5, "next_item": 2.0})
+    with torch.no_grad():
+        found = sequence_loss(model, Pieces(items, learned), table, weights)
+        spelled, scored = [], []
+        for row in range(2):
+            for at in torch.nonzero(learned[row]).flatten().tolist():
+                past, target = items[row, :at], int(items[row, at])
+                codes = torch.from_numpy(made.known.codes)
+                state = model.encode(codes[past][None] if at else codes[:1][None], torch.tensor([at]))
+                spelled.append(-sid_scores(model, state, codes[target][None, None])[0, 0])
+                logits = (base.queries(state) @ base.items.vectors(base.embed_tokens.weight).T)[0]
+                for item in set(past.tolist()):
+                    distance = at - max(q for q in range(at) if int(past[q]) == item)
+                    logits[table[item]] += base.items.again_of(torch.tensor(distance))
+                scored.append(-logits.log_softmax(-1)[table[target]])
+    wanted = 0.5 * torch.stack(spelled).mean() + 2.0 * torch.stack(scored).mean()
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_pieces_and_rows_hold_the_same_events() -> None:
+    made = shop(length=30)
+    for number in (0, 1):
+        told = [row for row in made.rows.epoch(number) if row.weight == made.settings.weights.next_sid]
+        rows = sum((len(row.ids) - 1) // len(SIZES) for row in told)
+        pieces = made.rows.pieces(number)
+        assert sum(int((piece.items >= 0).sum()) for piece in pieces) == rows
+        assert sum(int(piece.learned.sum()) for piece in pieces) * len(SIZES) == sum(
+            int(row.learned.sum()) for row in told
+        )
+        assert all(piece.items.numel() <= 64 for piece in pieces)
 
 
 def test_held_out_items_are_not_trained_on() -> None:

@@ -1,0 +1,88 @@
+"""The dense head of a bundle: what its generator knows of items beyond their codes, as one matrix an index.
+
+An item's vector is the sum of its codes' embeddings and what was learned of the item itself; an item that
+came after the training is its codes alone. A state's product with all vectors scores the whole catalogue at
+once (LIGER, Yang et al. 2024, arXiv 2411.18814).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from serving.index import Ints, SidIndex
+from streams.errors import SidstreamError
+
+ITEMS = "items.safetensors"
+Floats = NDArray[np.float32]
+
+
+class Items:
+    """I known items of L codes, width D, from a bundle's items.safetensors."""
+
+    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+        """Raises SidstreamError where the file is damaged or of another codebook."""
+        path = folder / ITEMS
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                self._codes: Floats = file.get_tensor("codes")
+                self._query: Floats = file.get_tensor("query")
+                sids = file.get_tensor("sids")
+                self._again: Floats = file.get_tensor("again")
+                extras: Floats = file.get_tensor("extras")
+        except (OSError, SafetensorError) as error:
+            raise SidstreamError(f"{path} does not open ({error}); export the bundle again") from error
+        self._sizes = tuple(sizes)
+        if self._codes.shape[0] != sum(sizes) or sids.shape != (len(extras), len(sizes)):
+            raise SidstreamError(f"{path} does not fit a codebook of {self._sizes}; export the bundle again")
+        self._bases = np.cumsum([0, *self._sizes[:-1]])
+        keys = self._keys(sids)
+        order = np.argsort(keys, kind="stable")
+        self._known, self._extras = keys[order], extras[order]
+        self._matrix: tuple[NDArray[np.uint16], Floats] | None = None
+
+    @property
+    def width(self) -> int:
+        """D, the length of a vector."""
+        return int(self._codes.shape[1])
+
+    def _keys(self, sids: NDArray[np.integer]) -> Ints:
+        key = np.zeros(sids.shape[:-1], dtype=np.int64)
+        for level, size in enumerate(self._sizes):
+            key = key * size + sids[..., level]
+        return key
+
+    def extras(self, sids: NDArray[np.integer]) -> Floats:
+        """SIDs (..., L) -> what is known beyond their codes (..., D) float32; zeros for unknown items."""
+        made = np.zeros((*sids.shape[:-1], self.width), dtype=np.float32)
+        if len(self._known):
+            keys = self._keys(sids)
+            at = np.minimum(np.searchsorted(self._known, keys), len(self._known) - 1)
+            found = self._known[at] == keys
+            made[found] = self._extras[at[found]]
+        return made
+
+    def queries(self, state: NDArray[np.generic]) -> Floats:
+        """States (R, D) -> what is multiplied with items' vectors (R, D)."""
+        made: Floats = state.astype(np.float32) @ self._query.T
+        return made
+
+    def again(self, distances: Ints) -> Floats:
+        """What is added to the logits of a past's items, by distance (n,), 1 for the newest -> (n,)."""
+        bucket = np.minimum(np.ceil(np.log2(distances)).astype(np.int64), len(self._again) - 1)
+        return self._again[bucket]
+
+    def matrix(self, index: SidIndex) -> Floats:
+        """The vectors of an index's items, (N, D) float32 in leaf order; made once for each tree."""
+        # The table of SIDs is one object as long as no item came: a change of active items keeps it.
+        if self._matrix is None or self._matrix[0] is not index.sids:
+            sids = index.sids.astype(np.int64)
+            made = self.extras(sids)
+            for level in range(sids.shape[1]):
+                made += self._codes[sids[:, level] + self._bases[level]]
+            self._matrix = (index.sids, made)
+        return self._matrix[1]

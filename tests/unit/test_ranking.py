@@ -1,0 +1,137 @@
+"""Both heads' scores, mixed; past items by the rule; weight and rule fitted on held-out events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from registry import ranking as kept_ranking
+from registry.ranking import Ranking, Repeats, left_out
+from streams.errors import SidstreamError
+from tests.tiny_shop import ITEMS, Shop, shop
+from trainer.data import Held, held
+from trainer.generator import GeneratorForCausalLM
+from trainer.ranking import Candidates, Ranker, fit, kept, ranks, sid_scores
+
+
+@pytest.fixture(scope="module")
+def made() -> Shop:
+    return shop()
+
+
+@pytest.fixture(scope="module")
+def model(made: Shop) -> GeneratorForCausalLM:
+    fresh = made.model(seed=3)
+    with torch.no_grad():
+        # Heads that say something, and differently.
+        fresh.model.items.own.normal_(0, 0.5)
+        fresh.model.items.again.copy_(torch.linspace(-2, 1, 8))
+    return fresh
+
+
+HISTORIES = [np.array([3, 4, 5]), np.array([7]), np.array([2, 9, 2, 2, 11, 0]), np.array([], dtype=np.int64)]
+
+
+def brute(made: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of every item by its SID, and by the dense head: said with loops."""
+    codes = torch.from_numpy(made.known.codes)
+    with torch.no_grad():
+        padded = codes[history][None] if len(history) else torch.zeros(1, 1, 3, dtype=torch.long)
+        state = model.encode(padded, torch.tensor([len(history)]))
+        spelled = sid_scores(model, state, codes[None])[0]
+        vectors = model.model.embed_items(codes)
+        logits = (model.model.queries(state) @ vectors.T)[0]
+        for item in set(history.tolist()):
+            distance = len(history) - int(np.flatnonzero(history == item)[-1])
+            logits[item] += model.model.items.again[min(int(np.ceil(np.log2(distance))), 7)]
+    return spelled.numpy(), logits.log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_order_is_that_of_all_items_scored_by_hand(
+    made: Shop, model: GeneratorForCausalLM, weight: float
+) -> None:
+    found = Ranker(model, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
+    order = found.order(weight)
+    for row, history in enumerate(HISTORIES):
+        spelled, dense = brute(made, model, history)
+        score = (1 - weight) * spelled + weight * dense
+        listed = order[row][order[row] >= 0].numpy()
+        assert sorted(listed.tolist()) == list(range(ITEMS))
+        assert np.all(np.diff(score[listed]) <= 1e-4)
+
+
+def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: GeneratorForCausalLM) -> None:
+    found = Ranker(model, made.known.codes, made.sids, 6).candidates(HISTORIES)
+    for row, history in enumerate(HISTORIES):
+        spelled, dense = brute(made, model, history)
+        items = set(found.items[row].tolist()) - {-1}
+        assert set(np.argsort(-dense)[:6].tolist()) <= items
+        assert int(np.argmax(spelled)) in items
+        assert len(found.items[row][found.items[row] >= 0]) == len(items)
+
+
+def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(made: Shop) -> None:
+    bare = made.model(seed=1)
+    bare.know(torch.zeros(0, 3, dtype=torch.long))
+    found = Ranker(bare, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
+    for row, history in enumerate(HISTORIES):
+        spelled, _ = brute(made, bare, history)
+        listed = found.order(0.0)[row].numpy()
+        assert np.all(np.diff(spelled[listed]) <= 1e-4)
+    one = held(made.log, [5, 20], 8)
+    assert (
+        fit(Ranker(bare, made.known.codes, made.sids, ITEMS).candidates(one.histories), one).dense_weight == 0
+    )
+
+
+def candidates(items: list[list[int]], sid: list[list[float]], dense: list[list[float]]) -> Candidates:
+    return Candidates(torch.tensor(items), torch.tensor(sid), torch.tensor(dense))
+
+
+def past(*entries: tuple[int, int, bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    items, ages, bought = zip(*entries, strict=True)
+    return np.array(items), np.array(ages), np.array(bought)
+
+
+def test_fitting_takes_the_weight_and_the_rule_under_which_targets_come_first() -> None:
+    histories, ages, bought = zip(past((1, 10, False)), past((2, 10, False)), strict=True)
+    one = Held(list(histories), np.array([5, 6]), list(ages), list(bought))
+    # The dense head has the target second, behind the past item; the other head has it last.
+    found = candidates([[1, 5, 7], [2, 6, 7]], [[-1.0, -9.0, -2.0]] * 2, [[-0.5, -1.0, -3.0]] * 2)
+    chosen = fit(found, one)
+    assert chosen.repeats == "never"
+    assert chosen.dense_weight >= 0.8
+    assert ranks(found, one, chosen).tolist() == [0, 0]
+    # Where users do come back, the rule stays away.
+    again = Held(list(histories), np.array([1, 2]), list(ages), list(bought))
+    assert fit(found, again) == Ranking()
+
+
+def test_the_rule_leaves_out_what_it_says() -> None:
+    items, ages, bought = past((4, 50, True), (5, 90_000, False), (6, 10, False))
+    one = Held([items], np.array([6]), [ages], [bought])
+    found = candidates([[4, 5, 6, 7]], [[0.0] * 4], [[0.0] * 4])
+    said = {
+        "always": [True] * 4, "never": [False, False, False, True], "bought": [False, True, True, True],
+    }  # fmt: skip
+    for rule, wanted in said.items():
+        assert kept(found, one, Ranking(repeats=rule)).tolist() == [wanted]
+    within = Ranking(repeats="within", within_s=3600)
+    assert kept(found, one, within).tolist() == [[False, True, False, True]]
+    assert ranks(found, one, within).tolist() == [4]
+    assert left_out(Repeats(repeats="within", within_s=60), bought, ages).tolist() == [True, False, True]
+
+
+def test_a_ranking_is_kept_in_a_bundle_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    assert kept_ranking.read(tmp_path) == Ranking()
+    one = Ranking(dense_weight=0.7, repeats="within", within_s=60)
+    kept_ranking.write(one, tmp_path)
+    assert kept_ranking.read(tmp_path) == one
+    for text in ("{", '{"dense_weight": 2}', '{"repeats": "within"}', '{"repeats": "sometimes"}'):
+        (tmp_path / "ranking.json").write_text(text)
+        with pytest.raises(SidstreamError, match="ranking"):
+            kept_ranking.read(tmp_path)
