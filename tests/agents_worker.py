@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from registry.codebook import Codebook
+from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 
 DIM = 16
@@ -49,6 +50,16 @@ class FileCodebooks:
 
     def codebook(self, id: str | None = None) -> Codebook:
         return Codebook.load(self._path)
+
+    def encoder(self, codebook: str) -> Path:
+        raise SidstreamError(f"codebook {codebook} has no encoder")
+
+
+def words_of(codebook: Codebook, _encoder: object) -> WordEmbedder:
+    """The tests' embedder, in the place of registry.embedder.embedder_of."""
+    if codebook.embedder != WordEmbedder.id:
+        raise SidstreamError(f"codebook {codebook.id} was fitted with embedder {codebook.embedder}")
+    return WordEmbedder()
 
 
 def write_codebook(path: Path, sizes: Sequence[int] = (8, 8, 256), seed: int = 0) -> Codebook:
@@ -92,10 +103,12 @@ def start(
 
 def main() -> None:
     """Run the worker that the argument describes."""
+    from agents import catalogue
     from agents.app import create_app, run_worker
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
+    catalogue.embedder_of = words_of  # type: ignore[assignment]
     told = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(
@@ -104,7 +117,6 @@ def main() -> None:
             HistorySettings(),
             AgentsSettings.model_validate(told["agents"]),
             FileCodebooks(Path(told["codebook"])),
-            WordEmbedder,
         )
     )
 
