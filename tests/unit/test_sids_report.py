@@ -47,7 +47,10 @@ def test_a_scaled_residual_takes_its_length_along():
     scaled = Codebook("test", book().centroids)
     vectors = np.array([[4, 0.5], [-4, -0.5]], np.float32)
     # (0, .5) is scaled to (0, 1), which the second code is: nothing is left.
-    assert greedy(scaled, vectors, np.array([[0, 0], [1, 1]])).error == pytest.approx(0)
+    found = greedy(scaled, vectors, np.array([[0, 1], [1, 0]]))
+    assert found.error == pytest.approx(0)
+    # The other code is 2 away from (0, 1), which is half as long in truth.
+    assert found.moved_error == pytest.approx(1 / 16.25)
     assert greedy(book(), vectors, np.array([[0, 0], [1, 1]])).error == pytest.approx(0.25 / 16.25)
 
 
