@@ -121,7 +121,8 @@ class Ranker:
     @torch.no_grad()
     def candidates(self, histories: Sequence[Int64]) -> Candidates:
         """Both scores of every history's candidates."""
-        parts = []
+        none = torch.zeros(0, 2 * self.width)
+        parts = [(none.long(), none, none)] if not len(histories) else []
         for low in range(0, len(histories), _ROWS):
             items, lengths = pad_items(histories[low : low + _ROWS], self.codes)
             found = candidates(

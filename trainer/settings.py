@@ -96,7 +96,7 @@ class TrainerSettings(Section):
     depth_factor: int = Field(1, ge=1, le=8, description="inner size of a level's depth head over the width")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of activations left out in training")
     item_dropout: float = Field(
-        0.1,
+        0.0,
         ge=0,
         lt=1,
         description="share of items without their own vector in a step, so that codes and text also stand "

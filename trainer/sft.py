@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,13 +93,35 @@ def token_loss(model: GeneratorForCausalLM, batch: Batch) -> Tensor:
     return (losses * batch.weights[:, None].expand_as(labels)[at]).mean()
 
 
+class Scored(NamedTuple):
+    """The items that the dense head's softmax runs over: those that somebody touched.
+
+    An item that nobody touched yet would only ever be pushed away, and a new item stay where that left it.
+    """
+
+    rows: Tensor  # (S,) rows of the model's table
+    place: Tensor  # (I,) each row's place among them; 0 where it has none
+    touched: Tensor  # (I,) bool
+
+
+def scored(table: Tensor, touched: Tensor) -> Scored | None:
+    """Of the catalogue's rows in the table (I,) and those of them that were touched; None: all are scored."""
+    rows = table[touched].unique()
+    if len(rows) == len(table):
+        return None
+    place = torch.zeros(len(table), dtype=torch.long, device=table.device)
+    place[rows] = torch.arange(len(rows), device=table.device)
+    return Scored(rows, place, torch.zeros_like(place, dtype=torch.bool).index_fill(0, rows, True))
+
+
 def sequence_loss(
-    model: GeneratorForCausalLM, pieces: Pieces, table: Tensor, weights: TaskWeights, smoothing: float = 0.0
-) -> Tensor:
+    model: GeneratorForCausalLM, pieces: Pieces, table: Tensor, weights: TaskWeights, smoothing: float = 0.0,
+    among: Scored | None = None,
+) -> Tensor:  # fmt: skip
     """The next item at every position, by its SID and by itself.
 
     `table` (I,): the model's row of each item of the catalogue. The SID's part is the sum over its levels of
-    the cross-entropy over the whole vocabulary; the dense head's is over all items.
+    the cross-entropy over the whole vocabulary; the dense head's is over the items of `among`, None: all.
     """
     base = model.model
     every = base.items.vectors(base.embed_tokens.weight)
@@ -109,9 +133,12 @@ def sequence_loss(
     target = rows[pieces.learned]
     loss = torch.zeros((), device=rows.device)
     if weights.next_item > 0:
-        places, distance = _pasts(rows, pieces.learned)
+        (query, past), distance = _pasts(rows, pieces.learned)
+        wanted = target
+        if among is not None:
+            every, wanted, past = F.embedding(among.rows, every), among.place[target], among.place[past]
         loss = loss + weights.next_item * softmax_loss(
-            base.queries(state), every, target, smoothing, places, base.items.again_of(distance)
+            base.queries(state), every, wanted, smoothing, (query, past), base.items.again_of(distance)
         )
     if weights.next_sid > 0:
         codes = base.items.codes[target]
@@ -217,7 +244,11 @@ def train(
     codes = torch.from_numpy(rows.known.codes).to(where)
     table = model.model.items.rows(codes)
     if bool((table < 0).any()):
-        raise ValueError("every item of the catalogue must be in the model's table: call items.replace first")
+        raise ValueError("every item of the catalogue must be in the model's table: call know() first")
+    # Held-out targets do not count as touched: they stand for what is not known yet.
+    spans = zip(rows.log.starts[:-1], rows.split.ends, strict=True)
+    learned = np.concatenate([rows.log.items[low:high] for low, high in spans])
+    among = scored(table, torch.from_numpy(np.unique(learned)).to(where))
 
     while place.epoch < settings.epochs:
         batches = rows.pieces(place.epoch)
@@ -240,12 +271,16 @@ def train(
             pieces = Pieces(*(part.to(where) for part in pieces))
             titles = texts[place.batch * each : (place.batch + 1) * each]
             with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
-                loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing)
+                loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among)
                 if titles:
                     batch = Batch(*(part.to(where) for part in collate(titles)))
                     loss = loss + token_loss(model, batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            own = model.model.items.own.grad
+            if among is not None and own is not None:
+                # Titles teach them too, but only what they are called: a new item stays its codes and its text.
+                own.mul_(among.touched[:, None])
             torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
             rate = settings.lr * _learning_rate(max(spent, place.step / total))
             for group in optimizer.param_groups:

@@ -206,3 +206,19 @@ def test_children_of_a_prefix_are_those_of_the_sids() -> None:
     assert known.allowed([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
     assert known.allowed([base[0] + 1]) == []
     assert known.allowed(made.prompt.tokens((0, 1, 2))) == []
+
+
+def test_an_item_that_nobody_touched_is_not_pushed_away() -> None:
+    made = shop(users=6, length=3, epochs=3)
+    touched = set(
+        np.concatenate(
+            [made.log.items[a:b] for a, b in zip(made.log.starts[:-1], made.split.ends, strict=True)]
+        ).tolist()
+    )
+    new = [item for item in range(len(made.known.items)) if item not in touched]
+    assert new
+    model = made.model()
+    train(model, made.rows, made.sids, made.settings)
+    own = model.model.items.own[model.model.items.rows(torch.from_numpy(made.known.codes))]
+    assert not own[new].any()
+    assert own[sorted(touched)].any(-1).all()

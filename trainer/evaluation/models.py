@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from streams.errors import SidstreamError
 from trainer.evaluation.ranker import Ranker
@@ -18,6 +18,9 @@ class Options(NamedTuple):
 
 
 Factory = Callable[[Options], Ranker]
+# What orders a list of the generator: the beam alone, the beam's items by the dense head, the dense head, or
+# both, mixed with the weight that validation chose.
+Head = Literal["beam", "reordered", "dense", "mixed"]
 
 
 def _popularity(options: Options) -> Ranker:
@@ -51,6 +54,20 @@ def _sasrec(samples: str) -> Factory:
     return make
 
 
+# The generator that was trained last: its heads are models of their own, and one training serves them all.
+_TRAINED: dict[Options, Any] = {}
+
+
+def _ours(head: Head) -> Factory:
+    def make(options: Options) -> Ranker:
+        from trainer.evaluation.ours import Ours, Trained, recipe
+
+        trained = _TRAINED.setdefault(options, Trained(recipe(options.max_seconds, options.epochs)))
+        return Ours(f"sidstream-{head}", trained, head)
+
+    return make
+
+
 MODELS: dict[str, Factory] = {
     "popularity": _popularity,
     "popularity-of-category": _popularity_of_category,
@@ -58,9 +75,13 @@ MODELS: dict[str, Factory] = {
     "itemknn-forward": _itemknn(forward=True),
     "sasrec": _sasrec("position"),
     "sasrec-prefix": _sasrec("prefix"),
+    "sidstream-beam": _ours("beam"),
+    "sidstream-reordered": _ours("reordered"),
+    "sidstream-dense": _ours("dense"),
+    "sidstream-mixed": _ours("mixed"),
 }
 # What `sidstream evaluate` runs where nothing is named.
-DEFAULT = ("popularity", "itemknn", "sasrec")
+DEFAULT = ("popularity", "itemknn", "sasrec", "sidstream-beam", "sidstream-mixed")
 
 
 def chosen(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,182 @@
+"""Our own generator under the evaluation: codebook, SFT and ranking by the update cycle's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from registry.embedder import WordLlamaEmbedder
+from registry.prompt import Prompt
+from registry.ranking import Ranking
+from registry.settings import CodebookSettings
+from trainer.build import fresh_generator
+from trainer.codebooks.fit import assign_keeping, fit_vectors
+from trainer.collaborative import collaborative, fuse
+from trainer.constrained import SidSet
+from trainer.data import Held, Int64, Interactions, Rows, catalogue
+from trainer.data import Split as Cut
+from trainer.evaluation.models import Head
+from trainer.evaluation.ranker import Mask, Progress
+from trainer.evaluation.sequences import flatten
+from trainer.evaluation.splits import Split
+from trainer.generator import GeneratorForCausalLM
+from trainer.ranking import Candidates, Ranker
+from trainer.settings import TrainerSettings
+from trainer.sft import train
+from trainer.tokenizer import build_tokenizer
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, apart from the seed."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    codebook: dict[str, Any] = field(default_factory=dict)
+    candidates: int = 100  # of each head
+
+
+def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recipe:
+    """What `sidstream evaluate` trains: found on the validation part of Amazon Beauty, used for every set."""
+    return Recipe(
+        trainer={
+            "width": 128, "layers": 2, "heads": 2, "ffn_factor": 4, "depth_factor": 2, "dropout": 0.4,
+            "lr": 1e-3, "weight_decay": 0.0, "epochs": 20 if epochs is None else epochs, "patience": 5,
+            "max_seconds": max_seconds, "validation_users": 3000, "max_words": 0,
+            "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0},
+        },
+        codebook={"levels": 3, "size": 256, "collaborative": 0.5},
+    )  # fmt: skip
+
+
+class Trained:
+    """One trained generator, which several heads rank with."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._seed: int | None = None
+        self._of: Split | None = None
+        self._lists: dict[int, Candidates] = {}
+
+    def fit(self, data: Split, seed: int, progress: Progress) -> None:
+        """Codebook, SIDs and generator of a split; once for all heads of one seed."""
+        if self._seed == seed and self._of is data:
+            return
+        settings = TrainerSettings.model_validate(
+            {"beat_popularity": False, **self.recipe.trainer, "seed": seed}
+        )
+        self.settings = settings
+        codebook = CodebookSettings.model_validate(self.recipe.codebook)
+        texts = _texts(data, progress)
+        vectors = texts
+        dim = codebook.collaborative_dim if codebook.collaborative else 0
+        if dim:
+            together = collaborative(data.train, data.data.size, dim)
+            vectors = together if texts is None else fuse(texts, together, codebook.collaborative)
+        if vectors is None:
+            raise ValueError("the data set has no texts: give the codebook a collaborative share")
+        progress("codebook")
+        made = fit_vectors(vectors, "evaluation", codebook, dim)
+        sids = assign_keeping(made, vectors, [None] * len(vectors))
+        self.sids = np.array(sids, dtype=np.int64)
+        prompt = Prompt(made.sizes, settings.max_items)
+        # Item rows are the order of the catalogue here: names sort as numbers do.
+        names = [f"{row:09d}" for row in range(data.data.size)]
+        known = catalogue(
+            dict(zip(names, sids, strict=True)), dict(zip(names, data.data.texts, strict=True)), prompt
+        )
+        self.known, self.set = known, SidSet(sids, prompt)
+        tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
+        self.model = fresh_generator(
+            known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings
+        )
+        log, cut = _log(data, settings)
+        rows = Rows(log, cut, known, tokenizer, prompt, settings)
+        self.result = train(self.model, rows, self.set, settings, progress=progress)
+        self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
+        quality = self.result.quality
+        self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
+        self.invalid_rate = 1.0 - quality.validity if quality else None
+        self._seed, self._of, self._lists = seed, data, {}
+
+    def rank(self, histories: Sequence[Int64], k: int, mask: Mask, head: Head) -> Int64:
+        """(B, k) item rows, best first, -1 where candidates end."""
+        key = hash(tuple((len(row), int(row[-1]) if len(row) else -1) for row in histories))
+        if key not in self._lists:
+            longest = self.settings.max_items
+            # One set of histories at a time: every head and mask asks for the same ones.
+            self._lists = {key: self.ranker.candidates([row[-longest:] for row in histories])}
+        found = self._lists[key]
+        weight = {"beam": 0.0, "reordered": 1.0, "dense": 1.0, "mixed": self.ranking.dense_weight}[head]
+        left = torch.ones(found.items.shape, dtype=torch.bool)
+        width = self.recipe.candidates
+        if head in ("beam", "reordered"):
+            left[:, width:] = False
+        if mask == "seen":
+            for row, history in enumerate(histories):
+                left[row] &= ~torch.isin(found.items[row], torch.from_numpy(np.unique(history)))
+        order = found.order(weight, left)[:, :k].numpy()
+        made = np.full((len(histories), k), -1, dtype=np.int64)
+        made[:, : order.shape[1]] = order
+        return made
+
+
+class Ours:
+    """One head of a trained generator, as the evaluation wants it."""
+
+    head: str
+
+    def __init__(self, name: str, trained: Trained, head: Head) -> None:
+        self.name, self.head = name, head
+        self._trained, self._head = trained, head
+
+    def fit(self, data: Split, seed: int, progress: Progress) -> None:
+        """Train, or take what another head trained."""
+        self._trained.fit(data, seed, progress)
+        model: GeneratorForCausalLM = self._trained.model
+        self.parameters = sum(value.numel() for value in model.parameters())
+        self.sids = self._trained.sids
+        self.invalid_rate = self._trained.invalid_rate
+
+    def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
+        """(B, k) item rows, best first."""
+        return self._trained.rank(histories, k, mask, self._head)
+
+
+def _texts(data: Split, progress: Progress) -> Float32 | None:
+    if not any(data.data.texts):
+        return None
+    progress("text vectors")
+    return WordLlamaEmbedder().embed([text.lower() for text in data.data.texts])
+
+
+def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
+    """Training histories and validation targets as the trainer's log.
+
+    A validation target is its user's row after the training part; up to `validation_users` of them are used.
+    """
+    users = np.arange(len(data.train))
+    last: dict[int, tuple[Int64, int]] = {}
+    for user, history, target in zip(
+        data.valid.users.tolist(), data.valid.histories, data.valid.targets.tolist(), strict=True
+    ):
+        last.setdefault(user, (history, target))
+    items, starts = flatten(data.train)
+    count = len(items)
+    log = Interactions(
+        [str(user) for user in users], starts, items, np.arange(count, dtype=np.int64),
+        np.ones(count, dtype=bool), np.zeros(count, dtype=bool),
+    )  # fmt: skip
+    rng = np.random.default_rng(settings.seed)
+    drawn = rng.permutation(sorted(last))[: settings.validation_users]
+    size = settings.max_items
+    histories = [last[int(user)][0][-size:] for user in drawn]
+    targets = np.array([last[int(user)][1] for user in drawn], dtype=np.int64)
+    none = [np.zeros(len(row), dtype=np.int64) for row in histories]
+    return log, Cut(starts[1:].copy(), Held(histories, targets, none, [row.astype(bool) for row in none]))
