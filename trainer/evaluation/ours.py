@@ -39,19 +39,19 @@ class Recipe:
 
     trainer: dict[str, Any] = field(default_factory=dict)
     codebook: dict[str, Any] = field(default_factory=dict)
-    candidates: int = 100  # of each head
+    candidates: int = 50  # of each head
 
 
 def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recipe:
     """What `sidstream evaluate` trains: found on the validation part of Amazon Beauty, used for every set."""
     return Recipe(
         trainer={
-            "width": 128, "layers": 2, "heads": 2, "ffn_factor": 4, "depth_factor": 2, "dropout": 0.4,
+            "width": 128, "layers": 2, "heads": 2, "ffn_factor": 4, "depth_factor": 2, "dropout": 0.5,
             "lr": 1e-3, "weight_decay": 0.0, "epochs": 20 if epochs is None else epochs, "patience": 5,
             "max_seconds": max_seconds, "validation_users": 3000, "max_words": 0,
             "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0},
         },
-        codebook={"levels": 3, "size": 256, "collaborative": 0.5},
+        codebook={"levels": 4, "size": 256, "collaborative": 0.5},
     )  # fmt: skip
 
 
