@@ -190,7 +190,13 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     model, _ = load_model(champion.model)
     since = T0 + 100_000
     found = explore(
-        model, champion.prompt, 1500, since=since, codebook=world.codebook.id, candidates=8, users=150,
+        model,
+        champion.prompt,
+        1500,
+        since=since,
+        codebook=world.codebook.id,
+        candidates=8,
+        users=150,
         temperature=1.0,
     )
     made: list[Event] = [event for event, _ in found]

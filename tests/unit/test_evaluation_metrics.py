@@ -18,6 +18,7 @@ def lists_of(count, items, seed, length=metrics.LONGEST):
 
 def test_the_metrics_are_those_of_ranx():
     import ranx  # it compiles as it is imported: seconds that other tests need not wait
+
     lists, targets = lists_of(50, 40, 1)
     relevant = ranx.Qrels({f"q{n}": {f"i{target}": 1} for n, target in enumerate(targets)})
     ranked = ranx.Run(

@@ -15,7 +15,7 @@ from registry.prompt import BOS
 from tests.tiny_explorations import T0, exploration, explore
 from tests.tiny_shop import Shop, shop, sid_of
 from trainer.generator import GeneratorForCausalLM
-from trainer.offpolicy import Explored, explored, judge, scores, reward_model, target_policy
+from trainer.offpolicy import Explored, explored, judge, reward_model, scores, target_policy
 from trainer.settings import OffPolicySettings
 from trainer.sft import train
 
