@@ -2,7 +2,8 @@
 
 An item's vector is the sum of its codes' embeddings, its own vector and the projection of its text's
 embedding. It is what the item looks like at the input, and what the dense head scores (LIGER, Yang et al.
-2024, arXiv 2411.18814). An item that was never trained has no own vector: its codes and its text speak for it.
+2024, arXiv 2411.18814). An item that was never trained has no own vector: its codes and its text speak for
+it.
 
 Shapes: I items, L levels, D width, T size of a text vector.
 """

@@ -65,8 +65,8 @@ def softmax_loss(
 
     queries (N, D), items (I, D), targets (N,) int64 rows of `items`, N >= 1. Under autocast the products are
     in its dtype. `smoothing`: share of a target's weight that is spread evenly over all items (Szegedy et al.
-    2016, section 7). `extra` (M,) float32 is added to the logits of `places`: ascending queries (M,) and items
-    (M,), no pair twice.
+    2016, section 7). `extra` (M,) float32 is added to the logits of `places`: ascending queries (M,) and
+    items (M,), no pair twice.
     """
     mixed = torch.is_autocast_enabled(queries.device.type)
     dtype = torch.get_autocast_dtype(queries.device.type) if mixed else torch.float32

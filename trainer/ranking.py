@@ -126,8 +126,8 @@ class Ranker:
         for low in range(0, len(histories), _ROWS):
             items, lengths = pad_items(histories[low : low + _ROWS], self.codes)
             found = candidates(
-                self.model, items.to(self._where), lengths.to(self._where), self.sids, self._place, self.width,
-                self._known,
+                self.model, items.to(self._where), lengths.to(self._where), self.sids, self._place,
+                self.width, self._known,
             )  # fmt: skip
             parts.append((found.items.cpu(), found.sid.cpu(), found.dense.cpu()))
         return Candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -279,7 +279,7 @@ def train(
             loss.backward()
             own = model.model.items.own.grad
             if among is not None and own is not None:
-                # Titles teach them too, but only what they are called: a new item stays its codes and its text.
+                # Titles reach them too: a new item stays its codes and its text.
                 own.mul_(among.touched[:, None])
             torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
             rate = settings.lr * _learning_rate(max(spent, place.step / total))
