@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ _ENCODER = "encoder"
 _JOURNAL = "sidstream.journal"
 # What MLflow keeps of a tag of a run.
 _LONGEST = 5000
+# Metrics of one request to MLflow, which takes no more.
+_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -307,6 +310,29 @@ class Registry:
             path = Path(folder) / f"{decision}.png"
             path.write_bytes(picture)
             client.log_artifact(found.run_id, str(path), "decisions")
+
+    def store_training(
+        self, version: str, stage: str, curve: Sequence[Mapping[str, float]], picture: bytes
+    ) -> None:
+        """Keep how a stage of training went: its points as metrics over steps, and drawn (PNG)."""
+        from mlflow.entities import Metric
+
+        found, now = self._find(version), time.time_ns() // 1_000_000
+        metrics = [
+            Metric(f"{stage}/curve/{name}", value, now, int(point["step"]))
+            for point in curve
+            for name, value in point.items()
+            if name != "step"
+        ]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._asking(f"store how version {version} was trained") as client,
+        ):
+            for low in range(0, len(metrics), _BATCH):
+                client.log_batch(found.run_id, metrics[low : low + _BATCH])
+            path = Path(folder) / f"{stage}.png"
+            path.write_bytes(picture)
+            client.log_artifact(found.run_id, str(path), "training")
 
     def decisions(self, version: str) -> list[dict[str, Any]]:
         """Every decision record that was stored with a version, oldest first."""

@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class DpoResult:
     accuracy: float
     drop: float
     stopped: str
+    # A point for each look: step, loss, margin, accuracy and drop.
+    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def preference_rows(
@@ -110,6 +112,7 @@ class _Watch(TrainerCallback):
         self.began = time.monotonic()
         self.last: dict[str, float] = {}
         self.drop = 0.0
+        self.curve: list[dict[str, float]] = []
         self.stopped = "all pairs seen"
 
     def on_log(
@@ -123,6 +126,12 @@ class _Watch(TrainerCallback):
             margin = self.last["rewards/margins"]
             self.progress(f"step {state.global_step} of {state.max_steps}, margin {margin:.3f}")
         self.drop = -self.last["rewards/chosen"] / self.settings.beta
+        # The last log of a run sums it up, and has no loss of its own.
+        if "loss" in self.last:
+            self.curve.append({
+                "step": float(state.global_step), "loss": self.last["loss"], "drop": self.drop,
+                "margin": self.last["rewards/margins"], "accuracy": self.last["rewards/accuracies"],
+            })  # fmt: skip
         if self.drop > self.settings.max_drop:
             self.stopped = f"the chosen SID's log-probability fell {self.drop:.2f} nats below the reference"
             control.should_training_stop = True
@@ -204,6 +213,7 @@ def align(
         pairs=pairs or len(rows), rows=len(rows), steps=outcome.global_step, seconds=seconds,
         loss=float(outcome.training_loss), margin=watch.last.get("rewards/margins", 0.0),
         accuracy=watch.last.get("rewards/accuracies", 0.0), drop=watch.drop, stopped=watch.stopped,
+        curve=watch.curve,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class Place:
     best_ndcg: float = -1.0
     stale: int = 0  # validations since the best one
     loss: float | None = None  # running mean
+    curve: list[dict[str, float]] = field(default_factory=list)  # a point for each validation
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from registry.store import CHAMPION, SFT, Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.build import fresh_generator
+from trainer.curve import draw
 from trainer.data import Rows, popular
 from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM
@@ -397,6 +398,9 @@ def _publish(
     for name, bundle in made.items():
         result.bundles[name] = bundle.id
         result.versions[name] = registry.register(bundle, result.metrics, params)
+    for name, stage in ((kind, result.sft), ("dpo", result.dpo)):
+        if name in result.versions and stage is not None and stage.curve:
+            registry.store_training(result.versions[name], name, stage.curve, draw(name, stage.curve))
     with promoting() as publisher:
         if first:
             event = release.start(registry, publisher, result.versions[kind])

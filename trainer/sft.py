@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,8 @@ class SftResult:
     loss: float
     quality: Quality | None
     stopped: str
+    # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where somebody was held out.
+    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def device() -> torch.device:
@@ -299,6 +301,7 @@ def train(
             place.epoch, place.batch = place.epoch + 1, 0
         quality = validate()
         place.seconds = before + time.monotonic() - began
+        place.curve.append(_point(done, place, running, quality))
         if progress:
             shown = f", HR@10 {quality.hr10:.3f}, NDCG@10 {quality.ndcg10:.3f}" if quality else ""
             progress(f"epoch {done:.2f}, loss {running:.3f}{shown}, {place.seconds:.0f} s")
@@ -315,4 +318,11 @@ def train(
             quality = evaluate(model, rows.split.held, rows.known, sids, settings)
     model.eval()
     done = place.epoch + place.batch / max(1, len(rows.batches(place.epoch))) if place.batch else place.epoch
-    return SftResult(place.step, done, place.seconds, running, quality, stopped)
+    return SftResult(place.step, done, place.seconds, running, quality, stopped, place.curve)
+
+
+def _point(epoch: float, place: Place, loss: float, quality: Quality | None) -> dict[str, float]:
+    made = {"epoch": epoch, "step": float(place.step), "seconds": place.seconds}
+    if math.isfinite(loss):
+        made["loss"] = loss
+    return made | ({"hr10": quality.hr10, "ndcg10": quality.ndcg10} if quality else {})

@@ -11,6 +11,7 @@ import torch
 from registry.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, shop
 from trainer.constrained import SidSet
+from trainer.curve import draw
 from trainer.data import Pieces, catalogue, collate, hold_out, interactions
 from trainer.generator import IGNORE
 from trainer.ranking import sid_scores
@@ -46,6 +47,22 @@ def test_a_resumed_run_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) ->
     for (name, wanted), found in zip(whole.named_parameters(), anew.parameters(), strict=True):
         assert torch.equal(wanted, found), name
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+def test_the_curve_has_a_point_for_each_epoch_also_over_an_interruption(tmp_path: Path) -> None:
+    made = shop(epochs=3)
+    whole = train(made.model(), made.rows, made.sids, made.settings)
+    assert [point["epoch"] for point in whole.curve] == [1.0, 2.0, 3.0]
+    assert whole.quality is not None
+    assert whole.quality.ndcg10 == max(point["ndcg10"] for point in whole.curve)
+    calls = iter(range(1000))
+    train(
+        made.model(), made.rows, made.sids, made.settings, folder=tmp_path,
+        stop=lambda: next(calls) == whole.steps // 2,
+    )  # fmt: skip
+    resumed = train(made.model(), made.rows, made.sids, made.settings, folder=tmp_path)
+    assert [point["step"] for point in resumed.curve] == [point["step"] for point in whole.curve]
+    assert draw("sft", whole.curve).startswith(b"\x89PNG")
 
 
 def test_a_spent_time_budget_ends_the_run() -> None:

@@ -55,15 +55,16 @@ def _sasrec(samples: str) -> Factory:
 
 
 # The generator that was trained last: its heads are models of their own, and one training serves them all.
-_TRAINED: dict[Options, Any] = {}
+_TRAINED: dict[tuple[Options, bool], Any] = {}
 
 
-def _ours(head: Head) -> Factory:
+def _ours(variant: str, head: Head, default: bool = False) -> Factory:
     def make(options: Options) -> Ranker:
-        from trainer.evaluation.ours import Ours, Trained, recipe
+        from trainer.evaluation.ours import Ours, Trained, default_recipe, recipe
 
-        trained = _TRAINED.setdefault(options, Trained(recipe(options.max_seconds, options.epochs)))
-        return Ours(f"sidstream-{head}", trained, head)
+        of = default_recipe if default else recipe
+        trained = _TRAINED.setdefault((options, default), Trained(of(options.max_seconds, options.epochs)))
+        return Ours(f"sidstream-{variant}", trained, head)
 
     return make
 
@@ -75,10 +76,11 @@ MODELS: dict[str, Factory] = {
     "itemknn-forward": _itemknn(forward=True),
     "sasrec": _sasrec("position"),
     "sasrec-prefix": _sasrec("prefix"),
-    "sidstream-beam": _ours("beam"),
-    "sidstream-reordered": _ours("reordered"),
-    "sidstream-dense": _ours("dense"),
-    "sidstream-mixed": _ours("mixed"),
+    "sidstream-beam": _ours("beam", "beam"),
+    "sidstream-reordered": _ours("reordered", "reordered"),
+    "sidstream-dense": _ours("dense", "dense"),
+    "sidstream-mixed": _ours("mixed", "mixed"),
+    "sidstream-default": _ours("default", "mixed", default=True),
 }
 # What `sidstream evaluate` runs where nothing is named.
 DEFAULT = ("popularity", "itemknn", "sasrec", "sidstream-beam", "sidstream-mixed")

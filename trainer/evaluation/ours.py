@@ -55,6 +55,12 @@ def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recip
     )  # fmt: skip
 
 
+def default_recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recipe:
+    """What `sidstream train` makes where nothing is set: in the demo, too."""
+    given = {"max_seconds": max_seconds, "epochs": epochs}
+    return Recipe(trainer={name: value for name, value in given.items() if value is not None})
+
+
 class Trained:
     """One trained generator, which several heads rank with."""
 

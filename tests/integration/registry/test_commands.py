@@ -68,8 +68,12 @@ def test_fitting_publishes_a_sid_for_every_item_and_a_codebook_that_agrees(stack
     assert tuple(sids[f"{made['codebook']}/i0"].sid) == next(registry.codebook().candidates(vector))
     with pytest.raises(SidstreamError, match="--replace"):
         commands.codebook_fit()
+    with pytest.raises(SidstreamError, match="nothing to replace"):
+        commands.codebook_fit(replace=True, fresh=True)
     commands.codebook_fit(replace=True, as_json=True)
-    assert told(capsys)["codebook"] == made["codebook"]
+    after = told(capsys)
+    assert after["replaced"] == made["codebook"] != after["codebook"]
+    assert 150 < after["kept"] <= after["had"] == 300
 
 
 def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, capsys):
