@@ -48,7 +48,7 @@ INDEX = SidIndex.build(np.array(SIDS), ITEMS)
 
 
 def recommender(explorer, beam=3):
-    return Recommender(lambda _: INDEX, beam, "always", explorer)
+    return Recommender(lambda _: INDEX, beam, None, explorer)
 
 
 def asked(count, k=3):
@@ -191,7 +191,7 @@ def test_nothing_is_explored_where_no_model_answered():
     small = SidIndex.build(
         np.array(list(itertools.product(range(3), repeat=2))), [one for one in ITEMS if "3" not in one]
     )
-    made = Recommender(lambda _: small, 3, "always", Explorer(1, 4, 1.0))
+    made = Recommender(lambda _: small, 3, None, Explorer(1, 4, 1.0))
     answers = made.recommend([poisoned, unknown, left_out, fine], service(Failing()))
     assert [one.recommendation.fallback for one in answers] == [
         "popular",

@@ -145,7 +145,7 @@ def test_a_catalogue_without_an_active_item_is_said_to_be_so(made, serving):
 
 
 def test_a_bundle_without_an_index_answers_that_there_is_no_catalogue():
-    answers = Recommender(lambda _: None, 5, "always", NOT_AT_ALL).recommend(
+    answers = Recommender(lambda _: None, 5, None, NOT_AT_ALL).recommend(
         [Request(trigger(), None)], service(Last())
     )
     assert answers[0].recommendation.fallback == "no_catalog"
