@@ -183,7 +183,7 @@ def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World)
 
 
 def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -> None:
-    world.settings = world.settings.model_copy(update={"epochs": 40})
+    world.settings = world.settings.model_copy(update={"epochs": 40, "lr": 2e-2})
     world.walk(range(60), 10, Purchase, 0)
     first = world.cycle()
     champion = world.registry.fetch("champion")
@@ -217,11 +217,11 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
         for n in range(200)
     ]  # fmt: skip
     world.publish(made)
-    sane, explored = world.settings, OffPolicySettings.model_validate({"min_ess": 100})
+    sane, explored = world.settings, OffPolicySettings.model_validate({"min_ess": 10})
 
     # A refresh whose steps are far too large: it passes the loose checks of these tests, and nothing else.
     world.settings = sane.model_copy(
-        update={"refresh_lr": 1.0, "max_fall": 0.999, "epochs": 1, "offpolicy": explored}
+        update={"refresh_lr": 0.3, "max_fall": 0.999, "epochs": 1, "offpolicy": explored}
     )
     with pytest.raises(
         SidstreamError, match=r"failed its offline check and was not registered: veto: CTR 0\.\d"

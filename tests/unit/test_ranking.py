@@ -108,7 +108,7 @@ def test_fitting_takes_the_weight_and_the_rule_under_which_targets_come_first() 
     assert ranks(found, one, chosen).tolist() == [0, 0]
     # Where users do come back, the rule stays away.
     again = Held(list(histories), np.array([1, 2]), list(ages), list(bought))
-    assert fit(found, again) == Ranking()
+    assert fit(found, again) == Ranking(dense_weight=1.0)
 
 
 def test_the_rule_leaves_out_what_it_says() -> None:
