@@ -154,7 +154,8 @@ def ranks(found: Candidates, held: Held, ranking: Ranking) -> Tensor:
 def fit(found: Candidates, held: Held, k: int = 10) -> Ranking:
     """The rule with the best NDCG at `k` on held-out events, equals going to the simpler one, and its weight.
 
-    The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984): a few thousand events do not tell .8 from 1, and the dense head alone is the steadier.
+    The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984):
+    a few thousand events do not tell .8 from 1, and the dense head alone is the steadier.
     """
     weights = WEIGHTS if torch.any(found.dense != 0) else (0.0,)
     best, chosen, rule = -1.0, torch.zeros(len(weights), 0), RULES[0]
