@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +96,19 @@ def embedder_of(codebook: Codebook, encoder: Callable[[str], Path]) -> Embedder:
     # What cannot be loaded shows now, and not with a batch of items in hand.
     found.embed(["item"])
     return found
+
+
+def title_vectors(titles: Sequence[str]) -> npt.NDArray[np.float32]:
+    """What the generator sees of titles: unit rows, float32 (N, 256), the same in the trainer and in serving.
+
+    Always of WordLlama, whatever the codebook was fitted with: serving has no other embedder.
+    """
+    return _word_llama().embed([title.lower() for title in titles])
+
+
+@cache
+def _word_llama() -> WordLlamaEmbedder:
+    return WordLlamaEmbedder()
 
 
 def item_text(item: CatalogItem) -> str:

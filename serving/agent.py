@@ -69,6 +69,7 @@ class ServingAgent:
         self._recommender = Recommender(
             self._catalogue.index, settings.beam, settings.repeats, explorer,
             translator=self._catalogue.translator, exact=settings.exact_items,
+            title_of=self._catalogue.title_of,
         )  # fmt: skip
         self._histories = Histories(redis, settings.redis_timeout_s, settings.redis_wait_s)
         self._outbox = Outbox(kafka, settings.retry_max_s)

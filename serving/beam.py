@@ -11,7 +11,7 @@ penalty. Sums run in float32, level by level, as in transformers' beam search, s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,7 @@ class Dense:
     items: Items
     weight: float
     exact: int
+    title_of: Callable[[str], str] = lambda _: ""  # of an item_id; empty where it is not known
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def search(
     total = len(prompts)
     widths = [max(beam, wanted) for wanted in k]
     without = index.exclusions(excluded)
+    if dense is not None:
+        dense.items.meet(index, dense.title_of)
     state = generator.encode(prompts)
     request = np.arange(total)
     node = np.zeros(total, dtype=np.int64)

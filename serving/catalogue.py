@@ -90,6 +90,7 @@ class Catalogue:
         self._by_tag: dict[str, SidTable] = {}
         self._newest = Newest()
         self._active: dict[str, bool] = {}
+        self._titles: dict[str, str] = {}
         self._indexes: dict[str, SidIndex] = {}
         self._changed: set[str] = set()
         self._wake = asyncio.Event()
@@ -113,6 +114,8 @@ class Catalogue:
 
     def on_item(self, key: str, event: Event | None) -> None:
         """A catalogue record arrived; a deletion (None) makes the item inactive."""
+        if isinstance(event, CatalogItem):
+            self._titles[key] = event.title
         active = isinstance(event, CatalogItem) and event.active
         if self._active.get(key, False) == active:
             return
@@ -144,6 +147,10 @@ class Catalogue:
             return None if sid is None else pack_sid(sid)
 
         return translate
+
+    def title_of(self, item_id: str) -> str:
+        """The newest title of an item, also of one that is no longer listed; empty where there is none."""
+        return self._titles.get(item_id, "")
 
     def items(self) -> int:
         """How many items are active."""

@@ -1,19 +1,20 @@
 """The dense head of a bundle: what its generator knows of items beyond their codes, as one matrix an index.
 
 An item's vector is the sum of its codes' embeddings and what was learned of the item itself; an item that
-came after the training is its codes alone. A state's product with all vectors scores the whole catalogue at
-once (LIGER, Yang et al. 2024, arXiv 2411.18814).
+came after the training is its codes and its text. A state's product with all vectors scores the whole
+catalogue at once (LIGER, Yang et al. 2024, arXiv 2411.18814).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from registry.embedder import title_vectors
 from serving.index import Ints, SidIndex
 from streams.errors import SidstreamError
 
@@ -34,6 +35,7 @@ class Items:
                 sids = file.get_tensor("sids")
                 self._again: Floats = file.get_tensor("again")
                 extras: Floats = file.get_tensor("extras")
+                self._text: Floats | None = file.get_tensor("text") if "text" in set(file.keys()) else None
         except (OSError, SafetensorError) as error:
             raise SidstreamError(f"{path} does not open ({error}); export the bundle again") from error
         self._sizes = tuple(sizes)
@@ -42,7 +44,9 @@ class Items:
         self._bases = np.cumsum([0, *self._sizes[:-1]])
         keys = self._keys(sids)
         order = np.argsort(keys, kind="stable")
-        self._known, self._extras = keys[order], extras[order]
+        # Replaced as a whole: other threads read it while new items are met.
+        self._known: tuple[Ints, Floats] = (keys[order], extras[order])
+        self._met: NDArray[np.uint16] | None = None
         self._matrix: tuple[NDArray[np.uint16], Floats] | None = None
 
     @property
@@ -59,12 +63,32 @@ class Items:
     def extras(self, sids: NDArray[np.integer]) -> Floats:
         """SIDs (..., L) -> what is known beyond their codes (..., D) float32; zeros for unknown items."""
         made = np.zeros((*sids.shape[:-1], self.width), dtype=np.float32)
-        if len(self._known):
+        known, extras = self._known
+        if len(known):
             keys = self._keys(sids)
-            at = np.minimum(np.searchsorted(self._known, keys), len(self._known) - 1)
-            found = self._known[at] == keys
-            made[found] = self._extras[at[found]]
+            at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            found = known[at] == keys
+            made[found] = extras[at[found]]
         return made
+
+    def meet(self, index: SidIndex, title_of: Callable[[str], str]) -> None:
+        """Give the items of an index that came after the training what their titles say; once for each tree.
+
+        An item whose title is not there yet is its codes alone until the tree changes.
+        """
+        if self._text is None or self._met is index.sids:
+            return
+        known, extras = self._known
+        keys = self._keys(index.sids.astype(np.int64))
+        leaves = np.flatnonzero(~np.isin(keys, known))
+        titles = [title_of(index.item(int(leaf))) for leaf in leaves]
+        told = [row for row, title in enumerate(titles) if title]
+        if told:
+            vectors = title_vectors([titles[row] for row in told]) @ self._text.T
+            keys, rows = np.concatenate((known, keys[leaves[told]])), np.concatenate((extras, vectors))
+            order = np.argsort(keys, kind="stable")
+            self._known = (keys[order], rows[order].astype(np.float32))
+        self._met = index.sids
 
     def queries(self, state: NDArray[np.generic]) -> Floats:
         """States (R, D) -> what is multiplied with items' vectors (R, D)."""

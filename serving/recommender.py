@@ -104,16 +104,18 @@ class Recommender:
         clock: Callable[[], float] = perf_counter,
         translator: Callable[[str], Translate] = lambda _: lambda _tag, _sid: None,
         exact: int = 200_000,
+        title_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`repeats`: which past items may be shown again; None: as each bundle says. `clock()`: seconds, by
         which calls of models are timed. `exact`: in larger catalogues the dense head scores the beam's items
-        alone."""
+        alone. `title_of(item_id)`: empty where it is not known."""
         self._indexes = indexes
         self._beam = beam
         self._repeats = repeats
         self._explorer = explorer
         self._clock = clock
         self._exact = exact
+        self._title_of = title_of
         self._translator = translator
 
     def recommend(self, requests: Sequence[Request], service: Service | None) -> list[Answer]:
@@ -195,7 +197,7 @@ class Recommender:
     def _dense(self, bundle: LoadedBundle) -> Dense | None:
         if bundle.items is None or bundle.ranking.dense_weight == 0:
             return None
-        return Dense(bundle.items, bundle.ranking.dense_weight, self._exact)
+        return Dense(bundle.items, bundle.ranking.dense_weight, self._exact, self._title_of)
 
     def _search(self, cases: Sequence[_Case]) -> list[Answer]:
         """One bundle's answers; where its model fails, each request alone, then popular items."""

@@ -41,7 +41,8 @@ class Shop:
             SIZES, self.prompt.code_base(0), len(self.tokenizer), max_items=self.prompt.max_items,
             **given | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
-        made.know(torch.from_numpy(self.known.codes))
+        if not made.config.text_size:
+            made.know(torch.from_numpy(self.known.codes))
         return made
 
 

@@ -102,14 +102,17 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
 
 
 def _save_items(model: GeneratorForCausalLM, path: Path) -> None:
-    """What serving.items reads: SIDs (I, L) uint16, extras (I, D), codes (sum K, D), query (D, D), again."""
+    """What serving.items reads: sids (I, L) uint16, extras (I, D), codes (sum K, D), query (D, D), again (8,)
+    and, where the generator sees texts, text (D, T)."""
     base, config = model.model, model.config
     table = base.items
     starts = torch.tensor([config.code_range(level)[0] for level in range(config.levels)])
     end = config.code_range(config.levels - 1)[1]
     rows = torch.arange(len(table.keys))
+    text = {} if table.text_proj is None else {"text": table.text_proj.weight.detach().numpy()}
     save_file(
-        {
+        text
+        | {
             "sids": (table.codes - starts).numpy().astype(np.uint16),
             "extras": table.extras(rows).detach().numpy(),
             "codes": base.embed_tokens.weight[config.code_base : end].detach().numpy().copy(),

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from registry.bundle import Bundle
 from registry.codebook import Codebook
-from registry.embedder import WordLlamaEmbedder
+from registry.embedder import title_vectors
 from registry.prompt import Prompt
 from registry.store import CHAMPION, Registry
 from streams.errors import SidstreamError
@@ -103,7 +103,7 @@ def read_material(
     split = hold_out(log, settings, np.random.default_rng(settings.seed))
     text = None
     if settings.text_inputs:
-        text = WordLlamaEmbedder().embed([title.lower() for title in known.titles])
+        text = title_vectors(known.titles)
     return Material(window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt), text)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from registry.embedder import title_vectors
 from serving.beam import Dense, search
 from serving.index import SidIndex
 from serving.items import Items
@@ -115,6 +116,29 @@ def test_a_new_item_is_scored_by_its_codes(served: OnnxGenerator, made: Shop) ->
         served, index, [[made.known.sids[0]]], [[]], [ITEMS + 1], 30, Dense(served.items, 1.0, EXACT)
     )
     assert index.leaf_of("new") in ranking.leaves.tolist()
+
+
+def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(made: Shop, tmp_path: Path) -> None:
+    new, title = (3, 2, 4), "A New Red Lantern"
+    model = made.model(seed=6, text_size=256)
+    known = torch.from_numpy(made.known.codes)
+    model.know(known, torch.from_numpy(title_vectors(made.known.titles)))
+    export(model, tmp_path)
+    items = Items(tmp_path, SIZES)
+    index = SidIndex.build(np.array([*made.known.sids, new]), [*made.known.items, "new"])
+    leaf = index.leaf_of("new")
+    codes = torch.tensor([made.prompt.tokens(new)])
+    with torch.no_grad():
+        alone = model.model.embed_items(codes)[0].numpy()
+        model.know(torch.cat((known, codes)), torch.from_numpy(title_vectors([*made.known.titles, title])))
+        told = model.model.embed_items(codes)[0].numpy()
+    # While its title is not there, it is its codes; another item's coming is the next chance.
+    items.meet(index, lambda _: "")
+    np.testing.assert_allclose(items.matrix(index)[leaf], alone, atol=1e-5)
+    later = SidIndex.build(index.sids[index.row_leaf], index.item_ids)
+    items.meet(later, {"new": title}.get)
+    np.testing.assert_allclose(items.matrix(later)[later.leaf_of("new")], told, atol=1e-5)
+    np.testing.assert_allclose(items.extras(np.array(new)), told - alone, atol=1e-5)
 
 
 def test_a_file_of_another_codebook_is_named(model: GeneratorForCausalLM, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from registry.embedder import WordLlamaEmbedder
+from registry.embedder import title_vectors
 from registry.prompt import Prompt
 from registry.ranking import Ranking
 from registry.settings import CodebookSettings
@@ -159,7 +159,7 @@ def _texts(data: Split, progress: Progress) -> Float32 | None:
     if not any(data.data.texts):
         return None
     progress("text vectors")
-    return WordLlamaEmbedder().embed([text.lower() for text in data.data.texts])
+    return title_vectors(data.data.texts)
 
 
 def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
