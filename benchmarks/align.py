@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from kafka import KafkaConsumer, TopicPartition
 
 from registry.bundle import Bundle
 from registry.current import read_newest
 from registry.prompt import Sid, prompt_sids
+from registry.ranking import read as read_ranking
 from registry.store import Registry
 from sidstream.settings import Settings, load
 from streams import history, keys
@@ -35,24 +35,24 @@ from streams.redisdb import client
 from streams.replay import past_of, source_of
 from streams.shoppers import Shopper, Truth, population
 from trainer.align import align, preference_rows
-from trainer.constrained import SidSet, beam
+from trainer.constrained import SidSet
 from trainer.generator import GeneratorForCausalLM
 from trainer.material import load_model
+from trainer.ranking import Ranker
 
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("defaults", {}),
-    ("one and a half times the rate", {"lr": 3e-4}),
+    ("less than half of the rate", {"lr": 2e-4}),
     ("two rejected a pair", {"max_rejected": 2}),
     ("ten times the next-token loss", {"sft_weight": 1.0}),
     ("a small term beside SFT", {"weight": 0.03, "sft_weight": 1.0, "lr": 1e-4}),
-    ("five times the rate", {"lr": 1e-3}),
+    ("twice the rate", {"lr": 1e-3}),
     ("beta .3", {"beta": 0.3}),
     ("also clicks", {"schemes": ["purchased_over_clicked", "purchased_over_shown", "clicked_over_shown"]}),
 )
 SHOPPERS = 500
 SHOWN = 10
-_ROWS = 100
 
 
 @dataclass
@@ -66,25 +66,25 @@ class Jury:
     items: dict[Sid, str]
     known: SidSet
 
-    @torch.no_grad()
-    def judge(self, model: GeneratorForCausalLM, code_base: list[int]) -> tuple[float, float]:
-        """True (CTR, CVR) of the ten best items for every shopper, without the trigger item."""
-        model.eval()
+    def judge(self, model: GeneratorForCausalLM, bundle: Bundle) -> tuple[float, float]:
+        """True (CTR, CVR) of the ten best items for every shopper, without the trigger item.
+
+        Ranked as the bundle is served, but for its rule about past items.
+        """
+        sids = list(self.items)
+        row_of = {sid: row for row, sid in enumerate(sids)}
+        codes = np.array([bundle.prompt.tokens(sid) for sid in sids], dtype=np.int64)
+        ranker = Ranker(model, codes, self.known, 2 * SHOWN)
+        found = ranker.candidates([np.array([row_of[sid] for sid in prompt]) for prompt in self.prompts])
+        order = found.order(read_ranking(bundle.path).dense_weight)
         clicks = purchases = shown = 0.0
-        for low in range(0, len(self.prompts), _ROWS):
-            prompts = self.prompts[low : low + _ROWS]
-            lengths = torch.tensor([len(prompt) for prompt in prompts])
-            codes = torch.zeros(len(prompts), int(lengths.max()), len(code_base), dtype=torch.long)
-            for row, prompt in enumerate(prompts):
-                codes[row, : len(prompt)] = torch.tensor(prompt) + torch.tensor(code_base)
-            best, _ = beam(model, model.encode(codes, lengths), self.known, 2 * SHOWN)
-            for row, found in enumerate(best.tolist(), low):
-                shopper, trigger = self.shoppers[row], self.triggers[row]
-                items = [item for sid in found if (item := self.items[tuple(sid)]) != trigger][:SHOWN]
-                chance = self.truth.click_probability(shopper.taste, items, trigger)
-                clicks += float(chance.sum())
-                purchases += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())
-                shown += len(items)
+        for shopper, trigger, best in zip(self.shoppers, self.triggers, order.tolist(), strict=True):
+            named = (self.items[sids[row]] for row in best if row >= 0)
+            items = [item for item in named if item != trigger][:SHOWN]
+            chance = self.truth.click_probability(shopper.taste, items, trigger)
+            clicks += float(chance.sum())
+            purchases += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())
+            shown += len(items)
         return clicks / shown, purchases / clicks
 
 
@@ -138,10 +138,9 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     court = jury(settings, bundle)
-    code_base = [bundle.prompt.code_base(level) for level in range(len(bundle.prompt.sizes))]
     with tempfile.TemporaryDirectory() as folder:
         pairs = pairs_of(settings, bundle)
-        ctr, cvr = court.judge(load_model(bundle.model)[0], code_base)
+        ctr, cvr = court.judge(load_model(bundle.model)[0], bundle)
         print(json.dumps({"variant": "none", "ctr": round(ctr, 4), "cvr": round(cvr, 4)}), flush=True)
         for name, changed in VARIANTS:
             dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changed})
@@ -151,7 +150,7 @@ def main() -> None:
             began = time.perf_counter()
             aligned, result = align(model, tokenizer, rows, chosen, Path(folder) / name, pairs=used)
             seconds = time.perf_counter() - began
-            ctr, cvr = court.judge(aligned, code_base)
+            ctr, cvr = court.judge(aligned, bundle)
             line = {
                 "variant": name, **changed, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
                 "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": used,
