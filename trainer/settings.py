@@ -126,7 +126,7 @@ class TrainerSettings(Section):
     offpolicy: OffPolicySettings = Field(default_factory=lambda: OffPolicySettings.model_validate({}))
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings.model_validate({}))
     # Without a constraint, published generators spell 17 to 27 % of SIDs that no item has; a minute of
-    # training on a slow machine gave 13 %. Serving spells real ones only: this finds a model that learned nothing.
+    # training on a slow machine gave 13 %. Serving spells real ones only: this finds what learned nothing.
     min_validity: float = Field(
         0.7, ge=0, le=1, description="share of unconstrained answers that are real SIDs"
     )
