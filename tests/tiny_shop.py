@@ -37,6 +37,7 @@ class Shop:
         """A generator of width 32 with fresh weights."""
         torch.manual_seed(seed)
         given = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "depth_size": 32}
+        given["item_vectors"] = self.settings.item_vectors
         made = new_generator(
             SIZES, self.prompt.code_base(0), len(self.tokenizer), max_items=self.prompt.max_items,
             **given | {"dropout": 0.0} | shape,

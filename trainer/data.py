@@ -230,6 +230,9 @@ class Rows:
         An item equal to the one right before it is read, but not learned, as in `sequence`.
         """
         crops = np.array(self.crops(np.random.default_rng((self.settings.seed, number)))).reshape(-1, 2)
+        alone = self.settings.samples == "prefix"
+        if alone:
+            crops = self._prefixes(crops)
         rng = np.random.default_rng((self.settings.seed, number, 1))
         length = crops[:, 1] - crops[:, 0]
         order = np.lexsort((rng.random(len(crops)), length))
@@ -241,8 +244,18 @@ class Rows:
                 items[row, : high - low] = self.log.items[low:high]
             learned = items >= 0
             learned[:, 1:] &= items[:, 1:] != items[:, :-1]
+            if alone:
+                learned &= np.arange(width) == length[batch, None] - 1
             made.append(Pieces(torch.from_numpy(items), torch.from_numpy(learned)))
         return [made[at] for at in rng.permutation(len(made))]
+
+    def _prefixes(self, crops: Int64) -> Int64:
+        """For every event of the crops (start, end) that has a past, its prefix (start, end), itself last."""
+        ends = np.concatenate([np.arange(low + 1, high + 1) for low, high in crops] or [crops[:, 1]])
+        begins = self.log.starts[np.searchsorted(self.log.starts, ends, side="left") - 1]
+        # As long as a crop at most: its target sees a full prompt.
+        begins = np.maximum(begins, ends - self.settings.max_items - 1)
+        return np.stack((begins, ends), axis=1)[ends - begins > 1]
 
     def batches(self, number: int) -> list[list[Row]]:
         """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""

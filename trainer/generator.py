@@ -52,6 +52,7 @@ class GeneratorConfig(PreTrainedConfig):
     num_items: int = 0
     text_size: int = 0
     item_dropout: float = 0.0
+    item_vectors: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -90,7 +91,7 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, ItemTable):
-            init.normal_(module.own, mean=0.0, std=_SPREAD)
+            init.normal_(module.own, mean=0.0, std=_SPREAD if module.has_own else 0.0)
             init.eye_(module.query_proj.weight)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)

@@ -49,7 +49,9 @@ class ItemTable(nn.Module):
         self.register_buffer("keys", torch.zeros(count, dtype=torch.long))
         self.register_buffer("codes", torch.zeros(count, len(self.sizes), dtype=torch.long))
         self.register_buffer("text", torch.zeros(count, text))
-        self.own = nn.Parameter(torch.zeros(count, width))
+        # Without own vectors they stay the zeros that they are.
+        self.has_own = config.item_vectors
+        self.own = nn.Parameter(torch.zeros(count, width), requires_grad=self.has_own)
         self.text_proj = nn.Linear(text, width, bias=False) if text else None
         self.query_proj = nn.Linear(width, width, bias=False)
         # What the dense head adds to an item of the user's past, by its last distance: whether items come
@@ -86,7 +88,7 @@ class ItemTable(nn.Module):
         own = torch.zeros(len(codes), self.own.shape[1], device=self.own.device)
         own[before >= 0] = self.own[before[before >= 0]]
         self.keys, self.codes = key[order], codes[order].clone()
-        self.own = nn.Parameter(own[order])
+        self.own = nn.Parameter(own[order], requires_grad=self.has_own)
         self.text = (self.own.new_zeros(len(codes), 0) if text is None else text[order].clone()).float()
         rows = torch.empty_like(order)
         rows[order] = torch.arange(len(order), device=order.device)

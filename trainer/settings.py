@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 from pydantic import Field
@@ -103,7 +104,21 @@ class TrainerSettings(Section):
         description="share of items without their own vector in a step, so that codes and text also stand "
         "alone, as they do for a new item",
     )
-    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of both heads")
+    smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a target's weight that goes to the other items, and to the other codes below the "
+        "same prefix",
+    )
+    item_vectors: bool = Field(
+        True, description="whether an item has a vector of its own beside its codes and its text"
+    )
+    samples: Literal["position", "prefix"] = Field(
+        "position",
+        description="what is learned from a sequence in one go: every position, or each prefix as a sample of "
+        "its own, which costs more",
+    )
     text_inputs: bool = Field(True, description="whether the generator sees the embedding of an item's text")
     max_words: int = Field(512, ge=0, description="words of titles in the vocabulary, the most frequent ones")
     title_words: int = Field(12, ge=1, description="words of a title that are learned")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from trainer.losses import softmax_loss
 from trainer.ranking import Ranker, fit
 from trainer.ranking import ranks as ranks_of
 from trainer.settings import TaskWeights, TrainerSettings
+from trainer.soft_targets import Level, Soft, code_tree, sibling_term, teacher_term
 
 # Rows of one forward in evaluation: 20 beams of 64 codes of 256 rows stay in cache.
 _EVAL_ROWS = 256
@@ -106,6 +107,10 @@ class Scored(NamedTuple):
     touched: Tensor  # (I,) bool
 
 
+# What is likely at the learned positions of a batch, in rows of what the dense head scores.
+Teacher = Callable[[Pieces, Scored | None], Soft]
+
+
 def scored(table: Tensor, touched: Tensor) -> Scored | None:
     """Of the catalogue's rows in the table (I,) and those of them that were touched; None: all are scored."""
     rows = table[touched].unique()
@@ -118,30 +123,30 @@ def scored(table: Tensor, touched: Tensor) -> Scored | None:
 
 def sequence_loss(
     model: GeneratorForCausalLM, pieces: Pieces, table: Tensor, weights: TaskWeights, smoothing: float = 0.0,
-    among: Scored | None = None,
+    among: Scored | None = None, tree: Sequence[Level] = (), soft: Soft | None = None,
 ) -> Tensor:  # fmt: skip
     """The next item at every position, by its SID and by itself.
 
     `table` (I,): the model's row of each item of the catalogue. The SID's part is the sum over its levels of
     the cross-entropy over the whole vocabulary; the dense head's is over the items of `among`, None: all.
+    `smoothing`: share of the weight of a target that goes to other items and, along the `tree`, to sibling
+    codes. `soft`: what a teacher says at the learned positions, in rows of what the dense head scores.
     """
     base = model.model
-    every = base.items.vectors(base.embed_tokens.weight)
-    rows = torch.where(pieces.items >= 0, table[pieces.items.clamp(min=0)], -1)
-    begin = base.embed_tokens.weight[model.config.bos_token_id].expand(len(rows), 1, -1)
-    seen = rows[:, :-1]
-    past = F.embedding(seen.clamp(min=0), every) * (seen >= 0)[..., None]
-    state = base.states(torch.cat((begin, past), dim=1))[pieces.learned]
+    every, rows, state = learned_states(model, pieces, table)
     target = rows[pieces.learned]
     loss = torch.zeros((), device=rows.device)
     if weights.next_item > 0:
-        (query, past), distance = _pasts(rows, pieces.learned)
+        (query, past), distance = pasts(rows, pieces.learned)
         wanted = target
         if among is not None:
             every, wanted, past = F.embedding(among.rows, every), among.place[target], among.place[past]
+        asked = base.queries(state)
         loss = loss + weights.next_item * softmax_loss(
-            base.queries(state), every, wanted, smoothing, (query, past), base.items.again_of(distance)
+            asked, every, wanted, smoothing, (query, past), base.items.again_of(distance)
         )
+        if soft is not None:
+            loss = loss + weights.next_item * teacher_term(asked, every, wanted, soft)
     if weights.next_sid > 0:
         codes = base.items.codes[target]
         chosen = base.embed_tokens(codes)
@@ -149,14 +154,28 @@ def sequence_loss(
         for level, head in enumerate(base.depth):
             vectors.append(head(state, prefix))
             prefix = chosen[:, level] if prefix is None else prefix + chosen[:, level]
-        spelled = softmax_loss(
-            torch.cat(vectors), base.embed_tokens.weight, codes.T.reshape(-1), smoothing
-        )  # fmt: skip
+        spelled = softmax_loss(torch.cat(vectors), base.embed_tokens.weight, codes.T.reshape(-1))
+        if smoothing:
+            siblings = sibling_term(vectors, codes, target, tree, base.embed_tokens.weight)
+            spelled = spelled + smoothing * siblings
         loss = loss + weights.next_sid * len(base.depth) * spelled
     return loss
 
 
-def _pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def learned_states(
+    model: GeneratorForCausalLM, pieces: Pieces, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Items' vectors (I, D), pieces as rows of the table (B, P), and the states before what is learned (N, D)."""
+    base = model.model
+    every = base.items.vectors(base.embed_tokens.weight)
+    rows = torch.where(pieces.items >= 0, table[pieces.items.clamp(min=0)], -1)
+    begin = base.embed_tokens.weight[model.config.bos_token_id].expand(len(rows), 1, -1)
+    seen = rows[:, :-1]
+    past = F.embedding(seen.clamp(min=0), every) * (seen >= 0)[..., None]
+    return every, rows, base.states(torch.cat((begin, past), dim=1))[pieces.learned]
+
+
+def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """The items of every learned position's past, by their last occurrence.
 
     rows (B, P), -1 where there is none -> (queries (M,) ascending, items (M,)), distances (M,) from 1.
@@ -209,11 +228,13 @@ def train(
     folder: Path | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
+    teacher: Teacher | None = None,
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
 
     With `folder` the run writes a checkpoint after each epoch and when `stop()` says so, and goes on from the
     one it finds there; without a time budget the resumed run ends in the very weights of an unbroken one.
+    `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
     """
     where = device()
     model.to(where)
@@ -252,6 +273,7 @@ def train(
     learned = np.concatenate([rows.log.items[low:high] for low, high in spans])
     among = scored(table, torch.from_numpy(np.unique(learned)).to(where))
 
+    tree = code_tree(model.model.items.codes) if settings.smoothing else ()
     while place.epoch < settings.epochs:
         batches = rows.pieces(place.epoch)
         texts = rows.texts(place.epoch)
@@ -272,8 +294,11 @@ def train(
             model.train()
             pieces = Pieces(*(part.to(where) for part in pieces))
             titles = texts[place.batch * each : (place.batch + 1) * each]
+            soft = teacher(pieces, among) if teacher else None
             with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
-                loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among)
+                loss = sequence_loss(
+                    model, pieces, table, settings.weights, settings.smoothing, among, tree, soft
+                )
                 if titles:
                     batch = Batch(*(part.to(where) for part in collate(titles)))
                     loss = loss + token_loss(model, batch)

@@ -156,6 +156,22 @@ def test_pieces_and_rows_hold_the_same_events() -> None:
         assert all(piece.items.numel() <= 64 for piece in pieces)
 
 
+def test_each_prefix_is_a_sample_that_learns_its_last_item_after_its_whole_past() -> None:
+    made = shop(length=30, samples="prefix", max_items=8)
+    told = []
+    for piece in made.rows.pieces(0):
+        for items, learned in zip(piece.items, piece.learned, strict=True):
+            real = items[items >= 0].tolist()
+            assert learned.nonzero().flatten().tolist() in ([len(real) - 1], [])
+            told.append(real)
+    wanted = [
+        made.log.items[max(begin, end - 9) : end].tolist()
+        for begin, stop in zip(made.log.starts[:-1], made.split.ends, strict=True)
+        for end in range(begin + 2, stop + 1)
+    ]
+    assert sorted(told) == sorted(wanted)
+
+
 def test_held_out_items_are_not_trained_on() -> None:
     made = shop()
     assert len(made.split.held.targets) == 10
@@ -223,6 +239,13 @@ def test_children_of_a_prefix_are_those_of_the_sids() -> None:
     assert known.allowed([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
     assert known.allowed([base[0] + 1]) == []
     assert known.allowed(made.prompt.tokens((0, 1, 2))) == []
+
+
+def test_without_item_vectors_codes_alone_are_learned() -> None:
+    made = shop(epochs=2, item_vectors=False)
+    model = made.model()
+    train(model, made.rows, made.sids, made.settings)
+    assert not model.model.items.own.any()
 
 
 def test_an_item_that_nobody_touched_is_not_pushed_away() -> None:

@@ -27,7 +27,7 @@ from trainer.evaluation.splits import Split
 from trainer.generator import GeneratorForCausalLM
 from trainer.ranking import Candidates, Ranker
 from trainer.settings import TrainerSettings
-from trainer.sft import train
+from trainer.sft import Teacher, train
 from trainer.tokenizer import build_tokenizer
 
 Float32 = npt.NDArray[np.float32]
@@ -70,8 +70,8 @@ class Trained:
         self._of: Split | None = None
         self._lists: dict[int, Candidates] = {}
 
-    def fit(self, data: Split, seed: int, progress: Progress) -> None:
-        """Codebook, SIDs and generator of a split; once for all heads of one seed."""
+    def fit(self, data: Split, seed: int, progress: Progress, teacher: Teacher | None = None) -> None:
+        """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: as of `train`."""
         if self._seed == seed and self._of is data:
             return
         settings = TrainerSettings.model_validate(
@@ -104,7 +104,7 @@ class Trained:
         )
         log, cut = _log(data, settings)
         rows = Rows(log, cut, known, tokenizer, prompt, settings)
-        self.result = train(self.model, rows, self.set, settings, progress=progress)
+        self.result = train(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
@@ -113,17 +113,22 @@ class Trained:
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask, head: Head) -> Int64:
         """(B, k) item rows, best first, -1 where candidates end."""
+        weight = {"beam": 0.0, "reordered": 1.0, "dense": 1.0, "mixed": self.ranking.dense_weight}[head]
+        return self.mixed(histories, k, mask, weight, beam_only=head in ("beam", "reordered"))
+
+    def mixed(
+        self, histories: Sequence[Int64], k: int, mask: Mask, weight: float, beam_only: bool = False
+    ) -> Int64:
+        """(B, k) item rows, best first, -1 where candidates end, by a weight of the dense head."""
         key = hash(tuple((len(row), int(row[-1]) if len(row) else -1) for row in histories))
         if key not in self._lists:
             longest = self.settings.max_items
             # One set of histories at a time: every head and mask asks for the same ones.
             self._lists = {key: self.ranker.candidates([row[-longest:] for row in histories])}
         found = self._lists[key]
-        weight = {"beam": 0.0, "reordered": 1.0, "dense": 1.0, "mixed": self.ranking.dense_weight}[head]
         left = torch.ones(found.items.shape, dtype=torch.bool)
-        width = self.recipe.candidates
-        if head in ("beam", "reordered"):
-            left[:, width:] = False
+        if beam_only:
+            left[:, self.recipe.candidates :] = False
         if mask == "seen":
             for row, history in enumerate(histories):
                 left[row] &= ~torch.isin(found.items[row], torch.from_numpy(np.unique(history)))

@@ -1,0 +1,97 @@
+"""Generators of several tokenisations together, and one that learns from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data import Pieces, pad_items
+from trainer.evaluation.ours import Recipe, Trained
+from trainer.evaluation.ranker import Mask, Progress
+from trainer.evaluation.sequences import Int64
+from trainer.evaluation.splits import Split
+from trainer.ranking import sid_scores
+from trainer.sft import Scored, learned_states, pasts
+from trainer.soft_targets import Soft
+
+_CHUNK = 256
+# Items that a teacher names at a position, and the share of a target's weight that they get.
+_NAMED, _SHARE = 20, 0.5
+
+
+class Ensemble:
+    """Mean log-probabilities of members that have an order of items in common, and nothing else."""
+
+    def __init__(self, members: Sequence[Trained]) -> None:
+        self.members = members
+
+    @torch.no_grad()
+    def _parts(self, member: Trained, histories: Sequence[Int64]) -> tuple[Tensor, Tensor]:
+        """A member's states (B, D), and its dense log-probabilities (B, I) in the order of the catalogue."""
+        model = member.model
+        items, lengths = pad_items(
+            [row[-member.settings.max_items :] for row in histories], member.known.codes
+        )
+        state = model.encode(items, lengths)
+        rows = model.model.items.rows(torch.from_numpy(member.known.codes))
+        logits = model.model.queries(state) @ model.model.items.vectors(model.model.embed_tokens.weight).T
+        batch, past, more = model.model.again(model.model.items.rows(items), lengths)
+        logits = logits.index_put((batch, past), more, accumulate=True)
+        return state, logits.log_softmax(-1)[:, rows]
+
+    @torch.no_grad()
+    def rank(self, histories: Sequence[Int64], k: int, mask: Mask, head: str) -> Int64:
+        """(B, k) items of the catalogue, best first: "dense" of all items, "beam" of all members' beams."""
+        made = []
+        for low in range(0, len(histories), _CHUNK):
+            part = histories[low : low + _CHUNK]
+            found = [self._parts(member, part) for member in self.members]
+            if head == "dense":
+                scores = torch.stack([logs for _, logs in found]).mean(0)
+            else:
+                # Of equal chances, as every member can spell every item: the sum over SIDs, where one had it.
+                beams = [member.ranker.candidates([row[-50:] for row in part]) for member in self.members]
+                width = self.members[0].recipe.candidates
+                items = torch.cat([beam.items[:, :width] for beam in beams], dim=1)
+                spelled = torch.stack([
+                    sid_scores(member.model, state, torch.from_numpy(member.known.codes)[items.clamp(min=0)])
+                    for member, (state, _) in zip(self.members, found, strict=True)
+                ]).mean(0)  # fmt: skip
+                scores = torch.full_like(found[0][1], -torch.inf)
+                scores.scatter_(1, items.clamp(min=0), spelled.masked_fill(items < 0, -torch.inf))
+            if mask == "seen":
+                for row, history in enumerate(part):
+                    scores[row, torch.from_numpy(np.unique(history))] = -torch.inf
+            best = scores.topk(k, dim=1)
+            made.append(torch.where(best.values > -torch.inf, best.indices, -1).numpy())
+        return np.concatenate(made)
+
+
+def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progress: Progress) -> Trained:
+    """A model of the recipe that learns half from what happened and half from what the ensemble finds likely."""
+    made = Trained(recipe)
+    student: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def teacher(pieces: Pieces, among: Scored | None) -> Soft:
+        total = torch.zeros(int(pieces.learned.sum()), data.data.size)
+        for member in ensemble.members:
+            model = member.model.eval()
+            rows = model.model.items.rows(torch.from_numpy(member.known.codes))
+            every, at, state = learned_states(model, pieces, rows)
+            (query, past), distance = pasts(at, pieces.learned)
+            logits = model.model.queries(state) @ every.T
+            more = model.model.items.again_of(distance)
+            logits = logits.index_put((query, past), more, accumulate=True)
+            total += logits.log_softmax(-1)[:, rows]
+        best = (total / len(ensemble.members)).topk(_NAMED, dim=1)
+        if "rows" not in student:
+            student["rows"] = made.model.model.items.rows(torch.from_numpy(made.known.codes))
+        items = student["rows"][best.indices]
+        return Soft(items if among is None else among.place[items], best.values.softmax(-1), _SHARE)
+
+    made.fit(data, seed, progress, teacher)
+    return made
