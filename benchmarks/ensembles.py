@@ -71,7 +71,7 @@ class Ensemble:
 
 
 def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progress: Progress) -> Trained:
-    """A model of the recipe that learns half from what happened and half from what the ensemble finds likely."""
+    """A model that learns half from what happened and half from what the ensemble finds likely."""
     made = Trained(recipe)
     student: dict[str, Tensor] = {}
 

@@ -29,7 +29,8 @@ def fresh_generator(
         num_hidden_layers=settings.layers, num_attention_heads=settings.heads, dropout=settings.dropout,
         intermediate_size=settings.ffn_factor * settings.width,
         depth_size=settings.depth_factor * settings.width, max_items=prompt.max_items,
-        item_dropout=settings.item_dropout, item_vectors=settings.item_vectors, text_size=0 if text is None else text.shape[1],
+        item_dropout=settings.item_dropout, item_vectors=settings.item_vectors,
+        text_size=0 if text is None else text.shape[1],
     )  # fmt: skip
     model.know(torch.from_numpy(known.codes), None if text is None else torch.from_numpy(text))
     return model

@@ -108,16 +108,16 @@ class TrainerSettings(Section):
         0.0,
         ge=0,
         lt=1,
-        description="share of a target's weight that goes to the other items, and to the other codes below the "
-        "same prefix",
+        description="share of a target's weight that goes to other items, and to other codes below the same "
+        "prefix",
     )
     item_vectors: bool = Field(
         True, description="whether an item has a vector of its own beside its codes and its text"
     )
     samples: Literal["position", "prefix"] = Field(
         "position",
-        description="what is learned from a sequence in one go: every position, or each prefix as a sample of "
-        "its own, which costs more",
+        description="what is learned from a sequence: every position at once, or each prefix as a sample "
+        "of its own, which costs more",
     )
     text_inputs: bool = Field(True, description="whether the generator sees the embedding of an item's text")
     max_words: int = Field(512, ge=0, description="words of titles in the vocabulary, the most frequent ones")

@@ -165,7 +165,7 @@ def sequence_loss(
 def learned_states(
     model: GeneratorForCausalLM, pieces: Pieces, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Items' vectors (I, D), pieces as rows of the table (B, P), and the states before what is learned (N, D)."""
+    """Items' vectors (I, D), pieces as rows of the table (B, P), states before what is learned (N, D)."""
     base = model.model
     every = base.items.vectors(base.embed_tokens.weight)
     rows = torch.where(pieces.items >= 0, table[pieces.items.clamp(min=0)], -1)

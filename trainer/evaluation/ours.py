@@ -71,7 +71,7 @@ class Trained:
         self._lists: dict[int, Candidates] = {}
 
     def fit(self, data: Split, seed: int, progress: Progress, teacher: Teacher | None = None) -> None:
-        """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: as of `train`."""
+        """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: see `train`."""
         if self._seed == seed and self._of is data:
             return
         settings = TrainerSettings.model_validate(
