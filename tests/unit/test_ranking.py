@@ -26,12 +26,7 @@ def made() -> Shop:
 
 @pytest.fixture(scope="module")
 def model(made: Shop) -> GeneratorForCausalLM:
-    fresh = made.model(seed=3)
-    with torch.no_grad():
-        # Heads that say something, and differently.
-        fresh.model.items.own.normal_(0, 0.5)
-        fresh.model.items.again.copy_(torch.linspace(-2, 1, 8))
-    return fresh
+    return made.outspoken(seed=3)
 
 
 HISTORIES = [np.array([3, 4, 5]), np.array([7]), np.array([2, 9, 2, 2, 11, 0]), np.array([], dtype=np.int64)]
