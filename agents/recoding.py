@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final
 
 import redis.asyncio
@@ -37,14 +37,20 @@ _KEYS_A_LOOK: Final = 1000
 _SCAN_S: Final = 0.05
 
 
-class Recoding:
-    """Keeps `h:{user}` of this worker's users under the codebook in use."""
+# (user, old, new) of some histories -> for each 1 where the old bytes still stood and are replaced, else 0.
+Replace = Callable[[Sequence[tuple[str, bytes, bytes]]], Awaitable[list[int]]]
 
-    def __init__(self, store: redis.asyncio.Redis, sids: Sids, bounds: HistorySettings) -> None:
+
+class Recoding:
+    """Keeps `h:{user}` of this worker's users under the codebook in use. `replace`: by default in Redis."""
+
+    def __init__(
+        self, store: redis.asyncio.Redis, sids: Sids, bounds: HistorySettings, replace: Replace | None = None
+    ) -> None:
         self._store = store
         self._sids = sids
         self._bounds = bounds
-        self._script: str | None = None
+        self._replace = replace or Replacer(store).replace
         self._partitions: frozenset[int] = frozenset()
         self._count = 1
         self._cursor: int | None = 0  # of the scan; None: it is done
@@ -58,6 +64,11 @@ class Recoding:
         self._partitions, self._count = frozenset(partitions), count
         self._waiting.clear()
         self._cursor = 0
+
+    @property
+    def scanning(self) -> bool:
+        """Whether histories are still to be looked at."""
+        return self._cursor is not None
 
     async def recode(self, users: Iterable[str], how: str) -> None:
         """Bring these users' histories over. `how` stands in the metric: touch, scan or sid."""
@@ -141,7 +152,16 @@ class Recoding:
                 self._waiting.setdefault(item, set()).add(user)
                 self._changes = -1
 
-    async def _replace(self, values: Sequence[tuple[str, bytes, bytes]]) -> list[int]:
+
+class Replacer:
+    """Replaces histories in Redis, each only where nobody changed it since it was read."""
+
+    def __init__(self, store: redis.asyncio.Redis) -> None:
+        self._store = store
+        self._script: str | None = None
+
+    async def replace(self, values: Sequence[tuple[str, bytes, bytes]]) -> list[int]:
+        """As `Replace` says. Raises RedisError."""
         while values:
             if self._script is None:
                 self._script = await self._store.script_load(REPLACE)

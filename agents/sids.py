@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import redis.asyncio
@@ -46,10 +46,16 @@ return redis.status_reply('OK')
 
 
 class Sids:
-    """`get(item)` -> packed SID under the codebook in use; `translate` an SID of another one."""
+    """`get(item)` -> packed SID under the codebook in use; `translate` an SID of another one.
 
-    def __init__(self, kafka: KafkaSettings, store: redis.asyncio.Redis) -> None:
-        self._table = TopicTable(kafka, SidAssignment, self._on_change)
+    `clock()`: seconds, by which a codebook's SIDs have all come.
+    """
+
+    def __init__(
+        self, kafka: KafkaSettings, store: redis.asyncio.Redis, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._table = TopicTable(kafka, SidAssignment, self.see)
+        self._clock = clock
         self._mirror = store.register_script(_MIRROR)
         self._packed: dict[str, dict[str, bytes]] = {}
         # By tag; made where a codebook's SIDs are first translated, so that one codebook costs nothing.
@@ -130,7 +136,7 @@ class Sids:
         """Return once everything that is on the topic now is known, and nothing more is coming in."""
         while True:
             await self._table.refresh()
-            quiet = time.monotonic() - self._changed_at
+            quiet = self._clock() - self._changed_at
             if quiet >= _SETTLE_S:
                 return
             await asyncio.sleep(max(_POLL_S, _SETTLE_S - quiet))
@@ -146,12 +152,13 @@ class Sids:
                 await self._mirror(keys=[keys.sids(codebook), keys.slots(codebook)], args=arguments)
             del self._unwritten[: len(chunk)]
 
-    def _on_change(self, _key: str, event: SidAssignment | None) -> None:
+    def see(self, _key: str, event: SidAssignment | None) -> None:
+        """Take in a record of the topic; None: it was deleted."""
         if event is None:  # a deleted assignment: the slot stays taken, the item keeps its SID here
             return
         self._unwritten.append(event)
         self._newest.see(event)
-        now = time.monotonic()
+        now = self._clock()
         self._seen_at.setdefault(event.codebook, now)
         known = self._packed.setdefault(event.codebook, {})
         if event.item_id in known:  # the first one counts, as in serving: an SID is never moved
@@ -168,7 +175,7 @@ class Sids:
             self._use(event.codebook)
 
     def _has_settled(self, codebook: str) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         return now - self._changed_at >= _SETTLE_S or now - self._seen_at[codebook] >= _SETTLE_AT_MOST_S
 
     def _use(self, codebook: str) -> None:

@@ -64,11 +64,11 @@ def read(folder: Path) -> Ranking:
 
 
 def left_out(rule: Repeats, bought: npt.ArrayLike, ages_s: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Which entries of a history may not be shown again: `bought` and `ages_s` (n,), seconds -> (n,) bool."""
+    """Which past items may not be shown again: `bought` and `ages_s` (...), seconds -> (...) bool."""
     was, ages = np.asarray(bought, dtype=bool), np.asarray(ages_s)
     if rule.repeats == "bought":
         return was.copy()
     if rule.repeats == "within":
         within: npt.NDArray[np.bool_] = ages < rule.within_s
         return within
-    return np.full(len(was), rule.repeats == "never")
+    return np.full(was.shape, rule.repeats == "never")

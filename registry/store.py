@@ -7,20 +7,18 @@ digest by digest and kept in a folder named by its content.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from registry.bundle import Bundle, load_bundle
 from registry.codebook import Codebook
 from registry.settings import RegistrySettings
+from registry.tracking import Tracking
 from streams.errors import SidstreamError
 
 CHAMPION, SFT, DPO, ANCHOR = "champion", "challenger-sft", "challenger-dpo", "anchor"
@@ -56,40 +54,11 @@ class Registry:
     """The store. Every method that asks MLflow raises SidstreamError when it does not answer."""
 
     def __init__(self, settings: RegistrySettings) -> None:
-        if not settings.tracking_uri:
-            raise SidstreamError(
-                "no MLflow address: start the local stack with `sidstream up`, "
-                "or set SIDSTREAM_REGISTRY__TRACKING_URI"
-            )
-        self._settings = settings
+        self._mlflow = Tracking(settings)
         self.name = settings.name
-        self.tracking_uri = settings.tracking_uri
+        self.tracking_uri = self._mlflow.uri
         self.cache = settings.cache_folder
         self.codebooks = f"{settings.name}-codebook"
-
-    @cached_property
-    def _mlflow(self) -> Any:
-        _quieten(self._settings)
-        # Four seconds of imports: only where the store is truly asked.
-        from mlflow.tracking import MlflowClient
-
-        # Only now: the import sets its loggers to INFO.
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        return MlflowClient(self.tracking_uri, self.tracking_uri)
-
-    @contextlib.contextmanager
-    def _asking(self, what: str) -> Iterator[Any]:
-        client = self._mlflow
-        from mlflow.exceptions import MlflowException
-
-        try:
-            yield client
-        except (MlflowException, OSError) as error:
-            first = str(error).strip().splitlines()[0][:200]
-            raise SidstreamError(
-                f"MLflow at {self.tracking_uri} could not {what}: {first}; "
-                "see `sidstream doctor`, or correct SIDSTREAM_REGISTRY__TRACKING_URI"
-            ) from error
 
     # Codebooks
 
@@ -98,16 +67,16 @@ class Registry:
 
         `encoder`: the folder of its sentence encoder, for those who give new items their SIDs.
         """
-        with tempfile.TemporaryDirectory() as folder, self._asking("store the codebook") as client:
-            version = self._version_with(self.codebooks, "codebook", codebook.id)
+        with tempfile.TemporaryDirectory() as folder, self._mlflow.asking("store the codebook") as client:
+            version = self._mlflow.version_with(self.codebooks, "codebook", codebook.id)
             if version is None:
                 codebook.save(Path(folder) / _CODEBOOK)
-                run = self._run(f"codebook-{codebook.id}")
+                run = self._mlflow.new_run(self.name, f"codebook-{codebook.id}")
                 client.log_artifact(run, str(Path(folder) / _CODEBOOK))
                 if encoder is not None:
                     client.log_artifacts(run, str(encoder), _ENCODER)
                 tags = {"codebook": codebook.id, "embedder": codebook.embedder}
-                version = self._add(self.codebooks, run, _CODEBOOK, tags)
+                version = self._mlflow.add_version(self.codebooks, run, _CODEBOOK, tags)
                 client.set_terminated(run)
             client.set_registered_model_alias(self.codebooks, CURRENT, version)
         return codebook.id
@@ -119,11 +88,11 @@ class Registry:
             if kept.is_file():
                 with contextlib.suppress(SidstreamError):
                     return Codebook.load(kept)
-        with self._asking("find the codebook") as client:
+        with self._mlflow.asking("find the codebook") as client:
             if id is None:
-                found = self._by_alias(self.codebooks, CURRENT)
+                found = self._mlflow.by_alias(self.codebooks, CURRENT)
             else:
-                number = self._version_with(self.codebooks, "codebook", id)
+                number = self._mlflow.version_with(self.codebooks, "codebook", id)
                 found = client.get_model_version(self.codebooks, number) if number else None
         if found is None:
             which = f"codebook {id}" if id else "codebook"
@@ -132,7 +101,7 @@ class Registry:
         kept = self._codebook_file(wanted)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            with self._asking(f"fetch codebook {wanted}") as client:
+            with self._mlflow.asking(f"fetch codebook {wanted}") as client:
                 path = Path(client.download_artifacts(found.run_id, _CODEBOOK, folder))
             codebook = Codebook.load(path)
             if codebook.id != wanted:
@@ -147,8 +116,8 @@ class Registry:
 
         Its content is verified where it is opened. Raises SidstreamError where the registry has none.
         """
-        with self._asking(f"find codebook {codebook}") as client:
-            number = self._version_with(self.codebooks, "codebook", codebook)
+        with self._mlflow.asking(f"find codebook {codebook}") as client:
+            number = self._mlflow.version_with(self.codebooks, "codebook", codebook)
             found = client.get_model_version(self.codebooks, number) if number else None
         if found is None:
             raise SidstreamError(
@@ -158,7 +127,7 @@ class Registry:
         if not final.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as folder:
-                with self._asking(f"fetch the encoder of codebook {codebook}") as client:
+                with self._mlflow.asking(f"fetch the encoder of codebook {codebook}") as client:
                     path = Path(client.download_artifacts(found.run_id, _ENCODER, folder))
                 # Another process may have been faster; the folder's name says that the content is the same.
                 with contextlib.suppress(OSError):
@@ -167,8 +136,8 @@ class Registry:
 
     def current_codebook(self) -> str | None:
         """The id of the current codebook, or None."""
-        with self._asking("find the codebook"):
-            found = self._by_alias(self.codebooks, CURRENT)
+        with self._mlflow.asking("find the codebook"):
+            found = self._mlflow.by_alias(self.codebooks, CURRENT)
         return None if found is None else str(found.tags["codebook"])
 
     # Bundles
@@ -184,11 +153,11 @@ class Registry:
         Returns the version. The bundle is verified first.
         """
         manifest = load_bundle(bundle.path).manifest
-        with self._asking(f"store bundle {manifest.bundle}") as client:
-            known = self._version_with(self.name, "bundle", manifest.bundle)
+        with self._mlflow.asking(f"store bundle {manifest.bundle}") as client:
+            known = self._mlflow.version_with(self.name, "bundle", manifest.bundle)
             if known is not None:
                 return known
-            run = self._run(f"{manifest.kind}-{manifest.bundle}")
+            run = self._mlflow.new_run(self.name, f"{manifest.kind}-{manifest.bundle}")
             for key, number in (run_metrics or {}).items():
                 client.log_metric(run, key, float(number))
             for key, value in (params or {}).items():
@@ -203,7 +172,7 @@ class Registry:
                 STATE: "candidate",
             }
             # The version comes last: a crash before it leaves a run that nothing points at.
-            version = self._add(self.name, run, _BUNDLE, tags)
+            version = self._mlflow.add_version(self.name, run, _BUNDLE, tags)
             client.set_terminated(run)
         return version
 
@@ -221,7 +190,7 @@ class Registry:
                 shutil.rmtree(final, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
-            with self._asking(f"fetch bundle {wanted}") as client:
+            with self._mlflow.asking(f"fetch bundle {wanted}") as client:
                 path = Path(client.download_artifacts(found.run_id, _BUNDLE, folder))
             _verified(path, wanted)
             # Another process may have been faster; the folder's name says that the content is the same.
@@ -231,8 +200,8 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Every model version, newest first."""
-        with self._asking("list the models") as client:
-            model = self._model(self.name)
+        with self._mlflow.asking("list the models") as client:
+            model = self._mlflow.model(self.name)
             if model is None:
                 return []
             by_version: dict[str, list[str]] = {}
@@ -246,15 +215,15 @@ class Registry:
                     aliases=tuple(sorted(by_version.get(str(row.version), []))),
                     metrics=dict(client.get_run(row.run_id).data.metrics),
                 )
-                for row in sorted(self._all(self.name), key=lambda row: -int(row.version))
+                for row in sorted(self._mlflow.versions(self.name), key=lambda row: -int(row.version))
             ]  # fmt: skip
 
     # Aliases, tags and records
 
     def alias(self, name: str) -> str | None:
         """The version that an alias names, or None."""
-        with self._asking(f"read alias {name}"):
-            found = self._by_alias(self.name, name)
+        with self._mlflow.asking(f"read alias {name}"):
+            found = self._mlflow.by_alias(self.name, name)
         return None if found is None else str(found.version)
 
     def version(self, version_or_alias: str) -> str:
@@ -263,18 +232,18 @@ class Registry:
 
     def set_alias(self, name: str, version: str) -> None:
         """Point an alias at a version."""
-        with self._asking(f"set alias {name}") as client:
+        with self._mlflow.asking(f"set alias {name}") as client:
             client.set_registered_model_alias(self.name, name, version)
 
     def drop_alias(self, name: str) -> None:
         """Remove an alias; one that is not set is no error."""
         if self.alias(name) is not None:
-            with self._asking(f"remove alias {name}") as client:
+            with self._mlflow.asking(f"remove alias {name}") as client:
                 client.delete_registered_model_alias(self.name, name)
 
     def tag(self, version: str, key: str, value: str) -> None:
         """Set a tag of a version."""
-        with self._asking(f"tag version {version}") as client:
+        with self._mlflow.asking(f"tag version {version}") as client:
             client.set_model_version_tag(self.name, version, key, value)
 
     def tags(self, version: str) -> dict[str, str]:
@@ -287,7 +256,7 @@ class Registry:
         It counts once the version's tag `decision` names it.
         """
         found = self._find(version)
-        with self._asking(f"store decision {record['decision']}") as client:
+        with self._mlflow.asking(f"store decision {record['decision']}") as client:
             client.log_dict(found.run_id, dict(record), f"decisions/{record['decision']}.json")
 
     def decision(self, version: str, id: str | None = None) -> dict[str, Any]:
@@ -298,7 +267,10 @@ class Registry:
         wanted = id or found.tags.get("decision")
         if not wanted:
             raise SidstreamError(f"version {version} has no decision record: no trial of it was ended yet")
-        with tempfile.TemporaryDirectory() as folder, self._asking(f"read decision {wanted}") as client:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._mlflow.asking(f"read decision {wanted}") as client,
+        ):
             path = client.download_artifacts(found.run_id, f"decisions/{wanted}.json", folder)
             made: dict[str, Any] = json.loads(Path(path).read_text())
         return made
@@ -306,7 +278,10 @@ class Registry:
     def store_picture(self, version: str, decision: str, picture: bytes) -> None:
         """Store the picture (PNG) of a decision beside its record."""
         found = self._find(version)
-        with tempfile.TemporaryDirectory() as folder, self._asking(f"store decision {decision}") as client:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._mlflow.asking(f"store decision {decision}") as client,
+        ):
             path = Path(folder) / f"{decision}.png"
             path.write_bytes(picture)
             client.log_artifact(found.run_id, str(path), "decisions")
@@ -326,7 +301,7 @@ class Registry:
         ]
         with (
             tempfile.TemporaryDirectory() as folder,
-            self._asking(f"store how version {version} was trained") as client,
+            self._mlflow.asking(f"store how version {version} was trained") as client,
         ):
             for low in range(0, len(metrics), _BATCH):
                 client.log_batch(found.run_id, metrics[low : low + _BATCH])
@@ -337,22 +312,22 @@ class Registry:
     def decisions(self, version: str) -> list[dict[str, Any]]:
         """Every decision record that was stored with a version, oldest first."""
         found = self._find(version)
-        with self._asking(f"list the decisions of version {version}") as client:
+        with self._mlflow.asking(f"list the decisions of version {version}") as client:
             names = [Path(file.path).name for file in client.list_artifacts(found.run_id, "decisions")]
         records = [self.decision(version, name[:-5]) for name in names if name.endswith(".json")]
         return sorted(records, key=lambda record: int(record["ts"]))
 
     def journal(self, sentence: str, about: Mapping[str, Any]) -> None:
         """Keep what a cycle did that led to no version: a run of its own, with the reason."""
-        with self._asking("keep the journal") as client:
-            run = self._run("cycle")
+        with self._mlflow.asking("keep the journal") as client:
+            run = self._mlflow.new_run(self.name, "cycle")
             client.set_tag(run, _JOURNAL, sentence[:_LONGEST])
             client.log_dict(run, dict(about), "cycle.json")
             client.set_terminated(run)
 
     def journalled(self) -> list[tuple[int, str]]:
         """(time in ms, sentence) of every entry of the journal, oldest first."""
-        with self._asking("read the journal") as client:
+        with self._mlflow.asking("read the journal") as client:
             experiment = client.get_experiment_by_name(self.name)
             if experiment is None:
                 return []
@@ -372,7 +347,7 @@ class Registry:
 
     def note(self, key: str, value: str | None) -> None:
         """Set a tag of the recommender itself, or remove it (None)."""
-        with self._asking(f"note {key}") as client:
+        with self._mlflow.asking(f"note {key}") as client:
             if value is not None:
                 client.set_registered_model_tag(self.name, key, value)
             elif self.noted(key) is not None:
@@ -380,70 +355,20 @@ class Registry:
 
     def noted(self, key: str) -> str | None:
         """A tag of the recommender itself."""
-        with self._asking(f"read {key}"):
-            model = self._model(self.name)
+        with self._mlflow.asking(f"read {key}"):
+            model = self._mlflow.model(self.name)
         value: str | None = None if model is None else model.tags.get(key)
         return value
-
-    # MLflow's words
 
     def _codebook_file(self, id: str) -> Path:
         return self.cache / "codebooks" / f"{id}.safetensors"
 
-    def _run(self, name: str) -> str:
-        client = self._mlflow
-        from mlflow.exceptions import MlflowException
-
-        experiment = client.get_experiment_by_name(self.name)
-        if experiment is None:
-            try:
-                id = client.create_experiment(self.name)
-            except MlflowException:
-                # Another process made it in between; if not, this is where it shows.
-                id = client.get_experiment_by_name(self.name).experiment_id
-        else:
-            id = experiment.experiment_id
-        return str(client.create_run(id, run_name=name).info.run_id)
-
-    def _add(self, model: str, run: str, path: str, tags: dict[str, str]) -> str:
-        client = self._mlflow
-        from mlflow.exceptions import MlflowException
-
-        if self._model(model) is None:
-            try:
-                client.create_registered_model(model)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-        made = client.create_model_version(model, f"runs:/{run}/{path}", run_id=run, tags=tags)
-        return str(made.version)
-
-    def _model(self, name: str) -> Any:
-        return _or_none(self._mlflow.get_registered_model, name)
-
-    def _by_alias(self, model: str, alias: str) -> Any:
-        return _or_none(self._mlflow.get_model_version_by_alias, model, alias)
-
-    def _all(self, model: str) -> list[Any]:
-        rows: list[Any] = []
-        token = None
-        while True:
-            page = self._mlflow.search_model_versions(f"name = '{model}'", max_results=1000, page_token=token)
-            rows.extend(page)
-            token = page.token
-            if not token:
-                return rows
-
-    def _version_with(self, model: str, key: str, value: str) -> str | None:
-        rows = self._mlflow.search_model_versions(f"name = '{model}' and tags.{key} = '{value}'")
-        return str(rows[0].version) if rows else None
-
     def _find(self, version_or_alias: str) -> Any:
-        with self._asking(f"find {version_or_alias}") as client:
+        with self._mlflow.asking(f"find {version_or_alias}"):
             if version_or_alias.isdecimal():
-                found = _or_none(client.get_model_version, self.name, version_or_alias)
+                found = self._mlflow.version(self.name, version_or_alias)
             else:
-                found = self._by_alias(self.name, version_or_alias)
+                found = self._mlflow.by_alias(self.name, version_or_alias)
         if found is None:
             raise SidstreamError(
                 f"the registry has no version or alias {version_or_alias!r} of {self.name}; "
@@ -457,30 +382,3 @@ def _verified(folder: Path, wanted: str) -> Bundle:
     if bundle.id != wanted:
         raise SidstreamError(f"{folder} holds bundle {bundle.id} in place of {wanted}; register it again")
     return bundle
-
-
-def _or_none(ask: Any, *args: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return ask(*args)
-    except MlflowException as error:
-        # MLflow 3: an alias that is not set is INVALID_PARAMETER_VALUE, an absent model the other code.
-        missing = error.error_code == "RESOURCE_DOES_NOT_EXIST" or "alias" in str(error).lower()
-        if missing and error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            return None
-        raise
-
-
-def _quieten(settings: RegistrySettings) -> None:
-    """MLflow prints links, bars and hints and reports usage; a library inside a product does none of it."""
-    for name, value in {
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(settings.timeout_s),
-        # Seven retries with growing pauses would hide for two minutes that a server is gone: 1 + 2 + 4 s.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    }.items():
-        os.environ.setdefault(name, value)

@@ -25,6 +25,7 @@ from registry.lease import lease_key, promoter
 from registry.outcomes import Seen
 from registry.settings import GateSettings, RegistrySettings, RolloutSettings
 from registry.store import CHAMPION, DPO, PREVIOUS, SFT, STATE, Registry
+from registry.tracking import Tracking
 from streams.client import Client
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout
@@ -151,7 +152,7 @@ def _end(after: float) -> None:
 
 def main() -> None:
     """Fork a child for every job on stdin; {"wait": pid} waits for one."""
-    Registry(RegistrySettings(tracking_uri="http://127.0.0.1:9"))._mlflow  # noqa: B018, imports MLflow
+    Tracking(RegistrySettings(tracking_uri="http://127.0.0.1:9")).client  # noqa: B018, imports MLflow
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:

@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
+from kafka import KafkaConsumer, TopicPartition
 
 from sidstream.stack.servers import redis_answers, redis_command
 from streams import kafka_jars
+from streams.admin import end_offsets
 from streams.broker import LocalKafka, free_ports
 from streams.children import spawn
+from streams.connect import client_options
 from streams.settings import KafkaSettings
 
 KAFKA_IMAGE = "apache/kafka:4.4.0"
@@ -42,6 +45,26 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str) -> No
 def kafka_settings(bootstrap: str) -> KafkaSettings:
     """Settings for a broker of the tests."""
     return KafkaSettings.model_validate({"bootstrap": bootstrap, "partitions": PARTITIONS})
+
+
+def read_all(kafka: KafkaSettings, *topics: str) -> list[Any]:
+    """Every record that the topics hold now, in order within a partition."""
+    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
+    try:
+        ends = {
+            TopicPartition(topic, part): end
+            for topic in topics
+            for part, end in end_offsets(kafka, topic).items()
+        }
+        consumer.assign(list(ends))
+        consumer.seek_to_beginning(*ends)
+        found: list[Any] = []
+        while any(consumer.position(part) < end for part, end in ends.items()):
+            for records in consumer.poll(timeout_ms=500).values():
+                found += records
+        return found
+    finally:
+        consumer.close()
 
 
 def docker_answers() -> bool:

@@ -46,6 +46,15 @@ class Shop:
             made.know(torch.from_numpy(self.known.codes))
         return made
 
+    def outspoken(self, seed: int = 0) -> GeneratorForCausalLM:
+        """A generator whose two heads rank otherwise, and to which an item's last distance matters."""
+        made = self.model(seed)
+        with torch.no_grad():
+            made.model.items.own.normal_(0, 0.5)
+            made.model.items.query_proj.weight.normal_(0, 0.3)
+            made.model.items.again.copy_(torch.linspace(-2, 1, 8))
+        return made
+
 
 def sid_of(item: int) -> tuple[int, int, int]:
     """Distinct SIDs for items 0 to 59."""

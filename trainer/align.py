@@ -146,12 +146,12 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
 
-def check_trl() -> None:
+def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
     """Raise SidstreamError where TRL's internals are not those that this module was written for."""
     try:
-        source = inspect.getsource(DPOTrainer.__init__)
-        columns = inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
-        parameters = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
+        source = inspect.getsource(trainer.__init__)
+        columns = inspect.getsource(trainer._set_signature_columns_if_needed)
+        parameters = list(inspect.signature(trainer._prepare_dataset).parameters)
     except AttributeError as error:
         raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: install trl>=1.16,<1.17") from error
     for wanted, text in (

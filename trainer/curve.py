@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+
+from trainer.png import png
 
 # What is drawn of a point where it is there, each in a plot of its own.
 _DRAWN = {
@@ -26,6 +27,4 @@ def draw(stage: str, curve: Sequence[Mapping[str, float]]) -> bytes:
         axis.set_title(f"{stage}: {_DRAWN[name]}", fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return png(figure)

@@ -33,6 +33,7 @@ from trainer.data import Rows, popular
 from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM
 from trainer.material import Material, load_model, only_one, read_material
+from trainer.offline_check import check_finite, failing, failing_first
 from trainer.offpolicy import Explored, OffPolicy, explored, judge
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, SftResult, evaluate, hr_ndcg, train
@@ -157,13 +158,16 @@ def run_cycle(
         # Named by what it was made of: a model that is refused has no bundle to be named by.
         origin = f"bundle {material.parent.id}" if material.parent else "scratch"
         candidate = f"candidate {run.name} (from {origin})"
-        _check(material, settings, model, result, candidate)
+        check_finite(model)
+        refused = f"{candidate} failed its offline check and was not registered"
+        if failed := _sft_failing(material, settings, result):
+            raise SidstreamError(f"{refused}: {failed}")
         found = material.window.explorations(horizon_ms)
         logged = explored(found, material.codebook.id, material.prompt, settings.offpolicy)
         ranking = result.sft.quality.ranking if result.sft and result.sft.quality else Ranking()
         veto = _veto("sft", model, logged, settings, ranking, result, stages)
         if veto:
-            raise SidstreamError(f"{candidate} failed its offline check and was not registered: {veto}")
+            raise SidstreamError(f"{refused}: {veto}")
         aligned = None
         if material.parent is None and registry.alias(CHAMPION) is None:
             result.no_dpo = "the first model is aligned when pairs about its answers are there"
@@ -251,28 +255,13 @@ def _named(stage: str, quality: Quality) -> dict[str, float]:
     }
 
 
-def _check(
-    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, result: CycleResult,
-    candidate: str,
-) -> None:  # fmt: skip
-    """The offline check of SFT_T. Raises SidstreamError with the figure that failed and its setting."""
-    for parameter in model.parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise SidstreamError("training diverged: a weight is not finite; lower SIDSTREAM_TRAINER__LR")
+def _sft_failing(material: Material, settings: TrainerSettings, result: CycleResult) -> str | None:
     quality = result.sft.quality if result.sft else None
     if quality is None:
-        return
-    failed = _failing(quality, result.metrics.get("parent/hr10"), settings)
-    if failed is None and material.parent is None and settings.beat_popularity:
-        floor = result.metrics["popularity/hr10"]
-        if quality.hr10 < floor:
-            failed = (
-                f"HR@10 {quality.hr10:.3f} is below popularity's {floor:.3f} "
-                "(train longer: SIDSTREAM_TRAINER__MAX_SECONDS; or allow it: "
-                "SIDSTREAM_TRAINER__BEAT_POPULARITY=false)"
-            )
-    if failed:
-        raise SidstreamError(f"{candidate} failed its offline check and was not registered: {failed}")
+        return None
+    if material.parent is None:
+        return failing_first(quality, result.metrics["popularity/hr10"], settings)
+    return failing(quality, result.metrics.get("parent/hr10"), settings)
 
 
 def _veto(
@@ -287,20 +276,6 @@ def _veto(
     result.metrics |= {f"{kind}/{name}": value for name, value in found.metrics().items()}
     stages.done(f"{kind}-offpolicy", found.told())
     return found.sentence if found.vetoed else ""
-
-
-def _failing(quality: Quality, before: float | None, settings: TrainerSettings) -> str | None:
-    if quality.validity < settings.min_validity:
-        return (
-            f"{quality.validity:.1%} of its unconstrained answers are real SIDs, "
-            f"SIDSTREAM_TRAINER__MIN_VALIDITY is {settings.min_validity:.1%}"
-        )
-    if before is not None and quality.hr10 < (1 - settings.max_fall) * before:
-        return (
-            f"HR@10 fell from {before:.3f} to {quality.hr10:.3f}, more than SIDSTREAM_TRAINER__MAX_FALL "
-            f"({settings.max_fall:.0%})"
-        )
-    return None
 
 
 def _dpo(
@@ -334,7 +309,7 @@ def _dpo(
         )
         result.metrics |= _named("dpo", quality)
         shown = f", HR@10 {quality.hr10:.3f}"
-        failed = _failing(quality, result.sft.quality.hr10, settings)
+        failed = failing(quality, result.sft.quality.hr10, settings)
     if result.dpo.drop > settings.dpo.max_drop:
         failed = result.dpo.stopped
     if failed:

@@ -30,7 +30,7 @@ from trainer.data import Row, Rows
 from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality, device, hr_ndcg, ranks
+from trainer.sft import Quality, device, hr_ndcg
 from trainer.tokenizer import build_tokenizer
 
 _MARKS = {TITLE: "<sid_title>", ITEM: "<sid_item>"}
@@ -199,7 +199,8 @@ def rank_held(
     where = next(model.parameters()).device
     prompt, held, known = rows.prompt, rows.split.held, rows.known
     beams = min(max(settings.beam, 10), len(sids))
-    found, valid = [], 0
+    ranks: list[int] = []
+    valid = 0
     for low in range(0, len(held.targets), _EVAL_ROWS):
         histories = held.histories[low : low + _EVAL_ROWS]
         flat = [[BOS, *known.codes[history].ravel().tolist()] for history in histories]
@@ -219,14 +220,15 @@ def rank_held(
             ids, num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
             prefix_allowed_tokens_fn=allowed, **shared,
         )[:, length:]  # fmt: skip
-        codes = torch.tensor([prompt.sid([translation.back[t] for t in row]) for row in best.tolist()])
-        targets = torch.tensor([known.sids[target] for target in held.targets[low : low + _EVAL_ROWS]])
-        found.append(ranks(codes.view(len(histories), beams, levels), targets))
+        sids_of = [prompt.sid([translation.back[token] for token in row]) for row in best.tolist()]
+        for row, target in enumerate(held.targets[low : low + _EVAL_ROWS].tolist()):
+            answers = sids_of[row * beams : (row + 1) * beams]
+            ranks.append(answers.index(known.sids[target]) if known.sids[target] in answers else beams)
         for row in model.generate(ids, num_beams=1, **shared)[:, length:].tolist():
             tokens = [translation.back.get(token, PAD) for token in row]
             valid += all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens))
     users = len(held.targets)
-    hr, ndcg = hr_ndcg(torch.cat(found)) if found else (0.0, 0.0)
+    hr, ndcg = hr_ndcg(torch.tensor(ranks))
     return Quality(users, hr, ndcg, valid / users if users else 0.0, Ranking())
 
 

@@ -26,6 +26,7 @@ from streams.events import Exploration
 from streams.keys import hashed
 from trainer.data import Int64, pad_items
 from trainer.generator import GeneratorForCausalLM
+from trainer.ranking import sid_scores
 from trainer.settings import OffPolicySettings
 
 # Candidates of one forward: their logits over the vocabulary stay near the cache.
@@ -121,7 +122,6 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
     """
     model.eval()
     where = next(model.parameters()).device
-    bases = [model.config.code_range(level)[0] for level in range(model.config.levels)]
     made = np.zeros(len(logged.codes))
     counts = np.diff(logged.starts)
     step = max(1, _CANDIDATES // int(counts.max(initial=1)))
@@ -136,13 +136,7 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
         state = model.encode(items.to(where), lengths.to(where))
         codes = torch.from_numpy(logged.codes[rows]).to(where)
         owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(where)
-        total = torch.zeros(len(codes), device=where)
-        for level, base in enumerate(bases):
-            # Candidates of one prompt share their first codes: each prefix is scored once.
-            prefix = torch.cat((owner[:, None], codes[:, :level]), dim=1)
-            asked, of = prefix.unique(dim=0, return_inverse=True)
-            scored = model.step(level, state[asked[:, 0]], asked[:, 1:] if level else None)
-            total += scored[of, codes[:, level] - base]
+        total = sid_scores(model, state, owner, codes)
         if weight > 0:
             vectors = model.model.embed_items(codes)
             logits = (model.model.queries(state)[owner] * vectors).sum(-1)

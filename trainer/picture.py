@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from registry.outcomes import Seen
 from registry.settings import GateSettings
 from registry.store import ANCHOR, Registry
 from streams.errors import SidstreamError
+from trainer.png import png
 
 
 def picture(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
@@ -31,9 +31,7 @@ def picture(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
             _curve(axes[row][column], f"{pair}: {name}", [(entry["cohort"], entry[pair][metric])
                    for entry in path if entry.get(pair) and entry[pair][metric]])  # fmt: skip
     figure.suptitle(f"trial {record['trial']}, decision {record['decision']}: {record['verdict']}")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return png(figure)
 
 
 def save_picture(

@@ -17,16 +17,13 @@ from torch.nn import functional as F
 from registry.ranking import Ranking
 from trainer.checkpoint import Checkpoint, Place, restore, snapshot
 from trainer.constrained import SidSet, greedy
-from trainer.data import Batch, Catalogue, Held, Pieces, Rows, collate, pad_items
+from trainer.data import Batch, Catalogue, Held, Pieces, Rows, collate
 from trainer.generator import IGNORE, GeneratorForCausalLM
 from trainer.losses import softmax_loss
-from trainer.ranking import Ranker, fit
-from trainer.ranking import ranks as ranks_of
+from trainer.ranking import ROWS, Ranker, fit, ranks
 from trainer.settings import TaskWeights, TrainerSettings
 from trainer.soft_targets import Level, Soft, code_tree, sibling_term, teacher_term
 
-# Rows of one forward in evaluation: 20 beams of 64 codes of 256 rows stay in cache.
-_EVAL_ROWS = 256
 _WARMUP = 0.05
 _CLIP = 1.0
 # Seconds between two lines of progress.
@@ -69,12 +66,6 @@ def fast_bf16(where: torch.device) -> bool:
     if where.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def ranks(found: Tensor, targets: Tensor) -> Tensor:
-    """Codes found (B, W, L), best first, and targets (B, L) -> rank from 0; W where it was not found."""
-    same = (found == targets[:, None]).all(-1)
-    return torch.where(same.any(1), same.int().argmax(1), found.shape[1])
 
 
 def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
@@ -201,15 +192,12 @@ def evaluate(
     if not len(held.targets):
         return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
     ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
-    found = ranker.candidates(held.histories)
+    states = ranker.states(held.histories)
+    found = ranker.candidates(held.histories, states)
     ranking = ranking or fit(found, held)
-    hr, ndcg = hr_ndcg(ranks_of(found, held, ranking))
-    where = next(model.parameters()).device
-    valid = []
-    for low in range(0, len(held.targets), _EVAL_ROWS):
-        codes, lengths = pad_items(held.histories[low : low + _EVAL_ROWS], known.codes)
-        valid.append(greedy(model, model.encode(codes.to(where), lengths.to(where)), sids).cpu())
-    return Quality(len(held.targets), hr, ndcg, float(torch.cat(valid).float().mean()), ranking)
+    hr, ndcg = hr_ndcg(ranks(found, held, ranking))
+    valid = torch.cat([greedy(model, part, sids) for part in states.split(ROWS)])
+    return Quality(len(held.targets), hr, ndcg, float(valid.float().mean()), ranking)
 
 
 def _learning_rate(fraction: float) -> float:

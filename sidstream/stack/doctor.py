@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +88,16 @@ def python() -> Check:
     return Check("python", ok, found, "use Python 3.11, 3.12 or 3.13")
 
 
-def disk(home: Path) -> Check:
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def disk(home: Path, free_bytes: Callable[[Path], int] = _free_bytes) -> Check:
     """Room for the stack's data."""
     folder = home.resolve()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free / _GIB
+    free = free_bytes(folder) / _GIB
     remedy = f"free {_DISK_GIB:.0f} GiB, or choose another disk with SIDSTREAM_STACK__HOME"
     return Check("disk", free >= _DISK_GIB, f"{free:.1f} GiB free at {folder}", remedy)
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import re
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis
-from kafka import KafkaConsumer, TopicPartition
 
 from streams import history, keys
-from streams.admin import end_offsets, incarnations
-from streams.connect import client_options
-from streams.events import Purchase, decode
-from streams.history import Change, pack_entry
+from streams.admin import end_offsets
 from streams.replay import OnlineRetail
 from streams.replay.engine import parse_time, replay
-from streams.settings import HistorySettings, KafkaSettings
 from tests.agents_worker import start, worker, write_codebook
+from tests.conftest import FreshStack
+from tests.pure_histories import replayed_histories
 from tests.support import free_port, wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
@@ -43,38 +39,7 @@ def metric(port: int, outcome: str) -> int:
     return int(float(found.group(1))) if found else 0
 
 
-def pure_replay(kafka: KafkaSettings, sids: dict[str, bytes], codebook: str) -> dict[str, bytes]:
-    """Every user's history from the log on Kafka, by the pure function."""
-    ends = {TopicPartition("purchases", p): end for p, end in end_offsets(kafka, "purchases").items()}
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    log: dict[str, list[Change]] = {}
-    try:
-        consumer.assign(list(ends))
-        consumer.seek_to_beginning(*ends)
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            for records in consumer.poll(timeout_ms=500).values():
-                for record in records:
-                    event = decode(Purchase, record.value)
-                    entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
-                    change = Change("purchases", record.offset, entry)
-                    log.setdefault(event.user_id, []).append(change)
-    finally:
-        consumer.close()
-    lives = incarnations(kafka)
-    made = {}
-    for user, changes in log.items():
-        value, _, _ = history.apply(
-            None, changes, codebook=codebook, levels=3,
-            incarnations={source: lives[source] for source in history.SOURCES}, bounds=HistorySettings(),
-        )  # fmt: skip
-        assert value is not None
-        made[user] = value
-    return made
-
-
-def test_histories_after_kills_equal_a_pure_replay(
-    fresh_stack: Callable[[], tuple[KafkaSettings, str]], tmp_path: Path
-) -> None:
+def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_path: Path) -> None:
     kafka, url = fresh_stack()
     codebook = write_codebook(tmp_path / "codebook", sizes=(32, 32, 256))
     shop = OnlineRetail()
@@ -108,10 +73,11 @@ def test_histories_after_kills_equal_a_pure_replay(
         assert in_histories() > 0
         port = free_port()
         with worker(kafka, url, tmp_path / "codebook", log, metrics_port=port, **options):
-            expected = pure_replay(
+            expected = replayed_histories(
                 kafka,
                 {item.decode(): sid for item, sid in store.hgetall(keys.sids(codebook.id)).items()},
                 codebook.id,
+                len(codebook.sizes),
             )
             assert sum(map(len, expected.values())) > 0
             wait_until(

@@ -6,13 +6,12 @@ import base64
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 
 from agents.app import check
 from registry.current import read_newest
@@ -36,12 +35,12 @@ from streams.events import (
 from streams.records import partition_of
 from streams.settings import KafkaSettings, RedisSettings
 from tests.agents_worker import worker, write_codebook
+from tests.conftest import FreshStack
 from tests.reference_pairs import reference
-from tests.support import wait_until
+from tests.support import read_all, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-Fresh = Callable[[], tuple[KafkaSettings, str]]
 T0 = 1_700_000_000_000
 WAIT_S = 120.0
 
@@ -65,18 +64,7 @@ def buy(user: str, number: int, at: int, request: str | None = None) -> Purchase
 
 def read(kafka: KafkaSettings, topic: str) -> list[dict[str, Any]]:
     """Every record of a topic."""
-    ends = {TopicPartition(topic, p): end for p, end in end_offsets(kafka, topic).items()}
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        consumer.assign(list(ends))
-        consumer.seek_to_beginning(*ends)
-        found = []
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            for records in consumer.poll(timeout_ms=500).values():
-                found += [json.loads(record.value) for record in records]
-        return found
-    finally:
-        consumer.close()
+    return [json.loads(record.value) for record in read_all(kafka, topic)]
 
 
 def count(kafka: KafkaSettings, topic: str) -> int:
@@ -92,7 +80,7 @@ def total(store: redis.Redis) -> int:
 
 
 def test_what_cannot_be_applied_ends_in_dead_letters_and_its_neighbours_are_applied(
-    fresh_stack: Fresh, tmp_path: Path
+    fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     write_codebook(tmp_path / "codebook")
@@ -135,7 +123,7 @@ def test_what_cannot_be_applied_ends_in_dead_letters_and_its_neighbours_are_appl
 
 
 def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_applied(
-    fresh_stack: Fresh, tmp_path: Path
+    fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     publish_all(kafka, [click("u", n, n) for n in range(6)] + [click("v", 1, 1)])
@@ -166,7 +154,9 @@ def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_ap
         assert count(kafka, "sids") == published + 1
 
 
-def test_pairs_equal_the_reference_whatever_the_order_of_arrival(fresh_stack: Fresh, tmp_path: Path) -> None:
+def test_pairs_equal_the_reference_whatever_the_order_of_arrival(
+    fresh_stack: FreshStack, tmp_path: Path
+) -> None:
     kafka, url = fresh_stack()
     write_codebook(tmp_path / "codebook")
     publish_all(kafka, [item(n) for n in range(12)])
@@ -222,7 +212,9 @@ def test_pairs_equal_the_reference_whatever_the_order_of_arrival(fresh_stack: Fr
             assert len(pair.rejected) == len(pair.rejected_items)
 
 
-def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(fresh_stack: Fresh, tmp_path: Path) -> None:
+def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(
+    fresh_stack: FreshStack, tmp_path: Path
+) -> None:
     kafka, url = fresh_stack()
     write_codebook(tmp_path / "codebook")
     publish_all(kafka, [item(n) for n in range(6)])
@@ -271,11 +263,11 @@ def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(fresh_stack: Fres
             with worker(kafka, url, tmp_path / "codebook", tmp_path / group, group=group, idle_s=600):
                 wait_until(lambda: sums(store) == wanted, WAIT_S, "the sums")
                 done = f"{group} has read everything"
-                wait_until(lambda: read_all(kafka, group), WAIT_S, done)  # noqa: B023
+                wait_until(lambda: caught_up(kafka, group), WAIT_S, done)  # noqa: B023
                 assert sums(store) == wanted
 
 
-def read_all(kafka: KafkaSettings, group: str) -> bool:
+def caught_up(kafka: KafkaSettings, group: str) -> bool:
     """True when the group has committed every record."""
     try:
         return lag(kafka, group) == 0
@@ -284,7 +276,7 @@ def read_all(kafka: KafkaSettings, group: str) -> bool:
 
 
 def test_an_event_in_a_partition_that_is_not_its_users_is_sent_where_it_belongs(
-    fresh_stack: Fresh, tmp_path: Path
+    fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     write_codebook(tmp_path / "codebook")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from streams.client import Client
 from streams.events import Arm, CatalogItem, Impression, Rollout, SidAssignment, Trigger
 from streams.settings import KafkaSettings
 from tests.agents_worker import worker, write_codebook
+from tests.conftest import FreshStack
 from tests.serving_support import PATIENCE_S, Versions, running
 from tests.support import wait_until
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
@@ -29,7 +30,7 @@ WEIGHTS = {"champion": 0.3, "challenger-sft": 0.25, "challenger-dpo": 0.25, "anc
 
 @pytest.fixture
 def stack(
-    fresh_stack: Callable[[], tuple[KafkaSettings, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh_stack: FreshStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[KafkaSettings, str, Versions, Client]]:
     """Fresh Kafka and Redis, also as the commands' settings, a catalogue, and a bundle for every arm."""
     kafka, url = fresh_stack()

@@ -19,11 +19,11 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click
 from streams.settings import KafkaSettings
 from streams.tables import TopicTable
+from tests.conftest import FreshStack
 from tests.integration.test_agents import read
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 
-Fresh = Callable[[], tuple[KafkaSettings, str]]
 WAIT_S = 90.0
 
 
@@ -80,7 +80,7 @@ async def until_committed(kafka: KafkaSettings, group: str) -> None:
             await asyncio.sleep(0.2)
 
 
-def test_a_poison_record_is_dead_lettered_alone_after_its_attempts(fresh_stack: Fresh) -> None:
+def test_a_poison_record_is_dead_lettered_alone_after_its_attempts(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     publish_all(kafka, clicks(40))
     stage = Recorder(lambda event: ValueError("cannot be") if event.event_id in ("e7", "e30") else None)
@@ -98,7 +98,7 @@ def test_a_poison_record_is_dead_lettered_alone_after_its_attempts(fresh_stack: 
     assert all("cannot be" in letter["detail"] for letter in letters)
 
 
-def test_a_record_that_hangs_is_dead_lettered_at_its_deadline(fresh_stack: Fresh) -> None:
+def test_a_record_that_hangs_is_dead_lettered_at_its_deadline(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     publish_all(kafka, clicks(3))
 
@@ -119,7 +119,9 @@ def test_a_record_that_hangs_is_dead_lettered_at_its_deadline(fresh_stack: Fresh
     assert [letter["reason"] for letter in read(kafka, "dead-letters")] == ["timeout"]
 
 
-def test_an_outage_is_waited_for_and_nothing_is_committed_or_refused_meanwhile(fresh_stack: Fresh) -> None:
+def test_an_outage_is_waited_for_and_nothing_is_committed_or_refused_meanwhile(
+    fresh_stack: FreshStack,
+) -> None:
     kafka, _ = fresh_stack()
     publish_all(kafka, clicks(30))
     away = True
@@ -138,7 +140,7 @@ def test_an_outage_is_waited_for_and_nothing_is_committed_or_refused_meanwhile(f
     assert not read(kafka, "dead-letters")
 
 
-def test_a_loop_that_stops_in_an_outage_leaves_its_records_to_the_next_one(fresh_stack: Fresh) -> None:
+def test_a_loop_that_stops_in_an_outage_leaves_its_records_to_the_next_one(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     publish_all(kafka, clicks(30))
     first = Recorder(lambda event: redis.ConnectionError("gone"))
@@ -155,7 +157,7 @@ def test_a_loop_that_stops_in_an_outage_leaves_its_records_to_the_next_one(fresh
     assert sorted(second.applied) == sorted(f"e{n}" for n in range(30))
 
 
-def test_loops_that_come_and_go_while_records_flow_apply_every_record(fresh_stack: Fresh) -> None:
+def test_loops_that_come_and_go_while_records_flow_apply_every_record(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     log: list[Click] = []
     stages = [Recorder() for _ in range(3)]
@@ -182,7 +184,7 @@ def test_loops_that_come_and_go_while_records_flow_apply_every_record(fresh_stac
     assert {event for stage in stages for event in stage.applied} == {event.event_id for event in log}
 
 
-def test_a_value_near_the_size_limit_keeps_its_bytes_in_dead_letters(fresh_stack: Fresh) -> None:
+def test_a_value_near_the_size_limit_keeps_its_bytes_in_dead_letters(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     value = json.dumps({"schema_version": 9, "filler": "x" * (kafka.max_event_bytes - 2000)}).encode()
     producer = KafkaProducer(**client_options(kafka))
@@ -199,7 +201,7 @@ def test_a_value_near_the_size_limit_keeps_its_bytes_in_dead_letters(fresh_stack
     assert len(letter["value_base64"]) > len(value)
 
 
-def test_a_table_follows_its_topic_and_forgets_deleted_keys(fresh_stack: Fresh) -> None:
+def test_a_table_follows_its_topic_and_forgets_deleted_keys(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     publish_all(kafka, [CatalogItem.new(item_id=f"i{n % 5}", title=f"title {n}") for n in range(20)])
 

@@ -6,21 +6,19 @@ import itertools
 import random
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import redis
-from kafka import KafkaConsumer, TopicPartition
 
 from registry.bundle import Bundle
 from registry.codebook import Codebook
 from registry.rollout import arm_of
 from streams import history, keys
-from streams.admin import end_offsets, incarnations
+from streams.admin import end_offsets
 from streams.bulk import publish_all
 from streams.client import Client
-from streams.connect import client_options
 from streams.events import (
     Arm,
     CatalogItem,
@@ -31,17 +29,17 @@ from streams.events import (
     Rollout,
     SidAssignment,
     Trigger,
-    decode,
 )
-from streams.settings import HistorySettings, KafkaSettings
+from streams.settings import KafkaSettings
 from tests.agents_worker import start, worker
+from tests.conftest import FreshStack
+from tests.pure_histories import replayed_histories
 from tests.serving_support import PATIENCE_S, Versions, running
 from tests.support import wait_until
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-Fresh = Callable[[], tuple[KafkaSettings, str]]
 T0 = 1_700_000_000_000
 WAIT_S = 120.0
 ITEMS = [f"i{n:02d}" for n in range(16)]
@@ -72,33 +70,10 @@ def acts(rng: random.Random, users: int, count: int, name: str, items: list[str]
     return made
 
 
-def pure(kafka: KafkaSettings, codebook: Codebook, sids: Mapping[str, tuple[int, ...]]) -> dict[str, bytes]:
+def pure(kafka: KafkaSettings, codebook: Codebook) -> dict[str, bytes]:
     """{user: history} of all that is on the topics, by the pure function alone, under one codebook."""
-    changes: dict[str, list[history.Change]] = defaultdict(list)
-    for kind in (Click, Purchase):
-        ends = {TopicPartition(kind.topic, p): end for p, end in end_offsets(kafka, kind.topic).items()}
-        consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-        consumer.assign(list(ends))
-        consumer.seek_to_beginning(*ends)
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            for records in consumer.poll(timeout_ms=500).values():
-                for record in records:
-                    event = decode(kind, record.value)
-                    code = history.KINDS[event.kind] if isinstance(event, Click) else history.PURCHASE
-                    packed = history.pack_entry(
-                        event.ts, code, event.event_id, history.pack_sid(sids[event.item_id])
-                    )
-                    changes[event.user_id].append(history.Change(kind.topic, record.offset, packed))
-        consumer.close()
-    made = {}
-    for user, mine in changes.items():
-        value, _, _ = history.apply(
-            None, mine, codebook=codebook.id, levels=len(codebook.sizes), incarnations=incarnations(kafka),
-            bounds=HistorySettings(),
-        )  # fmt: skip
-        assert value is not None
-        made[user] = value
-    return made
+    packed = {item: history.pack_sid(sid) for item, sid in SIDS[codebook.id].items()}
+    return replayed_histories(kafka, packed, codebook.id, len(codebook.sizes))
 
 
 def stored(store: redis.Redis) -> dict[str, bytes]:
@@ -133,7 +108,7 @@ def ranking(answer: Recommendation) -> list[tuple[str, list[int], float]]:
 
 
 def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rollback_finds_its_own(
-    fresh_stack: Fresh, tmp_path: Path
+    fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     rng = random.Random(4)
@@ -160,7 +135,7 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
             return client.ask(made, PATIENCE_S)
 
         client.publish(release("start", "t1", champion=v1))
-        wait_until(lambda: stored(store) == pure(kafka, OLD, SIDS[OLD.id]), WAIT_S, "the old histories")
+        wait_until(lambda: stored(store) == pure(kafka, OLD), WAIT_S, "the old histories")
         with running(kafka, url, bundles) as agent:
             agent.wait_ready()
             before = {user: ranking(ask(user)) for user in ("u0", "u29")}
@@ -195,13 +170,13 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
 
             # The two items get their SIDs: every entry stands in its place, as if it had always done.
             publish_all(kafka, assigned(NEW, late))
-            wait_until(lambda: stored(store) == pure(kafka, NEW, SIDS[NEW.id]), WAIT_S, "the new histories")
+            wait_until(lambda: stored(store) == pure(kafka, NEW), WAIT_S, "the new histories")
 
             # Back: the old bundle answers from histories under the new codebook as from its own.
             client.publish(release("rollback", "t3", champion=v1))
             wait_until(lambda: ask("u1").trial == "t3", PATIENCE_S, "the rollback")
             for user in ("u0", "u29"):
-                store.set(keys.history(f"twin-{user}"), pure(kafka, OLD, SIDS[OLD.id])[user])
+                store.set(keys.history(f"twin-{user}"), pure(kafka, OLD)[user])
                 back, twin = ask(user), ask(f"twin-{user}")
                 assert (back.bundle, back.fallback) == (v1[1].id, None)
                 assert ranking(back) == ranking(twin)
@@ -210,7 +185,7 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
 
 
 def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothing(
-    fresh_stack: Fresh, tmp_path: Path
+    fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     rng = random.Random(5)
@@ -235,5 +210,5 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
         with worker(kafka, url, tmp_path / "codebook", tmp_path / "log"):
             wait_until(lambda: told(store) == users + users // 2, WAIT_S, "all events")
             wait_until(lambda: everywhere(store, NEW, users), WAIT_S, "histories under the new codebook")
-            assert stored(store) == pure(kafka, NEW, SIDS[NEW.id])
+            assert stored(store) == pure(kafka, NEW)
     assert sum(end_offsets(kafka, "dead-letters").values()) == 0

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import redis
-from kafka import KafkaConsumer, TopicPartition
 
 from registry.outcomes import mature_until, read_outcomes
 from registry.rollout import assign
 from streams import keys
-from streams.admin import end_offsets, lag
+from streams.admin import lag
 from streams.bulk import publish_all
-from streams.connect import client_options
 from streams.events import (
     Arm,
     CatalogItem,
@@ -29,8 +27,9 @@ from streams.events import (
 )
 from streams.settings import KafkaSettings
 from tests.agents_worker import start, worker, write_codebook
+from tests.conftest import FreshStack
 from tests.reference_outcomes import Owner, reference
-from tests.support import wait_until
+from tests.support import read_all, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -103,23 +102,8 @@ def horizon(at: int) -> list[Event]:
 
 def logged(kafka: KafkaSettings) -> list[Event]:
     """Every user event on the topics, a partition of a topic after the other."""
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        ends = {
-            TopicPartition(kind.topic, part): end
-            for kind in KINDS
-            for part, end in end_offsets(kafka, kind.topic).items()
-        }
-        consumer.assign(list(ends))
-        consumer.seek_to_beginning(*ends)
-        kinds = {kind.topic: kind for kind in KINDS}
-        found: list[Event] = []
-        while any(consumer.position(part) < end for part, end in ends.items()):
-            for part, records in consumer.poll(timeout_ms=500).items():
-                found += [decode(kinds[part.topic], record.value) for record in records]
-        return found
-    finally:
-        consumer.close()
+    kinds = {kind.topic: kind for kind in KINDS}
+    return [decode(kinds[record.topic], record.value) for record in read_all(kafka, *kinds)]
 
 
 def held(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
@@ -137,7 +121,7 @@ def held(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
 
 
 def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder_and_repeats(
-    fresh_stack: Callable[[], tuple[KafkaSettings, str]], tmp_path: Path
+    fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     book, log = tmp_path / "codebook", tmp_path / "log"

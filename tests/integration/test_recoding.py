@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ import redis.asyncio
 
 from agents.histories import Histories
 from agents.parking import Parking
-from agents.recoding import Recoding
+from agents.recoding import Recoding, Replace, Replacer
 from agents.sids import Sids
 from streams import history, keys
 from streams.batches import Incoming
 from streams.events import Click, SidAssignment
 from streams.records import Record, partition_of
 from streams.settings import HistorySettings, KafkaSettings
+from tests.clock import Clock
 from tests.support import PARTITIONS
 
 pytestmark = pytest.mark.integration
@@ -76,27 +78,32 @@ def pure(batch: Sequence[Incoming], codebook: str) -> bytes:
 class Worker:
     """What a worker has of Redis: SIDs, the stage of histories, and what brings them over."""
 
-    def __init__(self, store: redis.asyncio.Redis, partitions: Sequence[int] = range(PARTITIONS)) -> None:
-        self.sids = Sids(KafkaSettings(), store)
-        self.recoding = Recoding(store, self.sids, HistorySettings())
+    def __init__(
+        self, store: redis.asyncio.Redis, partitions: Sequence[int] = range(PARTITIONS),
+        replace: Replace | None = None,
+    ) -> None:  # fmt: skip
+        self._clock = Clock()
+        self.sids = Sids(KafkaSettings(), store, self._clock)
+        self.recoding = Recoding(store, self.sids, HistorySettings(), replace)
         self.recoding.own(partitions, PARTITIONS)
         self.histories = Histories(
             store, self.sids, Parking(store, self.sids, 30), self.recoding, HistorySettings(), LIVES
         )
 
-    def know(self, codebook: str, items: Sequence[str] = ITEMS, use: bool = True) -> None:
+    def know(self, codebook: str, items: Sequence[str] = ITEMS) -> None:
         for item in items:
             event = SidAssignment.new(
                 item_id=item, sid=list(SIDS[codebook][item]), codebook=codebook,
                 ts=T0 + (codebook == NEW),
             )  # fmt: skip
-            self.sids._on_change(event.key.decode(), event)
-        if use:
-            self.sids._use(codebook)
+            self.sids.see(event.key.decode(), event)
+        # Long enough for the codebook to count as whole.
+        self._clock.now += 60
+        self.sids.follow()
 
     async def scan(self) -> None:
         await self.recoding.tick()
-        while self.recoding._cursor is not None:
+        while self.recoding.scanning:
             await self.recoding.tick()
 
 
@@ -180,18 +187,17 @@ def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restar
 
 def test_a_write_in_between_is_not_lost(run) -> None:
     async def work(store: Any) -> None:
-        made, other = await begun(store), Worker(store)
+        other, calls = Worker(store), itertools.count()
         other.know(OLD)
-        made.know(NEW)
-        replace = made.recoding._replace
 
-        async def overtaken(values: Any) -> Any:
-            made.recoding._replace = replace  # type: ignore[method-assign]
+        async def overtaken(values: Any) -> list[int]:
             # A worker that has not heard of the new codebook yet writes after the read.
-            await other.histories.apply(clicks("u1", [3], since=4))
-            return await replace(values)
+            if next(calls) == 0:
+                await other.histories.apply(clicks("u1", [3], since=4))
+            return await Replacer(store).replace(values)
 
-        made.recoding._replace = overtaken  # type: ignore[method-assign]
+        made = await begun(store, replace=overtaken)
+        made.know(NEW)
         await made.scan()
 
     assert run(work)["u1"] == pure(clicks("u1", [0, 5, 2, 1, 3]), NEW)
@@ -199,15 +205,12 @@ def test_a_write_in_between_is_not_lost(run) -> None:
 
 def test_a_worker_that_dies_half_way_is_followed_by_one_that_brings_over_the_rest(run) -> None:
     async def work(store: Any) -> None:
-        made = await begun(store)
-        made.know(NEW)
-        replace = made.recoding._replace
-
-        async def dying(values: Any) -> Any:
-            await replace(values[: len(values) // 2])
+        async def dying(values: Any) -> list[int]:
+            await Replacer(store).replace(values[: len(values) // 2])
             raise Killed
 
-        made.recoding._replace = dying  # type: ignore[method-assign]
+        made = await begun(store, replace=dying)
+        made.know(NEW)
         with pytest.raises(Killed):
             await made.scan()
         tags = [(await store.get(keys.history(user)))[2:6].hex() for user in USERS]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from streams.replay.engine import replay
 from streams.replay.rees46 import find
 from streams.settings import KafkaSettings
 from tests.agents_worker import worker, write_codebook
+from tests.conftest import FreshStack
 from tests.integration.test_agents import read
 from tests.reference_pairs import reference
 from tests.support import wait_until
@@ -41,7 +41,7 @@ def rees46() -> Rees46:
 
 
 def test_every_event_is_accounted_for_and_every_pair_is_the_references(
-    rees46: Rees46, fresh_stack: Callable[[], tuple[KafkaSettings, str]], tmp_path: Path
+    rees46: Rees46, fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
     write_codebook(tmp_path / "codebook", sizes=(32, 32, 256))

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from kafka import KafkaConsumer, TopicPartition
 
 from registry.health import Health, read_health
 from serving.agent import ServingAgent
@@ -20,7 +19,6 @@ from serving.settings import ServingSettings
 from streams import history, keys
 from streams.admin import admin, end_offsets
 from streams.client import Client
-from streams.connect import client_options
 from streams.errors import SidstreamError
 from streams.events import (
     Arm,
@@ -36,7 +34,7 @@ from streams.events import (
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from tests.serving_support import PATIENCE_S, Versions, running
-from tests.support import free_port, local_redis, wait_until
+from tests.support import free_port, local_redis, read_all, wait_until
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = pytest.mark.integration
@@ -66,23 +64,6 @@ def rollout(**arms) -> Rollout:
 
 def trigger(number: int | str, **fields) -> Trigger:
     return Trigger.new(**{"request_id": f"r{number}", "user_id": "u1", "item_id": item(0), **fields})
-
-
-def read_all(kafka: KafkaSettings, topic: str) -> list:
-    """Every record of a topic so far."""
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        parts = [TopicPartition(topic, part) for part in consumer.partitions_for_topic(topic)]
-        consumer.assign(parts)
-        consumer.seek_to_beginning(*parts)
-        ends = consumer.end_offsets(parts)
-        records: list = []
-        while any(consumer.position(part) < ends[part] for part in parts):
-            for some in consumer.poll(timeout_ms=500).values():
-                records += some
-        return records
-    finally:
-        consumer.close()
 
 
 def dead_letters(kafka: KafkaSettings, count: int) -> list[DeadLetter]:

@@ -109,13 +109,12 @@ def test_without_rows_there_is_nothing_to_align_to(tmp_path: Path) -> None:
         align(made.model(), made.tokenizer, [], made.settings, tmp_path)
 
 
-def test_another_trl_is_refused_before_it_trains_on_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_trl_is_refused_before_it_trains_on_the_wrong_rows() -> None:
     check_trl()
 
     class Changed(trl.DPOTrainer):
         def _set_signature_columns_if_needed(self) -> None:
             self.columns = ["prompt", "chosen", "rejected"]
 
-    monkeypatch.setattr("trainer.align.DPOTrainer", Changed)
     with pytest.raises(SidstreamError, match=r"install trl>=1\.16,<1\.17"):
-        check_trl()
+        check_trl(Changed)

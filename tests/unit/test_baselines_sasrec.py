@@ -33,7 +33,7 @@ def test_every_event_but_a_users_first_is_a_target_once_in_an_epoch(lengths, len
     train = [np.arange(count) + 100 * user for user, count in enumerate(lengths)]
     settings = SasRecSettings(samples=samples, length=length, batch=2)
     targets = []
-    for rows, wanted in sasrec._batches(train, settings, 3, epoch):
+    for rows, wanted in sasrec.batches_of(train, settings, 3, epoch):
         assert rows.shape[1] <= length
         for row, target in zip(rows.numpy(), wanted.numpy(), strict=True):
             at = target >= 0
@@ -45,7 +45,7 @@ def test_every_event_but_a_users_first_is_a_target_once_in_an_epoch(lengths, len
 
 
 def test_a_state_depends_on_its_own_past_only():
-    network = sasrec._Network(20, SasRecSettings(width=8, length=6)).eval()
+    network = sasrec.Network(20, SasRecSettings(width=8, length=6)).eval()
     first, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 9, 8]])
     with torch.no_grad():
         one, two = network(first), network(other)
@@ -60,7 +60,7 @@ def test_a_new_epoch_cuts_long_sequences_elsewhere():
     train = [np.arange(200)]
     settings = SasRecSettings(length=10)
     cuts = [
-        {int(row[0]) for rows, _ in sasrec._batches(train, settings, 1, epoch) for row in rows}
+        {int(row[0]) for rows, _ in sasrec.batches_of(train, settings, 1, epoch) for row in rows}
         for epoch in range(5)
     ]
     assert len({frozenset(cut) for cut in cuts}) > 1
@@ -72,4 +72,4 @@ def test_the_weights_kept_are_those_that_validation_liked_best():
     ranker = SasRec(SasRecSettings(width=8, lr=0.5, epochs=6, patience=2))
     ranker.fit(split, 1, told.append)
     best = max(float(line.split("NDCG@10 ")[1].split(",")[0]) for line in told)
-    assert f"{ranker._ndcg(split.valid):.4f}" == f"{best:.4f}"
+    assert f"{ranker.ndcg(split.valid):.4f}" == f"{best:.4f}"

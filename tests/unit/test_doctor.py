@@ -42,9 +42,8 @@ def test_addresses_that_do_not_answer_fail_with_the_setting_to_correct(tmp_path:
     assert checks["folder"].ok
 
 
-def test_a_disk_that_is_too_full_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
-    check = doctor.disk(tmp_path / "not" / "yet")
+def test_a_disk_that_is_too_full_fails(tmp_path: Path) -> None:
+    check = doctor.disk(tmp_path / "not" / "yet", free_bytes=lambda _: 2**20)
     assert not check.ok
     assert "SIDSTREAM_STACK__HOME" in check.line
 

@@ -30,12 +30,7 @@ def made() -> Shop:
 
 @pytest.fixture(scope="module")
 def model(made: Shop) -> GeneratorForCausalLM:
-    fresh = made.model(seed=5)
-    with torch.no_grad():
-        fresh.model.items.own.normal_(0, 0.5)
-        fresh.model.items.query_proj.weight.normal_(0, 0.3)
-        fresh.model.items.again.copy_(torch.linspace(1, -2, 8))
-    return fresh
+    return made.outspoken(seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -7,46 +7,31 @@ import itertools
 import pytest
 import redis.asyncio
 
-from agents import sids as module
 from agents.sids import Sids
 from streams.events import SidAssignment
 from streams.history import pack_sid
 from streams.settings import KafkaSettings
+from tests.clock import Clock
 
 OLD, NEW = "00000000aaaaaaaa", "11111111bbbbbbbb"
 T0 = 1_700_000_000_000
 
 
-class Clock:
-    """Seconds that pass when told so."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    def time_ns(self):
-        return int(self.now * 1e9)
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(module, "time", made)
-    return made
+def clock():
+    return Clock()
 
 
 @pytest.fixture
 def known(clock):
-    made = Sids(KafkaSettings(), redis.asyncio.Redis())
+    made = Sids(KafkaSettings(), redis.asyncio.Redis(), clock)
     stamps = itertools.count(T0)
 
     def tell(item, sid, codebook, ts=None):
         event = SidAssignment.new(
             item_id=item, sid=list(sid), codebook=codebook, ts=next(stamps) if ts is None else ts
         )
-        made._on_change(event.key.decode(), event)
+        made.see(event.key.decode(), event)
 
     made.tell = tell
     return made
@@ -120,6 +105,6 @@ def test_an_sid_is_translated_by_its_item_also_where_that_came_after_the_first_q
 def test_an_sid_is_never_moved_and_a_deletion_takes_none_away(known) -> None:
     known.tell("a", (1, 1), OLD)
     known.tell("a", (1, 2), OLD)
-    known._on_change(f"{OLD}/a", None)
+    known.see(f"{OLD}/a", None)
     assert known.get("a") == pack_sid((1, 1))
     assert not known.several

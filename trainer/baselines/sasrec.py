@@ -72,7 +72,7 @@ class _Layer(nn.Module):
         return x + self.dropout(self.down(inner))
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """Histories (B, T) int64, padded with -1 on the right, -> states (B, T, width)."""
 
     def __init__(self, items: int, settings: SasRecSettings) -> None:
@@ -115,7 +115,7 @@ class SasRec:
         torch.manual_seed(seed)
         self._mixed = fast_bf16(where)
         self._popular = data.train_counts()
-        self._network = _Network(data.data.size, settings).to(where)
+        self._network = Network(data.data.size, settings).to(where)
         self.parameters = sum(part.numel() for part in self._network.parameters())
         optimizer = torch.optim.Adam(self._network.parameters(), lr=settings.lr, betas=(0.9, 0.98))
         started, best, stale, kept = time.monotonic(), -1.0, 0, None
@@ -123,7 +123,7 @@ class SasRec:
             self._network.train()
             total = torch.zeros((), device=where)
             batches = 0
-            for rows, targets in _batches(data.train, settings, seed, epoch):
+            for rows, targets in batches_of(data.train, settings, seed, epoch):
                 with torch.autocast(where.type, torch.bfloat16, enabled=self._mixed):
                     states = self._network(rows.to(where))
                     at = targets >= 0
@@ -138,7 +138,7 @@ class SasRec:
                 batches += 1
                 if settings.max_seconds and time.monotonic() - started > settings.max_seconds:
                     break
-            ndcg = self._ndcg(data.valid)
+            ndcg = self.ndcg(data.valid)
             if ndcg > best or kept is None:
                 best, stale = ndcg, 0
                 kept = {name: part.clone() for name, part in self._network.state_dict().items()}
@@ -180,7 +180,7 @@ class SasRec:
             states = self._network(rows.to(where))[torch.arange(len(rows)), lengths.to(where) - 1]
         return states.float() @ self._network.items.weight.T
 
-    def _ndcg(self, queries: Queries) -> float:
+    def ndcg(self, queries: Queries) -> float:
         """NDCG@10 over all items; of a fixed draw where there are many targets. 0 without any."""
         if not len(queries):
             return 0.0
@@ -197,7 +197,7 @@ class SasRec:
         return float(torch.cat(gains).mean())
 
 
-def _batches(
+def batches_of(
     train: Sequence[Int64], settings: SasRecSettings, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch: rows and targets (B, T) int64, -1 where there is none; alike lengths share a batch."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 from matplotlib.figure import Figure
 
 from trainer.codebooks.report import Report
+from trainer.png import png
 
 
 def draw(found: Report) -> bytes:
@@ -28,6 +27,4 @@ def draw(found: Report) -> bytes:
     shares.set(xlim=(0, 1), xlabel="share of items")
     shares.invert_yaxis()
     figure.suptitle(f"codebook {found.codebook}: {found.items} items")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return png(figure)

@@ -25,7 +25,7 @@ from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Split
 from trainer.generator import GeneratorForCausalLM
-from trainer.ranking import Candidates, Ranker
+from trainer.ranking import Candidates, Ranker, past
 from trainer.settings import TrainerSettings
 from trainer.sft import Teacher, train
 from trainer.tokenizer import build_tokenizer
@@ -130,8 +130,7 @@ class Trained:
         if beam_only:
             left[:, self.recipe.candidates :] = False
         if mask == "seen":
-            for row, history in enumerate(histories):
-                left[row] &= ~torch.isin(found.items[row], torch.from_numpy(np.unique(history)))
+            left &= ~torch.from_numpy(past(found.items, histories).touched)
         order = found.order(weight, left)[:, :k].numpy()
         made = np.full((len(histories), k), -1, dtype=np.int64)
         made[:, : order.shape[1]] = order

@@ -1,0 +1,138 @@
+"""MLflow as the registry asks it: silent, with errors that name the remedy, and None for what is absent."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from registry.settings import RegistrySettings
+from streams.errors import SidstreamError
+
+
+class Tracking:
+    """One MLflow server. Methods other than `asking` raise MLflow's errors: call them inside of it."""
+
+    def __init__(self, settings: RegistrySettings) -> None:
+        """Raises SidstreamError where no address is set."""
+        if not settings.tracking_uri:
+            raise SidstreamError(
+                "no MLflow address: start the local stack with `sidstream up`, "
+                "or set SIDSTREAM_REGISTRY__TRACKING_URI"
+            )
+        self._settings = settings
+        self.uri = settings.tracking_uri
+
+    @cached_property
+    def client(self) -> Any:
+        """MLflow's own client."""
+        _quieten(self._settings)
+        # Four seconds of imports: only where the store is truly asked.
+        from mlflow.tracking import MlflowClient
+
+        # Only now: the import sets its loggers to INFO.
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        return MlflowClient(self.uri, self.uri)
+
+    @contextlib.contextmanager
+    def asking(self, what: str) -> Iterator[Any]:
+        """The client; what MLflow raises meanwhile is a SidstreamError that it could not do `what`."""
+        client = self.client
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield client
+        except (MlflowException, OSError) as error:
+            first = str(error).strip().splitlines()[0][:200]
+            raise SidstreamError(
+                f"MLflow at {self.uri} could not {what}: {first}; "
+                "see `sidstream doctor`, or correct SIDSTREAM_REGISTRY__TRACKING_URI"
+            ) from error
+
+    def new_run(self, experiment_name: str, name: str) -> str:
+        """The id of a new run; the experiment is made where there is none."""
+        client = self.client
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(experiment_name)
+        if experiment is None:
+            try:
+                id = client.create_experiment(experiment_name)
+            except MlflowException:
+                # Another process made it in between; if not, this is where it shows.
+                id = client.get_experiment_by_name(experiment_name).experiment_id
+        else:
+            id = experiment.experiment_id
+        return str(client.create_run(id, run_name=name).info.run_id)
+
+    def add_version(self, model: str, run: str, path: str, tags: dict[str, str]) -> str:
+        """A new version of a model (made if absent) from the artifact at `path` of a run; its number."""
+        client = self.client
+        from mlflow.exceptions import MlflowException
+
+        if self.model(model) is None:
+            try:
+                client.create_registered_model(model)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+        made = client.create_model_version(model, f"runs:/{run}/{path}", run_id=run, tags=tags)
+        return str(made.version)
+
+    def model(self, name: str) -> Any:
+        """The registered model, or None."""
+        return _or_none(self.client.get_registered_model, name)
+
+    def version(self, model: str, number: str) -> Any:
+        """The model version with this number, or None."""
+        return _or_none(self.client.get_model_version, model, number)
+
+    def by_alias(self, model: str, alias: str) -> Any:
+        """The model version that an alias names, or None."""
+        return _or_none(self.client.get_model_version_by_alias, model, alias)
+
+    def versions(self, model: str) -> list[Any]:
+        """Every version of a model, in MLflow's order."""
+        rows: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_model_versions(f"name = '{model}'", max_results=1000, page_token=token)
+            rows.extend(page)
+            token = page.token
+            if not token:
+                return rows
+
+    def version_with(self, model: str, key: str, value: str) -> str | None:
+        """The number of a model's version with this tag, or None."""
+        rows = self.client.search_model_versions(f"name = '{model}' and tags.{key} = '{value}'")
+        return str(rows[0].version) if rows else None
+
+
+def _or_none(ask: Any, *args: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return ask(*args)
+    except MlflowException as error:
+        # MLflow 3: an alias that is not set is INVALID_PARAMETER_VALUE, an absent model the other code.
+        missing = error.error_code == "RESOURCE_DOES_NOT_EXIST" or "alias" in str(error).lower()
+        if missing and error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            return None
+        raise
+
+
+def _quieten(settings: RegistrySettings) -> None:
+    """MLflow prints links, bars and hints and reports usage; a library inside a product does none of it."""
+    for name, value in {
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(settings.timeout_s),
+        # Seven retries with growing pauses would hide for two minutes that a server is gone: 1 + 2 + 4 s.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,44 @@
+"""The offline check: which models are turned away before they are registered, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from streams.errors import SidstreamError
+from trainer.settings import TrainerSettings
+from trainer.sft import Quality
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise SidstreamError where training diverged."""
+    for parameter in model.parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SidstreamError("training diverged: a weight is not finite; lower SIDSTREAM_TRAINER__LR")
+
+
+def failing(quality: Quality, before: float | None, settings: TrainerSettings) -> str | None:
+    """Why a model may not follow one whose HR@10 was `before`; None: it may."""
+    if quality.validity < settings.min_validity:
+        return (
+            f"{quality.validity:.1%} of its unconstrained answers are real SIDs, "
+            f"SIDSTREAM_TRAINER__MIN_VALIDITY is {settings.min_validity:.1%}"
+        )
+    if before is not None and quality.hr10 < (1 - settings.max_fall) * before:
+        return (
+            f"HR@10 fell from {before:.3f} to {quality.hr10:.3f}, more than SIDSTREAM_TRAINER__MAX_FALL "
+            f"({settings.max_fall:.0%})"
+        )
+    return None
+
+
+def failing_first(quality: Quality, popularity: float, settings: TrainerSettings) -> str | None:
+    """Why a model that follows none may not start, where popularity has that HR@10; None: it may."""
+    failed = failing(quality, None, settings)
+    if failed is None and settings.beat_popularity and quality.hr10 < popularity:
+        return (
+            f"HR@10 {quality.hr10:.3f} is below popularity's {popularity:.3f} "
+            "(train longer: SIDSTREAM_TRAINER__MAX_SECONDS; or allow it: "
+            "SIDSTREAM_TRAINER__BEAT_POPULARITY=false)"
+        )
+    return failed
