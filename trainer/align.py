@@ -197,6 +197,8 @@ def align(
         warmup_steps=0.1, max_grad_norm=1.0, logging_steps=_LOOK, save_strategy="no", report_to="none",
         disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
     )  # fmt: skip
+    # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     watch = _Watch(dpo, progress, stop)
     with _Quiet():
         trainer = _TokenDpoTrainer(

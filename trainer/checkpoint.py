@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: weights, optimizer, random state and place, without pickle."""
+"""Checkpoints of a training run: weights, optimizer and place, without pickle."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Place:
     best_ndcg: float = -1.0
     stale: int = 0  # validations since the best one
     loss: float | None = None  # running mean
+    stopped: str | None = None  # why the run ended before its last epoch
     curve: list[dict[str, float]] = field(default_factory=list)  # a point for each validation
 
 
@@ -59,7 +60,7 @@ class Checkpoint:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file(snapshot(model), fresh / "weights.safetensors")
-        moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        moments: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 moments[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
@@ -75,13 +76,12 @@ class Checkpoint:
         shutil.rmtree(old, ignore_errors=True)
 
     def load(self, model: GeneratorForCausalLM, optimizer: torch.optim.Optimizer) -> Place | None:
-        """Put the checkpoint into model, optimizer and torch's random state; None where there is none."""
+        """Put the checkpoint into model and optimizer; None where there is none."""
         if not (self.folder / "place.json").exists():
             return None
         where = next(model.parameters()).device
         restore(model, load_file(self.folder / "weights.safetensors"))
         moments = load_file(self.folder / "optimizer.safetensors")
-        torch.set_rng_state(moments.pop("rng"))
         parameters = dict(model.named_parameters())
         for name, value in moments.items():
             key, _, parameter = name.partition("/")

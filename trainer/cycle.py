@@ -30,13 +30,16 @@ from streams.settings import KafkaSettings
 from trainer.build import fresh_generator
 from trainer.curve import draw
 from trainer.data import Rows, popular
+from trainer.devices import Devices
 from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM
+from trainer.handover import write
 from trainer.material import Material, load_model, only_one, read_material
 from trainer.offline_check import check_finite, failing, failing_first
 from trainer.offpolicy import Explored, OffPolicy, explored, judge
+from trainer.pretrain import learn
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality, SftResult, evaluate, hr_ndcg, train
+from trainer.sft import Quality, SftResult, evaluate, hr_ndcg
 from trainer.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -114,13 +117,15 @@ def run_cycle(
     from_scratch: bool = False,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
+    devices: Devices | None = None,
 ) -> CycleResult:
     """Run one update cycle and put its bundles in service (the first) or on trial (later ones).
 
     `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
     how long after an answer its clicks may come, `step` the share of their full weights that challengers get
-    at first. Raises SidstreamError where there is nothing to train on,
-    another cycle runs in the same home, or the offline check fails.
+    at first. With several `devices` this is their main process, and all of them train SFT. Raises
+    SidstreamError where there is nothing to train on, another cycle runs in the same home, or the offline
+    check fails.
     """
     result = CycleResult()
     stages = _Stages(progress, result.seconds)
@@ -151,7 +156,7 @@ def run_cycle(
             # A run of another window is never gone on from.
             if older != run:
                 shutil.rmtree(older, ignore_errors=True)
-        model, tokenizer = _sft(material, settings, run, result, stages, stop)
+        model, tokenizer = _sft(material, settings, run, result, stages, stop, devices or Devices())
         if result.sft is not None and result.sft.stopped == "interrupted":
             result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
             return result
@@ -196,7 +201,7 @@ def _run_id(material: Material, settings: TrainerSettings) -> str:
 
 def _sft(
     material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: _Stages,
-    stop: Callable[[], bool] | None,
+    stop: Callable[[], bool] | None, devices: Devices,
 ) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:  # fmt: skip
     if material.parent is None:
         tokenizer = build_tokenizer(material.prompt, material.known.titles, settings.max_words)
@@ -206,23 +211,36 @@ def _sft(
         text = None if material.text is None else torch.from_numpy(material.text)
         model.know(torch.from_numpy(material.known.codes), text)
         settings = settings.model_copy(
-            update={"lr": settings.refresh_lr, "max_items": material.prompt.max_items}
-        )
+            update={
+                "lr": settings.refresh_lr, "max_items": material.prompt.max_items,
+                # A champion has seen the whole log: a refresh is the stage after pretraining.
+                "pretrain": settings.pretrain.model_copy(update={"share": 0.0}),
+            }
+        )  # fmt: skip
         if len(material.split.held.targets):
             ranking = read_ranking(material.parent.path)
             before = evaluate(model, material.split.held, material.known, material.sids, settings, ranking)
             result.metrics |= _named("parent", before)
     rows = Rows(material.log, material.split, material.known, tokenizer, material.prompt, settings)
-    result.sft = train(
-        model, rows, material.sids, settings, folder=run, stop=stop,
+    if devices.count > 1:
+        write(run, model, tokenizer, rows, settings)
+        devices.send(run)
+    result.sft = learn(
+        model, rows, material.sids, settings, folder=run, stop=stop, devices=devices,
         progress=lambda text: stages.tell("sft", text),
     )  # fmt: skip
+    devices.leave()
     model.to("cpu")
     result.metrics["sft/steps"] = float(result.sft.steps)
     # A run whose budget ended before its first step has no loss, and JSON no number for that.
     if math.isfinite(result.sft.loss):
         result.metrics["sft/loss"] = result.sft.loss
-    shown = ""
+    told, shown = "", ""
+    if result.sft.pretraining:
+        first = result.sft.pretraining
+        result.metrics["pretrain/steps"] = float(first.steps)
+        result.metrics |= _named("pretrain", first.quality) if first.quality else {}
+        told = f"{first.epochs:.1f} epochs of pretraining ({first.stopped}), then "
     if result.sft.quality:
         result.metrics |= _named("sft", result.sft.quality)
         rank = _popularity_ranks(material)
@@ -230,7 +248,7 @@ def _sft(
         result.metrics |= {"popularity/hr10": hr, "popularity/ndcg10": ndcg}
         shown = f", HR@10 {result.sft.quality.hr10:.3f} (popularity {hr:.3f})"
     stages.done(
-        "sft", f"{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
+        "sft", f"{told}{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
     )
     return model, tokenizer
 
@@ -373,9 +391,11 @@ def _publish(
     for name, bundle in made.items():
         result.bundles[name] = bundle.id
         result.versions[name] = registry.register(bundle, result.metrics, params)
-    for name, stage in ((kind, result.sft), ("dpo", result.dpo)):
-        if name in result.versions and stage is not None and stage.curve:
-            registry.store_training(result.versions[name], name, stage.curve, draw(name, stage.curve))
+    first_stage = result.sft.pretraining if result.sft else None
+    curves = (("pretrain", kind, first_stage), (kind, kind, result.sft), ("dpo", "dpo", result.dpo))
+    for name, of, stage in curves:
+        if of in result.versions and stage is not None and stage.curve:
+            registry.store_training(result.versions[of], name, stage.curve, draw(name, stage.curve))
     with promoting() as publisher:
         if first:
             event = release.start(registry, publisher, result.versions[kind])
@@ -391,6 +411,8 @@ def _publish(
 def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
     names = ("seed", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay")
     params: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    params |= {f"dpo.{name}": value for name, value in settings.dpo.model_dump(mode="json").items()}
+    for part in ("pretrain", "dpo"):
+        values = getattr(settings, part).model_dump(mode="json")
+        params |= {f"{part}.{name}": value for name, value in values.items()}
     params |= {"codebook": material.codebook.id, "items": len(material.known.items)}
     return params | {"parent": material.parent.id if material.parent else ""}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -161,6 +162,18 @@ class Rows:
         return [token if token >= self.prompt.first_word else UNK for token in ids][
             : self.settings.title_words
         ]
+
+    def recent(self, share: float, settings: TrainerSettings) -> Rows:
+        """These rows where only the newest `share` of the training part's events are new.
+
+        Events at the time of the oldest of them are new, too. A log without times is new as a whole.
+        """
+        spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
+        ts = np.sort(np.concatenate([self.log.ts[low:high] for low, high in spans]))
+        since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
+        made = copy.copy(self)
+        made.log, made.settings = replace(self.log, fresh=self.log.ts >= since), settings
+        return made
 
     def sequence(self, start: int, end: int) -> Row:
         """Next SID at every position of rows start to end: every code is a label.

@@ -21,6 +21,21 @@ class TaskWeights(Section):
     title_to_sid: float = Field(0.1, ge=0, description="a title's SID")
 
 
+class PretrainSettings(Section):
+    """Pretraining: a model from scratch first learns from the whole log, then SFT from its newest part.
+
+    The newest part is mixed with older sequences as in a refresh (`replay`). Refreshes have no such stage.
+    """
+
+    share: float = Field(
+        0.0, ge=0, lt=1, description="share of `epochs` and `max_seconds` for pretraining; 0: none"
+    )
+    recent_share: float = Field(
+        0.3, gt=0, le=1, description="share of the log, its newest events, that SFT learns from"
+    )
+    sft_lr: float = Field(1e-3, gt=0, description="peak learning rate of the SFT that follows")
+
+
 class DpoSettings(Section):
     """Direct preference optimisation (Rafailov et al. 2023), jointly with the next-token loss."""
 
@@ -129,13 +144,14 @@ class TrainerSettings(Section):
         5e-4, gt=0, description="peak learning rate of SFT that goes on from a champion"
     )
     weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
-    epochs: int = Field(10, ge=1, description="passes over the sequences, at most")
+    epochs: int = Field(10, ge=1, description="passes over the log's sequences, at most")
     max_seconds: float | None = Field(75.0, gt=0, description="time budget of SFT; empty: all epochs")
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
     batch_positions: int = Field(512, ge=8, description="items a step, padding included")
     validation_users: int = Field(1000, ge=0, description="users whose last item is held out")
     beam: int = Field(20, ge=1, description="beam of the offline check")
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
+    pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))
     dpo: DpoSettings = Field(default_factory=lambda: DpoSettings.model_validate({}))
     offpolicy: OffPolicySettings = Field(default_factory=lambda: OffPolicySettings.model_validate({}))

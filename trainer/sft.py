@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from registry.ranking import Ranking
 from trainer.checkpoint import Checkpoint, Place, restore, snapshot
 from trainer.constrained import SidSet, greedy
-from trainer.data import Batch, Catalogue, Held, Pieces, Rows, collate
+from trainer.data import Batch, Catalogue, Held, Pieces, Row, Rows, collate
+from trainer.devices import Devices
 from trainer.generator import IGNORE, GeneratorForCausalLM
 from trainer.losses import softmax_loss
 from trainer.ranking import ROWS, Ranker, fit, ranks
@@ -54,6 +55,7 @@ class SftResult:
     stopped: str
     # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where somebody was held out.
     curve: list[dict[str, float]] = field(default_factory=list)
+    pretraining: SftResult | None = None  # what the stage before this one did (trainer.pretrain)
 
 
 def device() -> torch.device:
@@ -207,6 +209,21 @@ def _learning_rate(fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - _WARMUP) / (1 - _WARMUP))))
 
 
+def _batch_loss(
+    model: GeneratorForCausalLM, pieces: Pieces, titles: list[Row], table: Tensor, among: Scored | None,
+    settings: TrainerSettings, tree: Sequence[Level] = (), teacher: Teacher | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of one batch: its sequences, and the titles that go with it."""
+    where = table.device
+    pieces = Pieces(*(part.to(where) for part in pieces))
+    soft = teacher(pieces, among) if teacher else None
+    with torch.autocast(where.type, torch.bfloat16, enabled=fast_bf16(where)):
+        loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among, tree, soft)
+        if titles:
+            loss = loss + token_loss(model, Batch(*(part.to(where) for part in collate(titles))))
+    return loss
+
+
 def train(
     model: GeneratorForCausalLM,
     rows: Rows,
@@ -217,16 +234,21 @@ def train(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     teacher: Teacher | None = None,
+    devices: Devices | None = None,
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
 
     With `folder` the run writes a checkpoint after each epoch and when `stop()` says so, and goes on from the
     one it finds there; without a time budget the resumed run ends in the very weights of an unbroken one.
     `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
+
+    With several `devices` every process calls this with the same rows, settings and folder; a step takes one
+    batch in each. Time, `stop`, validation and the kept weights are the main process's: the others come back
+    with the weights of their last step.
     """
+    devices = devices or Devices()
     where = device()
     model.to(where)
-    torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True
     )
@@ -234,10 +256,10 @@ def train(
     place = saved.load(model, optimizer) if saved else None
     place = place or Place()
     best = saved.best if saved else None
-    mixed = fast_bf16(where)
+    devices.spread(model)
     began, before = time.monotonic(), place.seconds
     running = math.nan if place.loss is None else place.loss
-    stopped, told = "all epochs done", before
+    told = before
     quality: Quality | None = None
 
     def validate() -> Quality | None:
@@ -252,6 +274,10 @@ def train(
             place.stale += 1
         return measured
 
+    def save() -> None:
+        if saved and devices.main:
+            saved.save(model, optimizer, place, best)
+
     codes = torch.from_numpy(rows.known.codes).to(where)
     table = model.model.items.rows(codes)
     if bool((table < 0).any()):
@@ -262,76 +288,76 @@ def train(
     among = scored(table, torch.from_numpy(np.unique(learned)).to(where))
 
     tree = code_tree(model.model.items.codes) if settings.smoothing else ()
-    while place.epoch < settings.epochs:
+    while place.stopped is None and place.epoch < settings.epochs:
         batches = rows.pieces(place.epoch)
         texts = rows.texts(place.epoch)
         each = -(-len(texts) // max(1, len(batches)))
-        total = max(1, settings.epochs * len(batches))
-        cut = False
-        for pieces in batches[place.batch :]:
+        while place.batch < len(batches):
             place.seconds = before + time.monotonic() - began
-            spent = place.seconds / settings.max_seconds if settings.max_seconds else 0.0
+            share = place.seconds / settings.max_seconds if settings.max_seconds else 0.0
+            asked = stop is not None and stop()
+            spent, interrupted = devices.told([share, float(asked)])
             if spent >= 1:
-                stopped, cut = "time budget spent", True
+                place.stopped = "time budget spent"
                 break
-            if stop is not None and stop():
-                if saved:
-                    saved.save(model, optimizer, place, best)
-                done = place.epoch + place.batch / max(1, len(batches))
+            done = place.epoch + place.batch / len(batches)
+            if interrupted:
+                save()
                 return SftResult(place.step, done, place.seconds, running, None, "interrupted")
             model.train()
-            pieces = Pieces(*(part.to(where) for part in pieces))
-            titles = texts[place.batch * each : (place.batch + 1) * each]
-            soft = teacher(pieces, among) if teacher else None
-            with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
-                loss = sequence_loss(
-                    model, pieces, table, settings.weights, settings.smoothing, among, tree, soft
-                )
-                if titles:
-                    batch = Batch(*(part.to(where) for part in collate(titles)))
-                    loss = loss + token_loss(model, batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            # Where batches run out before processes do, the last step has no batch for some.
+            at = place.batch + devices.rank
+            loss = None
+            if at < len(batches):
+                # Dropout belongs to the batch: it is the same after a pause, and in whichever process.
+                torch.manual_seed(_seed_of(settings.seed, place.epoch, at))
+                titles = texts[at * each : (at + 1) * each]
+                loss = _batch_loss(model, batches[at], titles, table, among, settings, tree, teacher)
+                loss.backward()
+            value = devices.average(model, loss)
             own = model.model.items.own.grad
             if among is not None and own is not None:
                 # Titles reach them too: a new item stays its codes and its text.
                 own.mul_(among.touched[:, None])
             torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-            rate = settings.lr * _learning_rate(max(spent, place.step / total))
+            rate = settings.lr * _learning_rate(max(spent, done / settings.epochs))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            value = float(loss.detach())
             running = value if math.isnan(running) else 0.98 * running + 0.02 * value
             place.loss = running
             place.step += 1
-            place.batch += 1
+            place.batch = min(place.batch + devices.count, len(batches))
             if progress and place.seconds - told > _TELL_S:
                 told = place.seconds
                 progress(f"epoch {place.epoch + place.batch / len(batches):.2f}, loss {running:.3f}")
         done = place.epoch + place.batch / max(1, len(batches))
-        if not cut:
+        if place.stopped is None:
             place.epoch, place.batch = place.epoch + 1, 0
         quality = validate()
+        place.stale = int(devices.told([float(place.stale)])[0])
+        if place.stopped is None and place.stale >= settings.patience:
+            place.stopped = f"no better NDCG@10 for {place.stale} validations"
         place.seconds = before + time.monotonic() - began
         place.curve.append(_point(done, place, running, quality))
         if progress:
             shown = f", HR@10 {quality.hr10:.3f}, NDCG@10 {quality.ndcg10:.3f}" if quality else ""
             progress(f"epoch {done:.2f}, loss {running:.3f}{shown}, {place.seconds:.0f} s")
-        if saved and not cut:
-            saved.save(model, optimizer, place, best)
-        if cut:
-            break
-        if place.stale >= settings.patience:
-            stopped = f"no better NDCG@10 for {place.stale} validations"
-            break
+        save()
     if best is not None:
         restore(model, best)
         if place.stale or quality is None:
             quality = evaluate(model, rows.split.held, rows.known, sids, settings)
     model.eval()
-    done = place.epoch + place.batch / max(1, len(rows.batches(place.epoch))) if place.batch else place.epoch
-    return SftResult(place.step, done, place.seconds, running, quality, stopped, place.curve)
+    return SftResult(
+        place.step, place.curve[-1]["epoch"] if place.curve else 0.0, place.seconds, running, quality,
+        place.stopped or "all epochs done", place.curve,
+    )  # fmt: skip
+
+
+def _seed_of(seed: int, epoch: int, batch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch, batch)).generate_state(1)[0])
 
 
 def _point(epoch: float, place: Place, loss: float, quality: Quality | None) -> dict[str, float]:

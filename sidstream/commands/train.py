@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from registry.release import Publisher
     from sidstream.settings import Settings
     from trainer.cycle import CycleResult
+    from trainer.devices import Devices
     from trainer.settings import TrainerSettings
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
@@ -32,19 +33,32 @@ def train(
 ) -> None:
     """Run one update cycle: the new events become a model in service (the first) or on trial (later ones).
 
+    Several GPUs train it together: torchrun --nproc-per-node 4 -m sidstream train
+
     Example: sidstream train --max-seconds 60
     """
     from sidstream.settings import load
 
     prepare()
+    from trainer.devices import launched
+
+    devices = launched()
+    if not devices.main:
+        from trainer.handover import follow
+
+        follow(devices)
+        return
     settings = load()
     given = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
     chosen = settings.trainer.model_copy(update={k: v for k, v in given.items() if v is not None})
     with lines() as line:
         if chosen.hf_model:
+            # peft's adapters are trained in one process.
+            devices.leave()
             _tune(settings, chosen, line, as_json)
             return
-        result = one_cycle(settings, chosen, line, from_scratch)
+        result = one_cycle(settings, chosen, line, from_scratch, devices=devices)
+        devices.leave()
     emit(result.as_dict(), as_json, result.told())
 
 
@@ -86,6 +100,7 @@ def prepare() -> None:
 def one_cycle(
     settings: Settings, chosen: TrainerSettings, line: Callable[[str, str, bool], None],
     from_scratch: bool = False, stop: Callable[[], bool] | None = None, step: float = 1.0,
+    devices: Devices | None = None,
 ) -> CycleResult:  # fmt: skip
     """Run one update cycle; its trial begins at `step` of the challengers' full weights."""
     from registry.store import Registry
@@ -101,6 +116,7 @@ def one_cycle(
     return run_cycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
         horizon_ms=1000 * window_s, step=step, from_scratch=from_scratch, progress=line, stop=stop,
+        devices=devices,
     )  # fmt: skip
 
 

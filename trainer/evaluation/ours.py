@@ -25,9 +25,10 @@ from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Split
 from trainer.generator import GeneratorForCausalLM
+from trainer.pretrain import learn
 from trainer.ranking import Candidates, Ranker, past
 from trainer.settings import TrainerSettings
-from trainer.sft import Teacher, train
+from trainer.sft import Teacher
 from trainer.tokenizer import build_tokenizer
 
 Float32 = npt.NDArray[np.float32]
@@ -104,7 +105,7 @@ class Trained:
         )
         log, cut = _log(data, settings)
         rows = Rows(log, cut, known, tokenizer, prompt, settings)
-        self.result = train(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
+        self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
@@ -170,6 +171,7 @@ def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
     """Training histories and validation targets as the trainer's log.
 
     A validation target is its user's row after the training part; up to `validation_users` of them are used.
+    Times are 0 where the data set has none.
     """
     users = np.arange(len(data.train))
     last: dict[int, tuple[Int64, int]] = {}
@@ -179,8 +181,11 @@ def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
         last.setdefault(user, (history, target))
     items, starts = flatten(data.train)
     count = len(items)
+    ts = np.zeros(count, dtype=np.int64)
+    if data.data.ts is not None:
+        ts, _ = flatten([row[: len(kept)] for row, kept in zip(data.data.ts, data.train, strict=True)])
     log = Interactions(
-        [str(user) for user in users], starts, items, np.arange(count, dtype=np.int64),
+        [str(user) for user in users], starts, items, ts,
         np.ones(count, dtype=bool), np.zeros(count, dtype=bool),
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)

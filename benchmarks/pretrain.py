@@ -1,0 +1,73 @@
+"""Claim: SFT on the newest part of the log after pretraining on all of it ranks no better than one stage.
+
+One budget of passes over the log for every variant, default settings, split in time. Test figures over all
+items, past ones included. Prints one line of JSON a variant and seed: HR@10, NDCG@10, steps, seconds.
+
+    python -m benchmarks.pretrain online-retail
+    python -m benchmarks.pretrain rees46 --data /data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.evaluation.datasets import load
+from trainer.evaluation.ours import Ours, Recipe, Trained
+from trainer.evaluation.run import evaluate
+from trainer.evaluation.splits import Split, by_time
+
+# What is compared: (name, changes of the settings `trainer.pretrain`).
+VARIANTS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("one stage", {}),
+    ("newest .3", {"share": 0.67, "recent_share": 0.3}),
+    ("newest .1", {"share": 0.67, "recent_share": 0.1}),
+    ("newest .5", {"share": 0.67, "recent_share": 0.5}),
+)
+
+
+def measure(split: Split, name: str, pretrain: dict[str, float], epochs: int, seed: int) -> dict[str, Any]:
+    """One variant's figures with one seed."""
+    trained = Trained(Recipe({"epochs": epochs, "max_seconds": None, "pretrain": pretrain}))
+    ours = Ours(name, trained, "mixed")
+
+    def told(text: str) -> None:
+        print(f"{name}, seed {seed}: {text}", file=sys.stderr)
+
+    found = evaluate(split, ours, seed, ["none"], told)[0]
+    stages = [stage for stage in (trained.result.pretraining, trained.result) if stage]
+    return {
+        "claim": "no better than one stage", "dataset": split.data.name, "model": name, "seed": seed,
+        "HR@10": float(found.rows["HR@10"].mean()), "NDCG@10": float(found.rows["NDCG@10"].mean()),
+        "validation NDCG@10": [stage.quality.ndcg10 for stage in stages if stage.quality],
+        "passes": [stage.epochs for stage in stages], "steps": [stage.steps for stage in stages],
+        "seconds": sum(stage.seconds for stage in stages),
+    }  # fmt: skip
+
+
+def variants(names: list[str] | None) -> Iterator[tuple[str, dict[str, float]]]:
+    """The variants of these names, in their order; all of them where none is named."""
+    yield from ((name, changes) for name, changes in VARIANTS if not names or name in names)
+
+
+def main() -> None:
+    """Measure every variant with every seed."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("dataset")
+    asked.add_argument("--data", type=Path)
+    asked.add_argument("--seeds", type=int, default=2)
+    asked.add_argument("--epochs", type=int, default=6)
+    asked.add_argument("--variant", action="append", help="only this one; may be given again")
+    given = asked.parse_args()
+    split = by_time(load(given.dataset, given.data))
+    for seed in range(1, given.seeds + 1):
+        for name, changes in variants(given.variant):
+            print(json.dumps(measure(split, name, changes, given.epochs, seed)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""One of several processes that train a tiny shop together, as a launcher starts them.
+
+    torchrun --nproc-per-node 2 -m tests.devices_worker FOLDER train
+
+Every process leaves the weights that each training gave it as FOLDER/<training>-<rank>.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from safetensors.torch import save_file
+
+from streams.errors import SidstreamError
+from tests.tiny_shop import shop
+from trainer import handover
+from trainer.checkpoint import snapshot
+from trainer.devices import Devices, launched
+from trainer.pretrain import learn
+
+# Nobody is held out: the kept weights are those of the last step, in every process.
+SHOP: dict[str, Any] = {
+    "validation_users": 0, "epochs": 3, "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0},
+}  # fmt: skip
+# Two stages, and dropout that must not depend on which process has a batch.
+STAGES: dict[str, Any] = {"pretrain": {"share": 0.6, "recent_share": 0.5}}
+
+
+def lead(devices: Devices, folder: Path) -> None:
+    """Train unbroken in one stage, unbroken in two, and in two with a pause in the middle of each."""
+
+    def run(name: str, within: Path, dropout: float, stages: dict[str, Any], until: int | None = None) -> int:
+        made = shop(**SHOP | stages)
+        model = made.model(dropout=dropout)
+        handover.write(within, model, made.tokenizer, made.rows, made.settings)
+        devices.send(within)
+        calls = iter(range(1000))
+        result = learn(
+            model, made.rows, made.sids, made.settings, folder=within, devices=devices,
+            stop=lambda: next(calls) == until,
+        )  # fmt: skip
+        save_file(snapshot(model), folder / f"{name}-{devices.rank}.safetensors")
+        steps = result.steps + (result.pretraining.steps if result.pretraining else 0)
+        return steps
+
+    run("one", folder / "a", 0.0, {})
+    steps = run("two", folder / "b", 0.2, STAGES)
+    cuts = [run("cut", folder / "c", 0.2, STAGES, until) for until in (3, 3, steps - 8)]
+    run("resumed", folder / "c", 0.2, STAGES)
+    devices.leave()
+    seen = {
+        "steps": steps, "cuts": cuts, "left": sorted(set(os.environ) & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}),
+        "processes": accelerate.PartialState().num_processes, "joined": torch.distributed.is_initialized(),
+    }  # fmt: skip
+    (folder / "seen.json").write_text(json.dumps(seen))
+
+
+def main() -> None:
+    """Lead or follow; `lost` names a folder that is not there."""
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    devices = launched()
+    rank = devices.rank
+    if not devices.main:
+        names = iter(("one", "two", "cut", "cut", "cut", "resumed"))
+
+        def kept(model: Any, *args: Any, **more: Any) -> Any:
+            result = learn(model, *args, **more)
+            save_file(snapshot(model), folder / f"{next(names)}-{rank}.safetensors")
+            return result
+
+        handover.learn = kept
+        handover.follow(devices)
+    elif what == "lost":
+        devices.send(folder / "nowhere")
+        devices.told([0.0])
+        devices.leave()
+    else:
+        lead(devices, folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SidstreamError as error:
+        sys.exit(f"error: {error}")

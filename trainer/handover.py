@@ -1,0 +1,84 @@
+"""What the main process reads once and the others of a training need: written to a folder, read from it.
+
+Arrays are safetensors, words are JSON, the model and its tokenizer are as in a bundle. Held-out events,
+users and SIDs are the main process's alone. The folder has to be one that every process can read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from registry.prompt import Prompt
+from streams.errors import SidstreamError
+from trainer.constrained import SidSet
+from trainer.data import Catalogue, Held, Interactions, Rows, Split
+from trainer.devices import Devices
+from trainer.generator import GeneratorForCausalLM
+from trainer.material import load_model
+from trainer.pretrain import learn
+from trainer.settings import TrainerSettings
+
+_NAME = "handover"
+
+
+def write(
+    run: Path, model: GeneratorForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Rows,
+    settings: TrainerSettings,
+) -> None:  # fmt: skip
+    """Put what the others need below a run's folder, in place of what lies there."""
+    folder = run / _NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    log = rows.log
+    save_file(
+        {
+            "codes": np.ascontiguousarray(rows.known.codes), "starts": log.starts, "items": log.items,
+            "ts": log.ts, "fresh": log.fresh, "bought": log.bought, "ends": rows.split.ends,
+        },
+        folder / "log.safetensors",
+    )  # fmt: skip
+    about = {
+        "sizes": list(rows.prompt.sizes), "max_items": rows.prompt.max_items, "titles": rows.known.titles,
+        "settings": settings.model_dump(mode="json"),
+    }  # fmt: skip
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def read(run: Path) -> tuple[GeneratorForCausalLM, Rows, TrainerSettings]:
+    """What `write` left there. Raises SidstreamError where this process does not find it."""
+    folder = run / _NAME
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        arrays = load_file(folder / "log.safetensors")
+    except OSError as error:
+        raise SidstreamError(
+            f"{folder} cannot be read here ({error.strerror}): set SIDSTREAM_TRAINER__HOME to a folder that "
+            "every process of the training can read"
+        ) from error
+    settings = TrainerSettings.model_validate(about["settings"])
+    prompt = Prompt(tuple(about["sizes"]), about["max_items"])
+    model, tokenizer = load_model(folder / "model")
+    known = Catalogue([], [], arrays["codes"], about["titles"])
+    log = Interactions([], arrays["starts"], arrays["items"], arrays["ts"], arrays["fresh"], arrays["bought"])
+    nobody = Held([], np.zeros(0, dtype=np.int64), [], [])
+    split = Split(arrays["ends"], nobody)
+    return model, Rows(log, split, known, tokenizer, prompt, settings), settings
+
+
+def follow(devices: Devices) -> None:
+    """What every process but the main one does: take part in each training that it is told of, then leave."""
+    while (run := devices.receive()) is not None:
+        model, rows, settings = read(run)
+        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        # Validation is the main process's: no SID is asked for here.
+        learn(model, rows, SidSet([], rows.prompt), settings, folder=run, devices=devices)
+    devices.leave()
