@@ -17,7 +17,7 @@ from torch import Tensor
 
 from registry.ranking import Ranking, left_out
 from trainer.constrained import SidSet, beam
-from trainer.data import Held, Int64, pad_items
+from trainer.data import Held, Int32, Int64, context_rows, pad_items
 from trainer.generator import GeneratorForCausalLM
 
 # Rows of one forward: beams of 256 rows stay near the cache.
@@ -52,14 +52,15 @@ class Candidates:
 @torch.no_grad()
 def candidates(
     model: GeneratorForCausalLM, codes: Tensor, lengths: Tensor, sids: SidSet, place: Tensor, width: int,
-    known: Tensor,
+    known: Tensor, context: Tensor | None = None,
 ) -> Candidates:  # fmt: skip
-    """The `width` best of the beam and of the dense head for histories (B, P, L) of `lengths` (B,).
+    """The `width` best of the beam and of the dense head for histories (B, P, L) of `lengths` (B,), under
+    contexts (B, C).
 
     `known` (I, L): token ids of the catalogue's items, `place` (I',) catalogue row of each row of the model's
     table. A model that knows no item by itself has the beam's candidates alone.
     """
-    state = model.encode(codes, lengths)
+    state = model.encode(codes, lengths, context=context)
     found, spelled = beam(model, state, sids, width)
     found = found + torch.tensor(
         [sids.prompt.code_base(at) for at in range(codes.shape[-1])], device=codes.device
@@ -119,15 +120,15 @@ class Ranker:
         self._place[rows[rows >= 0]] = torch.arange(len(codes), device=self._where)[rows >= 0]
 
     @torch.no_grad()
-    def candidates(self, histories: Sequence[Int64]) -> Candidates:
-        """Both scores of every history's candidates."""
+    def candidates(self, histories: Sequence[Int64], contexts: Int32 | None = None) -> Candidates:
+        """Both scores of every history's candidates; contexts (B, C) token ids, 0 where nothing is said."""
         none = torch.zeros(0, 2 * self.width)
         parts = [(none.long(), none, none)] if not len(histories) else []
         for low in range(0, len(histories), _ROWS):
             items, lengths = pad_items(histories[low : low + _ROWS], self.codes)
             found = candidates(
                 self.model, items.to(self._where), lengths.to(self._where), self.sids, self._place,
-                self.width, self._known,
+                self.width, self._known, context_rows(contexts, low, low + _ROWS, self._where),
             )  # fmt: skip
             parts.append((found.items.cpu(), found.sid.cpu(), found.dense.cpu()))
         return Candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from registry.ranking import Ranking
 from trainer.checkpoint import Checkpoint, Place, restore, snapshot
 from trainer.constrained import SidSet, greedy
-from trainer.data import Batch, Catalogue, Held, Pieces, Rows, collate, pad_items
+from trainer.data import Batch, Catalogue, Held, Pieces, Rows, collate, context_rows, pad_items
 from trainer.generator import IGNORE, GeneratorForCausalLM
 from trainer.losses import softmax_loss
 from trainer.ranking import Ranker, fit
@@ -132,6 +132,7 @@ def sequence_loss(
     seen = rows[:, :-1]
     past = F.embedding(seen.clamp(min=0), every) * (seen >= 0)[..., None]
     state = base.states(torch.cat((begin, past), dim=1))[pieces.learned]
+    state = base.conditioned(state, None if pieces.context is None else pieces.context[pieces.learned])
     target = rows[pieces.learned]
     loss = torch.zeros((), device=rows.device)
     if weights.next_item > 0:
@@ -182,14 +183,16 @@ def evaluate(
     if not len(held.targets):
         return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
     ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
-    found = ranker.candidates(held.histories)
+    found = ranker.candidates(held.histories, held.contexts)
     ranking = ranking or fit(found, held)
     hr, ndcg = hr_ndcg(ranks_of(found, held, ranking))
     where = next(model.parameters()).device
     valid = []
     for low in range(0, len(held.targets), _EVAL_ROWS):
         codes, lengths = pad_items(held.histories[low : low + _EVAL_ROWS], known.codes)
-        valid.append(greedy(model, model.encode(codes.to(where), lengths.to(where)), sids).cpu())
+        context = context_rows(held.contexts, low, low + _EVAL_ROWS, where)
+        state = model.encode(codes.to(where), lengths.to(where), context=context)
+        valid.append(greedy(model, state, sids).cpu())
     return Quality(len(held.targets), hr, ndcg, float(torch.cat(valid).float().mean()), ranking)
 
 
@@ -270,7 +273,7 @@ def train(
                 done = place.epoch + place.batch / max(1, len(batches))
                 return SftResult(place.step, done, place.seconds, running, None, "interrupted")
             model.train()
-            pieces = Pieces(*(part.to(where) for part in pieces))
+            pieces = Pieces(*(part.to(where) for part in pieces if part is not None))
             titles = texts[place.batch * each : (place.batch + 1) * each]
             with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
                 loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among)
