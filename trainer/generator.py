@@ -96,11 +96,12 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ItemTable):
             init.normal_(module.own, mean=0.0, std=_SPREAD)
             init.eye_(module.query_proj.weight)
-        elif isinstance(module, Modulation):
-            init.zeros_(module.scale_proj.weight)
-            init.zeros_(module.shift_proj.weight)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)
+            # Here: transformers passes over a module of another package that has no weights of its own.
+            if module.modulation is not None:
+                init.zeros_(module.modulation.scale_proj.weight)
+                init.zeros_(module.modulation.shift_proj.weight)
 
 
 class GeneratorModel(GeneratorPreTrainedModel):
