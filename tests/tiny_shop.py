@@ -41,7 +41,8 @@ class Shop:
         given = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "depth_size": 32}
         made = new_generator(
             SIZES, self.prompt.code_base(0), len(self.tokenizer) + self.context.size,
-            max_items=self.prompt.max_items, num_context=self.context.size, **given | {"dropout": 0.0} | shape,
+            max_items=self.prompt.max_items, num_context=self.context.size,
+            **given | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
         if not made.config.text_size:
             made.know(torch.from_numpy(self.known.codes))

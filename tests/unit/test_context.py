@@ -21,7 +21,13 @@ counts = st.dictionaries(names, st.dictionaries(values, st.integers(1, 6), max_s
 def test_each_known_value_has_a_token_in_its_fields_place_and_the_rest_is_padding() -> None:
     assert MADE.row({"scene": "cart", "profile.country": "Peru"}) == [101, 104]
     assert MADE.row({"profile.country": "Japan"}) == [0, 102]
-    for said in ({}, {"scene": "Japan"}, {"scene": ""}, {"profile.segment": "home"}, {"profile.country": "japan"}):
+    for said in (
+        {},
+        {"scene": "Japan"},
+        {"scene": ""},
+        {"profile.segment": "home"},
+        {"profile.country": "japan"},
+    ):
         assert MADE.row(said) == [0, 0]
         assert MADE.known(said) == {}
     assert Context().row({"scene": "home"}) == []
