@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry import context as kept
@@ -48,6 +48,7 @@ def test_a_users_newest_profile_counts_until_it_is_deleted(logged: Logged) -> No
     assert logged.window().profiles() == {"u": {}, "v": {"country": "Peru"}, "w": {"country": "France"}}
 
 
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=5, unique=True))
 def test_in_any_order_the_same_profile_counts(
     tmp_path_factory: pytest.TempPathFactory, times: list[tuple[int, int]]
@@ -106,12 +107,12 @@ def read(logged: Logged, monkeypatch: pytest.MonkeyPatch, parent: Any = None, **
         alias=lambda _: None if parent is None else "1",
         fetch=lambda _: parent,
     )
-    settings = TrainerSettings.model_validate(
+    chosen = TrainerSettings.model_validate(
         {"home": logged.log.folder, "context": context, "text_inputs": False}
     )
     window = logged.window()
     monkeypatch.setattr(material, "read_window", lambda *_args: window)
-    return material.read_material(settings, KafkaSettings(), registry, from_scratch=False)
+    return material.read_material(chosen, KafkaSettings(), registry, from_scratch=False)
 
 
 def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parents(
