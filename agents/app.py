@@ -1,8 +1,8 @@
-"""The Faust app of the agents: two batch loops as services, no tables, no web server, no Faust consumer.
+"""The Faust app of the agents: three batch loops as services, no tables, no web server, no Faust consumer.
 
 One loop reads the topics keyed by user in one consumer group and runs histories, preferences and outcomes on
-each batch, in this order: a pair's history must know what came before it. The other gives new items their
-SID.
+each batch, in this order: a pair's history must know what came before it. The second gives new items their
+SID, the third keeps users' profiles.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from agents.histories import Histories
 from agents.outcomes import OutcomeRules, Outcomes, tell_rules
 from agents.parking import Parking
 from agents.preferences import Preferences
+from agents.profiles import Profiles
 from agents.recoding import Recoding
 from agents.settings import AgentsSettings
 from agents.sids import Sids
@@ -35,7 +36,15 @@ from streams.batches import BatchLoop, BatchOptions, Hooks, Incoming
 from streams.connect import bootstrap, client_options
 from streams.dead_letters import Refusal
 from streams.errors import SidstreamError
-from streams.events import CatalogItem, Click, Impression, Purchase, Recommendation, SidAssignment
+from streams.events import (
+    CatalogItem,
+    Click,
+    Impression,
+    Purchase,
+    Recommendation,
+    SidAssignment,
+    UserProfile,
+)
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 
 log = logging.getLogger(__name__)
@@ -153,7 +162,7 @@ class UserEvents(Hooks):
 
 
 class Agents(Service):
-    """Owns the clients and the table of SIDs, and runs the two loops on them."""
+    """Owns the clients and the table of SIDs, and runs the loops on them."""
 
     def __init__(
         self, kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
@@ -196,6 +205,15 @@ class Agents(Service):
                 (catalogue,),
                 _options(settings, f"{settings.group}-catalog"),
                 catalogue,
+                tombstones=True,
+            )
+        )
+        await self.add_runtime_dependency(
+            BatchLoop(
+                self._kafka,
+                (UserProfile,),
+                (Profiles(self._store),),
+                _options(settings, f"{settings.group}-users"),
                 tombstones=True,
             )
         )
@@ -251,7 +269,7 @@ def create_app(
 def check(kafka: KafkaSettings, redis: RedisSettings) -> None:
     """Raise SidstreamError, in one sentence, where a worker could not start."""
     found = incarnations(kafka)
-    for kind in (*USER_EVENTS, CatalogItem, SidAssignment):
+    for kind in (*USER_EVENTS, CatalogItem, UserProfile, SidAssignment):
         if kind.topic not in found:
             raise missing(kind.topic)
     try:

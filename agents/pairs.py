@@ -43,6 +43,7 @@ class Slate(msgspec.Struct, array_like=True):
     recommended: int | None = None
     closed: bool = False
     last: int = 0
+    scene: str | None = None
 
     def opened(self) -> int | None:
         """First impression (ms); None: not shown yet."""
@@ -83,6 +84,7 @@ class Decision:
     trigger: str | None = None
     # When the decision was asked for: part of the pair's identity, like the request.
     moment: int = 0
+    scene: str | None = None
 
 
 def add(state: Open, event: UserEvent, rules: Rules, matured: int | None) -> bool:
@@ -93,6 +95,7 @@ def add(state: Open, event: UserEvent, rules: Rules, matured: int | None) -> boo
     if isinstance(event, Recommendation):
         assert slate is not None
         slate.trigger = slate.trigger or event.trigger_item_id
+        slate.scene = slate.scene or event.scene
         slate.recommended = event.ts
         return True
     state.last_ts = max(state.last_ts, event.ts)
@@ -248,7 +251,8 @@ def _of_slate(
         few = tuple(rejected)[:max_rejected]
         for item, ts in chosen.items():
             if few:
-                decisions.append(Decision(scheme, ts, opened, item, few, request_id, slate.trigger, opened))
+                about = (request_id, slate.trigger, opened, slate.scene)
+                decisions.append(Decision(scheme, ts, opened, item, few, *about))
 
     decide("purchased_over_clicked", bought, passed_over)
     decide("purchased_over_shown", bought, ignored)

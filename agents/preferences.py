@@ -133,6 +133,7 @@ class Preferences(Windowed[pairs.Open]):
             history=[list(e.sid) for e in past if e.ts < decision.before],
             trigger=None if trigger is None else as_list(trigger),
             request_id=decision.request_id,
+            scene=decision.scene,
         )
 
     def _sid(self, item: str) -> Sequence[int]:

@@ -22,6 +22,8 @@ import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 
 from registry.bundle import Bundle
+from registry.context import Context
+from registry.context import read as read_context
 from registry.current import read_newest
 from registry.prompt import Sid, prompt_sids
 from registry.ranking import read as read_ranking
@@ -30,7 +32,7 @@ from sidstream.settings import Settings, load
 from streams import history, keys
 from streams.connect import client_options
 from streams.errors import SidstreamError
-from streams.events import PreferencePair, SidAssignment, decode
+from streams.events import PreferencePair, SidAssignment, UserProfile, decode
 from streams.redisdb import client
 from streams.replay import past_of, source_of
 from streams.shoppers import Shopper, Truth, population
@@ -53,6 +55,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 SHOPPERS = 500
 SHOWN = 10
+# Where the shoppers of the demo ask from.
+SCENE = "item-page"
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Jury:
     shoppers: list[Shopper]
     triggers: list[str]
     prompts: list[list[Sid]]
+    context: Context
+    profiles: dict[str, dict[str, str]]
     items: dict[Sid, str]
     known: SidSet
 
@@ -75,7 +81,10 @@ class Jury:
         row_of = {sid: row for row, sid in enumerate(sids)}
         codes = np.array([bundle.prompt.tokens(sid) for sid in sids], dtype=np.int64)
         ranker = Ranker(model, codes, self.known, 2 * SHOWN)
-        found = ranker.candidates([np.array([row_of[sid] for sid in prompt]) for prompt in self.prompts])
+        users = [shopper.user_id for shopper in self.shoppers]
+        said = self.context.rows([SCENE] * len(users), users, self.profiles)
+        histories = [np.array([row_of[sid] for sid in prompt]) for prompt in self.prompts]
+        found = ranker.candidates(histories, ranker.states(histories, said))
         order = found.order(read_ranking(bundle.path).dense_weight)
         clicks = purchases = shown = 0.0
         for shopper, trigger, best in zip(self.shoppers, self.triggers, order.tolist(), strict=True):
@@ -109,7 +118,9 @@ def jury(settings: Settings, bundle: Bundle) -> Jury:
         for past, trigger in zip(pasts, triggers, strict=True)
     ]
     known = SidSet(list(sids.values()), bundle.prompt)
-    return Jury(truth, chosen, triggers, prompts, {sid: item for item, sid in sids.items()}, known)
+    profiles = {one.user_id: one.attributes for one in read_newest(settings.kafka, UserProfile).values()}
+    items = {sid: item for item, sid in sids.items()}
+    return Jury(truth, chosen, triggers, prompts, read_context(bundle.path), profiles, items, known)
 
 
 def pairs_of(settings: Settings, bundle: Bundle) -> list[PreferencePair]:
@@ -145,7 +156,9 @@ def main() -> None:
         for name, changed in VARIANTS:
             dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changed})
             chosen = settings.trainer.model_copy(update={"dpo": dpo})
-            rows, used = preference_rows(pairs, bundle.manifest.codebook, bundle.prompt, dpo)
+            rows, used = preference_rows(
+                pairs, bundle.manifest.codebook, bundle.prompt, dpo, court.context, court.profiles
+            )
             model, tokenizer = load_model(bundle.model)
             began = time.perf_counter()
             aligned, result = align(model, tokenizer, rows, chosen, Path(folder) / name, pairs=used)

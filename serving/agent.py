@@ -21,7 +21,7 @@ from serving.bundles import Bundles, Service, Source
 from serving.catalogue import Catalogue
 from serving.exploration import Explorer
 from serving.health import HealthServer
-from serving.histories import Histories
+from serving.histories import Histories, Stored
 from serving.metrics import ServingMetrics
 from serving.model_health import ModelHealth
 from serving.outbox import Outbox
@@ -278,11 +278,11 @@ class ServingAgent:
         if not triggers:
             return []
         with self.metrics.timed("history"):
-            histories = await self._histories.read([trigger.user_id for trigger in triggers])
-        if histories is None:
+            stored = await self._histories.read([trigger.user_id for trigger in triggers])
+        if stored is None:
             self.metrics.degraded.labels("redis").inc(len(triggers))
-            histories = [None] * len(triggers)
-        return [Request(*pair) for pair in zip(triggers, histories, strict=True)]
+            stored = [Stored()] * len(triggers)
+        return [Request(trigger, *known) for trigger, known in zip(triggers, stored, strict=True)]
 
     async def _recommend(self, requests: Sequence[Request], service: Service | None) -> list[Answer]:
         if not requests:

@@ -27,8 +27,13 @@ class Generator(Protocol):
 
     sizes: tuple[int, ...]  # K_l: codes of each level
 
-    def encode(self, prompts: Sequence[Sequence[Sid]]) -> NDArray[np.generic]:
-        """B prompts, each SIDs oldest first (may be empty) -> an array of B rows, one state a prompt."""
+    def encode(
+        self, prompts: Sequence[Sequence[Sid]], contexts: Sequence[Sequence[int]] | None = None
+    ) -> NDArray[np.generic]:
+        """B prompts, each SIDs oldest first (may be empty) -> an array of B rows, one state a prompt.
+
+        contexts: (B, C) token ids, 0 where nothing is said; None: nothing at all is said.
+        """
 
     def step(self, state: NDArray[np.generic], prefix: Ints) -> Floats:
         """States of N beams and the codes they have chosen (N, l) -> log-probabilities (N, K_l), float32."""
@@ -65,19 +70,21 @@ def search(
     k: Sequence[int],
     beam: int,
     dense: Dense | None = None,
+    contexts: Sequence[Sequence[int]] | None = None,
 ) -> list[Ranking]:
     """Answer R requests at once: one call of the generator a level, for all beams of all requests.
 
     `excluded[r]`: leaves that request r leaves out. `k[r]`: items wanted, found whenever that many are
     allowed (each beam has an allowed leaf below it, and a request keeps max(beam, k[r]) of them). Ties go
-    to the lower SID. Raises ValueError where the model's answer is not a number.
+    to the lower SID. `contexts[r]`: token ids of what request r says beside its prompt. Raises ValueError
+    where the model's answer is not a number.
     """
     total = len(prompts)
     widths = [max(beam, wanted) for wanted in k]
     without = index.exclusions(excluded)
     if dense is not None:
         dense.items.meet(index, dense.title_of)
-    state = generator.encode(prompts)
+    state = generator.encode(prompts) if contexts is None else generator.encode(prompts, contexts)
     request = np.arange(total)
     node = np.zeros(total, dtype=np.int64)
     score = np.zeros(total, dtype=np.float32)

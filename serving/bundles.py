@@ -14,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from registry import ranking
+from registry import context, ranking
 from registry.bundle import Bundle
+from registry.context import Context
 from registry.ranking import Ranking
 from registry.rollout import arm_of
 from serving.beam import Generator
@@ -48,6 +49,9 @@ class LoadedBundle:
     generator: Generator
     items: Items | None = None  # None: the bundle has no dense head
     ranking: Ranking = field(default_factory=Ranking)
+    context: Context = field(
+        default_factory=Context
+    )  # without fields: the bundle is asked with histories alone
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,17 @@ class Service:
 def load(bundle: Bundle, threads: int) -> LoadedBundle:
     """Open a bundle's graphs and run each once. Raises SidstreamError where its answers make no sense."""
     manifest = bundle.manifest
+    known = context.read(bundle.path)
     generator = OnnxGenerator(bundle.path, manifest.sizes, manifest.max_items, threads)
+    if generator.takes_context != bool(known.fields):
+        raise SidstreamError(
+            f"bundle {bundle.id}: {context.CONTEXT} and encode.onnx differ on whether it has a context; "
+            "export the bundle again"
+        )
     warm_up(generator, manifest.max_items, bundle.id)
     return LoadedBundle(
         bundle.id, manifest.codebook, manifest.max_items, tuple(bundle.popular()), generator,
-        generator.items, ranking.read(bundle.path),
+        generator.items, ranking.read(bundle.path), known,
     )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""Reads users' histories from Redis, and says so where Redis does not answer in time."""
+"""Reads users' histories and profiles from Redis, and says so where Redis does not answer in time."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -19,8 +20,15 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_S = 0.05
 
 
+class Stored(NamedTuple):
+    """What Redis keeps of a user, packed; None where there is nothing."""
+
+    history: bytes | None = None
+    profile: bytes | None = None
+
+
 class Histories:
-    """The histories of a batch of users in one round trip.
+    """The histories and profiles of a batch of users in one round trip.
 
     When Redis fails, the first batch waits for it up to `wait_s`; those after it try once each, so that an
     outage costs every request one timeout and not the whole wait.
@@ -34,8 +42,8 @@ class Histories:
         self._wait_s = wait_s
         self.down = False
 
-    async def read(self, users: Sequence[str]) -> list[bytes | None] | None:
-        """Packed histories, None for a user without one; None in the place of the list: Redis is away."""
+    async def read(self, users: Sequence[str]) -> list[Stored] | None:
+        """What there is of each user; None in the place of the list: Redis is away."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (0 if self.down else self._wait_s)
         pause = _FIRST_RETRY_S
@@ -45,6 +53,7 @@ class Histories:
                 async with self._redis.pipeline(transaction=False) as pipeline:
                     for user in users:
                         pipeline.get(keys.history(user))
+                        pipeline.get(keys.profile(user))
                     values: list[bytes | None] = await pipeline.execute()
             except OUTAGES as error:
                 if loop.time() + pause > deadline:
@@ -58,7 +67,7 @@ class Histories:
                 if self.down:
                     log.warning("Redis answers again")
                 self.down = False
-                return values
+                return [Stored(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
     async def close(self) -> None:
         """Close the connections."""

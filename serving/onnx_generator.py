@@ -19,8 +19,9 @@ class OnnxGenerator:
     """`serving.beam.Generator` over a bundle's encode.onnx and step_<l>.onnx.
 
     encode: codes (B, P, L) int64 token ids padded with 0 on the right, lengths (B,) int64 and, where the
-    bundle knows items by themselves, extras (B, P, D) float32 -> state (B, D) float32. step_l: state (N, D),
-    prefix (N, l) int64 token ids -> log_probs (N, K_l) float32.
+    bundle knows items by themselves, extras (B, P, D) float32, and where it has a context, context (B, C)
+    int64 token ids padded with 0 -> state (B, D) float32. step_l: state (N, D), prefix (N, l) int64 token ids
+    -> log_probs (N, K_l) float32.
     """
 
     def __init__(self, folder: Path, sizes: Sequence[int], max_items: int, threads: int = 1) -> None:
@@ -29,11 +30,17 @@ class OnnxGenerator:
         prompt = Prompt(self.sizes, max_items)
         self._bases = np.array([prompt.code_base(level) for level in range(len(self.sizes))], dtype=np.int64)
         self._encode = _session(folder / "encode.onnx", threads)
+        self.takes_context = "context" in [port.name for port in self._encode.get_inputs()]
         self.items = Items(folder, self.sizes) if (folder / ITEMS).exists() else None
         self._steps = [_session(folder / f"step_{level}.onnx", threads) for level in range(len(self.sizes))]
 
-    def encode(self, prompts: Sequence[Sequence[Sid]]) -> NDArray[np.generic]:
-        """B prompts of SIDs, oldest first -> states (B, D) float32. An empty prompt is BOS alone."""
+    def encode(
+        self, prompts: Sequence[Sequence[Sid]], contexts: Sequence[Sequence[int]] | None = None
+    ) -> NDArray[np.generic]:
+        """B prompts of SIDs, oldest first, and contexts (B, C) of token ids -> states (B, D) float32.
+
+        An empty prompt is BOS alone; None for the contexts: nothing is said.
+        """
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         # At least one column: the graph has no shape for P = 0, and `lengths` says that nothing is in it.
         codes = np.zeros((len(prompts), max(1, int(lengths.max())), len(self.sizes)), dtype=np.int64)
@@ -41,6 +48,9 @@ class OnnxGenerator:
         if self.items is not None:
             extras = np.zeros((*codes.shape[:2], self.items.width), dtype=np.float32)
             inputs["extras"] = extras
+        if self.takes_context:
+            said = np.zeros((len(prompts), 1)) if contexts is None else contexts
+            inputs["context"] = np.asarray(said, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             if len(prompt):
                 sids = np.asarray(prompt, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From a trigger, a history and the bundle in service to ranked items, with a stated answer for every gap.
+"""From a trigger, its user and the bundle in service to ranked items, with a stated answer for every gap.
 
 What is missing decides the fallback: no history -> `trigger_only`; no (known) trigger item ->
 `history_only`; neither, or no model that answers -> `popular`: the bundle's most bought items, then the rest
@@ -25,6 +25,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from registry.context import told
 from registry.prompt import prompt_sids
 from registry.ranking import Repeats, left_out
 from registry.rollout import arm_of
@@ -32,6 +33,7 @@ from serving.beam import Dense, Ranking, search
 from serving.bundles import LoadedBundle, Service
 from serving.exploration import Explorer, draw
 from serving.index import SidIndex
+from streams import profile
 from streams.errors import SidstreamError
 from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
 from streams.history import PURCHASE, Entry
@@ -45,10 +47,11 @@ Fallback = Literal["popular", "history_only", "trigger_only", "no_catalog"]
 
 @dataclass(frozen=True)
 class Request:
-    """A trigger and the bytes of its user's history (None: none, or it could not be read)."""
+    """A trigger and the bytes of its user's history and profile (None: none, or it could not be read)."""
 
     trigger: Trigger
     history: bytes | None
+    profile: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class _Case:
     arm: str | None
     trial: str | None
     prompt: list[tuple[int, ...]] = field(default_factory=list)
+    context: dict[str, str] = field(default_factory=dict)  # what the bundle knows of scene and profile
     excluded: set[int] = field(default_factory=set)
     fallback: Fallback | None = None
     explorer: Explorer | None = None  # None: the request is not explored
@@ -188,6 +192,7 @@ class Recommender:
         }
         seen = None if opened is None else tuple(index.sid(opened))
         case.prompt = prompt_sids(past, seen, bundle.max_items)
+        case.context = bundle.context.known(told(trigger.scene, _attributes(request)))
         if not past:
             case.fallback = "popular" if seen is None else "trigger_only"
         elif seen is None:
@@ -210,6 +215,7 @@ class Recommender:
                 bundle.generator, index,
                 [case.prompt for case in cases], [case.excluded for case in cases],
                 [case.wanted for case in cases], self._beam, self._dense(bundle),
+                [bundle.context.row(case.context) for case in cases] if bundle.context.fields else None,
             )  # fmt: skip
         except Exception:  # whatever a model raises, somebody waits for an answer
             if len(cases) > 1:
@@ -243,6 +249,15 @@ def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[
     ]
 
 
+def _attributes(request: Request) -> dict[str, str]:
+    """The user's attributes; none where the profile cannot be read."""
+    try:
+        return profile.unpack(request.profile)
+    except SidstreamError as error:
+        log.error("the profile of user %s is not used: %s", hashed(request.trigger.user_id), error)
+        return {}
+
+
 def _ranked(case: _Case, index: SidIndex, ranking: Ranking, took: float) -> Answer:
     ranked = [
         RankedItem(item_id=index.item(leaf), sid=index.sid(leaf), score=float(score))
@@ -274,6 +289,7 @@ def _explored(case: _Case, explorer: Explorer, ranked: Sequence[RankedItem]) -> 
         propensity=drawn.propensity, chosen=drawn.chosen, candidates=[one.sid for one in candidates],
         scores=scores, temperature=explorer.temperature, prompt=[list(sid) for sid in case.prompt],
         codebook=case.bundle.codebook, bundle=case.bundle.id, arm=case.arm, trial=case.trial,
+        context=case.context,
     )  # fmt: skip
     # A hash of the content, as with preference pairs: what is sent again after a crash is the same event.
     return msgspec.structs.replace(made, event_id=blake2b(encode(made), digest_size=16).hexdigest())

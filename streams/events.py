@@ -181,6 +181,7 @@ class PreferencePair(Event, frozen=True, kw_only=True):
     history: Annotated[list[Sid], Meta(description="SIDs before the decision, oldest first")]
     trigger: Annotated[Sid | None, Meta(description="SID of the item that opened the page")] = None
     request_id: Id | None = None
+    scene: Annotated[Id | None, Meta(description="the page or placement of the request")] = None
 
 
 class CatalogItem(Event, frozen=True, kw_only=True):
@@ -221,6 +222,10 @@ class Exploration(Event, frozen=True, kw_only=True):
     bundle: Id
     arm: Id
     trial: Id
+    context: Annotated[
+        dict[str, str],
+        Meta(description="scene and profile that the bundle was given: `scene`, `profile.<attribute>`"),
+    ] = {}
 
 
 class UserProfile(Event, frozen=True, kw_only=True):

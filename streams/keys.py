@@ -18,6 +18,11 @@ def user_of_history(key: bytes) -> str:
     return key[3:-1].decode()
 
 
+def profile(user_id: str) -> str:
+    """Packed profile of a user (streams.profile)."""
+    return f"u:{{{user_id}}}"
+
+
 def preferences(user_id: str) -> str:
     """A user's clicks, purchases and slates whose attribution window is open."""
     return f"p:{{{user_id}}}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from registry.context import Context, vocabulary
 from registry.prompt import Prompt
 from trainer.constrained import SidSet
 from trainer.data import Catalogue, Interactions, Rows, Split, catalogue, hold_out, interactions
@@ -32,6 +33,7 @@ class Shop:
     tokenizer: PreTrainedTokenizerFast
     sids: SidSet
     rows: Rows
+    context: Context = field(default_factory=Context)
 
     def model(self, seed: int = 0, **shape: Any) -> GeneratorForCausalLM:
         """A generator of width 32 with fresh weights."""
@@ -39,7 +41,8 @@ class Shop:
         given = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "depth_size": 32}
         given["item_vectors"] = self.settings.item_vectors
         made = new_generator(
-            SIZES, self.prompt.code_base(0), len(self.tokenizer), max_items=self.prompt.max_items,
+            SIZES, self.prompt.code_base(0), len(self.tokenizer) + self.context.size,
+            max_items=self.prompt.max_items, num_context=self.context.size,
             **given | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
         if not made.config.text_size:
@@ -61,8 +64,11 @@ def sid_of(item: int) -> tuple[int, int, int]:
     return item % 4, item // 4 % 3, item // 12 % 5
 
 
-def shop(users: int = 40, length: int = 12, **settings: Any) -> Shop:
-    """Users who walk through the items one after the other, each from a start of their own."""
+def shop(users: int = 40, length: int = 12, scenes: bool = False, **settings: Any) -> Shop:
+    """Users who walk through the items one after the other, each from a start of their own.
+
+    With `scenes` they go to the next item in the scene `up`, and to the one before in the scene `down`.
+    """
     torch.set_num_threads(1)
     chosen = TrainerSettings.model_validate(
         {
@@ -79,15 +85,20 @@ def shop(users: int = 40, length: int = 12, **settings: Any) -> Shop:
     titles = {f"i{item:02}": f"red item number {item % 4}" for item in range(ITEMS)}
     known = catalogue({f"i{item:02}": sid_of(item) for item in range(ITEMS)}, titles, prompt)
     rng = np.random.default_rng(3)
-    names, stamps, items = [], [], []
+    names, stamps, items, places = [], [], [], []
     for user in range(users):
         start = int(rng.integers(ITEMS))
+        up = rng.random(length) < 0.5 if scenes else np.ones(length, dtype=bool)
         for at in range(length):
             names.append(f"u{user}")
             stamps.append(1_600_000_000_000 + at)
-            items.append(f"i{(start + at) % ITEMS:02}")
-    log = interactions(names, stamps, items, known)
-    split = hold_out(log, chosen, np.random.default_rng(chosen.seed))
+            item = start + int(np.where(up[1 : at + 1], 1, -1).sum())
+            items.append(f"i{item % ITEMS:02}")
+            places.append("up" if up[at] else "down")
     tokenizer = build_tokenizer(prompt, known.titles, chosen.max_words)
+    counts = {"scene": {"up": 2, "down": 1}} if scenes else {}
+    context = vocabulary(counts, len(tokenizer), 1, 64, 8)
+    log = interactions(names, stamps, items, known, context=context.rows(places, names, {}))
+    split = hold_out(log, chosen, np.random.default_rng(chosen.seed))
     rows = Rows(log, split, known, tokenizer, prompt, chosen)
-    return Shop(chosen, prompt, known, log, split, tokenizer, SidSet(known.sids, prompt), rows)
+    return Shop(chosen, prompt, known, log, split, tokenizer, SidSet(known.sids, prompt), rows, context)

@@ -10,7 +10,7 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
+from registry.context import Attributes, Context, told
 from registry.prompt import BOS, Prompt, prompt_sids
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
@@ -50,12 +51,14 @@ class DpoResult:
 
 
 def preference_rows(
-    pairs: Sequence[PreferencePair], codebook: str, prompt: Prompt, settings: DpoSettings
-) -> tuple[list[dict[str, list[int]]], int]:
+    pairs: Sequence[PreferencePair], codebook: str, prompt: Prompt, settings: DpoSettings,
+    context: Context | None = None, profiles: Mapping[str, Attributes] | None = None,
+) -> tuple[list[dict[str, list[int]]], int]:  # fmt: skip
     """Rows of token ids for TRL, and how many pairs they come from.
 
     The newest `max_pairs` pairs of this codebook and the wanted schemes; one row a rejected SID, up to
-    `max_rejected`. A pair that repeats, or whose codes are not of this codebook, is left out.
+    `max_rejected`. A pair that repeats, or whose codes are not of this codebook, is left out. After the items
+    of a prompt stand the tokens of `context` for the pair's scene and its user's profile.
     """
     seen: set[str] = set()
     used = []
@@ -76,6 +79,8 @@ def preference_rows(
         rejected = [sid for sid in dict.fromkeys(map(tuple, pair.rejected)) if sid != tuple(pair.chosen)]
         try:
             ids = [BOS, *(token for sid in shown for token in prompt.tokens(sid))]
+            said = told(pair.scene, (profiles or {}).get(pair.user_id))
+            ids += [token for token in (context or Context()).row(said) if token]
             chosen = prompt.tokens(pair.chosen)
             answers = [prompt.tokens(sid) for sid in rejected[: settings.max_rejected]]
         except SidstreamError:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from registry import release
 from registry.bundle import Bundle, Kind, write_bundle
+from registry.context import write as write_context
 from registry.prompt import Sid
 from registry.ranking import Ranking
 from registry.ranking import read as read_ranking
@@ -40,7 +40,6 @@ from trainer.offpolicy import Explored, OffPolicy, explored, judge
 from trainer.pretrain import learn
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, SftResult, evaluate, hr_ndcg
-from trainer.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from trainer.align import DpoResult
@@ -156,7 +155,7 @@ def run_cycle(
             # A run of another window is never gone on from.
             if older != run:
                 shutil.rmtree(older, ignore_errors=True)
-        model, tokenizer = _sft(material, settings, run, result, stages, stop, devices or Devices())
+        model = _sft(material, settings, run, result, stages, stop, devices or Devices())
         if result.sft is not None and result.sft.stopped == "interrupted":
             result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
             return result
@@ -168,7 +167,7 @@ def run_cycle(
         if failed := _sft_failing(material, settings, result):
             raise SidstreamError(f"{refused}: {failed}")
         found = material.window.explorations(horizon_ms)
-        logged = explored(found, material.codebook.id, material.prompt, settings.offpolicy)
+        logged = explored(found, material.codebook.id, material.prompt, settings.offpolicy, material.context)
         ranking = result.sft.quality.ranking if result.sft and result.sft.quality else Ranking()
         veto = _veto("sft", model, logged, settings, ranking, result, stages)
         if veto:
@@ -177,14 +176,13 @@ def run_cycle(
         if material.parent is None and registry.alias(CHAMPION) is None:
             result.no_dpo = "the first model is aligned when pairs about its answers are there"
         else:
-            aligned = _dpo(material, settings, model, tokenizer, run, result, stages, stop)
+            aligned = _dpo(material, settings, model, run, result, stages, stop)
         if aligned is not None:
             veto = _veto("dpo", aligned, logged, settings, ranking, result, stages)
             if veto:
                 result.no_dpo, aligned = f"it failed its offline check: {veto}", None
         _publish(
-            material, settings, model, aligned, tokenizer, run, registry, rollout, step, promoting, result,
-            stages,
+            material, settings, model, aligned, run, registry, rollout, step, promoting, result, stages,
         )  # fmt: skip
         shutil.rmtree(run, ignore_errors=True)
     return result
@@ -202,12 +200,14 @@ def _run_id(material: Material, settings: TrainerSettings) -> str:
 def _sft(
     material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: _Stages,
     stop: Callable[[], bool] | None, devices: Devices,
-) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:  # fmt: skip
+) -> GeneratorForCausalLM:  # fmt: skip
+    tokenizer = material.tokenizer
     if material.parent is None:
-        tokenizer = build_tokenizer(material.prompt, material.known.titles, settings.max_words)
-        model = fresh_generator(material.known, material.text, material.prompt, len(tokenizer), settings)
+        model = fresh_generator(
+            material.known, material.text, material.prompt, len(tokenizer), settings, material.context.size
+        )
     else:
-        model, tokenizer = load_model(material.parent.model)
+        model, _ = load_model(material.parent.model)
         text = None if material.text is None else torch.from_numpy(material.text)
         model.know(torch.from_numpy(material.known.codes), text)
         settings = settings.model_copy(
@@ -250,7 +250,7 @@ def _sft(
     stages.done(
         "sft", f"{told}{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
     )
-    return model, tokenizer
+    return model
 
 
 def _popularity_ranks(material: Material) -> torch.Tensor:
@@ -297,22 +297,26 @@ def _veto(
 
 
 def _dpo(
-    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
-    tokenizer: PreTrainedTokenizerFast, run: Path, result: CycleResult, stages: _Stages,
-    stop: Callable[[], bool] | None,
+    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, run: Path,
+    result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
     # Here: TRL takes seconds to import, and a first cycle has nothing to align.
     from trainer.align import align, preference_rows
 
     rows, result.pairs = preference_rows(
-        material.window.pairs(), material.codebook.id, material.prompt, settings.dpo
+        material.window.pairs(),
+        material.codebook.id,
+        material.prompt,
+        settings.dpo,
+        material.context,
+        material.profiles,
     )
     if result.pairs < settings.dpo.min_pairs:
         result.no_dpo = f"{result.pairs} new preference pairs, at least {settings.dpo.min_pairs} are needed"
         stages.done("dpo", f"left out: {result.no_dpo}")
         return None
     aligned, result.dpo = align(
-        model, tokenizer, rows, settings, run / "dpo", pairs=result.pairs, stop=stop,
+        model, material.tokenizer, rows, settings, run / "dpo", pairs=result.pairs, stop=stop,
         progress=lambda text: stages.tell("dpo", text),
     )  # fmt: skip
     result.metrics |= {
@@ -342,8 +346,8 @@ def _dpo(
 
 
 def _bundle(
-    material: Material, settings: TrainerSettings, kind: Kind, model: GeneratorForCausalLM,
-    tokenizer: PreTrainedTokenizerFast, folder: Path, reference: str | None, result: CycleResult,
+    material: Material, settings: TrainerSettings, kind: Kind, model: GeneratorForCausalLM, folder: Path,
+    reference: str | None, result: CycleResult,
 ) -> Bundle:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
@@ -351,9 +355,10 @@ def _bundle(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    material.tokenizer.save_pretrained(folder / "model")
     export(model, folder)
     write_ranking(result.sft.quality.ranking if result.sft and result.sft.quality else Ranking(), folder)
+    write_context(material.context, folder)
     log, known = material.log, material.known
     some = [
         log.items[log.starts[u] : log.starts[u + 1]] for u in range(min(_PARITY_HISTORIES, len(log.users)))
@@ -374,16 +379,14 @@ def _bundle(
 
 def _publish(
     material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
-    aligned: GeneratorForCausalLM | None, tokenizer: PreTrainedTokenizerFast, run: Path, registry: Registry,
-    rollout: RolloutSettings, step: float, promoting: Promoting, result: CycleResult, stages: _Stages,
+    aligned: GeneratorForCausalLM | None, run: Path, registry: Registry, rollout: RolloutSettings,
+    step: float, promoting: Promoting, result: CycleResult, stages: _Stages,
 ) -> None:  # fmt: skip
     first = registry.alias(CHAMPION) is None
     kind: Kind = "base" if first else "sft"
-    made = {kind: _bundle(material, settings, kind, model, tokenizer, run / kind, None, result)}
+    made = {kind: _bundle(material, settings, kind, model, run / kind, None, result)}
     if aligned is not None:
-        made["dpo"] = _bundle(
-            material, settings, "dpo", aligned, tokenizer, run / "dpo", made[kind].id, result
-        )
+        made["dpo"] = _bundle(material, settings, "dpo", aligned, run / "dpo", made[kind].id, result)
     stages.done(
         "export", f"{len(made)} bundle(s), parity {max(result.metrics[f'{k}/parity'] for k in made):.1g}"
     )
@@ -415,4 +418,5 @@ def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
         values = getattr(settings, part).model_dump(mode="json")
         params |= {f"{part}.{name}": value for name, value in values.items()}
     params |= {"codebook": material.codebook.id, "items": len(material.known.items)}
+    params["context"] = ", ".join(f"{name}: {len(v)}" for name, v in material.context.fields.items())
     return params | {"parent": material.parent.id if material.parent else ""}

@@ -19,6 +19,7 @@ from trainer.generator import IGNORE
 from trainer.settings import TrainerSettings
 
 Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 
 
 class Row(NamedTuple):
@@ -34,6 +35,7 @@ class Pieces(NamedTuple):
 
     items: Tensor  # (B, P) int64 rows of `Catalogue.codes`, -1 where there is none
     learned: Tensor  # (B, P) bool: True where the item is a target
+    context: Tensor | None = None  # (B, P, C) int64 token ids of each item's own event, 0 where there is none
 
 
 class Batch(NamedTuple):
@@ -54,6 +56,7 @@ class Interactions:
     ts: Int64  # (N,) milliseconds
     fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
     bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
+    context: Int32  # (N, C) token ids of what each event says beside its item (registry.context), 0: nothing
 
     def __len__(self) -> int:
         return len(self.items)
@@ -86,6 +89,7 @@ def interactions(
     known: Catalogue,
     fresh: npt.ArrayLike | None = None,
     bought: npt.ArrayLike | None = None,
+    context: Int32 | None = None,
 ) -> Interactions:
     """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
     place = {item: row for row, item in enumerate(known.items)}
@@ -98,9 +102,10 @@ def interactions(
     times = np.asarray(ts, dtype=np.int64)
     new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
     paid = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
+    said = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
     order = keep[np.lexsort((keep, times[keep], group[keep]))]
     starts = np.searchsorted(group[order], np.arange(len(names) + 1))
-    return Interactions(names, starts, rows[order], times[order], new[order], paid[order])
+    return Interactions(names, starts, rows[order], times[order], new[order], paid[order], said[order])
 
 
 class Held(NamedTuple):
@@ -110,6 +115,7 @@ class Held(NamedTuple):
     targets: Int64
     ages_s: list[Int64]  # how long before the target each item of the history was touched
     bought: list[npt.NDArray[np.bool_]]  # whether it was bought
+    contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
 
 
 def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
@@ -120,7 +126,7 @@ def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
     return Held(
         [log.items[span] for span in spans], log.items[targets],
         [(log.ts[row] - log.ts[span]) // 1000 for row, span in zip(targets, spans, strict=True)],
-        [log.bought[span] for span in spans],
+        [log.bought[span] for span in spans], log.context[targets],
     )  # fmt: skip
 
 
@@ -246,6 +252,7 @@ class Rows:
         alone = self.settings.samples == "prefix"
         if alone:
             crops = self._prefixes(crops)
+        contexts = self.contexts(crops, number)
         rng = np.random.default_rng((self.settings.seed, number, 1))
         length = crops[:, 1] - crops[:, 0]
         order = np.lexsort((rng.random(len(crops)), length))
@@ -259,7 +266,8 @@ class Rows:
             learned[:, 1:] &= items[:, 1:] != items[:, :-1]
             if alone:
                 learned &= np.arange(width) == length[batch, None] - 1
-            made.append(Pieces(torch.from_numpy(items), torch.from_numpy(learned)))
+            context = pad_contexts([contexts[row] for row in batch], width)
+            made.append(Pieces(torch.from_numpy(items), torch.from_numpy(learned), context))
         return [made[at] for at in rng.permutation(len(made))]
 
     def _prefixes(self, crops: Int64) -> Int64:
@@ -269,6 +277,18 @@ class Rows:
         # As long as a crop at most: its target sees a full prompt.
         begins = np.maximum(begins, ends - self.settings.max_items - 1)
         return np.stack((begins, ends), axis=1)[ends - begins > 1]
+
+    def contexts(self, crops: Int64, number: int) -> list[Int32]:
+        """The contexts (P, C) of each piece (start, end) in epoch `number`.
+
+        A share `context.dropout` of pieces is without any, so that requests without one are answered well.
+        """
+        rng = np.random.default_rng((self.settings.seed, number, 3))
+        kept = rng.random(len(crops)) >= self.settings.context.dropout
+        return [
+            self.log.context[low:high] * np.int32(keep)
+            for (low, high), keep in zip(crops.tolist(), kept.tolist(), strict=True)
+        ]
 
     def batches(self, number: int) -> list[list[Row]]:
         """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""
@@ -304,6 +324,23 @@ def collate(rows: Sequence[Row]) -> Batch:
         labels[at, : len(row.ids)] = np.where(row.learned, row.ids, IGNORE)
     weights = np.array([row.weight for row in rows], dtype=np.float32)
     return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
+
+
+def pad_contexts(contexts: Sequence[Int32], length: int) -> Tensor | None:
+    """B contexts (P, C) -> (B, length, C) int64, padded with 0; None where C is 0."""
+    if not contexts or not contexts[0].shape[1]:
+        return None
+    made = np.zeros((len(contexts), length, contexts[0].shape[1]), dtype=np.int64)
+    for row, context in enumerate(contexts):
+        made[row, : len(context)] = context
+    return torch.from_numpy(made)
+
+
+def context_rows(contexts: Int32 | None, low: int, high: int, where: torch.device) -> Tensor | None:
+    """Rows low to high of contexts (N, C) -> (high - low, C) int64; None where nothing is said at all."""
+    if contexts is None or not contexts.shape[1]:
+        return None
+    return torch.from_numpy(contexts[low:high].astype(np.int64)).to(where)
 
 
 def pad_items(histories: Sequence[Int64], codes: Int64) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,10 @@ class _Encode(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, codes: Tensor, lengths: Tensor, extras: Tensor) -> Tensor:
-        return self.model.encode(codes, lengths, extras)
+    def forward(
+        self, codes: Tensor, lengths: Tensor, extras: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        return self.model.encode(codes, lengths, extras, context)
 
 
 class _Step(nn.Module):
@@ -66,7 +68,8 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
     """Write encode.onnx, step_0.onnx .. step_{L-1}.onnx and items.safetensors into `folder`.
 
     Every leading dimension is dynamic. encode: codes (B, P, L) int64, lengths (B,) int64, extras (B, P, D)
-    float32, which are the items' own vectors and texts -> state (B, D) float32. step_l: state (N, D) and, for
+    float32, which are the items' own vectors and texts, and, where the model has context tokens, context
+    (B, C) int64 padded with 0 -> state (B, D) float32. step_l: state (N, D) and, for
     l > 0, prefix (N, l) int64 -> log_probs (N, K_l) float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,14 +78,17 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
     # Sizes of two and more: the tracer takes a dimension of one for a constant.
     first = model.config.code_base
     codes = torch.full((2, 3, levels), first, dtype=torch.int64)
+    given: dict[str, Tensor] = {
+        "codes": codes, "lengths": torch.tensor([3, 2]), "extras": torch.zeros(2, 3, width),
+    }  # fmt: skip
+    axes = {"codes": {0: "B", 1: "P"}, "lengths": {0: "B"}, "extras": {0: "B", 1: "P"}, "state": {0: "B"}}
+    if model.config.num_context:
+        given["context"] = torch.full((2, 2), model.config.vocab_size - 1, dtype=torch.int64)
+        axes["context"] = {0: "B", 1: "C"}
     with quiet(), torch.no_grad():
         torch.onnx.export(
-            _Encode(model), (codes, torch.tensor([3, 2]), torch.zeros(2, 3, width)),
-            str(folder / "encode.onnx"),
-            input_names=["codes", "lengths", "extras"], output_names=["state"],
-            dynamic_axes={
-                "codes": {0: "B", 1: "P"}, "lengths": {0: "B"}, "extras": {0: "B", 1: "P"}, "state": {0: "B"},
-            },
+            _Encode(model), tuple(given.values()), str(folder / "encode.onnx"),
+            input_names=list(given), output_names=["state"], dynamic_axes=axes,
             opset_version=_OPSET, dynamo=False, external_data=False,
         )  # fmt: skip
         for level in range(levels):
@@ -134,7 +140,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 def parity(
     model: GeneratorForCausalLM, folder: Path, histories: list[list[tuple[int, ...]]], seed: int = 0
 ) -> float:
-    """The largest absolute difference of the graphs to torch, on given and on random histories of SIDs.
+    """The largest absolute difference of the graphs to torch, on given and on random histories of SIDs,
+    under random contexts where the model has any.
 
     Lengths 0 to max_items, batches of one and of many. Raises SidstreamError above `TOLERANCE`.
     """
@@ -155,9 +162,15 @@ def parity(
         codes, counts = pad_items(
             [np.arange(low, high) for low, high in pairwise(bounds)], spelled.reshape(-1, config.levels)
         )
-        state = model.encode(codes, counts)
         extras = model.model.items.extras(model.model.items.rows(codes))
         given = {"codes": codes.numpy(), "lengths": counts.numpy(), "extras": extras.numpy()}
+        context = None
+        if config.num_context:
+            first = config.vocab_size - config.num_context
+            said = rng.integers(first, config.vocab_size, size=(len(batch), 3))
+            given["context"] = np.where(rng.random(said.shape) < 0.5, said, config.pad_token_id)
+            context = torch.from_numpy(given["context"])
+        state = model.encode(codes, counts, context=context)
         (found,) = encode.run(["state"], given)
         worst = max(worst, float(np.abs(found - state.numpy()).max()))
         chosen = torch.from_numpy(rng.integers(0, sizes, size=(len(batch), len(sizes))))

@@ -6,9 +6,10 @@ and the vector that predicts an item's next code is made from the last position 
 (RQ-Transformer's spatial and depth parts, Lee et al. 2022, arXiv 2203.01941). A convolution over the last
 few positions runs beside attention (a local filter, after BSARec, arXiv 2312.10325). Beside the SID's codes a
 position holds what is known of the item itself (trainer.items), and the dense head scores a state against
-every item's vector at once.
+every item's vector at once. What a request says beside its history (registry.context) bends the state that
+answers are made from (trainer.context).
 
-Shapes: B rows, T flat tokens, P positions, L levels, D width, V tokens of vocabulary.
+Shapes: B rows, T flat tokens, P positions, L levels, D width, V tokens of vocabulary, C context tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trainer.backbone import DepthLevel, Layer, RMSNorm
+from trainer.context import Modulation
 from trainer.items import ItemTable
 
 IGNORE = -100
@@ -33,7 +35,8 @@ _SPREAD = 0.02
 
 class GeneratorConfig(PreTrainedConfig):
     """The shape of a generator. `sizes` are the codes a level; level l's code c is the token
-    `code_base + sum(sizes[:l]) + c`; tokens below `code_base` are special, those after all codes words."""
+    `code_base + sum(sizes[:l]) + c`; tokens below `code_base` are special, those after all codes words, but
+    for the last `num_context`, which are a request's context."""
 
     model_type = "sidstream-generator"
 
@@ -53,6 +56,7 @@ class GeneratorConfig(PreTrainedConfig):
     text_size: int = 0
     item_dropout: float = 0.0
     item_vectors: bool = True
+    num_context: int = 0
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -95,6 +99,10 @@ class GeneratorPreTrainedModel(PreTrainedModel):
             init.eye_(module.query_proj.weight)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)
+            # Here: transformers passes over a module of another package that has no weights of its own.
+            if module.modulation is not None:
+                init.zeros_(module.modulation.scale_proj.weight)
+                init.zeros_(module.modulation.shift_proj.weight)
 
 
 class GeneratorModel(GeneratorPreTrainedModel):
@@ -111,6 +119,8 @@ class GeneratorModel(GeneratorPreTrainedModel):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size)
         self.depth = nn.ModuleList(DepthLevel(config, level) for level in range(config.levels))
+        # Without context tokens it is not there: weights from before there were any load as they are.
+        self.modulation = Modulation(config) if config.num_context else None
         self.drop = nn.Dropout(config.dropout)
         self.post_init()
 
@@ -151,10 +161,19 @@ class GeneratorModel(GeneratorPreTrainedModel):
         batch, place = (real & ~later.any(-1)).nonzero(as_tuple=True)
         return batch, rows[batch, place], self.items.again_of(lengths[batch] - place)
 
+    def conditioned(self, states: Tensor, context: Tensor | None) -> Tensor:
+        """States (..., D) under contexts (..., C) of token ids, padded with 0 -> (..., D)."""
+        if self.modulation is None or context is None:
+            return states
+        real = context != self.config.pad_token_id
+        made: Tensor = self.modulation(states, (self.embed_tokens(context) * real[..., None]).sum(-2))
+        return made
+
     def _levels_of(self, ids: Tensor) -> Tensor:
-        """(B, T) ids -> 0 for specials, 1..L for codes of level 0..L-1, L+1 for words."""
+        """(B, T) ids -> 0 for specials, 1..L for codes of level 0..L-1, L+1 for words, L+2 for contexts."""
         bounds = [self.config.code_range(level)[0] for level in range(self.config.levels)]
         bounds.append(self.config.code_range(self.config.levels - 1)[1])
+        bounds.append(self.config.vocab_size - self.config.num_context)
         return torch.bucketize(ids.contiguous(), torch.tensor(bounds, device=ids.device), right=True)
 
     def forward(
@@ -166,7 +185,8 @@ class GeneratorModel(GeneratorPreTrainedModel):
     ) -> BaseModelOutput:
         """input_ids (B, T) int64, attention_mask (B, T) of 0 and 1 or None -> last_hidden_state (B, T, D).
 
-        The vector of place t scores token t + 1. Padding may be on either side.
+        The vector of place t scores token t + 1. Padding may be on either side. Context tokens stand where an
+        item may begin: they make no position, and condition what comes after them until the item closes.
         """
         if input_ids is None:
             raise ValueError("the generator folds token ids: pass input_ids, not inputs_embeds")
@@ -174,14 +194,17 @@ class GeneratorModel(GeneratorPreTrainedModel):
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             real = real & attention_mask.bool()
-        # A place closes a position unless it is a code that leaves its item open.
+        told = real & (levels == last + 2)
+        # A place closes a position unless it is a code that leaves its item open, or of the context.
         opens = (levels >= 1) & (levels < last)
-        closes = real & ~opens
+        closes = real & ~opens & ~told
         done = closes.long().cumsum(1)
         group = done - closes.long()
 
         embeds = self.embed_tokens(input_ids)
-        folded = embeds * real[..., None]
+        said = embeds * told[..., None]
+        embeds = embeds * (real & ~told)[..., None]
+        folded = embeds
         for back in range(1, last):
             same = real[:, back:] & real[:, :-back] & (group[:, back:] == group[:, :-back])
             folded = folded + F.pad(embeds[:, :-back] * same[..., None], (0, 0, back, 0))
@@ -208,6 +231,11 @@ class GeneratorModel(GeneratorPreTrainedModel):
 
         states = torch.cat((self.start.to(states.dtype).expand(batch, 1, width), states), dim=1)
         state = states[rows, done]
+        if self.modulation is not None:
+            # All that was said so far, less what was said before this item began.
+            heard = F.pad(said.cumsum(1), (0, 0, 1, 0))
+            begun = F.pad(closed + 1, (1, 0))
+            state = self.modulation(state, heard[:, 1:] - heard[rows, begun.gather(1, done)])
         vectors = torch.zeros_like(state)
         chosen = torch.where(real & opens, levels, 0)
         for level, head in enumerate(self.depth):
@@ -267,18 +295,22 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         self.config.num_items = len(codes)
         return rows
 
-    def encode(self, codes: Tensor, lengths: Tensor, extras: Tensor | None = None) -> Tensor:
-        """The state after BOS and a row's items: what a request is decoded from.
+    def encode(
+        self, codes: Tensor, lengths: Tensor, extras: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """The state after BOS, a row's items and its context: what a request is decoded from.
 
         codes (B, P, L) token ids, oldest first, right-padded with 0; lengths (B,) items a row, 0 allowed;
-        extras (B, P, D) what is known of the items beyond their codes, default: the table's -> (B, D). Equals
-        the state that `forward` keeps at the last place of BOS and the items.
+        extras (B, P, D) what is known of the items beyond their codes, default: the table's; context (B, C)
+        int64 token ids padded with 0, default: nothing is said -> (B, D). Equals the state that `forward`
+        keeps at the last place of BOS, the items and the context.
         """
         base = self.model
         begin = base.embed_tokens(torch.full_like(lengths, self.config.bos_token_id))[:, None]
         items = base.embed_items(codes) if extras is None else base.embed_tokens(codes).sum(-2) + extras
         states = base.states(torch.cat((begin, items), dim=1))
-        return states.gather(1, lengths[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
+        state = states.gather(1, lengths[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
+        return base.conditioned(state, context)
 
     def step(self, level: int, state: Tensor, prefix: Tensor | None) -> Tensor:
         """Log-probabilities of one level's codes, normalised over the whole vocabulary.

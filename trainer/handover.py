@@ -42,7 +42,8 @@ def write(
     save_file(
         {
             "codes": np.ascontiguousarray(rows.known.codes), "starts": log.starts, "items": log.items,
-            "ts": log.ts, "fresh": log.fresh, "bought": log.bought, "ends": rows.split.ends,
+            "ts": log.ts, "fresh": log.fresh, "bought": log.bought,
+            "context": np.ascontiguousarray(log.context), "ends": rows.split.ends,
         },
         folder / "log.safetensors",
     )  # fmt: skip
@@ -68,7 +69,8 @@ def read(run: Path) -> tuple[GeneratorForCausalLM, Rows, TrainerSettings]:
     prompt = Prompt(tuple(about["sizes"]), about["max_items"])
     model, tokenizer = load_model(folder / "model")
     known = Catalogue([], [], arrays["codes"], about["titles"])
-    log = Interactions([], arrays["starts"], arrays["items"], arrays["ts"], arrays["fresh"], arrays["bought"])
+    names = ("starts", "items", "ts", "fresh", "bought", "context")
+    log = Interactions([], *(arrays[name] for name in names))
     nobody = Held([], np.zeros(0, dtype=np.int64), [], [])
     split = Split(arrays["ends"], nobody)
     return model, Rows(log, split, known, tokenizer, prompt, settings), settings

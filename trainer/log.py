@@ -21,11 +21,12 @@ Offsets = dict[int, int]
 Ranges = dict[str, dict[int, tuple[int, int]]]
 
 # Clicks and purchases are read by every cycle: they are kept as columns. The rest keeps its bytes. A file
-# from before there were request ids has no such column, and is read as if nobody had sent one.
+# from before there were request ids, or scenes, has no such column, and is read as if nobody had sent one.
+# Purchases have no scene.
 INTERACTIONS = pa.schema([
     ("partition", pa.int32()), ("offset", pa.int64()), ("event_id", pa.string()), ("user_id", pa.string()),
     ("item_id", pa.string()), ("ts", pa.int64()), ("kind", pa.string()),
-    ("request_id", pa.string()),
+    ("request_id", pa.string()), ("scene", pa.string()),
 ])  # fmt: skip
 VALUES = pa.schema([
     ("partition", pa.int32()), ("offset", pa.int64()), ("key", pa.binary()), ("value", pa.binary()),

@@ -31,7 +31,6 @@ from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, device, hr_ndcg
-from trainer.tokenizer import build_tokenizer
 
 _MARKS = {TITLE: "<sid_title>", ITEM: "<sid_item>"}
 _EVAL_ROWS = 16
@@ -243,7 +242,7 @@ def tune_window(
         raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
     with only_one(settings.home):
         material = read_material(settings, kafka, registry, from_scratch=True)
-        ours = build_tokenizer(material.prompt, material.known.titles, settings.max_words)
+        ours = material.tokenizer
         rows = Rows(material.log, material.split, material.known, ours, material.prompt, settings)
         folder = settings.home / "hf" / Path(settings.hf_model).name
         result = tune(

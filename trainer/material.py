@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from registry.bundle import Bundle
 from registry.codebook import Codebook
+from registry.context import Attributes, Context, vocabulary
+from registry.context import read as read_context
 from registry.embedder import title_vectors
 from registry.prompt import Prompt
 from registry.store import CHAMPION, Registry
@@ -26,6 +28,7 @@ from trainer.data import Catalogue, Interactions, Split, catalogue, hold_out
 from trainer.generator import GeneratorForCausalLM
 from trainer.log import Log
 from trainer.settings import TrainerSettings
+from trainer.tokenizer import build_tokenizer
 from trainer.window import Window, read_window
 
 
@@ -42,6 +45,9 @@ class Material:
     split: Split
     sids: SidSet
     text: npt.NDArray[np.float32] | None  # (I, T) a vector of each item's text; None: the generator sees none
+    tokenizer: PreTrainedTokenizerFast
+    context: Context  # the parent's; without one, what this window says often enough
+    profiles: Mapping[str, Attributes]
 
 
 @contextlib.contextmanager
@@ -94,7 +100,17 @@ def read_material(
             "publish a catalogue, then `sidstream codebook fit`"
         )
     known = catalogue(sids, window.titles(), prompt)
-    log = window.interactions(known)
+    profiles = window.profiles()
+    if parent is None:
+        tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
+        limits = settings.context
+        context = vocabulary(
+            window.said(profiles), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
+        )
+    else:
+        # A refresh says nothing that the weights have never heard.
+        tokenizer, context = AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
+    log = window.interactions(known, context, profiles)
     if not len(log):
         raise SidstreamError(
             "there are no clicks or purchases of known items to learn from: "
@@ -104,7 +120,10 @@ def read_material(
     text = None
     if settings.text_inputs:
         text = title_vectors(known.titles)
-    return Material(window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt), text)
+    return Material(
+        window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt), text, tokenizer,
+        context, profiles,
+    )  # fmt: skip
 
 
 def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:

@@ -18,13 +18,14 @@ import numpy.typing as npt
 import torch
 
 from registry import offpolicy
+from registry.context import Context
 from registry.offpolicy import Floats
 from registry.prompt import Prompt
 from registry.statistics import Estimate
 from streams.errors import SidstreamError
 from streams.events import Exploration
 from streams.keys import hashed
-from trainer.data import Int64, pad_items
+from trainer.data import Int32, Int64, context_rows, pad_items
 from trainer.generator import GeneratorForCausalLM
 from trainer.ranking import sid_scores
 from trainer.settings import OffPolicySettings
@@ -43,6 +44,7 @@ class Explored:
     """N explorations as arrays; their M candidates, of L levels, lie one after the other."""
 
     prompts: list[Int64]  # N of (P, L) token ids, oldest item first
+    contexts: Int32  # (N, C) token ids, 0 where nothing was said
     starts: Int64  # (N + 1,) first candidate of each
     codes: Int64  # (M, L) token ids
     features: Floats  # (M, 2) log-probability under the bundle that answered, log of the place
@@ -58,11 +60,13 @@ class Explored:
 
 
 def explored(
-    found: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt, settings: OffPolicySettings
-) -> Explored | None:
+    found: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt, settings: OffPolicySettings,
+    context: Context | None = None,
+) -> Explored | None:  # fmt: skip
     """The newest `max_explorations` with whether the drawn item was clicked; None where there are none.
 
-    Those of another codebook, and those that break their own contract, are left out and counted.
+    Those of another codebook, and those that break their own contract, are left out and counted. `context`
+    has the tokens of what was said.
     """
     if not found:
         return None
@@ -94,8 +98,11 @@ def explored(
     starts = np.cumsum([0, *(len(event.candidates) for event, _ in kept)], dtype=np.int64)
     scores = np.array([score for event, _ in kept for score in event.scores], dtype=np.float64)
     places = np.array([place for event, _ in kept for place in range(len(event.scores))], dtype=np.float64)
+    known = context or Context()
+    said = [known.row(event.context) for event, _ in kept]
     return Explored(
         prompts=shown,
+        contexts=np.array(said, dtype=np.int32).reshape(len(kept), len(known.fields)),
         starts=starts,
         codes=np.array(codes, dtype=np.int64).reshape(-1, len(prompt.sizes)),
         features=np.stack([np.clip(scores, _FLOOR, 0.0), np.log1p(places)], axis=1),
@@ -133,7 +140,8 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
         ends = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         places = [np.arange(begin, end) for begin, end in pairwise(ends)]
         items, lengths = pad_items(places, np.concatenate(prompts))
-        state = model.encode(items.to(where), lengths.to(where))
+        context = context_rows(logged.contexts, low, high, where)
+        state = model.encode(items.to(where), lengths.to(where), context=context)
         codes = torch.from_numpy(logged.codes[rows]).to(where)
         owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(where)
         total = sid_scores(model, state, owner, codes)

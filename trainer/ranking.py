@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registry.ranking import Ranking, Repeats, left_out
 from trainer.constrained import SidSet, beam
-from trainer.data import Held, Int64, pad_items
+from trainer.data import Held, Int32, Int64, pad_items
 from trainer.generator import GeneratorForCausalLM
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.
@@ -76,10 +76,9 @@ def candidates(
 ) -> Candidates:  # fmt: skip
     """The `width` best of the beam and of the dense head for histories (B, P, L) of `lengths` (B,).
 
-    `state` (B, D): what the model encodes the histories to.
-
-    `known` (I, L): token ids of the catalogue's items, `place` (I',) catalogue row of each row of the model's
-    table. A model that knows no item by itself has the beam's candidates alone.
+    `state` (B, D): what the model encodes the histories to, under contexts. `known` (I, L): token ids of the
+    catalogue's items, `place` (I',) catalogue row of each row of the model's table. A model that knows no
+    item by itself has the beam's candidates alone.
     """
     found, spelled = beam(model, state, sids, width)
     found = found + torch.tensor(
@@ -143,8 +142,8 @@ class Ranker:
         self._place[rows[rows >= 0]] = torch.arange(len(codes), device=self._where)[rows >= 0]
 
     @torch.no_grad()
-    def states(self, histories: Sequence[Int64]) -> Tensor:
-        """What the model encodes the histories to (B, D)."""
+    def states(self, histories: Sequence[Int64], contexts: Int32 | None = None) -> Tensor:
+        """What the model encodes histories to (B, D), under contexts (B, C) of token ids."""
         made = torch.zeros(len(histories), self.model.config.hidden_size, device=self._where)
         # By length: a short history is not padded to the longest of all.
         lengths = np.array([len(history) for history in histories], dtype=np.int64)
@@ -152,7 +151,8 @@ class Ranker:
         for low in range(0, len(order), ROWS):
             rows = order[low : low + ROWS]
             padded = self._padded([histories[row] for row in rows])
-            made[torch.from_numpy(rows).to(self._where)] = self.model.encode(*padded)
+            about = None if contexts is None else torch.from_numpy(contexts[rows]).to(self._where).long()
+            made[torch.from_numpy(rows).to(self._where)] = self.model.encode(*padded, context=about)
         return made
 
     @torch.no_grad()

@@ -61,6 +61,21 @@ class DpoSettings(Section):
     max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
 
 
+class ContextSettings(Section):
+    """Scenes and attributes of profiles that the generator learns, in a model made from scratch."""
+
+    min_count: int = Field(
+        20,
+        ge=1,
+        description="users with an attribute's value, or clicks of a scene; rarer ones are not learned",
+    )
+    max_values: int = Field(64, ge=1, description="values of a field, the most frequent ones")
+    max_fields: int = Field(8, ge=0, description="the scene and attributes, the most frequent ones; 0: none")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of sequences without their context in a step of training"
+    )
+
+
 class OffPolicySettings(Section):
     """When explored answers veto a new model before it gets traffic."""
 
@@ -153,6 +168,7 @@ class TrainerSettings(Section):
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
     pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))
+    context: ContextSettings = Field(default_factory=lambda: ContextSettings.model_validate({}))
     dpo: DpoSettings = Field(default_factory=lambda: DpoSettings.model_validate({}))
     offpolicy: OffPolicySettings = Field(default_factory=lambda: OffPolicySettings.model_validate({}))
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings.model_validate({}))

@@ -165,7 +165,9 @@ def learned_states(
     begin = base.embed_tokens.weight[model.config.bos_token_id].expand(len(rows), 1, -1)
     seen = rows[:, :-1]
     past = F.embedding(seen.clamp(min=0), every) * (seen >= 0)[..., None]
-    return every, rows, base.states(torch.cat((begin, past), dim=1))[pieces.learned]
+    state = base.states(torch.cat((begin, past), dim=1))[pieces.learned]
+    about = None if pieces.context is None else pieces.context[pieces.learned]
+    return every, rows, base.conditioned(state, about)
 
 
 def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -194,7 +196,7 @@ def evaluate(
     if not len(held.targets):
         return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
     ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
-    states = ranker.states(held.histories)
+    states = ranker.states(held.histories, held.contexts)
     found = ranker.candidates(held.histories, states)
     ranking = ranking or fit(found, held)
     hr, ndcg = hr_ndcg(ranks(found, held, ranking))
@@ -215,7 +217,7 @@ def _batch_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of one batch: its sequences, and the titles that go with it."""
     where = table.device
-    pieces = Pieces(*(part.to(where) for part in pieces))
+    pieces = Pieces(*(part.to(where) for part in pieces if part is not None))
     soft = teacher(pieces, among) if teacher else None
     with torch.autocast(where.type, torch.bfloat16, enabled=fast_bf16(where)):
         loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among, tree, soft)

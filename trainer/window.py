@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from registry.context import Attributes, Context, Counts, counted
 from registry.prompt import Sid
-from streams import events
+from streams import events, profile
 from streams.admin import incarnations, missing, spans, unreachable
 from streams.connect import client_options
 from streams.errors import SidstreamError
@@ -23,9 +24,9 @@ from streams.settings import KafkaSettings
 from trainer.data import Catalogue, Interactions, interactions
 from trainer.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
 
-TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "sids")
+TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
-_KEYED = ("catalog", "sids")
+_KEYED = ("catalog", "users", "sids")
 # Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
 _FILE_ROWS = 1_000_000
 _FETCH_BYTES = 8 * 1024 * 1024
@@ -55,9 +56,18 @@ class Window:
             end - begin for topic in ("clicks", "purchases") for begin, end in self.ranges[topic].values()
         )
 
-    def interactions(self, known: Catalogue) -> Interactions:
-        """Users' sequences in event time over all that was logged; an event that repeats counts once."""
+    def interactions(
+        self,
+        known: Catalogue,
+        context: Context | None = None,
+        profiles: Mapping[str, Attributes] | None = None,
+    ) -> Interactions:
+        """Users' sequences in event time over all that was logged; an event that repeats counts once.
+
+        With `context` each has the tokens of its own scene, and of its user's profile among `profiles`.
+        """
         users: list[str] = []
+        scenes: list[str | None] = []
         items: list[str] = []
         stamps: list[int] = []
         fresh: list[bool] = []
@@ -74,11 +84,37 @@ class Window:
             if len(keep) < table.num_rows:
                 table, new = table.take(pa.array(keep, pa.int64())), new[keep]
             users += table["user_id"].to_pylist()
+            scenes += table["scene"].to_pylist()
             items += table["item_id"].to_pylist()
             stamps += table["ts"].to_pylist()
             fresh += new.tolist()
             bought += [topic == "purchases"] * table.num_rows
-        return interactions(users, stamps, items, known, fresh, bought)
+        said = (context or Context()).rows(scenes, users, profiles or {})
+        return interactions(users, stamps, items, known, fresh, bought, said)
+
+    def profiles(self) -> dict[str, Attributes]:
+        """The attributes of each user: of the newest record by its time, as the agents keep them."""
+        table, _ = self._read("users")
+        decoder = msgspec.json.Decoder(events.UserProfile)
+        newest: dict[str, events.UserProfile] = {}
+        for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
+            if value is None:
+                newest.pop(key.decode(errors="replace"), None)
+                continue
+            one = decoder.decode(value)
+            held = newest.get(one.user_id)
+            if held is None or profile.order(one) >= profile.order(held):
+                newest[one.user_id] = one
+        return {user: one.attributes for user, one in newest.items()}
+
+    def said(self, profiles: Mapping[str, Attributes]) -> Counts:
+        """How often each scene was clicked in, and how many users who did something have each attribute."""
+        clicks, _ = self._read("clicks")
+        bought, _ = self._read("purchases")
+        scenes = {one["values"]: one["counts"] for one in clicks["scene"].value_counts().to_pylist()}
+        scenes.pop(None, None)
+        users = {user for table in (clicks, bought) for user in table["user_id"].unique().to_pylist()}
+        return counted(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
     def bought(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""
@@ -174,7 +210,7 @@ class _Buffer:
                 kind = event.kind if self.topic == "clicks" else "purchase"
                 row = (
                     partition, record.offset, event.event_id, event.user_id, event.item_id, event.ts, kind,
-                    event.request_id,
+                    event.request_id, event.scene if self.topic == "clicks" else None,
                 )  # fmt: skip
             else:
                 if record.value is not None or self.topic not in _KEYED:

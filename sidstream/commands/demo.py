@@ -50,7 +50,7 @@ def demo(
         sent = runner.command("replay", "online-retail", "--only", "catalog")
         fitted = runner.command("codebook", "fit")
         stage.detail = (
-            f"{sent['sent']:,} items on `catalog`, each with its own SID "
+            f"{sent['topics']['catalog']:,} items on `catalog`, each with its own SID "
             f"({'x'.join(map(str, fitted['sizes']))} codes)"
         )
 

@@ -20,7 +20,9 @@ def replay(
     ] = None,
     until: Annotated[str | None, typer.Option("--to", help="end time, itself not included")] = None,
     speed: Annotated[str, typer.Option(help="times faster than it happened, or max")] = "max",
-    catalog: Annotated[bool, typer.Option("--catalog/--no-catalog", help="send the items first")] = True,
+    catalog: Annotated[
+        bool, typer.Option("--catalog/--no-catalog", help="send the items and users' profiles first")
+    ] = True,
     only: Annotated[str | None, typer.Option(help="catalog or events: send only these")] = None,
     topic: Annotated[str | None, typer.Option(help="topic of every line of the file")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="send the file's lines as they are, unchecked")] = False,
@@ -59,7 +61,7 @@ def replay(
         send_catalog = catalog and only != "events"
         send_events = only != "catalog"
         total = log.count(start, end) if send_events else 0
-        total += sum(1 for _ in log.catalogue()) if send_catalog else 0
+        total += sum(1 for _ in (*log.catalogue(), *log.profiles())) if send_catalog else 0
         with progress(f"replay {source}", total) as advance:
             done = run(kafka, log, start, end, pace, send_catalog, send_events, advance)
     rate = done.sent / done.seconds if done.seconds else 0.0

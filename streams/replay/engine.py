@@ -1,4 +1,4 @@
-"""Writing a log to Kafka: the catalogue first, then the events in event time, as fast as told, confirmed."""
+"""Writing a log to Kafka: what stands first, then the events in event time, as fast as told, confirmed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from streams.bulk import BulkWriter
@@ -74,7 +75,7 @@ def replay(
     events: bool = True,
     on_progress: Callable[[int], None] | None = None,
 ) -> Replayed:
-    """Write `source` to Kafka: its catalogue, then its events of start <= ts < end (milliseconds).
+    """Write `source` to Kafka: its catalogue and profiles, then its events of start <= ts < end (ms).
 
     `speed`: times faster than it happened; None: as fast as it goes. Returns when everything is confirmed.
     Order holds within a partition, so a user's events keep theirs. Raises SidstreamError.
@@ -83,9 +84,9 @@ def replay(
     async def run(done: Replayed) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
             if catalog:
-                for item in source.catalogue():
-                    await _add(writer, record(item, kafka.max_event_bytes), done)
-                # Whoever reads an event should be able to have read its item before.
+                for event in chain(source.catalogue(), source.profiles()):
+                    await _add(writer, record(event, kafka.max_event_bytes), done)
+                # Whoever reads an event should be able to have read its item and its user before.
                 await writer.flush()
             pace = _Pace(speed)
             for event in source.events(start, end) if events else ():

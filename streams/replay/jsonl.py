@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from streams.errors import SidstreamError
-from streams.events import BY_TOPIC, CatalogItem, Event, EventError, decode
+from streams.events import BY_TOPIC, CatalogItem, Event, EventError, UserProfile, decode
 from streams.records import Record
 from streams.replay.source import inside
 
@@ -31,6 +31,10 @@ class JsonLines:
     def catalogue(self) -> Iterator[CatalogItem]:
         """The file's catalogue items."""
         return (event for event in self._events if isinstance(event, CatalogItem))
+
+    def profiles(self) -> Iterator[UserProfile]:
+        """None ahead of the others: a file's profiles are among its events, in their time."""
+        return iter(())
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         """The file's other events in event time, ties in the file's order.

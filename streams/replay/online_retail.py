@@ -1,4 +1,4 @@
-"""UCI Online Retail, one year of a British gift shop, as purchases and a catalogue.
+"""UCI Online Retail, one year of a British gift shop, as purchases, a catalogue and its customers' countries.
 
 Source: Chen, D. (2015), Online Retail, UCI Machine Learning Repository, doi 10.24432/C5BW33, CC BY 4.0; it
 ships with the package (`streams.data.build` made it, every row of the original kept).
@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from streams.errors import SidstreamError
-from streams.events import CatalogItem, Purchase
-from streams.replay.source import inside, listed, tidy
+from streams.events import CatalogItem, Purchase, UserProfile
+from streams.replay.source import inside, listed, profiled, tidy
 
 FILE = Path(__file__).parent.parent / "data" / "online_retail.parquet"
 _PRODUCT = r"^[0-9]{5}[A-Za-z]*$"
@@ -40,6 +40,7 @@ class _Row(NamedTuple):
     ts: int
     price: float
     user: str
+    country: str
 
 
 class OnlineRetail:
@@ -96,6 +97,14 @@ class OnlineRetail:
                 price=round(median(prices[item]), 4),
             )
 
+    def profiles(self) -> Iterator[UserProfile]:
+        """The country of every user, from the first purchase on; the few who change keep the first one."""
+        known: set[str] = set()
+        for row in self._rows:
+            if row.user not in known:
+                known.add(row.user)
+                yield profiled("online-retail", row.ts, row.user, {"country": row.country})
+
     @cached_property
     def _rows(self) -> list[_Row]:
         """Clean rows, oldest first, ties in the file's order."""
@@ -131,6 +140,7 @@ class OnlineRetail:
             pc.cast(clean["InvoiceDate"].cast(pa.timestamp("ms")), pa.int64()).to_pylist(),
             clean["UnitPrice"].to_pylist(),
             [str(user) for user in clean["CustomerID"].to_pylist()],
+            clean["Country"].cast(pa.string()).to_pylist(),
         )
         rows = [_Row(*row) for row in zip(*columns, strict=True)]
         rows.sort(key=lambda row: row.ts)

@@ -22,7 +22,7 @@ from statistics import median
 from typing import NamedTuple
 
 from streams.errors import SidstreamError
-from streams.events import CatalogItem, Click, Purchase
+from streams.events import CatalogItem, Click, Purchase, UserProfile
 from streams.replay.source import inside, listed, tidy
 
 COLUMNS = (
@@ -76,6 +76,10 @@ class Rees46:
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many events `events` gives."""
         return sum(inside(row.ts, start, end) for row in self._rows)
+
+    def profiles(self) -> Iterator[UserProfile]:
+        """None: the file says nothing of users."""
+        return iter(())
 
     def catalogue(self) -> Iterator[CatalogItem]:
         """Every item that occurs, described by its first row; price: the median of its prices."""

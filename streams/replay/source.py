@@ -1,4 +1,4 @@
-"""What a log of the past offers: its catalogue and its events, each a pure function of the file."""
+"""What a log of the past offers: catalogue, profiles and events, each a pure function of the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from streams.events import CatalogItem, Event
+from streams.events import CatalogItem, Event, UserProfile
 
 MS_PER_DAY = 86_400_000
 
@@ -18,6 +18,9 @@ class Source(Protocol):
 
     def catalogue(self) -> Iterator[CatalogItem]:
         """Every item that the log knows, by the time at which it was first seen."""
+
+    def profiles(self) -> Iterator[UserProfile]:
+        """What the log knows of users, by the time from which it does; nothing for many logs."""
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         """Events of start <= ts < end (ms since 1970 UTC) in event time, ties in the log's order."""
@@ -33,13 +36,23 @@ def inside(ts: int, start: int | None, end: int | None) -> bool:
 
 def listed(prefix: str, ts: int, **fields: Any) -> CatalogItem:
     """A catalogue item whose event_id is a hash of its content: the same content is the same event."""
-    content = hashlib.blake2b(msgspec.json.encode(fields, order="sorted"), digest_size=8).hexdigest()
-    return CatalogItem.new(event_id=f"{prefix}-{content}", ts=ts, **fields)
+    return CatalogItem.new(event_id=f"{prefix}-{_hashed(fields)}", ts=ts, **fields)
+
+
+def profiled(prefix: str, ts: int, user_id: str, attributes: dict[str, str]) -> UserProfile:
+    """A profile whose event_id is a hash of its content: the same content is the same event."""
+    return UserProfile.new(
+        event_id=f"{prefix}-{_hashed([user_id, attributes])}", ts=ts, user_id=user_id, attributes=attributes
+    )
 
 
 def tidy(text: str) -> str:
     """The text without surrounding, doubled or other than plain spaces."""
     return " ".join(text.split())
+
+
+def _hashed(content: Any) -> str:
+    return hashlib.blake2b(msgspec.json.encode(content, order="sorted"), digest_size=8).hexdigest()
 
 
 def past_of(source: Source) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ def test_the_years_histories_equal_a_pure_replay_of_the_file_byte_for_byte(
     shop = OnlineRetail()
     codebook = write_codebook(tmp_path / "codebook", sizes=(32, 32, 256))
     with redis.Redis.from_url(url) as store:
-        items = replay(kafka, shop, events=False).sent
+        items = replay(kafka, shop, events=False).topics["catalog"]
         with worker(kafka, url, tmp_path / "codebook", tmp_path / "log", codebook_check_s=0.5):
             wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, 300, "a SID for every item")
             # As on a first start: events after SIDs. (An event that overtakes its item's SID is parked, and

@@ -12,7 +12,7 @@ import pytest
 
 from streams.admin import end_offsets
 from streams.errors import SidstreamError
-from streams.events import CatalogItem, Click, Event, Purchase, decode, encode
+from streams.events import CatalogItem, Click, Event, Purchase, UserProfile, decode, encode
 from streams.replay import JsonLines, OnlineRetail
 from streams.replay.engine import replay, replay_raw
 from streams.replay.source import inside
@@ -30,6 +30,9 @@ class Few:
     def catalogue(self) -> Iterator[CatalogItem]:
         yield CatalogItem.new(event_id="c", ts=T, item_id="i", title="a thing")
 
+    def profiles(self) -> Iterator[UserProfile]:
+        yield UserProfile.new(event_id="p", ts=T, user_id="u", attributes={"country": "Peru"})
+
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         for n in range(3):
             if inside(T + 300 * n, start, end):
@@ -45,7 +48,7 @@ def test_a_window_of_the_year_arrives_once_with_each_user_in_event_time(fresh_st
     progress: list[int] = []
     done = replay(kafka, shop, start=DECEMBER_8, on_progress=progress.append)
     expected = list(shop.events(DECEMBER_8))
-    assert done.topics == {"catalog": 3_659, "purchases": len(expected)}
+    assert done.topics == {"catalog": 3_659, "users": 4_334, "purchases": len(expected)}
     assert done.sent == sum(progress) == sum(done.topics.values())
     assert (done.first_ts, done.last_ts) == (expected[0].ts, expected[-1].ts)
 
@@ -63,7 +66,7 @@ def test_a_window_of_the_year_arrives_once_with_each_user_in_event_time(fresh_st
 def test_each_part_can_be_left_out(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     assert replay(kafka, Few(), catalog=False).topics == {"clicks": 3}
-    assert replay(kafka, Few(), events=False).topics == {"catalog": 1}
+    assert replay(kafka, Few(), events=False).topics == {"catalog": 1, "users": 1}
     assert replay(kafka, Few(), catalog=False, start=T + 300, end=T + 600).topics == {"clicks": 1}
 
 

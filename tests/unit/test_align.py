@@ -9,6 +9,7 @@ import pytest
 import torch
 import trl
 
+from registry.context import Context
 from registry.prompt import BOS
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
@@ -52,6 +53,42 @@ def test_rows_are_prompts_with_trigger_and_one_row_a_rejected_sid() -> None:
     }  # fmt: skip
     assert [row["rejected_ids"] for row in rows[1:]] == [tokens((2, 0, 0)), tokens((1, 0, 0))]
     assert rows[2]["prompt_ids"] == [BOS]
+
+
+def test_a_prompt_ends_in_its_context_however_short_it_is() -> None:
+    made = shop()
+    context = Context(90, {"scene": ["home"], "profile.country": ["Peru", "Japan"]})
+    profiles = {"u": {"country": "Japan"}, "v": {"country": "Mars"}}
+    pairs = [
+        pair(1, scene="home"), pair(2), pair(3, user_id="v", scene="attic"),
+        pair(4, scene="home", history=[[2, 1, 0]] * 30),
+    ]  # fmt: skip
+    dpo = DpoSettings.model_validate({"max_items": 3})
+    rows, _ = preference_rows(pairs, CODEBOOK, made.prompt, dpo, context, profiles)
+    past = [BOS, *made.prompt.tokens((2, 1, 0)), *made.prompt.tokens((3, 1, 0))]
+    assert [row["prompt_ids"] for row in rows] == [
+        [*past, 90, 92], [*past, 92], past, [BOS, *made.prompt.tokens((2, 1, 0)) * 3, 90, 92],
+    ]  # fmt: skip
+
+
+def test_alignment_learns_what_is_preferred_in_each_scene(tmp_path: Path) -> None:
+    made = shop(scenes=True)
+    model = made.model()
+    one, other = [0, 0, 0], [1, 0, 0]
+    pairs = [
+        pair(2 * n + up, scene="up" if up else "down", chosen=one if up else other,
+             rejected=[other if up else one], history=[[n % 4, n % 3, n % 5]])
+        for n in range(200) for up in (0, 1)
+    ]  # fmt: skip
+    settings = settings_of(made, weight=1.0, sft_weight=0.1, lr=2e-2, max_drop=50.0)
+    rows, _ = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo, made.context)
+    aligned, _ = align(model, made.tokenizer, rows, settings, tmp_path)
+    tokens = made.prompt.tokens
+    past = [BOS, *tokens((1, 1, 1))]
+    for scene, sign in (("up", 1), ("down", -1)):
+        prompt = past + made.context.row({"scene": scene})
+        margin = _log_prob(aligned, prompt, tokens(one)) - _log_prob(aligned, prompt, tokens(other))
+        assert sign * margin > 1
 
 
 def test_the_newest_pairs_of_the_wanted_schemes_are_kept() -> None:

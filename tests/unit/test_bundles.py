@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
-from serving.bundles import Bundles
+from registry import context
+from registry.context import Context
+from serving.bundles import Bundles, load
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
 from tests.tiny_bundle import write_tiny_bundle
@@ -152,3 +154,13 @@ def test_an_arm_without_users_is_loaded_as_well(store):
             return set((await watch.loaded.get()).bundles)
 
     assert run(story()) == {store.bundles["v1"].id, store.bundles["v2"].id}
+
+
+def test_a_bundle_whose_graph_knows_nothing_of_its_context_is_not_loaded(tmp_path):
+    bundle = write_tiny_bundle(tmp_path, SIZES)
+    assert load(bundle, 1).context == Context()
+    context.write(Context(9, {"scene": ["home"]}), tmp_path)
+    with pytest.raises(
+        SidstreamError, match=r"context\.json and encode\.onnx differ.*export the bundle again"
+    ):
+        load(bundle, 1)

@@ -40,12 +40,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "explorations": {
         **HEAD, "request_id": "r", "user_id": "u", "item_id": "i", "propensity": 0.25, "chosen": 1,
         "candidates": [[1, 2], [1, 3]], "scores": [-0.5, -1.5], "temperature": 1.0, "prompt": [[5, 6]],
-        "codebook": "c", "bundle": "b", "arm": "champion", "trial": "t",
+        "codebook": "c", "bundle": "b", "arm": "champion", "trial": "t", "context": {"scene": "s"},
     },
     "preferences": {
         **HEAD, "user_id": "u", "scheme": "clicked_over_shown", "codebook": "c", "chosen_item": "i",
         "chosen": [1, 2], "rejected_items": ["j"], "rejected": [[3, 4]], "history": [[5, 6]],
-        "trigger": [7, 8], "request_id": "r",
+        "trigger": [7, 8], "request_id": "r", "scene": "s",
     },
     "catalog": {
         **HEAD, "item_id": "i", "title": "A thing", "category": "things", "brand": "b", "price": 1,

@@ -15,12 +15,18 @@ from trainer.generator import GeneratorForCausalLM
 
 BETA, WEIGHT, SFT = 0.3, 0.7, 0.2
 HISTORIES = [[3, 4], [], [7, 1, 1, 9]]
+# What is said beside each history: a place among the tokens of the context, None for nothing.
+SAID = [1, 0, None]
 CHOSEN, REJECTED = [5, 0, 2], [6, 11, 3]
 
 
 @pytest.fixture(scope="module")
 def made() -> Shop:
-    return shop()
+    return shop(scenes=True)
+
+
+def told(made: Shop, at: int | None) -> list[int]:
+    return [] if at is None else [made.context.first + at]
 
 
 def pair(made: Shop) -> tuple[GeneratorForCausalLM, GeneratorForCausalLM]:
@@ -28,6 +34,9 @@ def pair(made: Shop) -> tuple[GeneratorForCausalLM, GeneratorForCausalLM]:
     policy = made.model(seed=1)
     with torch.no_grad():
         policy.model.items.own.normal_(0, 0.5)
+        policy.model.embed_tokens.weight[made.context.first :].normal_(0, 1)
+        for parameter in policy.model.modulation.parameters():
+            parameter.normal_(0, 0.2)
     reference = copy.deepcopy(policy)
     with torch.no_grad():
         policy.model.items.own.add_(0.1 * torch.randn(policy.model.items.own.shape))
@@ -38,8 +47,8 @@ def rows(made: Shop) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts and answers as TRL makes them, chosen first, padded on the right."""
     flat, completion = [], []
     for answers in (CHOSEN, REJECTED):
-        for history, answer in zip(HISTORIES, answers, strict=True):
-            prompt = [BOS, *made.known.codes[history].ravel().tolist()]
+        for history, said, answer in zip(HISTORIES, SAID, answers, strict=True):
+            prompt = [BOS, *made.known.codes[history].ravel().tolist(), *told(made, said)]
             flat.append(prompt + made.known.codes[answer].tolist())
             completion.append([0] * len(prompt) + [1] * 3)
     length = max(map(len, flat))
@@ -49,11 +58,12 @@ def rows(made: Shop) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(ids), torch.tensor(marks)
 
 
-def logs(model: GeneratorForCausalLM, made: Shop, history: list[int]) -> torch.Tensor:
+def logs(model: GeneratorForCausalLM, made: Shop, history: list[int], said: int | None) -> torch.Tensor:
     """Log-probabilities of all items by the dense head, in the order of the catalogue."""
     codes = torch.from_numpy(made.known.codes)
     padded = codes[history][None] if history else codes[:1][None]
-    state = model.encode(padded, torch.tensor([len(history)]))
+    context = torch.tensor([told(made, said) or [0]])
+    state = model.encode(padded, torch.tensor([len(history)]), context=context)
     every = model.model.embed_items(codes)
     return (model.model.queries(state) @ every.T)[0].log_softmax(-1)
 
@@ -64,8 +74,8 @@ def test_the_loss_is_dpo_over_items_and_the_chosen_ones_cross_entropy(made: Shop
     with torch.no_grad():
         found = dense_preference_loss(policy, reference, ids, completion, BETA, WEIGHT, SFT)
         margins, losses = [], []
-        for history, chosen, rejected in zip(HISTORIES, CHOSEN, REJECTED, strict=True):
-            now, before = logs(policy, made, history), logs(reference, made, history)
+        for *asked, chosen, rejected in zip(HISTORIES, SAID, CHOSEN, REJECTED, strict=True):
+            now, before = logs(policy, made, *asked), logs(reference, made, *asked)
             margins.append((now[chosen] - now[rejected]) - (before[chosen] - before[rejected]))
             losses.append(-now[chosen])
     wanted = -WEIGHT * F.logsigmoid(BETA * torch.stack(margins)).mean() + SFT * torch.stack(losses).mean()
@@ -83,10 +93,11 @@ def test_a_step_down_the_loss_raises_every_chosen_item_over_its_rejected_one(mad
     policy, reference = pair(made)
     ids, completion = rows(made)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
-    before = [logs(policy, made, history) for history in HISTORIES]
+    asked = list(zip(HISTORIES, SAID, strict=True))
+    before = [logs(policy, made, *one) for one in asked]
     dense_preference_loss(policy, reference, ids, completion, BETA, 1.0, 0.0).backward()
     optimizer.step()
-    after = [logs(policy, made, history) for history in HISTORIES]
+    after = [logs(policy, made, *one) for one in asked]
     for one, other, chosen, rejected in zip(before, after, CHOSEN, REJECTED, strict=True):
         assert float(other[chosen] - other[rejected]) > float(one[chosen] - one[rejected])
 

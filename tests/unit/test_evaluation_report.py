@@ -187,3 +187,14 @@ def test_without_a_folder_the_error_says_how_to_name_one(monkeypatch):
     monkeypatch.delenv("SIDSTREAM_DATA", raising=False)
     with pytest.raises(SidstreamError, match=r"does not ship with sidstream: name the folder .* --data"):
         datasets.load("tmall2014")
+
+
+def test_a_model_that_looks_at_users_is_told_whose_histories_it_ranks():
+    class Knowing(Ordered):
+        def rank_for(self, users, histories, k, mask):
+            return np.tile((users[:, None] + np.arange(k)) % self.size, 1)
+
+    split = splits.by_time(chains(), 200, 400)
+    found = evaluate(split, Knowing(), 0, ["none"], quiet)[0]
+    wanted = [user % 16 == target for user, target in zip(split.test.users, split.test.targets, strict=True)]
+    assert found.rows["HR@1"].tolist() == wanted

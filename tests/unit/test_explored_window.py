@@ -8,46 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from streams.events import Exploration, encode
+from streams.events import Exploration
 from tests.tiny_explorations import T0, exploration
-from trainer.log import INTERACTIONS, VALUES, Log
-from trainer.window import TOPICS, Window
+from tests.tiny_log import Logged
+from trainer.log import INTERACTIONS
+from trainer.window import Window
 
 HORIZON = 1000
-
-
-class Logged:
-    """A log that grows, without a broker: one partition, offsets in the order of adding."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = Log.open(folder)
-        self.ends = dict.fromkeys(TOPICS, 0)
-        self.since = dict(self.ends)
-
-    def _append(self, topic: str, rows: list[tuple[Any, ...]], schema: Any) -> None:
-        begin = self.ends[topic]
-        self.ends[topic] += len(rows)
-        columns = zip(*[(0, begin + at, *row) for at, row in enumerate(rows)], strict=True)
-        arrays = [pa.array(list(column), kind.type) for column, kind in zip(columns, schema, strict=True)]
-        table = pa.table(arrays, schema=schema)
-        self.log.append(topic, 1, {0: (begin, self.ends[topic])}, table, 0)
-
-    def clicks(self, *clicks: tuple[str | None, str, str, int]) -> None:
-        """(request_id, user_id, item_id, milliseconds after T0) each."""
-        rows = [
-            (f"c{self.ends['clicks'] + at}", user, item, T0 + ts, "click", request)
-            for at, (request, user, item, ts) in enumerate(clicks)
-        ]
-        self._append("clicks", rows, INTERACTIONS)
-
-    def explorations(self, *made: Exploration) -> None:
-        self._append("explorations", [(event.key, encode(event)) for event in made], VALUES)
-
-    def window(self) -> Window:
-        """From where the last window ended."""
-        ranges = {topic: {0: (self.since[topic], end)} for topic, end in self.ends.items()}
-        self.since = dict(self.ends)
-        return Window(self.log, ranges, dict.fromkeys(TOPICS, 1))
 
 
 def judged(window: Window) -> dict[str, bool]:
@@ -106,7 +73,7 @@ def test_an_answer_that_was_sent_twice_counts_once(logged: Logged) -> None:
 
 
 def test_a_log_from_before_clicks_had_request_ids_is_read_as_without(logged: Logged) -> None:
-    old = pa.schema([column for column in INTERACTIONS if column.name != "request_id"])
+    old = pa.schema([column for column in INTERACTIONS if column.name not in ("request_id", "scene")])
     row = [[0], [0], ["c"], ["u"], ["i00"], [T0 + 5], ["click"]]
     arrays = [pa.array(column, kind.type) for column, kind in zip(row, old, strict=True)]
     logged.log.append("clicks", 1, {0: (0, 1)}, pa.table(arrays, schema=old), 0)

@@ -16,6 +16,8 @@ from trainer.generator import GeneratorForCausalLM, new_generator
 
 PROMPT = Prompt(SIZES, 8)
 WORDS = 6
+SAID = 4  # tokens of contexts, after the words
+FIRST_SAID = PROMPT.first_word + WORDS
 
 
 @pytest.fixture(scope="module")
@@ -23,26 +25,31 @@ def model() -> GeneratorForCausalLM:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     made = new_generator(
-        SIZES, PROMPT.code_base(0), PROMPT.first_word + WORDS, hidden_size=16, num_attention_heads=2,
-        intermediate_size=32, depth_size=24, dropout=0.3, max_items=8,
+        SIZES, PROMPT.code_base(0), FIRST_SAID + SAID, hidden_size=16, num_attention_heads=2,
+        intermediate_size=32, depth_size=24, dropout=0.3, max_items=8, num_context=SAID,
     )  # fmt: skip
     # Half of all SIDs are items that it knows by themselves.
     some = [sid for at, sid in enumerate(product(*map(range, SIZES))) if at % 2]
     made.know(torch.tensor([PROMPT.tokens(sid) for sid in some]))
     with torch.no_grad():
         made.model.items.own.normal_(0, 0.1)
+        made.model.embed_tokens.weight[FIRST_SAID:].normal_(0, 1)
+        for parameter in made.model.modulation.parameters():
+            parameter.normal_(0, 0.3)
     return made.eval()
 
 
-tokens = st.integers(1, PROMPT.first_word + WORDS - 1)
+tokens = st.integers(1, FIRST_SAID + SAID - 1)
+said = st.integers(FIRST_SAID, FIRST_SAID + SAID - 1)
 sids = st.tuples(*(st.integers(0, size - 1) for size in SIZES))
 
 
 @st.composite
 def sequences(draw: st.DrawFn) -> list[int]:
-    """BOS, then items, words and specials, then perhaps the beginning of an item."""
+    """BOS, then items, words, specials and contexts, then perhaps the beginning of an item."""
     ids = [BOS]
-    for part in draw(st.lists(st.one_of(sids, st.sampled_from([TITLE, PROMPT.first_word])), max_size=6)):
+    words = st.sampled_from([TITLE, PROMPT.first_word])
+    for part in draw(st.lists(st.one_of(sids, words, said), max_size=6)):
         ids += PROMPT.tokens(part) if isinstance(part, tuple) else [part]
     return ids + PROMPT.tokens(draw(sids))[: draw(st.integers(0, len(SIZES) - 1))]
 
@@ -53,9 +60,20 @@ def reference(model: GeneratorForCausalLM, ids: list[int]) -> torch.Tensor:
     levels = {PROMPT.code_base(at) + code: at for at, size in enumerate(SIZES) for code in range(size)}
     positions: list[torch.Tensor] = []
     opened: list[torch.Tensor] = []
+    heard: list[torch.Tensor] = []
     vectors = []
     spelled: list[int] = []
+
+    def last_state() -> torch.Tensor:
+        state = base.states(torch.stack(positions)[None])[0, -1] if positions else base.start
+        return base.modulation(state, torch.stack(heard).sum(0)) if heard else state
+
     for token in ids:
+        if token >= FIRST_SAID:
+            heard.append(table[token])
+            spelled.append(-1)
+            vectors.append(base.depth[0](last_state(), None))
+            continue
         opened.append(table[token])
         level = levels.get(token)
         spelled.append(-1 if level is None else level)
@@ -65,12 +83,10 @@ def reference(model: GeneratorForCausalLM, ids: list[int]) -> torch.Tensor:
                 codes = torch.tensor(ids[len(spelled) - len(SIZES) : len(spelled)])
                 position = position + base.items.extras(base.items.rows(codes))
             positions.append(position)
-            opened = []
-            state = base.states(torch.stack(positions)[None])[0, -1]
-            vectors.append(base.depth[0](state, None))
+            opened, heard = [], []
+            vectors.append(base.depth[0](last_state(), None))
         else:
-            state = base.states(torch.stack(positions)[None])[0, -1] if positions else base.start
-            vectors.append(base.depth[level + 1](state, torch.stack(opened).sum(0)))
+            vectors.append(base.depth[level + 1](last_state(), torch.stack(opened).sum(0)))
     return torch.stack(vectors)
 
 
@@ -117,10 +133,13 @@ def test_the_state_of_a_prompt_is_the_one_that_the_flat_sequence_ends_in(model: 
     for row, history in enumerate(histories):
         for at, sid in enumerate(history):
             codes[row, at] = torch.tensor(PROMPT.tokens(sid))
+    contexts = torch.tensor([[FIRST_SAID + 1, 0], [0, 0], [0, FIRST_SAID + 3]])
+    contexts[2, 0] = FIRST_SAID
     with torch.no_grad():
-        state = model.encode(codes, torch.tensor([0, 1, 3]))
+        state = model.encode(codes, torch.tensor([0, 1, 3]), context=contexts)
         for row, history in enumerate(histories):
-            flat = [BOS, *(token for sid in history for token in PROMPT.tokens(sid))]
+            told = [token for token in contexts[row].tolist() if token]
+            flat = [BOS, *(token for sid in history for token in PROMPT.tokens(sid)), *told]
             chosen = PROMPT.tokens((2, 1, 4))
             logits = model(torch.tensor([flat + chosen])).logits[0].log_softmax(-1)
             for level in range(len(SIZES)):
@@ -129,6 +148,32 @@ def test_the_state_of_a_prompt_is_the_one_that_the_flat_sequence_ends_in(model: 
                 begin = PROMPT.code_base(level)
                 wanted = logits[len(flat) - 1 + level, begin : begin + SIZES[level]]
                 torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_context_leaves_the_history_and_what_comes_after_the_item_as_they_are(
+    model: GeneratorForCausalLM,
+) -> None:
+    history, answer = PROMPT.tokens((1, 2, 3)), PROMPT.tokens((0, 0, 0))
+    told = [FIRST_SAID, FIRST_SAID + 2]
+    with torch.no_grad():
+        plain = model(torch.tensor([[BOS, *history, *answer, *history]])).logits[0]
+        under = model(torch.tensor([[BOS, *history, *told, *answer, *history]])).logits[0]
+    torch.testing.assert_close(under[:4], plain[:4])
+    torch.testing.assert_close(under[8:], plain[6:], atol=1e-5, rtol=1e-4)
+    assert all(not torch.allclose(under[2 + at], plain[at], atol=1e-2) for at in (3, 4, 5))
+
+
+def test_a_fresh_models_contexts_say_nothing_and_without_any_it_has_no_weights_for_them() -> None:
+    made = shop(scenes=True)
+    model = made.model()
+    codes = torch.from_numpy(made.known.codes[:2][None])
+    token = torch.tensor([made.context.row({"scene": "up"})])
+    with torch.no_grad():
+        told = model.encode(codes, torch.tensor([2]), context=token)
+        assert torch.equal(told, model.encode(codes, torch.tensor([2])))
+    bare = shop().model()
+    assert bare.model.modulation is None
+    assert not [name for name, _ in bare.named_parameters() if "modulation" in name]
 
 
 def test_generate_under_the_constraint_gives_only_known_sids_and_the_beam_the_same() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
 
 from streams.errors import SidstreamError
-from streams.events import CatalogItem, Purchase, decode, encode
+from streams.events import CatalogItem, Purchase, UserProfile, decode, encode
 from streams.replay import OnlineRetail, past_of, source_of
 from streams.replay.online_retail import FILE
 
@@ -93,6 +94,22 @@ def test_a_users_past_is_their_items_oldest_first(shop: OnlineRetail, purchases:
     past = past_of(shop)
     assert len(past) == 4_334
     assert past["17850"] == [event.item_id for event in purchases if event.user_id == "17850"]
+
+
+def test_every_user_has_the_country_of_the_first_purchase(
+    shop: OnlineRetail, purchases: list[Purchase]
+) -> None:
+    first: dict[str, int] = {}
+    for event in purchases:
+        first.setdefault(event.user_id, event.ts)
+    profiles = list(shop.profiles())
+    assert {one.user_id: one.ts for one in profiles} == first
+    assert len(profiles) == len({one.event_id for one in profiles}) == 4_334
+    assert all(decode(UserProfile, encode(one)) == one for one in profiles)
+    assert list(OnlineRetail().profiles()) == profiles
+    counts = Counter(one.attributes["country"] for one in profiles)
+    assert counts.most_common(2) == [("United Kingdom", 3_916), ("Germany", 94)]
+    assert [one.attributes for one in profiles if one.user_id == "12583"] == [{"country": "France"}]
 
 
 def test_an_unknown_log_is_named() -> None:

@@ -127,6 +127,24 @@ def test_items_without_a_sid_are_left_out() -> None:
     assert not decided(click("a", 0), buy("unknown", 30))
 
 
+def test_a_pair_has_the_scene_of_its_request_and_a_state_from_before_scenes_is_read() -> None:
+    answer = Recommendation.new(request_id="r", user_id="u", ts=T0, items=[], scene="cart")
+    user = User()
+    user.add(show("ab", 1), answer, buy("b", 9, "r"))
+    assert user.stored is not None
+    body = msgspec.msgpack.decode(user.stored)
+    user.mature(100_000)
+    assert [made.scene for made in user.made] == ["cart"]
+    assert [made.scene for made in decided(click("a", 0), buy("x", 30))] == [None]
+    # Slates are arrays, and the scene their last place.
+    (slate,) = body[3].values()
+    assert slate.pop() == "cart"
+    old = User()
+    old.stored = msgspec.msgpack.encode(body)
+    old.mature(100_000)
+    assert [(made.scene, made.chosen) for made in old.made] == [(None, "b")]
+
+
 def test_a_slate_gives_the_three_schemes_nearest_to_the_top_first() -> None:
     answer = Recommendation.new(
         request_id="r", user_id="u", ts=T0, items=[RankedItem("a", [1], -1.0)], trigger_item_id="t"

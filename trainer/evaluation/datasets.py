@@ -108,10 +108,12 @@ def _of_log(name: str, log: Source) -> Sequences:
         ts.append(event.ts)
     names, sequences, times, item_names = group_events(users, items, np.array(ts, np.int64))
     catalogue = {item.item_id: item for item in log.catalogue()}
+    profiles = {one.user_id: one.attributes for one in log.profiles()}
     categories = [catalogue[item].category or "" for item in item_names]
     return Sequences(
         name, names, sequences, item_names, [catalogue[item].title or "" for item in item_names], times,
         categories if any(categories) else None,
+        profiles=[profiles.get(user, {}) for user in names] if profiles else None,
     )  # fmt: skip
 
 

@@ -21,6 +21,9 @@ Factory = Callable[[Options], Ranker]
 # What orders a list of the generator: the beam alone, the beam's items by the dense head, the dense head, or
 # both, mixed with the weight that validation chose.
 Head = Literal["beam", "reordered", "dense", "mixed"]
+# By which settings the generator is trained: those found for Amazon Beauty, the defaults, or the defaults
+# without what is known of users.
+Kind = Literal["tuned", "default", "no-context"]
 
 
 def _popularity(options: Options) -> Ranker:
@@ -55,15 +58,16 @@ def _sasrec(samples: str) -> Factory:
 
 
 # The generator that was trained last: its heads are models of their own, and one training serves them all.
-_TRAINED: dict[tuple[Options, bool], Any] = {}
+_TRAINED: dict[tuple[Options, Kind], Any] = {}
 
 
-def _ours(variant: str, head: Head, default: bool = False) -> Factory:
+def _ours(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.evaluation.ours import Ours, Trained, default_recipe, recipe
 
-        of = default_recipe if default else recipe
-        trained = _TRAINED.setdefault((options, default), Trained(of(options.max_seconds, options.epochs)))
+        given = (options.max_seconds, options.epochs)
+        chosen = recipe(*given) if kind == "tuned" else default_recipe(*given, kind == "default")
+        trained = _TRAINED.setdefault((options, kind), Trained(chosen))
         return Ours(f"sidstream-{variant}", trained, head)
 
     return make
@@ -80,7 +84,8 @@ MODELS: dict[str, Factory] = {
     "sidstream-reordered": _ours("reordered", "reordered"),
     "sidstream-dense": _ours("dense", "dense"),
     "sidstream-mixed": _ours("mixed", "mixed"),
-    "sidstream-default": _ours("default", "mixed", default=True),
+    "sidstream-default": _ours("default", "mixed", "default"),
+    "sidstream-default-no-context": _ours("default-no-context", "mixed", "no-context"),
 }
 # What `sidstream evaluate` runs where nothing is named.
 DEFAULT = ("popularity", "itemknn", "sasrec", "sidstream-beam", "sidstream-mixed")

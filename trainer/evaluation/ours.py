@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from registry.context import counted, vocabulary
 from registry.embedder import title_vectors
 from registry.prompt import Prompt
 from registry.ranking import Ranking
@@ -18,7 +19,7 @@ from trainer.build import fresh_generator
 from trainer.codebooks.fit import assign_keeping, fit_vectors
 from trainer.collaborative import collaborative, fuse
 from trainer.constrained import SidSet
-from trainer.data import Held, Int64, Interactions, Rows, catalogue
+from trainer.data import Held, Int32, Int64, Interactions, Rows, catalogue
 from trainer.data import Split as Cut
 from trainer.evaluation.models import Head
 from trainer.evaluation.ranker import Mask, Progress
@@ -56,9 +57,11 @@ def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recip
     )  # fmt: skip
 
 
-def default_recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recipe:
-    """What `sidstream train` makes where nothing is set: in the demo, too."""
-    given = {"max_seconds": max_seconds, "epochs": epochs}
+def default_recipe(
+    max_seconds: float | None = None, epochs: int | None = None, context: bool = True
+) -> Recipe:
+    """What `sidstream train` makes where nothing is set, in the demo, too; or that without a context."""
+    given = {"max_seconds": max_seconds, "epochs": epochs, "context": None if context else {"max_fields": 0}}
     return Recipe(trainer={name: value for name, value in given.items() if value is not None})
 
 
@@ -100,10 +103,22 @@ class Trained:
         )
         self.known, self.set = known, SidSet(sids, prompt)
         tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
-        self.model = fresh_generator(
-            known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings
+        # Of the users that training knows, as in the update cycle: nothing of the others is learned.
+        about = data.data.profiles or [{} for _ in data.data.users]
+        trained = [told for told, items in zip(about, data.train, strict=True) if len(items)]
+        limits = settings.context
+        self.context = vocabulary(
+            counted({}, trained), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
         )
-        log, cut = _log(data, settings)
+        # (U, C) token ids of each user's profile.
+        self.profiles = self.context.rows(
+            [None] * len(about), data.data.users, dict(zip(data.data.users, about, strict=True))
+        )
+        self.model = fresh_generator(
+            known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings,
+            self.context.size,
+        )  # fmt: skip
+        log, cut = _log(data, settings, self.profiles)
         rows = Rows(log, cut, known, tokenizer, prompt, settings)
         self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
@@ -112,20 +127,27 @@ class Trained:
         self.invalid_rate = 1.0 - quality.validity if quality else None
         self._seed, self._of, self._lists = seed, data, {}
 
-    def rank(self, histories: Sequence[Int64], k: int, mask: Mask, head: Head) -> Int64:
-        """(B, k) item rows, best first, -1 where candidates end."""
+    def rank(
+        self, histories: Sequence[Int64], k: int, mask: Mask, head: Head, users: Int64 | None = None
+    ) -> Int64:
+        """(B, k) item rows, best first, -1 where candidates end. `users` (B,), None: nobody is known."""
         weight = {"beam": 0.0, "reordered": 1.0, "dense": 1.0, "mixed": self.ranking.dense_weight}[head]
-        return self.mixed(histories, k, mask, weight, beam_only=head in ("beam", "reordered"))
+        return self.mixed(histories, k, mask, weight, head in ("beam", "reordered"), users)
 
     def mixed(
-        self, histories: Sequence[Int64], k: int, mask: Mask, weight: float, beam_only: bool = False
-    ) -> Int64:
-        """(B, k) item rows, best first, -1 where candidates end, by a weight of the dense head."""
-        key = hash(tuple((len(row), int(row[-1]) if len(row) else -1) for row in histories))
+        self, histories: Sequence[Int64], k: int, mask: Mask, weight: float, beam_only: bool = False,
+        users: Int64 | None = None,
+    ) -> Int64:  # fmt: skip
+        """As `rank`, by a weight of the dense head."""
+        contexts = None if users is None else self.profiles[users]
+        about = () if contexts is None else tuple(contexts.ravel().tolist())
+        key = hash((about, *((len(row), int(row[-1]) if len(row) else -1) for row in histories)))
         if key not in self._lists:
             longest = self.settings.max_items
             # One set of histories at a time: every head and mask asks for the same ones.
-            self._lists = {key: self.ranker.candidates([row[-longest:] for row in histories])}
+            newest = [row[-longest:] for row in histories]
+            states = self.ranker.states(newest, contexts)
+            self._lists = {key: self.ranker.candidates(newest, states)}
         found = self._lists[key]
         left = torch.ones(found.items.shape, dtype=torch.bool)
         if beam_only:
@@ -159,6 +181,10 @@ class Ours:
         """(B, k) item rows, best first."""
         return self._trained.rank(histories, k, mask, self._head)
 
+    def rank_for(self, users: Int64, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
+        """(B, k) item rows, best first, by what is known of the users (B,) as well."""
+        return self._trained.rank(histories, k, mask, self._head, users)
+
 
 def _texts(data: Split, progress: Progress) -> Float32 | None:
     if not any(data.data.texts):
@@ -167,7 +193,7 @@ def _texts(data: Split, progress: Progress) -> Float32 | None:
     return title_vectors(data.data.texts)
 
 
-def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
+def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Interactions, Cut]:
     """Training histories and validation targets as the trainer's log.
 
     A validation target is its user's row after the training part; up to `validation_users` of them are used.
@@ -186,7 +212,7 @@ def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
         ts, _ = flatten([row[: len(kept)] for row, kept in zip(data.data.ts, data.train, strict=True)])
     log = Interactions(
         [str(user) for user in users], starts, items, ts,
-        np.ones(count, dtype=bool), np.zeros(count, dtype=bool),
+        np.ones(count, dtype=bool), np.zeros(count, dtype=bool), np.repeat(profiles, np.diff(starts), axis=0),
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     drawn = rng.permutation(sorted(last))[: settings.validation_users]
@@ -194,4 +220,5 @@ def _log(data: Split, settings: TrainerSettings) -> tuple[Interactions, Cut]:
     histories = [last[int(user)][0][-size:] for user in drawn]
     targets = np.array([last[int(user)][1] for user in drawn], dtype=np.int64)
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
-    return log, Cut(starts[1:].copy(), Held(histories, targets, none, [row.astype(bool) for row in none]))
+    bought = [row.astype(bool) for row in none]
+    return log, Cut(starts[1:].copy(), Held(histories, targets, none, bought, profiles[drawn]))

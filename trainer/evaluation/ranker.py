@@ -22,10 +22,10 @@ CHUNK = 512
 class Ranker(Protocol):
     """A model that ranks the whole catalogue for a history.
 
-    It may also have `update` (see `Learner`) and, after `fit`, these attributes: `parameters` (trained
-    numbers), `invalid_rate` (share of answers spelled without the constraint that are no item), `sids`
-    ((I, L) int64, its own SIDs, by which its lists are counted too); and `seeded`, False where `seed` changes
-    nothing, so that one run says it all.
+    It may also have `update` (see `Learner`), `rank_for` (see `Personal`) and, after `fit`, these attributes:
+    `parameters` (trained numbers), `invalid_rate` (share of answers spelled without the constraint that are
+    no item), `sids` ((I, L) int64, its own SIDs, by which its lists are counted too); and `seeded`, False
+    where `seed` changes nothing, so that one run says it all.
     """
 
     name: str
@@ -36,6 +36,14 @@ class Ranker(Protocol):
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) item rows, best first, none twice, -1 where they end; an empty history is answered."""
+
+
+@runtime_checkable
+class Personal(Protocol):
+    """A ranker that also looks at what the data set says of a user."""
+
+    def rank_for(self, users: Int64, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
+        """As `Ranker.rank`; `users` (B,) rows of Sequences.users."""
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import numpy as np
 
 from streams.errors import SidstreamError
 from trainer.evaluation.metrics import LONGEST, accuracy, category_entropy, coverage, hit_ranks
-from trainer.evaluation.ranker import Learner, Mask, Progress, Ranker
+from trainer.evaluation.ranker import Learner, Mask, Personal, Progress, Ranker
 from trainer.evaluation.sequences import Float64, Int64, same_groups
 from trainer.evaluation.splits import Queries, Shard, Split, shards, stretch
 
@@ -77,7 +77,10 @@ def _at_once(
 ) -> tuple[dict[Mask, Int64], Queries, float]:
     """Lists (B, LONGEST) by mask, the queries, and the seconds that one mask took."""
     started = time.perf_counter()
-    lists = {mask: ranker.rank(queries.histories, LONGEST, mask) for mask in masks}
+    if isinstance(ranker, Personal):
+        lists = {mask: ranker.rank_for(queries.users, queries.histories, LONGEST, mask) for mask in masks}
+    else:
+        lists = {mask: ranker.rank(queries.histories, LONGEST, mask) for mask in masks}
     return lists, queries, (time.perf_counter() - started) / len(masks)
 
 

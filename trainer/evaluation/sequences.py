@@ -24,6 +24,7 @@ class Sequences:
     ts: list[Int64] | None = None  # times of `items`, milliseconds since 1970; None where the set has none
     categories: list[str] | None = None  # (I,); "" where an item has none
     sids: Int64 | None = None  # (I, L) published codes, which two items may share
+    profiles: list[dict[str, str]] | None = None  # (U,) attributes of each user; None where the set has none
 
     @property
     def size(self) -> int:
