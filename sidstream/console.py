@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Between two lines of progress where nobody watches: enough to see that it goes on.
+_EVERY_S = 60.0
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -21,6 +24,24 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
         sys.stdout.write(json.dumps(result, default=str) + "\n")
     else:
         out.print(text, markup=False)
+
+
+@contextmanager
+def status(text: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is done now; in a file or a pipe, one line a minute of it."""
+    if err.is_terminal:
+        with err.status(text) as shown:
+            yield shown.update
+        return
+    told = clock()
+
+    def tell(now: str) -> None:
+        nonlocal told
+        if clock() - told >= _EVERY_S:
+            told = clock()
+            err.print(now, markup=False)
+
+    yield tell
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidstream.console import emit, err
+from sidstream.console import emit, err, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def evaluate(
     kind = split or datasets.known(dataset).splits[0]
     cut = _cut(kind)
     commit()
-    with err.status(f"reading {dataset}") as status:
+    with status(f"reading {dataset}") as show:
         prepared = cut(datasets.load(dataset, data))
-        measured = _measured(names, prepared, seeds, masks, shards, Options(max_seconds), status.update)
+        measured = _measured(names, prepared, seeds, masks, shards, Options(max_seconds), show)
     protocol = f"{kind}, {shards} shards" if shards else kind
     command = f"sidstream evaluate {dataset} --models {','.join(names)} --seeds {seeds} --mask {mask}"
     command += f" --split {kind}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sidstream.console import emit, err
+from sidstream.console import emit, err, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
@@ -134,12 +134,12 @@ def _tune(
 @contextmanager
 def lines() -> Iterator[Callable[[str, str, bool], None]]:
     """`line(stage, text, last)`: the last text of a stage stays, the others are shown while it runs."""
-    with err.status("starting") as status:
+    with status("starting") as show:
 
         def line(stage: str, text: str, last: bool) -> None:
             if last:
                 err.print(f"{stage}: {text}", markup=False)
             else:
-                status.update(f"{stage}: {text}")
+                show(f"{stage}: {text}")
 
         yield line
