@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.results import RESULTS, line, put_table, share
+from benchmarks.results import line, publish_shares, share
 from registry.gate import MODES, compare
 from registry.plan import Expected, users_needed
 from registry.settings import GateSettings
@@ -216,24 +216,13 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
     if not args.quick:
-        publish(rows)
+        publish_shares("gate", rows, ["users", "trial and figure", "mode"], cells)
 
 
-def publish(rows: list[dict[str, Any]]) -> None:
-    """Write the results: the lines, and the table in the page for people."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = [
-        "| users | trial and figure | mode | share | 95 % interval | claim |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        metric, _, truth = row["metric"].partition("; ")
-        table.append(
-            f"| {row['dataset'].partition(': ')[2]} | {truth}: {metric} | {row['model'].split()[-1]} "
-            f"| {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['claim']} |"
-        )
-    put_table(RESULTS / "gate.md", "<!-- table -->\n", "<!-- end -->\n", table)
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line's first cells in the table for people."""
+    metric, _, truth = row["metric"].partition("; ")
+    return [row["dataset"].partition(": ")[2], f"{truth}: {metric}", row["model"].split()[-1]]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, line, put_table, share
+from benchmarks.results import line, publish_shares, share
 from registry.settings import RegistrySettings
 from registry.store import Registry
 from streams.admin import create_topics
@@ -252,21 +252,11 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def publish(rows: list[dict[str, Any]]) -> None:
-    """Write the results: the lines, and the table in the page for people."""
-    (RESULTS / "promoters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = [
-        "| what was done | what was seen | times | share | 95 % interval | claim |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        what, _, times = row["metric"].partition("; ")
-        done, _, seen = what.partition(": ")
-        table.append(
-            f"| {done} | {seen} | {times} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} "
-            f"| {row['claim']} |"
-        )
-    put_table(RESULTS / "promoters.md", "<!-- table -->\n", "<!-- end -->\n", table)
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line's first cells in the table for people."""
+    what, _, times = row["metric"].partition("; ")
+    done, _, seen = what.partition(": ")
+    return [done, seen, times]
 
 
 def main() -> None:
@@ -283,7 +273,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
     if not args.quick:
-        publish(rows)
+        publish_shares("promoters", rows, ["what was done", "what was seen", "times"], cells)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from scipy import stats
 
 from trainer.evaluation.results import RESULTS, commit, line, put_table
 
-__all__ = ["COMMIT", "RESULTS", "line", "put_table", "share"]
+__all__ = ["COMMIT", "RESULTS", "line", "publish_shares", "put_table", "share"]
 
 COMMIT = commit()
 
@@ -19,3 +23,24 @@ def share(count: int, of: int) -> dict[str, float]:
         "low": round(float(interval.low), 4),
         "high": round(float(interval.high), 4),
     }
+
+
+def publish_shares(
+    name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str],
+    cells: Callable[[dict[str, Any]], Sequence[str]],
+) -> None:  # fmt: skip
+    """Write the lines of shares to `name`.jsonl, and their table into `name`.md for people.
+
+    `columns` and `cells(row)` come before the share, its interval and the claim.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = [_cells([*columns, "share", "95 % interval", "claim"]), "|" + "---|" * (len(columns) + 3)]
+    for row in rows:
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        table.append(_cells([*cells(row), f"{row['value']:.3f}", interval, row["claim"]]))
+    put_table(RESULTS / f"{name}.md", "<!-- table -->\n", "<!-- end -->\n", table)
+
+
+def _cells(row: Sequence[str]) -> str:
+    return f"| {' | '.join(row)} |"

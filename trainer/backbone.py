@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trainer.generator import GeneratorConfig
 
 
+# Not torch's own: that one has no export to opset 18, and rounds to bfloat16 where this one gives float32.
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a gain (Zhang and Sennrich 2019)."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from registry.store import Registry
     from sidstream.settings import Settings
     from streams.client import Client
+    from streams.events import Rollout
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
@@ -123,11 +124,7 @@ def promote(
     settings = load()
     with promoting(settings) as (registry, client):
         rollout = release.promote(registry, client, registry.version(version), settings.rollout)
-    arm = rollout.arms[0]
-    emit(
-        {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
-        f"version {arm.version} (bundle {arm.bundle}) is champion and serves everybody",
-    )  # fmt: skip
+    _told(rollout, "champion", as_json)
 
 
 def rollback(as_json: AsJson = False) -> None:
@@ -141,10 +138,14 @@ def rollback(as_json: AsJson = False) -> None:
     settings = load()
     with promoting(settings) as (registry, client):
         rollout = release.rollback(registry, client, settings.rollout)
+    _told(rollout, "champion again", as_json)
+
+
+def _told(rollout: Rollout, what: str, as_json: bool) -> None:
     arm = rollout.arms[0]
     emit(
         {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
-        f"version {arm.version} (bundle {arm.bundle}) is champion again and serves everybody",
+        f"version {arm.version} (bundle {arm.bundle}) is {what} and serves everybody",
     )  # fmt: skip
 
 
