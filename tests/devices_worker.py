@@ -32,6 +32,21 @@ SHOP: dict[str, Any] = {
 STAGES: dict[str, Any] = {"pretrain": {"share": 0.6, "recent_share": 0.5}}
 
 
+def averaged(devices: Devices) -> list[list[float] | None]:
+    """What two steps of `average` give: one with a batch in both processes, one in the main one alone."""
+    made: list[list[float] | None] = []
+    for own in (devices.rank + 1.0, 5.0 if devices.main else None):
+        model = torch.nn.Linear(2, 1)
+        loss = None if own is None else own * model.weight.sum()
+        if loss is not None:
+            loss.backward()
+        shown = devices.average(model, None if own is None else torch.tensor(own))
+        assert model.weight.grad is not None
+        made += [model.weight.grad.flatten().tolist(), [shown]]
+        made.append(None if model.bias.grad is None else model.bias.grad.tolist())
+    return made
+
+
 def lead(devices: Devices, folder: Path) -> None:
     """Train unbroken in one stage, unbroken in two, and in two with a pause in the middle of each."""
 
@@ -67,6 +82,8 @@ def main() -> None:
     torch.set_num_threads(1)
     devices = launched()
     rank = devices.rank
+    if what == "train":
+        (folder / f"averaged-{rank}.json").write_text(json.dumps(averaged(devices)))
     if not devices.main:
         names = iter(("one", "two", "cut", "cut", "cut", "resumed"))
 

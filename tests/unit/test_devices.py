@@ -19,6 +19,8 @@ from trainer.generator import GeneratorForCausalLM
 from trainer.handover import read, write
 from trainer.sft import _batch_loss, _learning_rate
 
+# Two processes import torch at the same time, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parents[2]
 # Processes of this test find one another on the loopback address only.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
@@ -33,7 +35,7 @@ def launch(
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
             "--nproc-per-node", "2", "--log-dir", str(logs), "--redirects", "3", "-m", *command,
         ],
-        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     said = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
     return done, said
@@ -71,6 +73,13 @@ def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
                 parameters["lr"] = settings.lr * _learning_rate(done)
             optimizer.step()
     return model
+
+
+def test_gradients_are_averaged_over_the_processes_that_have_a_batch(trained: Path) -> None:
+    for rank in (0, 1):
+        found = json.loads((trained / f"averaged-{rank}.json").read_text())
+        # Nothing reached the bias: it has no gradient, and so no decay.
+        assert found == [[1.5, 1.5], [1.5], None, [5.0, 5.0], [5.0], None]
 
 
 def test_two_processes_end_in_the_weights_of_one_that_takes_the_batches_of_both(trained: Path) -> None:
