@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidstream.console import emit, err, progress
+from sidstream.console import emit, err, progress, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def codebook_fit(
             "to put a new one in its place, use --replace"
         )
     items = list(read_newest(settings.kafka, CatalogItem).values())
-    with err.status("loading the embedder"):
+    with status("loading the embedder"):
         embedder = open_embedder(settings.codebook.embedder, registry.cache)
     old = None
     if current and not fresh:
