@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidstream.console import emit, err, progress, status
+from sidstream.console import emit, progress, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
