@@ -192,7 +192,8 @@ class Recommender:
         }
         seen = None if opened is None else tuple(index.sid(opened))
         case.prompt = prompt_sids(past, seen, bundle.max_items)
-        case.context = bundle.context.known(told(trigger.scene, _attributes(request)))
+        if bundle.context.fields:
+            case.context = bundle.context.known(told(trigger.scene, _attributes(request)))
         if not past:
             case.fallback = "popular" if seen is None else "trigger_only"
         elif seen is None:

@@ -15,8 +15,8 @@ from trainer.generator import GeneratorForCausalLM
 
 BETA, WEIGHT, SFT = 0.3, 0.7, 0.2
 HISTORIES = [[3, 4], [], [7, 1, 1, 9]]
-# What is said beside each history: a place among the tokens of the context, None for nothing.
-SAID = [1, 0, None]
+# What is said beside each history: places among the tokens of the context; once as many as an item has codes.
+SAID = [[1, 0, 1, 1], [0], []]
 CHOSEN, REJECTED = [5, 0, 2], [6, 11, 3]
 
 
@@ -25,8 +25,8 @@ def made() -> Shop:
     return shop(scenes=True)
 
 
-def told(made: Shop, at: int | None) -> list[int]:
-    return [] if at is None else [made.context.first + at]
+def told(made: Shop, said: list[int]) -> list[int]:
+    return [made.context.first + at for at in said]
 
 
 def pair(made: Shop) -> tuple[GeneratorForCausalLM, GeneratorForCausalLM]:
@@ -58,7 +58,7 @@ def rows(made: Shop) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(ids), torch.tensor(marks)
 
 
-def logs(model: GeneratorForCausalLM, made: Shop, history: list[int], said: int | None) -> torch.Tensor:
+def logs(model: GeneratorForCausalLM, made: Shop, history: list[int], said: list[int]) -> torch.Tensor:
     """Log-probabilities of all items by the dense head, in the order of the catalogue."""
     codes = torch.from_numpy(made.known.codes)
     padded = codes[history][None] if history else codes[:1][None]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from registry.context import Context
 from registry.prompt import prompt_sids
 from registry.ranking import Repeats
 from registry.rollout import assign
@@ -14,8 +16,8 @@ from serving.bundles import LoadedBundle, Service
 from serving.exploration import Explorer
 from serving.index import SidIndex
 from serving.recommender import Recommender, Request
-from streams import history
-from streams.events import Arm, Rollout, Trigger
+from streams import history, profile
+from streams.events import Arm, Rollout, Trigger, UserProfile
 from streams.settings import HistorySettings
 
 BOOK, OTHER_BOOK = "00000000aaaaaaaa", "11111111bbbbbbbb"
@@ -41,6 +43,14 @@ class Last:
         level = prefix.shape[1]
         logits = -np.abs(np.arange(3)[None, :] - (state[:, level : level + 1] + 1) % 3).astype(np.float32)
         return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+class Told(Last):
+    """Remembers what it was told beside the prompts; False: it was called as one without contexts."""
+
+    def encode(self, prompts, contexts=False):
+        self.contexts = contexts
+        return super().encode(prompts)
 
 
 class Failing(Last):
@@ -229,3 +239,25 @@ def test_a_model_that_fails_on_one_request_costs_only_that_one_its_ranking():
     assert (fine.fallback, ids(fine)[0]) == ("trigger_only", "i11")
     assert (poison.fallback, ids(poison)[0]) == ("popular", "i10")
     assert [answer.model_failed for answer in answers] == [False, True]
+
+
+def test_a_bundle_is_told_what_it_knows_of_scene_and_profile(caplog):
+    about = [
+        profile.pack(UserProfile.new(user_id="u", attributes={"country": "Peru", "mood": "odd"})), None,
+        b"\x07not a profile", profile.pack(UserProfile.new(user_id="u", attributes={"country": "Mars"})),
+    ]  # fmt: skip
+    requests = [
+        Request(trigger(item_id="i00", scene="home", user_id="somebody"), None, packed) for packed in about
+    ]
+    generator = Told()
+    plain = service(generator)
+    context = Context(40, {"profile.country": ["Japan", "Peru"], "scene": ["home"]})
+    bundle = replace(plain.bundles["b0"], context=context)
+    recommender().recommend(requests, Service(plain.rollout, {"b0": bundle}))
+    assert generator.contexts == [[41, 42], [0, 42], [0, 42], [0, 42]]
+    assert "profile of user" in caplog.text
+    assert "somebody" not in caplog.text
+    caplog.clear()
+    recommender().recommend(requests, plain)
+    assert generator.contexts is False
+    assert not caplog.text
