@@ -23,7 +23,7 @@ def demo(
     since: Annotated[
         str | None, typer.Option(help="replay purchases from this date on (YYYY-MM-DD), not the whole year")
     ] = None,
-    train_seconds: Annotated[int, typer.Option(help="time for training the first model")] = 60,
+    train_seconds: Annotated[int, typer.Option(help="time for training the first model")] = 50,
     sessions: Annotated[int, typer.Option(help="simulated shopping sessions before and in the trial")] = 2500,
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON at the end")] = False,
 ) -> None:
