@@ -56,10 +56,12 @@ class Ensemble:
                 beams = [member.ranker.candidates([row[-50:] for row in part]) for member in self.members]
                 width = self.members[0].recipe.candidates
                 items = torch.cat([beam.items[:, :width] for beam in beams], dim=1)
+                owner = torch.arange(len(items)).repeat_interleave(items.shape[1])
+                flat = items.clamp(min=0).flatten()
                 spelled = torch.stack([
-                    sid_scores(member.model, state, torch.from_numpy(member.known.codes)[items.clamp(min=0)])
+                    sid_scores(member.model, state, owner, torch.from_numpy(member.known.codes)[flat])
                     for member, (state, _) in zip(self.members, found, strict=True)
-                ]).mean(0)  # fmt: skip
+                ]).mean(0).view(items.shape)  # fmt: skip
                 scores = torch.full_like(found[0][1], -torch.inf)
                 scores.scatter_(1, items.clamp(min=0), spelled.masked_fill(items < 0, -torch.inf))
             if mask == "seen":
@@ -87,9 +89,13 @@ def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progre
             more = model.model.items.again_of(distance)
             logits = logits.index_put((query, past), more, accumulate=True)
             total += logits.log_softmax(-1)[:, rows]
-        best = (total / len(ensemble.members)).topk(_NAMED, dim=1)
         if "rows" not in student:
             student["rows"] = made.model.model.items.rows(torch.from_numpy(made.known.codes))
+        total /= len(ensemble.members)
+        if among is not None:
+            # The student's softmax has no place for what nobody touched.
+            total[:, ~among.touched[student["rows"]]] = -torch.inf
+        best = total.topk(min(_NAMED, data.data.size), dim=1)
         items = student["rows"][best.indices]
         return Soft(items if among is None else among.place[items], best.values.softmax(-1), _SHARE)
 
