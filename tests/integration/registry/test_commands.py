@@ -94,14 +94,15 @@ def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, caps
         pipeline = connection.pipeline()
         for n in range(3000):
             chosen = assign(rollout.trial, f"u{n}", rollout.arms)
-            clicks = random.binomial(20, 0.2)
+            # Trials are drawn: with 20 impressions one draw in a hundred leaves the CTR in doubt.
+            clicks = random.binomial(60, 0.2)
             orders = random.binomial(clicks, {CHAMPION: 0.2, SFT: 0.3, DPO: 0.4}[chosen.name])
             pipeline.hset(
                 keys.sums(rollout.trial, f"u{n}"),
                 mapping={
                     "arm": chosen.name,
                     "bundle": chosen.bundle,
-                    "0:i": 20,
+                    "0:i": 60,
                     "0:c": int(clicks),
                     "0:o": int(orders),
                 },
