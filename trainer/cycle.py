@@ -418,9 +418,9 @@ def _publish(
         result.versions[name] = registry.register(bundle, result.metrics, params)
     first_stage = result.sft.pretraining if result.sft else None
     curves = {"pretrain": (kind, first_stage), kind: (kind, result.sft), "dpo": ("dpo", result.dpo)}
-    for name, (of, stage) in curves.items():
+    for title, (of, stage) in curves.items():
         if of in result.versions and stage is not None and stage.curve:
-            registry.store_training(result.versions[of], name, stage.curve, draw(name, stage.curve))
+            registry.store_training(result.versions[of], title, stage.curve, draw(title, stage.curve))
     with promoting() as publisher:
         if first:
             event = release.start(registry, publisher, result.versions[kind])
