@@ -1,4 +1,4 @@
-"""Claim: SFT on the newest part of the log after pretraining on all of it ranks no better than one stage.
+"""Claim: SFT on the newest part of the log after pretraining on all of it is not shown to rank better.
 
 One budget of passes over the log for every variant, default settings, split in time. Test figures over all
 items, past ones included. Prints one line of JSON a variant and seed: HR@10, NDCG@10, steps, seconds.
@@ -41,7 +41,7 @@ def measure(split: Split, name: str, pretrain: dict[str, float], epochs: int, se
     found = evaluate(split, ours, seed, ["none"], told)[0]
     stages = [stage for stage in (trained.result.pretraining, trained.result) if stage]
     return {
-        "claim": "no better than one stage", "dataset": split.data.name, "model": name, "seed": seed,
+        "claim": "not shown to be better", "dataset": split.data.name, "model": name, "seed": seed,
         "HR@10": float(found.rows["HR@10"].mean()), "NDCG@10": float(found.rows["NDCG@10"].mean()),
         "validation NDCG@10": [stage.quality.ndcg10 for stage in stages if stage.quality],
         "passes": [stage.epochs for stage in stages], "steps": [stage.steps for stage in stages],

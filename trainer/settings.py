@@ -31,7 +31,7 @@ class PretrainSettings(Section):
         0.0, ge=0, lt=1, description="share of `epochs` and `max_seconds` for pretraining; 0: none"
     )
     recent_share: float = Field(
-        0.3, gt=0, le=1, description="share of the log, its newest events, that SFT learns from"
+        0.5, gt=0, le=1, description="share of the log, its newest events, that SFT learns from"
     )
     sft_lr: float = Field(1e-3, gt=0, description="peak learning rate of the SFT that follows")
 
