@@ -395,17 +395,10 @@ def _publish(
         result.bundles[name] = bundle.id
         result.versions[name] = registry.register(bundle, result.metrics, params)
     first_stage = result.sft.pretraining if result.sft else None
-<<<<<<< HEAD
     curves = (("pretrain", kind, first_stage), (kind, kind, result.sft), ("dpo", "dpo", result.dpo))
     for stage, of, run_of in curves:
         if of in result.versions and run_of is not None and run_of.curve:
             registry.store_training(result.versions[of], stage, run_of.curve, draw(stage, run_of.curve))
-=======
-    curves = {"pretrain": (kind, first_stage), kind: (kind, result.sft), "dpo": ("dpo", result.dpo)}
-    for title, (of, stage) in curves.items():
-        if of in result.versions and stage is not None and stage.curve:
-            registry.store_training(result.versions[of], title, stage.curve, draw(title, stage.curve))
->>>>>>> devices
     with promoting() as publisher:
         if first:
             event = release.start(registry, publisher, result.versions[kind])
