@@ -1,7 +1,12 @@
-"""Preference alignment: DPO on the window's pairs with TRL, jointly with the chosen SID's next-token loss.
+"""Preference alignment with TRL: DPO, Softmax-DPO and beta-DPO, jointly with the chosen answer's next-token loss.
 
 Plain DPO on SIDs has been published as harmful: the next-token term holds the chosen SID up, one epoch is
-all, and the stage stops when the chosen SID's log-probability has fallen by a nat below the reference.
+all, and the stage stops where the chosen SID's log-probability, the hit rate on held-out users or the share
+of real SIDs falls too far (`trainer.alignment_watch`).
+
+The same code aligns the generator, in full, and a Hugging Face causal LM, by LoRA: the losses ask for no more
+than the log-probability of an answer (`trainer.preference_scores`). The reference is the model that the stage
+starts from; where adapters are trained, it is the model without them.
 """
 
 from __future__ import annotations
@@ -10,27 +15,31 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
-from registry.context import Attributes, Context, told
-from registry.prompt import BOS, Prompt, prompt_sids
 from streams.errors import SidstreamError
-from streams.events import PreferencePair
-from trainer.dense_preference import dense_preference_loss
+from trainer.alignment_watch import Probe, Watch
 from trainer.generator import GeneratorForCausalLM
+from trainer.preference_losses import LOSSES, DynamicBeta, gaps
+from trainer.preference_rows import PreferenceRow, collate
+from trainer.preference_scores import Head, heads_of
 from trainer.settings import DpoSettings, TrainerSettings
 
 # Steps between looks at the chosen SID's log-probability.
 _LOOK = 5
+_PINNED = "install trl>=1.16,<1.17"
 
 
 @dataclass(frozen=True)
@@ -38,189 +47,198 @@ class DpoResult:
     """What the stage did; `drop` is in nats below the reference, `margin` in beta-scaled reward."""
 
     pairs: int
-    rows: int
+    rejected: int
     steps: int
     seconds: float
     loss: float
     margin: float
     accuracy: float
     drop: float
+    beta: float  # of the last look: it moves where it is dynamic
     stopped: str
-    # A point for each look: step, loss, margin, accuracy and drop.
+    # A point for each look: step, loss, margin, accuracy, drop, and what a probe found.
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def preference_rows(
-    pairs: Sequence[PreferencePair], codebook: str, prompt: Prompt, settings: DpoSettings,
-    context: Context | None = None, profiles: Mapping[str, Attributes] | None = None,
-) -> tuple[list[dict[str, list[int]]], int]:  # fmt: skip
-    """Rows of token ids for TRL, and how many pairs they come from.
+class _PreferenceTrainer(DPOTrainer):
+    """DPOTrainer with losses over 1 + K answers, for rows that are token ids already."""
 
-    The newest `max_pairs` pairs of this codebook and the wanted schemes; one row a rejected SID, up to
-    `max_rejected`. A pair that repeats, or whose codes are not of this codebook, is left out. After the items
-    of a prompt stand the tokens of `context` for the pair's scene and its user's profile.
-    """
-    seen: set[str] = set()
-    used = []
-    for pair in sorted(pairs, key=lambda pair: (pair.ts, pair.event_id), reverse=True):
-        if pair.event_id in seen or pair.codebook != codebook or pair.scheme not in settings.schemes:
-            continue
-        seen.add(pair.event_id)
-        used.append(pair)
-        if len(used) == settings.max_pairs:
-            break
-    rows = []
-    count = 0
-    for pair in reversed(used):
-        trigger = tuple(pair.trigger) if pair.trigger is not None else None
-        # Rows are as long as their prompts, and the last items say most: a short prompt is a fast stage.
-        length = min(settings.max_items, prompt.max_items)
-        shown = prompt_sids([tuple(sid) for sid in pair.history], trigger, length)
-        rejected = [sid for sid in dict.fromkeys(map(tuple, pair.rejected)) if sid != tuple(pair.chosen)]
-        try:
-            ids = [BOS, *(token for sid in shown for token in prompt.tokens(sid))]
-            said = told(pair.scene, (profiles or {}).get(pair.user_id))
-            ids += [token for token in (context or Context()).row(said) if token]
-            chosen = prompt.tokens(pair.chosen)
-            answers = [prompt.tokens(sid) for sid in rejected[: settings.max_rejected]]
-        except SidstreamError:
-            continue
-        count += bool(answers)
-        rows += [{"prompt_ids": ids, "chosen_ids": chosen, "rejected_ids": answer} for answer in answers]
-    return rows, count
-
-
-class _TokenDpoTrainer(DPOTrainer):
-    """DPOTrainer for rows that are token ids already (TRL 1.16 tokenizes text only), and for both heads."""
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weight, sft_weight = self.args.loss_weights
-        dense = dense_preference_loss(
-            self.accelerator.unwrap_model(model), self.accelerator.unwrap_model(self.ref_model),
-            inputs["input_ids"], inputs["completion_mask"], self.args.beta, weight, sft_weight,
-        )  # fmt: skip
-        return (made[0] + dense, made[1]) if return_outputs else made + dense
+    def __init__(self, dpo: DpoSettings, **given: Any) -> None:
+        super().__init__(**given)
+        self.dpo = dpo
+        self.dynamic = DynamicBeta(
+            dpo.beta, dpo.beta_scale, dpo.beta_momentum, dpo.left_out, gather=self.accelerator.gather
+        )
+        self.draws = torch.Generator().manual_seed(self.args.seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        heads = heads_of(self._asked(model), inputs)
+        with torch.no_grad():
+            before = self._reference(model, inputs)
+        dpo, beta, kept = self.dpo, self.dpo.beta, torch.ones(len(inputs["real"]), dtype=torch.bool)
+        kept = kept.to(inputs["real"].device)
+        pulls = [_margins(head, held) for head, held in zip(heads, before, strict=False)]
+        if dpo.dynamic_beta:
+            beta, kept = self.dynamic(gaps(pulls[0], heads[0].real), model.training, self.draws)
+        loss = torch.zeros((), device=kept.device)
+        for head, pull in zip(heads, pulls, strict=True):
+            used = kept & head.real.any(-1)
+            if bool(used.any()):
+                loss = loss + dpo.weight * LOSSES[dpo.loss](pull[used], head.real[used], beta).mean()
+            loss = loss + dpo.sft_weight * head.nll
+        self._note(heads[0], before[0], pulls[0], beta, model.training)
+        return (loss, None) if return_outputs else loss
 
-class _Watch(TrainerCallback):
-    """Reads TRL's own metrics: progress, the time budget, and the fall of the chosen log-probability."""
+    def _asked(self, model: Any) -> Any:
+        inner = self.accelerator.unwrap_model(model)
+        return inner if isinstance(inner, GeneratorForCausalLM) else model
 
-    def __init__(self, settings: DpoSettings, progress: Callable[[str], None] | None,
-                 stop: Callable[[], bool] | None) -> None:  # fmt: skip
-        self.settings, self.progress, self.stop = settings, progress, stop
-        self.began = time.monotonic()
-        self.last: dict[str, float] = {}
-        self.drop = 0.0
-        self.curve: list[dict[str, float]] = []
-        self.stopped = "all pairs seen"
+    def _reference(self, model: Any, inputs: dict[str, Tensor]) -> list[Head]:
+        if self.ref_model is not None:
+            return heads_of(self.accelerator.unwrap_model(self.ref_model), inputs, with_nll=False)
+        inner = self.accelerator.unwrap_model(model)
+        with inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext():
+            return heads_of(model, inputs, with_nll=False)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
-    ) -> None:
-        if not logs or "rewards/chosen" not in logs:
-            return
-        self.last = {key: float(value) for key, value in logs.items()}
-        # rewards/chosen is beta times (policy minus reference) of the chosen SID's log-probability.
-        if self.progress:
-            margin = self.last["rewards/margins"]
-            self.progress(f"step {state.global_step} of {state.max_steps}, margin {margin:.3f}")
-        self.drop = -self.last["rewards/chosen"] / self.settings.beta
-        # The last log of a run sums it up, and has no loss of its own.
-        if "loss" in self.last:
-            self.curve.append({
-                "step": float(state.global_step), "loss": self.last["loss"], "drop": self.drop,
-                "margin": self.last["rewards/margins"], "accuracy": self.last["rewards/accuracies"],
-            })  # fmt: skip
-        if self.drop > self.settings.max_drop:
-            self.stopped = f"the chosen SID's log-probability fell {self.drop:.2f} nats below the reference"
-            control.should_training_stop = True
+    def _note(self, head: Head, before: Head, pull: Tensor, beta: float, training: bool) -> None:
+        """What TRL averages over the steps between two looks."""
+        real, risen = head.real, head.scores[0].detach() - before.scores[0]
+        noted = {
+            "risen": risen, "margin": gaps(pull.detach(), real),
+            "accuracy": ((pull > 0) & real).sum(-1) / real.sum(-1), "logps/chosen": head.scores[0].detach(),
+        }  # fmt: skip
+        metrics = self._metrics["train" if training else "eval"]
+        for name, values in noted.items():
+            metrics[name].append(float(self.accelerator.gather(values.float()).mean()))
+        metrics["beta"].append(beta)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        budget = self.settings.max_seconds
-        if budget is not None and time.monotonic() - self.began > budget:
-            self.stopped = "time budget spent"
-            control.should_training_stop = True
-        if self.stop is not None and self.stop():
-            self.stopped = "interrupted"
-            control.should_training_stop = True
+
+def _margins(head: Head, before: Head) -> Tensor:
+    """(B, K): how much more the chosen answer has risen over the reference than each rejected one."""
+    risen = head.scores - before.scores
+    return (risen[0] - risen[1:]).T
 
 
 def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
     """Raise SidstreamError where TRL's internals are not those that this module was written for."""
     try:
-        source = inspect.getsource(trainer.__init__)
+        made = inspect.getsource(trainer.__init__)
         columns = inspect.getsource(trainer._set_signature_columns_if_needed)
-        parameters = list(inspect.signature(trainer._prepare_dataset).parameters)
+        caller = inspect.getsource(trainer.compute_loss)
+        logged = inspect.getsource(trainer.log)
+        prepared = list(inspect.signature(trainer._prepare_dataset).parameters)
+        computed = list(inspect.signature(trainer._compute_loss).parameters)
     except AttributeError as error:
-        raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: install trl>=1.16,<1.17") from error
+        raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: {_PINNED}") from error
     for wanted, text in (
-        ("self._prepare_dataset(train_dataset", source), ('"prompt_ids"', columns),
-        ('"chosen_ids"', columns), ('"rejected_ids"', columns),
+        ("self._prepare_dataset(train_dataset", made), ('"prompt_ids"', columns), ('"chosen_ids"', columns),
+        ('"rejected_ids"', columns), ("self._compute_loss(", caller), ("self._metrics[mode]", logged),
     ):  # fmt: skip
         if wanted not in text:
-            raise SidstreamError(f"this TRL's DPOTrainer does not use {wanted}: install trl>=1.16,<1.17")
-    if parameters[:2] != ["self", "dataset"]:
-        raise SidstreamError(
-            "this TRL's DPOTrainer._prepare_dataset has other arguments: install trl>=1.16,<1.17"
-        )
+            raise SidstreamError(f"this TRL's DPOTrainer does not use {wanted}: {_PINNED}")
+    for name, found, expected in (
+        ("_prepare_dataset", prepared[:2], ["self", "dataset"]),
+        ("_compute_loss", computed, ["self", "model", "inputs", "return_outputs"]),
+    ):
+        if found != expected:
+            raise SidstreamError(f"this TRL's DPOTrainer.{name} has other arguments: {_PINNED}")
 
 
 def align(
     model: GeneratorForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: list[dict[str, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PreferenceRow],
     settings: TrainerSettings,
     folder: Path,
     *,
-    pairs: int = 0,
+    probe: Probe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[GeneratorForCausalLM, DpoResult]:
-    """A copy of `model` aligned to `rows` of token ids; `model` itself is the frozen reference.
+    """A copy of `model` aligned to rows of token ids, in full; `model` itself is the frozen reference.
 
-    `folder` is where TRL may keep files. Raises SidstreamError when there are no rows.
+    `folder` is where TRL may keep files; `probe` looks at the policy every `dpo.probe_steps`. Where a stop
+    rule ends the stage, the weights are those of the last look that passed. Raises SidstreamError when there
+    are no rows.
     """
+    policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
+    # Not a part of the preference: dropped items would move the policy alone.
+    policy.model.items.item_dropout = 0.0
+    result = _run(policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None)
+    aligned = type(model)(model.config).eval()
+    aligned.load_state_dict({name: value.cpu() for name, value in policy.state_dict().items()})
+    return aligned, result
+
+
+def align_language_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PreferenceRow],
+    settings: TrainerSettings,
+    folder: Path,
+    adapters: PeftConfig | None,
+    *,
+    probe: Probe | None = None,
+    progress: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Any, DpoResult]:
+    """A causal LM aligned to rows in its own token ids: by `adapters`, which are merged, or in full (None).
+
+    `model` is used up where there are adapters, and stays as it is without them. Otherwise as `align`.
+    """
+    policy = model if adapters is not None else copy.deepcopy(model)
+    reference = None if adapters is not None else copy.deepcopy(model).eval()
+    trained: list[Any] = []
+    result = _run(
+        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, adapters, trained.append
+    )
+    made = trained[0]
+    return (made.merge_and_unload() if adapters is not None else made).cpu().eval(), result
+
+
+def _run(
+    policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
+    settings: TrainerSettings, folder: Path, probe: Probe | None, progress: Callable[[str], None] | None,
+    stop: Callable[[], bool] | None, adapters: PeftConfig | None,
+    take: Callable[[Any], None] = lambda _: None,
+) -> DpoResult:  # fmt: skip
     check_trl()
     if not rows:
         raise SidstreamError(
             "there are no preference rows to align to; check trainer.dpo.schemes and the codebook"
         )
     dpo = settings.dpo
-    policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
-    longest = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows)
     arguments = DPOConfig(
         output_dir=str(folder), seed=settings.seed, num_train_epochs=dpo.epochs, learning_rate=dpo.lr,
-        per_device_train_batch_size=dpo.batch, beta=dpo.beta, loss_type=["sigmoid", "sft"],
-        loss_weights=[dpo.weight, dpo.sft_weight], max_length=longest, bf16=False,
+        per_device_train_batch_size=dpo.batch, beta=dpo.beta, max_length=None, bf16=False,
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), lr_scheduler_type="cosine",
         warmup_steps=0.1, max_grad_norm=1.0, logging_steps=_LOOK, save_strategy="no", report_to="none",
         disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
     )  # fmt: skip
     # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    watch = _Watch(dpo, progress, stop)
+    watch = Watch(dpo, probe, progress, stop)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _Quiet():
-        trainer = _TokenDpoTrainer(
-            model=policy, ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer, callbacks=[watch],
+        trainer = _PreferenceTrainer(
+            dpo, model=policy, ref_model=reference, args=arguments,
+            train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=tokenizer,
+            data_collator=lambda batch: collate(batch, pad), callbacks=[watch], peft_config=adapters,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
+        watch.begin(trainer.model)
         began = time.monotonic()
         outcome = trainer.train()
-    seconds = time.monotonic() - began
-    aligned = type(model)(model.config).eval()
-    aligned.load_state_dict({name: value.cpu() for name, value in policy.state_dict().items()})
-    return aligned, DpoResult(
-        pairs=pairs or len(rows), rows=len(rows), steps=outcome.global_step, seconds=seconds,
-        loss=float(outcome.training_loss), margin=watch.last.get("rewards/margins", 0.0),
-        accuracy=watch.last.get("rewards/accuracies", 0.0), drop=watch.drop, stopped=watch.stopped,
-        curve=watch.curve,
+        watch.end(trainer.model, outcome.global_step)
+    take(trainer.model)
+    return DpoResult(
+        pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=outcome.global_step,
+        seconds=time.monotonic() - began, loss=float(outcome.training_loss), margin=watch.margin,
+        accuracy=watch.last.get("accuracy", 0.0), drop=watch.drop, beta=watch.last.get("beta", dpo.beta),
+        stopped=watch.stopped, curve=watch.curve,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import write
 from trainer.material import Material, load_model, only_one, read_material
-from trainer.offline_check import check_finite, failing, failing_first
+from trainer.offline_check import check_finite, failing, failing_first, held_probe
 from trainer.offpolicy import Explored, OffPolicy, explored, judge
 from trainer.pretrain import learn
 from trainer.settings import TrainerSettings
@@ -301,37 +301,39 @@ def _dpo(
     result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
     # Here: TRL takes seconds to import, and a first cycle has nothing to align.
-    from trainer.align import align, preference_rows
+    from trainer.align import align
+    from trainer.preference_rows import preference_rows
 
-    rows, result.pairs = preference_rows(
-        material.window.pairs(),
-        material.codebook.id,
-        material.prompt,
-        settings.dpo,
-        material.context,
+    rows = preference_rows(
+        material.window.pairs(), material.codebook.id, material.prompt, settings.dpo, material.context,
         material.profiles,
-    )
+    )  # fmt: skip
+    result.pairs = len(rows)
     if result.pairs < settings.dpo.min_pairs:
         result.no_dpo = f"{result.pairs} new preference pairs, at least {settings.dpo.min_pairs} are needed"
         stages.done("dpo", f"left out: {result.no_dpo}")
         return None
+    tuned = result.sft.quality if result.sft else None
     aligned, result.dpo = align(
-        model, material.tokenizer, rows, settings, run / "dpo", pairs=result.pairs, stop=stop,
+        model, material.tokenizer, rows, settings, run / "dpo", stop=stop,
+        probe=held_probe(material.split.held, material.known, material.sids, settings, tuned.ranking)
+        if tuned
+        else None,
         progress=lambda text: stages.tell("dpo", text),
     )  # fmt: skip
     result.metrics |= {
         "dpo/margin": result.dpo.margin, "dpo/accuracy": result.dpo.accuracy, "dpo/drop": result.dpo.drop,
-        "dpo/loss": result.dpo.loss, "dpo/rows": float(result.dpo.rows),
+        "dpo/loss": result.dpo.loss, "dpo/rejected": float(result.dpo.rejected), "dpo/beta": result.dpo.beta,
     }  # fmt: skip
     shown, failed = "", None
-    if len(material.split.held.targets) and result.sft and result.sft.quality:
+    if len(material.split.held.targets) and tuned:
         # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
         quality = evaluate(
-            aligned, material.split.held, material.known, material.sids, settings, result.sft.quality.ranking
+            aligned, material.split.held, material.known, material.sids, settings, tuned.ranking
         )
         result.metrics |= _named("dpo", quality)
         shown = f", HR@10 {quality.hr10:.3f}"
-        failed = failing(quality, result.sft.quality.hr10, settings)
+        failed = failing(quality, tuned.hr10, settings)
     if result.dpo.drop > settings.dpo.max_drop:
         failed = result.dpo.stopped
     if failed:
@@ -339,7 +341,7 @@ def _dpo(
         stages.done("dpo", f"left out: {failed}")
         return None
     stages.done(
-        "dpo", f"{result.pairs:,} pairs, {result.dpo.rows:,} rows, margin {result.dpo.margin:.3f}{shown}; "
+        "dpo", f"{result.pairs:,} pairs, {result.dpo.rejected:,} rejected, margin {result.dpo.margin:.3f}{shown}; "
         f"{result.dpo.stopped}"
     )  # fmt: skip
     return aligned

@@ -117,6 +117,10 @@ class Held(NamedTuple):
     bought: list[npt.NDArray[np.bool_]]  # whether it was bought
     contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
 
+    def first(self, count: int) -> Held:
+        """The first `count` of them."""
+        return Held(*(None if part is None else part[:count] for part in self))
+
 
 def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
     """The rows `at` (N,) of a log as targets, each with up to `max_items` of its user before it."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from registry.ranking import Ranking
 from streams.errors import SidstreamError
+from trainer.alignment_watch import Health, Probe
+from trainer.constrained import SidSet
+from trainer.data import Catalogue, Held
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality
+from trainer.sft import Quality, evaluate
 
 
 def check_finite(model: nn.Module) -> None:
@@ -42,3 +48,19 @@ def failing_first(quality: Quality, popularity: float, settings: TrainerSettings
             "SIDSTREAM_TRAINER__BEAT_POPULARITY=false)"
         )
     return failed
+
+
+def held_probe(
+    held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
+) -> Probe | None:
+    """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none."""
+    count = min(settings.dpo.probe_users, len(held.targets))
+    if not count:
+        return None
+    some = held.first(count)
+
+    def probe(model: Any) -> Health:
+        found = evaluate(model, some, known, sids, settings, ranking)
+        return Health(found.hr10, found.validity)
+
+    return probe

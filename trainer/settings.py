@@ -37,9 +37,22 @@ class PretrainSettings(Section):
 
 
 class DpoSettings(Section):
-    """Direct preference optimisation (Rafailov et al. 2023), jointly with the next-token loss."""
+    """Preference optimisation, jointly with the next-token loss."""
 
+    loss: Literal["dpo", "softmax_dpo"] = Field(
+        "dpo",
+        description="dpo: each rejected answer on its own (Rafailov et al. 2023); softmax_dpo: all of a pair "
+        "together (Chen et al. 2024)",
+    )
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+    dynamic_beta: bool = Field(
+        False, description="let beta follow each batch's gap, and leave outliers out (Wu et al. 2024)"
+    )
+    beta_scale: float = Field(
+        0.6, ge=0, description="how much a dynamic beta follows the gap; 0: only outliers are left out"
+    )
+    beta_momentum: float = Field(0.9, ge=0, lt=1, description="of the running mean of gaps")
+    left_out: float = Field(0.2, ge=0, lt=1, description="share of a batch that a dynamic beta leaves out")
     # Measured with shoppers whose tastes are known (docs/decisions/0004): at .03 beside 1 nothing moves.
     weight: float = Field(1.0, ge=0, description="weight of the preference term")
     sft_weight: float = Field(0.1, ge=0, description="weight of the chosen item's next-token loss")
@@ -48,7 +61,7 @@ class DpoSettings(Section):
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     max_pairs: int = Field(20_000, ge=1, description="pairs of a cycle, the newest kept")
-    max_rejected: int = Field(1, ge=1, description="rejected SIDs of one pair that become rows")
+    max_rejected: int = Field(1, ge=1, description="K, the rejected SIDs of one pair that are used")
     max_items: int = Field(20, ge=1, description="items of a pair's prompt, the newest kept")
     min_pairs: int = Field(100, ge=1, description="fewer pairs than this: no DPO model in this cycle")
     schemes: list[Scheme] = Field(
@@ -57,6 +70,16 @@ class DpoSettings(Section):
     )
     max_drop: float = Field(
         1.0, gt=0, description="stop when the chosen SID's log-probability fell so many nats"
+    )
+    probe_steps: int = Field(
+        20, ge=1, description="steps between looks at the held-out users, which stop a model that collapses"
+    )
+    probe_users: int = Field(300, ge=0, description="held-out users of such a look; 0: no look")
+    max_recall_fall: float = Field(
+        0.1, gt=0, le=1, description="stop when the held-out HR@10 fell by this share of the reference's"
+    )
+    max_invalid_rise: float = Field(
+        0.05, gt=0, le=1, description="stop when this much more of the unconstrained answers is no SID"
     )
     max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
 

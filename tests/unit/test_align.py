@@ -14,7 +14,9 @@ from registry.prompt import BOS
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from tests.tiny_shop import Shop, shop
-from trainer.align import align, check_trl, preference_rows
+from trainer.align import align, check_trl
+from trainer.alignment_watch import Health
+from trainer.preference_rows import preference_rows
 from trainer.settings import DpoSettings
 
 CODEBOOK = "c" * 16
@@ -34,7 +36,7 @@ def settings_of(made: Shop, **dpo: Any) -> Any:
     return made.settings.model_copy(update={"dpo": chosen})
 
 
-def test_rows_are_prompts_with_trigger_and_one_row_a_rejected_sid() -> None:
+def test_rows_are_prompts_with_trigger_and_up_to_k_rejected_sids() -> None:
     made = shop()
     dpo = DpoSettings.model_validate({"max_rejected": 2})
     pairs = [
@@ -43,16 +45,17 @@ def test_rows_are_prompts_with_trigger_and_one_row_a_rejected_sid() -> None:
         pair(2, codebook="d" * 16),
         pair(3, chosen=[9, 9, 9]),
         pair(4, history=[], trigger=None),
+        pair(5, rejected=[[0, 0, 0]]),  # collided: the chosen SID itself
     ]
-    rows, count = preference_rows(pairs, CODEBOOK, made.prompt, dpo)
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, dpo)
     tokens = made.prompt.tokens
-    assert count == 2
-    assert rows[0] == {
-        "prompt_ids": [BOS, *tokens((2, 1, 0)), *tokens((3, 1, 0)), *tokens((1, 2, 3))],
-        "chosen_ids": tokens((0, 0, 0)), "rejected_ids": tokens((1, 0, 0)),
-    }  # fmt: skip
-    assert [row["rejected_ids"] for row in rows[1:]] == [tokens((2, 0, 0)), tokens((1, 0, 0))]
-    assert rows[2]["prompt_ids"] == [BOS]
+    assert rows == [
+        {
+            "prompt_ids": [BOS, *tokens((2, 1, 0)), *tokens((3, 1, 0)), *tokens((1, 2, 3))],
+            "chosen_ids": tokens((0, 0, 0)), "rejected_ids": [tokens((1, 0, 0)), tokens((2, 0, 0))],
+        },
+        {"prompt_ids": [BOS], "chosen_ids": tokens((0, 0, 0)), "rejected_ids": [tokens((1, 0, 0))]},
+    ]  # fmt: skip
 
 
 def test_a_prompt_ends_in_its_context_however_short_it_is() -> None:
@@ -64,7 +67,7 @@ def test_a_prompt_ends_in_its_context_however_short_it_is() -> None:
         pair(4, scene="home", history=[[2, 1, 0]] * 30),
     ]  # fmt: skip
     dpo = DpoSettings.model_validate({"max_items": 3})
-    rows, _ = preference_rows(pairs, CODEBOOK, made.prompt, dpo, context, profiles)
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, dpo, context, profiles)
     past = [BOS, *made.prompt.tokens((2, 1, 0)), *made.prompt.tokens((3, 1, 0))]
     assert [row["prompt_ids"] for row in rows] == [
         [*past, 90, 92], [*past, 92], past, [BOS, *made.prompt.tokens((2, 1, 0)) * 3, 90, 92],
@@ -81,7 +84,7 @@ def test_alignment_learns_what_is_preferred_in_each_scene(tmp_path: Path) -> Non
         for n in range(200) for up in (0, 1)
     ]  # fmt: skip
     settings = settings_of(made, weight=1.0, sft_weight=0.1, lr=2e-2, max_drop=50.0)
-    rows, _ = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo, made.context)
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo, made.context)
     aligned, _ = align(model, made.tokenizer, rows, settings, tmp_path)
     tokens = made.prompt.tokens
     past = [BOS, *tokens((1, 1, 1))]
@@ -95,8 +98,7 @@ def test_the_newest_pairs_of_the_wanted_schemes_are_kept() -> None:
     made = shop()
     dpo = DpoSettings.model_validate({"max_pairs": 2, "schemes": ["purchased_over_clicked"]})
     pairs = [pair(n, chosen=[n, 0, 1]) for n in range(4)] + [pair(9, scheme="clicked_over_shown")]
-    rows, count = preference_rows(pairs, CODEBOOK, made.prompt, dpo)
-    assert count == 2
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, dpo)
     assert [made.prompt.sid(row["chosen_ids"]) for row in rows] == [(2, 0, 1), (3, 0, 1)]
 
 
@@ -114,17 +116,17 @@ def test_the_margin_of_chosen_over_rejected_rises_and_the_reference_stays(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pairs = [pair(n, history=[[n % 4, n % 3, n % 5]]) for n in range(96)]
     settings = settings_of(made, weight=1.0, sft_weight=0.1)
-    rows, _ = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
-    aligned, result = align(model, made.tokenizer, rows, settings, tmp_path, pairs=96)
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
+    aligned, result = align(model, made.tokenizer, rows, settings, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert (result.pairs, result.rows, result.steps) == (96, 96, 6)
+    assert (result.pairs, result.rejected, result.steps) == (96, 96, 6)
     assert result.stopped == "all pairs seen"
     assert result.drop < 0.5
     margins = []
     for one in (model, aligned):
         row = rows[7]
         chosen = _log_prob(one, row["prompt_ids"], row["chosen_ids"])
-        margins.append(chosen - _log_prob(one, row["prompt_ids"], row["rejected_ids"]))
+        margins.append(chosen - _log_prob(one, row["prompt_ids"], row["rejected_ids"][0]))
     assert margins[1] > margins[0] + 0.5
     assert capfd.readouterr() == ("", "")
 
@@ -134,10 +136,65 @@ def test_it_stops_when_the_chosen_sid_falls_too_far_below_the_reference(tmp_path
     # Without a next-token term, and chosen and rejected sharing all but the last code under a huge rate, the
     # policy leaves the reference at once.
     settings = settings_of(made, weight=1.0, sft_weight=0.0, lr=0.5, max_drop=0.01, batch=4)
-    rows, _ = preference_rows([pair(n) for n in range(200)], CODEBOOK, made.prompt, settings.dpo)
+    rows = preference_rows([pair(n) for n in range(200)], CODEBOOK, made.prompt, settings.dpo)
     _, result = align(made.model(), made.tokenizer, rows, settings, tmp_path)
     assert result.steps < 50
     assert "nats below the reference" in result.stopped
+
+
+def test_the_weights_go_back_to_the_last_look_that_passed(tmp_path: Path) -> None:
+    made = shop()
+    settings = settings_of(made, probe_steps=2, batch=8, max_recall_fall=0.1)
+    rows = preference_rows([pair(n) for n in range(80)], CODEBOOK, made.prompt, settings.dpo)
+    seen: list[dict[str, torch.Tensor]] = []
+    answers = iter([0.5, 0.48, 0.46, 0.44, 0.5])
+
+    def probe(model: Any) -> Health:
+        seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        return Health(next(answers), 1.0)
+
+    aligned, result = align(made.model(), made.tokenizer, rows, settings, tmp_path, probe=probe)
+    assert result.steps == 6
+    assert "fell from 0.500 to 0.440; the weights of step 4 are kept" in result.stopped
+    assert all(torch.equal(value, seen[2][name]) for name, value in aligned.named_parameters())
+    assert not all(torch.equal(value, seen[3][name]) for name, value in aligned.named_parameters())
+
+
+def test_it_stops_when_more_of_the_unconstrained_answers_are_no_sids(tmp_path: Path) -> None:
+    made = shop()
+    settings = settings_of(made, probe_steps=1, batch=8, max_invalid_rise=0.05)
+    rows = preference_rows([pair(n) for n in range(80)], CODEBOOK, made.prompt, settings.dpo)
+    answers = iter([0.9, 0.86, 0.84])
+    _, result = align(
+        made.model(), made.tokenizer, rows, settings, tmp_path, probe=lambda _: Health(0.5, next(answers))
+    )
+    assert (result.steps, result.stopped[:56]) == (
+        2,
+        "the share of real SIDs fell from 0.900 to 0.840; the wei",
+    )
+
+
+@pytest.mark.parametrize("loss", ["dpo", "softmax_dpo"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_loss_raises_the_chosen_sid_over_all_that_were_rejected(
+    loss: str, dynamic: bool, tmp_path: Path
+) -> None:
+    made = shop()
+    model = made.model()
+    refused = [[1, 0, 0], [2, 1, 0], [3, 2, 1]]
+    pairs = [pair(n, history=[[n % 4, n % 3, n % 5]], rejected=refused) for n in range(400)]
+    settings = settings_of(made, loss=loss, dynamic_beta=dynamic, max_rejected=3)
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
+    aligned, result = align(model, made.tokenizer, rows, settings, tmp_path)
+    assert (result.rejected, result.steps) == (1200, 25)
+    assert (result.beta != 0.1) == dynamic
+    row = rows[7]
+    for answer in row["rejected_ids"]:
+        margins = [
+            _log_prob(one, row["prompt_ids"], row["chosen_ids"]) - _log_prob(one, row["prompt_ids"], answer)
+            for one in (model, aligned)
+        ]
+        assert margins[1] > margins[0] + 0.5
 
 
 def test_without_rows_there_is_nothing_to_align_to(tmp_path: Path) -> None:
@@ -152,6 +209,13 @@ def test_another_trl_is_refused_before_it_trains_on_the_wrong_rows() -> None:
     class Changed(trl.DPOTrainer):
         def _set_signature_columns_if_needed(self) -> None:
             self.columns = ["prompt", "chosen", "rejected"]
+
+    class Split(trl.DPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, extra: Any, return_outputs: bool) -> Any:
+            return None
+
+    with pytest.raises(SidstreamError, match=r"_compute_loss has other arguments"):
+        check_trl(Split)
 
     with pytest.raises(SidstreamError, match=r"install trl>=1\.16,<1\.17"):
         check_trl(Changed)

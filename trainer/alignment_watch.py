@@ -1,0 +1,142 @@
+"""The stop rules of alignment, and the weights to go back to when one of them ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from trainer.settings import DpoSettings
+
+
+@dataclass(frozen=True)
+class Health:
+    """What held-out users say: the share whose next click is in the ten best, the share of real SIDs."""
+
+    hr10: float
+    validity: float
+
+
+# Asked with the policy of the moment.
+Probe = Callable[[Any], Health]
+
+
+class Watch(TrainerCallback):
+    """Progress, the time budget, and three rules that end the stage.
+
+    The chosen answer's log-probability fell more than `max_drop` below the reference; HR@10 of held-out
+    clicks fell by `max_recall_fall` of what it was; `max_invalid_rise` more of the unconstrained answers are
+    no SID. Where one of the last two ends it, the weights go back to the last probe that passed.
+    """
+
+    def __init__(self, settings: DpoSettings, probe: Probe | None, progress: Callable[[str], None] | None,
+                 stop: Callable[[], bool] | None) -> None:  # fmt: skip
+        self.settings, self.probe, self.progress, self.stop = settings, probe, progress, stop
+        self.began = time.monotonic()
+        self.last: dict[str, float] = {}
+        self.curve: list[dict[str, float]] = []
+        self.stopped = "all pairs seen"
+        self.before: Health | None = None
+        self._good: dict[str, Tensor] = {}
+        self._good_at = 0
+        self._probed = 0
+
+    @property
+    def drop(self) -> float:
+        """Nats that the chosen answer lost against the reference, at the last look."""
+        return -self.last.get("risen", 0.0)
+
+    @property
+    def margin(self) -> float:
+        """The mean margin at the last look, times beta."""
+        return self.settings.beta * self.last.get("margin", 0.0)
+
+    def begin(self, model: Any) -> None:
+        """Probe the model that the stage starts from."""
+        self.began = time.monotonic()
+        if self.probe is not None:
+            self.before = self._ask(model)
+            self._keep(model, 0)
+
+    def end(self, model: Any, step: int) -> None:
+        """A last probe, of the weights that the stage ended with."""
+        if self.before is not None and self._probed < step:
+            self._look(model, step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
+    ) -> None:
+        """Remember what TRL averaged; stop where the chosen answer fell too far."""
+        # The last log of a run sums it up, and has no figures of its own.
+        if not logs or "risen" not in logs:
+            return
+        self.last = {key: float(value) for key, value in logs.items()}
+        if self.progress:
+            self.progress(f"step {state.global_step} of {state.max_steps}, margin {self.margin:.3f}")
+        if "loss" in self.last:
+            self.curve.append({
+                "step": float(state.global_step), "loss": self.last["loss"], "drop": self.drop,
+                "margin": self.margin, "accuracy": self.last["accuracy"], "beta": self.last["beta"],
+            })  # fmt: skip
+        if self.drop > self.settings.max_drop:
+            self.stopped = f"the chosen SID's log-probability fell {self.drop:.2f} nats below the reference"
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+        """Look at time, at the wish to stop and, every `probe_steps`, at held-out users."""
+        budget = self.settings.max_seconds
+        if budget is not None and time.monotonic() - self.began > budget:
+            self.stopped = "time budget spent"
+            control.should_training_stop = True
+        elif self.stop is not None and self.stop():
+            self.stopped = "interrupted"
+            control.should_training_stop = True
+        elif self.before is not None and state.global_step % self.settings.probe_steps == 0:
+            if not self._look(model, state.global_step):
+                control.should_training_stop = True
+
+    def _look(self, model: Any, step: int) -> bool:
+        """Whether the policy passes; where it does not, it gets the weights of the last look back."""
+        assert self.before is not None, "a probe was made at the beginning"
+        found, before = self._ask(model), self.before
+        self._probed = step
+        self.curve.append({"step": float(step), "hr10": found.hr10, "validity": found.validity})
+        said = ""
+        if found.hr10 < (1 - self.settings.max_recall_fall) * before.hr10:
+            said = f"HR@10 of held-out clicks fell from {before.hr10:.3f} to {found.hr10:.3f}"
+        elif found.validity < before.validity - self.settings.max_invalid_rise:
+            said = f"the share of real SIDs fell from {before.validity:.3f} to {found.validity:.3f}"
+        if not said:
+            self._keep(model, step)
+            return True
+        self.stopped = f"{said}; the weights of step {self._good_at} are kept"
+        self._give_back(model)
+        return False
+
+    @torch.no_grad()
+    def _ask(self, model: Any) -> Health:
+        assert self.probe is not None, "only asked where there is a probe"
+        training = model.training
+        found = self.probe(model)
+        model.train(training)
+        return found
+
+    @torch.no_grad()
+    def _keep(self, model: Any, step: int) -> None:
+        self._good_at = step
+        self._good = {
+            name: value.detach().cpu().clone()
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
+
+    @torch.no_grad()
+    def _give_back(self, model: Any) -> None:
+        for name, value in model.named_parameters():
+            if name in self._good:
+                value.copy_(self._good[name])

@@ -1,0 +1,128 @@
+"""Preference losses on margins: DPO, Softmax-DPO with K rejected answers, and a beta that follows the batch.
+
+With Delta(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of y, the margin of a rejected answer is
+Delta(chosen) - Delta(rejected). Everything here is a function of margins, so it holds for any model that says
+how likely an answer is: a SID spelled code by code, an item scored at once, the text of a language model.
+
+Tokens that chosen and rejected share at their beginning cancel in a margin, in value and in gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def softmax_dpo(margins: Tensor, real: Tensor, beta: float | Tensor) -> Tensor:
+    """Softmax-DPO (Chen et al. 2024, arXiv 2406.09215, equation 8) of each pair: (B,).
+
+    -log sigmoid(-log sum_k exp(-beta margin_k)), which is the cross-entropy of the chosen answer among 1 + K
+    with logits beta Delta. margins (B, K) float; real (B, K) bool, False where a row has fewer than K; at
+    least one is real. Finite at any finite margin: published code that exponentiates before it sums is not.
+    """
+    hardest = (-beta * margins).masked_fill(~real, -torch.inf).logsumexp(-1)
+    return F.softplus(hardest)
+
+
+def mean_dpo(margins: Tensor, real: Tensor, beta: float | Tensor) -> Tensor:
+    """DPO (Rafailov et al. 2023, equation 7), averaged over a pair's rejected answers: (B,).
+
+    margins (B, K) float, real (B, K) bool, at least one of a row.
+    """
+    losses = -F.logsigmoid(beta * margins.masked_fill(~real, 0.0))
+    return (losses * real).sum(-1) / real.sum(-1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
+    "dpo": mean_dpo, "softmax_dpo": softmax_dpo
+}  # fmt: skip
+
+
+def gaps(margins: Tensor, real: Tensor) -> Tensor:
+    """The mean margin of each pair (B,): what `DynamicBeta` looks at where there are K rejected answers."""
+    return (margins * real).sum(-1) / real.sum(-1)
+
+
+class Chosen(NamedTuple):
+    """What `DynamicBeta` says of a batch."""
+
+    beta: float
+    kept: Tensor  # (B,) bool
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass
+class DynamicBeta:
+    """beta-DPO (Wu et al. 2024, arXiv 2407.08639): beta follows the batch's mean gap, and outliers are left out.
+
+    beta = base (1 + scale (mean gap of the kept pairs - running mean gap)), equation 8; pairs are kept with
+    weights exp(-(gap - running mean)^2 / (2 running deviation^2)), equation 9, without replacement.
+
+    Four things that the published code does not do: running means are corrected for their start at 0 (Kingma
+    and Ba 2015, section 3), they stand still in evaluation, they are those of all devices' batches together,
+    and beta is bounded.
+    """
+
+    base: float
+    scale: float = 0.6
+    momentum: float = 0.9
+    left_out: float = 0.2  # share of a batch
+    warm_steps: int = 20  # before these, nothing is left out: the deviation is hardly known
+    bound: float = 10.0  # beta stays within base / bound and base * bound
+    gather: Callable[[Tensor], Tensor] = field(default=_alone, repr=False)
+    _mean: float = field(default=0.0, init=False)
+    _deviation: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
+
+    @property
+    def mean(self) -> float:
+        """The running mean of gaps; 0 before the first batch."""
+        return self._mean / (1 - self.momentum**self._steps) if self._steps else 0.0
+
+    @property
+    def deviation(self) -> float:
+        """The running standard deviation of a batch's gaps; 0 before the first batch."""
+        return self._deviation / (1 - self.momentum**self._steps) if self._steps else 0.0
+
+    def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> Chosen:
+        """The beta of a batch with gaps (B,), and which of its pairs are kept.
+
+        In training the running figures take the batch in first; in evaluation they stand still, and every
+        pair is kept. `generator` draws what is left out.
+        """
+        gap = gap.detach().float()
+        everybody = torch.ones_like(gap, dtype=torch.bool)
+        if not training:
+            return Chosen(self._bounded(float(self.gather(gap).mean())), everybody)
+        together = self.gather(gap)
+        self._steps += 1
+        rest = 1 - self.momentum
+        self._mean = self.momentum * self._mean + rest * float(together.mean())
+        spread = float(together.std(correction=0)) if len(together) > 1 else 0.0
+        self._deviation = self.momentum * self._deviation + rest * spread
+        kept = everybody if self._steps <= self.warm_steps else self._drawn(gap, generator)
+        # Sums and counts travel, since each device may keep others.
+        sums = self.gather(torch.stack(((gap * kept).sum(), kept.sum().float()))[None]).sum(0)
+        return Chosen(self._bounded(float(sums[0] / sums[1])), kept)
+
+    def _drawn(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
+        count = max(1, round((1 - self.left_out) * len(gap)))
+        # Never 0: a batch of nothing but outliers is kept, too, as far as it has to be.
+        away = (gap - self.mean) / max(self.deviation, 1e-6)
+        weights = torch.exp(-0.5 * away.square()).clamp(min=1e-30)
+        drawn = torch.multinomial(weights.cpu(), count, generator=generator)
+        kept = torch.zeros(len(gap), dtype=torch.bool)
+        kept[drawn] = True
+        return kept.to(gap.device)
+
+    def _bounded(self, gap: float) -> float:
+        wanted = self.base * (1 + self.scale * (gap - self.mean))
+        return min(max(wanted, self.base / self.bound), self.base * self.bound)
