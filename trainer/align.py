@@ -1,4 +1,4 @@
-"""Preference alignment with TRL: DPO, Softmax-DPO and beta-DPO, jointly with the chosen answer's next-token loss.
+"""Preference alignment with TRL: DPO, Softmax-DPO and beta-DPO, jointly with the chosen answer's own loss.
 
 Plain DPO on SIDs has been published as harmful: the next-token term holds the chosen SID up, one epoch is
 all, and the stage stops where the chosen SID's log-probability, the hit rate on held-out users or the share

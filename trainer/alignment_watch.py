@@ -97,8 +97,7 @@ class Watch(TrainerCallback):
             self.stopped = "interrupted"
             control.should_training_stop = True
         elif self.before is not None and state.global_step % self.settings.probe_steps == 0:
-            if not self._look(model, state.global_step):
-                control.should_training_stop = True
+            control.should_training_stop = not self._look(model, state.global_step)
 
     def _look(self, model: Any, step: int) -> bool:
         """Whether the policy passes; where it does not, it gets the weights of the last look back."""

@@ -341,8 +341,9 @@ def _dpo(
         stages.done("dpo", f"left out: {failed}")
         return None
     stages.done(
-        "dpo", f"{result.pairs:,} pairs, {result.dpo.rejected:,} rejected, margin {result.dpo.margin:.3f}{shown}; "
-        f"{result.dpo.stopped}"
+        "dpo",
+        f"{result.pairs:,} pairs, {result.dpo.rejected:,} rejected, margin {result.dpo.margin:.3f}{shown}; "
+        f"{result.dpo.stopped}",
     )  # fmt: skip
     return aligned
 

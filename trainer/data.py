@@ -119,7 +119,10 @@ class Held(NamedTuple):
 
     def first(self, count: int) -> Held:
         """The first `count` of them."""
-        return Held(*(None if part is None else part[:count] for part in self))
+        contexts = None if self.contexts is None else self.contexts[:count]
+        return Held(
+            self.histories[:count], self.targets[:count], self.ages_s[:count], self.bought[:count], contexts
+        )  # fmt: skip
 
 
 def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:

@@ -58,7 +58,7 @@ def _row(
     profiles: Mapping[str, Attributes], fill: Fill | None,
 ) -> PreferenceRow | None:  # fmt: skip
     trigger = tuple(pair.trigger) if pair.trigger is not None else None
-    # Batches are as long as their longest prompt, and the last items say most: a short prompt is a fast stage.
+    # Batches are as long as their longest prompt, and the last items say most: short prompts are fast.
     length = min(settings.max_items, prompt.max_items)
     shown = prompt_sids([tuple(sid) for sid in pair.history], trigger, length)
     chosen = tuple(pair.chosen)
@@ -81,7 +81,7 @@ def _row(
 
 
 def collate(rows: Sequence[PreferenceRow | Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
-    """B rows as (1 + K) B sequences, padded on the right: all chosen ones, all first rejected ones, and so on.
+    """B rows as (1 + K) B sequences, padded on the right: all chosen ones, all first rejected ones, ...
 
     input_ids, attention_mask and completion_mask ((1 + K) B, T) int64; real (B, K) bool, False where a row
     has fewer than K rejected answers and its chosen one stands in.

@@ -168,10 +168,8 @@ def test_it_stops_when_more_of_the_unconstrained_answers_are_no_sids(tmp_path: P
     _, result = align(
         made.model(), made.tokenizer, rows, settings, tmp_path, probe=lambda _: Health(0.5, next(answers))
     )
-    assert (result.steps, result.stopped[:56]) == (
-        2,
-        "the share of real SIDs fell from 0.900 to 0.840; the wei",
-    )
+    assert result.steps == 2
+    assert "the share of real SIDs fell from 0.900 to 0.840; the weights of step 1 " in result.stopped
 
 
 @pytest.mark.parametrize("loss", ["dpo", "softmax_dpo"])

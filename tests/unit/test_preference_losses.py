@@ -51,9 +51,11 @@ def test_softmax_dpo_is_the_cross_entropy_of_the_chosen_one_among_all(
 @given(ROWS, BETA)
 def test_dpo_over_several_rejected_answers_is_their_mean(rows: list[list[float]], beta: float) -> None:
     margins, real = table(rows)
-    wanted = [
-        sum(math.log1p(math.exp(-abs(beta * m))) + max(-beta * m, 0) for m in row) / len(row) for row in rows
-    ]
+
+    def one(margin: float) -> float:
+        return math.log1p(math.exp(-abs(beta * margin))) + max(-beta * margin, 0)
+
+    wanted = [sum(map(one, row)) / len(row) for row in rows]
     torch.testing.assert_close(mean_dpo(margins, real, beta), torch.tensor(wanted, dtype=torch.float64))
 
 
