@@ -198,6 +198,18 @@ class Registry:
                 path.rename(final)
         return _verified(final, wanted)
 
+    def tuned_from(self, bundle: Bundle) -> Bundle:
+        """The fine-tuned bundle that an aligned one was aligned from; any other one is its own.
+
+        An aligned bundle whose reference is not registered any more is its own, too.
+        """
+        reference = bundle.manifest.lineage.reference
+        if reference is None:
+            return bundle
+        with self._mlflow.asking(f"find bundle {reference}"):
+            version = self._mlflow.version_with(self.name, "bundle", reference)
+        return bundle if version is None else self.fetch(version)
+
     def versions(self) -> list[Version]:
         """Every model version, newest first."""
         with self._mlflow.asking("list the models") as client:

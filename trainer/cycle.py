@@ -160,7 +160,7 @@ def run_cycle(
             result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
             return result
         # Named by what it was made of: a model that is refused has no bundle to be named by.
-        origin = f"bundle {material.parent.id}" if material.parent else "scratch"
+        origin = f"bundle {material.start.id}" if material.start else "scratch"
         candidate = f"candidate {run.name} (from {origin})"
         check_finite(model)
         refused = f"{candidate} failed its offline check and was not registered"
@@ -202,12 +202,12 @@ def _sft(
     stop: Callable[[], bool] | None, devices: Devices,
 ) -> GeneratorForCausalLM:  # fmt: skip
     tokenizer = material.tokenizer
-    if material.parent is None:
+    if material.start is None:
         model = fresh_generator(
             material.known, material.text, material.prompt, len(tokenizer), settings, material.context.size
         )
     else:
-        model, _ = load_model(material.parent.model)
+        model, _ = load_model(material.start.model)
         text = None if material.text is None else torch.from_numpy(material.text)
         model.know(torch.from_numpy(material.known.codes), text)
         settings = settings.model_copy(
@@ -218,7 +218,7 @@ def _sft(
             }
         )  # fmt: skip
         if len(material.split.held.targets):
-            ranking = read_ranking(material.parent.path)
+            ranking = read_ranking(material.start.path)
             before = evaluate(model, material.split.held, material.known, material.sids, settings, ranking)
             result.metrics |= _named("parent", before)
     rows = Rows(material.log, material.split, material.known, tokenizer, material.prompt, settings)
@@ -267,6 +267,8 @@ def _named(stage: str, quality: Quality) -> dict[str, float]:
         "ndcg10": quality.ndcg10,
         "validity": quality.validity,
     }
+    if quality.purchases:
+        numbers["purchase_hr10"] = quality.purchase_hr10
     return {
         f"{stage}/{name}": float(value)
         for name, value in (numbers | {"dense_weight": quality.ranking.dense_weight}).items()
@@ -332,7 +334,9 @@ def _dpo(
             aligned, material.split.held, material.known, material.sids, settings, tuned.ranking
         )
         result.metrics |= _named("dpo", quality)
-        shown = f", HR@10 {quality.hr10:.3f}"
+        shown = f", HR@10 {tuned.hr10:.3f} -> {quality.hr10:.3f}"
+        if quality.purchases:
+            shown += f", of what was bought {tuned.purchase_hr10:.3f} -> {quality.purchase_hr10:.3f}"
         failed = failing(quality, tuned.hr10, settings)
     if result.dpo.drop > settings.dpo.max_drop:
         failed = result.dpo.stopped
@@ -376,7 +380,7 @@ def _bundle(
         folder, kind=kind, codebook=material.codebook, popular=ranked, max_items=material.prompt.max_items,
         sids={number: span[1] for number, span in material.window.ranges["sids"].items()},
         window=material.window.ranges, seed=settings.seed, metrics=dict(result.metrics),
-        parent=material.parent.id if material.parent else None, reference=reference,
+        parent=material.start.id if material.start else None, reference=reference,
     )  # fmt: skip
 
 
@@ -422,4 +426,4 @@ def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
         params |= {f"{part}.{name}": value for name, value in values.items()}
     params |= {"codebook": material.codebook.id, "items": len(material.known.items)}
     params["context"] = ", ".join(f"{name}: {len(v)}" for name, v in material.context.fields.items())
-    return params | {"parent": material.parent.id if material.parent else ""}
+    return params | {"parent": material.start.id if material.start else ""}

@@ -116,12 +116,14 @@ class Held(NamedTuple):
     ages_s: list[Int64]  # how long before the target each item of the history was touched
     bought: list[npt.NDArray[np.bool_]]  # whether it was bought
     contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
+    paid: npt.NDArray[np.bool_] | None = None  # (B,) whether the target was bought; None: nobody knows
 
     def first(self, count: int) -> Held:
         """The first `count` of them."""
-        contexts = None if self.contexts is None else self.contexts[:count]
         return Held(
-            self.histories[:count], self.targets[:count], self.ages_s[:count], self.bought[:count], contexts
+            self.histories[:count], self.targets[:count], self.ages_s[:count], self.bought[:count],
+            None if self.contexts is None else self.contexts[:count],
+            None if self.paid is None else self.paid[:count],
         )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
     return Held(
         [log.items[span] for span in spans], log.items[targets],
         [(log.ts[row] - log.ts[span]) // 1000 for row, span in zip(targets, spans, strict=True)],
-        [log.bought[span] for span in spans], log.context[targets],
+        [log.bought[span] for span in spans], log.context[targets], log.bought[targets],
     )  # fmt: skip
 
 
@@ -186,6 +188,12 @@ class Rows:
         since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
         made = copy.copy(self)
         made.log, made.settings = replace(self.log, fresh=self.log.ts >= since), settings
+        return made
+
+    def part(self, users: int) -> Rows:
+        """These rows with the first `users` of those held out."""
+        made = copy.copy(self)
+        made.split = replace(self.split, held=self.split.held.first(users))
         return made
 
     def sequence(self, start: int, end: int) -> Row:

@@ -6,11 +6,12 @@ low-rank adapters (Hu et al. 2021). Ranked under the same constraint through `ge
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,12 +26,17 @@ from registry.ranking import Ranking
 from registry.store import Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
+from trainer.alignment_watch import Health
 from trainer.constrained import SidSet
 from trainer.data import Row, Rows
 from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
+from trainer.preference_rows import PreferenceRow, preference_rows
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, device, hr_ndcg
+
+if TYPE_CHECKING:
+    from trainer.align import DpoResult
 
 _MARKS = {TITLE: "<sid_title>", ITEM: "<sid_item>"}
 _EVAL_ROWS = 16
@@ -45,6 +51,10 @@ class LoraResult:
     seconds: float
     loss: float
     quality: Quality
+    # Of the alignment, where there were pairs enough: its folder, what it did, and what it is worth.
+    aligned: str | None = None
+    dpo: DpoResult | None = None
+    aligned_quality: Quality | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -89,6 +99,17 @@ class Translation:
         ids = [token for piece in pieces for token in piece]
         return Row(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
 
+    def ids(self, ours: Sequence[int]) -> list[int]:
+        """Token ids in the foreign vocabulary."""
+        return [token for one in ours for token in self.table[one]]
+
+    def preference(self, row: PreferenceRow) -> PreferenceRow:
+        """A preference row in the foreign vocabulary."""
+        return PreferenceRow(
+            prompt_ids=self.ids(row["prompt_ids"]), chosen_ids=self.ids(row["chosen_ids"]),
+            rejected_ids=[self.ids(answer) for answer in row["rejected_ids"]],
+        )  # fmt: skip
+
 
 def _pad(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = max(len(row.ids) for row in rows)
@@ -112,13 +133,16 @@ def _adapted(model: Any, settings: TrainerSettings) -> Any:
         model.config.tie_word_embeddings = False
     names = {id(module): name for name, module in model.named_modules()}
     saved = [names[id(module)].rsplit(".", 1)[-1] for module in (embedding, head)]
-    config = LoraConfig(
+    return get_peft_model(model, _adapters(model, settings, saved))
+
+
+def _adapters(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
+    return LoraConfig(
         r=settings.lora.rank, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout,
         target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM",
         # GPT-2 keeps its weights transposed.
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )  # fmt: skip
-    return get_peft_model(model, config)
 
 
 def tune(
@@ -231,6 +255,42 @@ def rank_held(
     return Quality(users, hr, ndcg, valid / users if users else 0.0, Ranking())
 
 
+def align_tuned(
+    tuned: LoraResult,
+    pairs: Sequence[PreferenceRow],
+    rows: Rows,
+    ours: PreTrainedTokenizerBase,
+    sids: SidSet,
+    settings: TrainerSettings,
+    progress: Callable[[str], None] | None = None,
+) -> LoraResult:
+    """Align what `tune` made to preference rows of our token ids, by fresh adapters; kept beside it.
+
+    The embeddings stay: the codes were learned in tuning. Whether they are tied to the head is all one.
+    """
+    from trainer.align import align_language_model
+
+    theirs = AutoTokenizer.from_pretrained(tuned.folder)
+    model = AutoModelForCausalLM.from_pretrained(tuned.folder, dtype=torch.float32)
+    translation = Translation(rows.prompt, ours, theirs)
+    few = rows.part(settings.dpo.probe_users)
+
+    def probe(policy: Any) -> Health:
+        found = rank_held(policy.eval(), translation, few, sids, settings)
+        return Health(found.hr10, found.validity)
+
+    folder = Path(f"{tuned.folder}-dpo")
+    made, result = align_language_model(
+        model, theirs, [translation.preference(row) for row in pairs], settings, folder / "run",
+        _adapters(model, settings), probe=probe if len(few.split.held.targets) else None, progress=progress,
+    )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    made.save_pretrained(folder)
+    theirs.save_pretrained(folder)
+    quality = rank_held(made.to(device()), translation, rows, sids, settings)
+    return replace(tuned, aligned=str(folder), dpo=result, aligned_quality=quality)
+
+
 def tune_window(
     settings: TrainerSettings,
     kafka: KafkaSettings,
@@ -250,4 +310,13 @@ def tune_window(
             lambda text: progress("lora", text, False),
         )  # fmt: skip
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
+        pairs = preference_rows(
+            material.window.pairs(), material.codebook.id, material.prompt, settings.dpo
+        )  # fmt: skip
+        if len(pairs) >= settings.dpo.min_pairs:
+            result = align_tuned(
+                result, pairs, rows, ours, material.sids, settings,
+                lambda text: progress("dpo", text, False),
+            )  # fmt: skip
+            progress("dpo", f"{len(pairs):,} pairs; {result.dpo.stopped if result.dpo else ''}", True)
     return result

@@ -39,7 +39,10 @@ class Material:
     window: Window
     codebook: Codebook
     prompt: Prompt
-    parent: Bundle | None  # the champion that training goes on from; None: fresh weights
+    parent: Bundle | None  # the champion, after whose window this one begins; None: fresh weights
+    # Whose weights SFT goes on from: the champion's or, where it is aligned, those it was aligned from. SFT
+    # from aligned weights would undo what they learned of preferences, and the pairs be learned twice.
+    start: Bundle | None
     known: Catalogue
     log: Interactions
     split: Split
@@ -120,9 +123,10 @@ def read_material(
     text = None
     if settings.text_inputs:
         text = title_vectors(known.titles)
+    start = registry.tuned_from(parent) if parent else None
     return Material(
-        window, codebook, prompt, parent, known, log, split, SidSet(known.sids, prompt), text, tokenizer,
-        context, profiles,
+        window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
+        tokenizer, context, profiles,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def _alone(values: Tensor) -> Tensor:
 
 @dataclass
 class DynamicBeta:
-    """beta-DPO (Wu et al. 2024, arXiv 2407.08639): beta follows a batch's mean gap, and outliers are left out.
+    """beta-DPO (Wu et al. 2024, arXiv 2407.08639): beta follows a batch's mean gap, outliers are left out.
 
     beta = base (1 + scale (mean gap of the kept pairs - running mean gap)), equation 8; pairs are kept with
     weights exp(-(gap - running mean)^2 / (2 running deviation^2)), equation 9, without replacement.

@@ -41,6 +41,8 @@ class Quality:
     ndcg10: float
     validity: float  # share of answers spelled without the constraint that are known SIDs
     ranking: Ranking  # how the two heads were mixed
+    purchases: int = 0  # users whose held-out item was bought
+    purchase_hr10: float = 0.0  # of these alone
 
 
 @dataclass
@@ -199,9 +201,14 @@ def evaluate(
     states = ranker.states(held.histories, held.contexts)
     found = ranker.candidates(held.histories, states)
     ranking = ranking or fit(found, held)
-    hr, ndcg = hr_ndcg(ranks(found, held, ranking))
+    rank = ranks(found, held, ranking)
+    hr, ndcg = hr_ndcg(rank)
     valid = torch.cat([greedy(model, part, sids) for part in states.split(ROWS)])
-    return Quality(len(held.targets), hr, ndcg, float(valid.float().mean()), ranking)
+    paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
+    return Quality(
+        len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
+        int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0],
+    )  # fmt: skip
 
 
 def _learning_rate(fraction: float) -> float:

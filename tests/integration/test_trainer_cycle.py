@@ -163,13 +163,24 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert {n: begin for n, (begin, _) in sft.manifest.window["purchases"].items()} == begins
     assert world.registry.alias("champion") == first.versions["base"]
     metrics = {version.version: version.metrics for version in world.registry.versions()}
-    assert metrics[second.versions["dpo"]]["dpo/rows"] == 48
+    assert metrics[second.versions["dpo"]]["dpo/rejected"] == 48
     assert "parent/hr10" in metrics[second.versions["sft"]]
 
     third = world.cycle()
     assert third.skipped is not None
     assert "still on trial" in third.skipped
     assert not list((world.settings.home / "runs").iterdir())
+
+    # From an aligned champion SFT goes on from what it was aligned from.
+    world.registry.set_alias("champion", second.versions["dpo"])
+    for name in ("challenger-sft", "challenger-dpo"):
+        world.registry.drop_alias(name)
+    world.walk(range(20), 4, Click, 2000)
+    fourth = world.cycle()
+    assert fourth.versions.keys() == {"sft", "dpo"}
+    assert world.registry.fetch(fourth.versions["sft"]).manifest.lineage.parent == sft.id
+    assert world.registry.tuned_from(world.registry.fetch("champion")).id == sft.id
+    assert world.registry.tuned_from(sft).id == sft.id
 
 
 def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World) -> None:

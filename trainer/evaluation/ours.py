@@ -92,7 +92,8 @@ class Trained:
         if vectors is None:
             raise ValueError("the data set has no texts: give the codebook a collaborative share")
         progress("codebook")
-        made = fit_vectors(vectors, "evaluation", codebook, dim)
+        # Without texts every dimension is collaborative, and there is no other part to tell them from.
+        made = fit_vectors(vectors, "evaluation", codebook, 0 if texts is None else dim)
         sids = assign_keeping(made, vectors, [None] * len(vectors))
         self.sids = np.array(sids, dtype=np.int64)
         prompt = Prompt(made.sizes, settings.max_items)
@@ -102,7 +103,7 @@ class Trained:
             dict(zip(names, sids, strict=True)), dict(zip(names, data.data.texts, strict=True)), prompt
         )
         self.known, self.set = known, SidSet(sids, prompt)
-        tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
+        self.tokenizer = tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
         # Of the users that training knows, as in the update cycle: nothing of the others is learned.
         about = data.data.profiles or [{} for _ in data.data.users]
         trained = [told for told, items in zip(about, data.train, strict=True) if len(items)]
@@ -120,12 +121,18 @@ class Trained:
         )  # fmt: skip
         log, cut = _log(data, settings, self.profiles)
         rows = Rows(log, cut, known, tokenizer, prompt, settings)
+        self.held = cut.held
         self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
         self.invalid_rate = 1.0 - quality.validity if quality else None
         self._seed, self._of, self._lists = seed, data, {}
+
+    def use(self, model: GeneratorForCausalLM) -> None:
+        """Rank with another model of the same codebook, catalogue and weight of the heads."""
+        self.model, self._lists = model, {}
+        self.ranker = Ranker(model, self.known.codes, self.set, self.recipe.candidates)
 
     def rank(
         self, histories: Sequence[Int64], k: int, mask: Mask, head: Head, users: Int64 | None = None

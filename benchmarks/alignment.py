@@ -1,0 +1,312 @@
+"""Claim: aligned to purchases, the model puts more of what is bought first, and keeps what is clicked.
+
+    python -m benchmarks.alignment tmall2014 --data /data --publish
+
+A real log, split in time. One fine-tuned model a seed; from it every loss over every scheme of pairs, by the
+trainer's own code, its stop rules included. Test figures over all items, past ones included: HR@1 and HR@10
+of the next click (all steps) and of the steps that were bought then or within a day, with the relative change
+to the fine-tuned model and its interval (users are drawn again, `trainer.evaluation.bootstrap`); and how much
+of what is spelled without a constraint is no SID.
+
+Logs say what was clicked and bought, not what was shown. `purchased_over_clicked` pairs are the agents' own
+rule over the log (`agents.pairs`). For the two schemes over what was shown, the fine-tuned model's own ten
+best items stand in: of those, what the user neither clicked nor bought within the window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.pairs import Open, add, close
+from agents.windows import Rules
+from benchmarks.results import RESULTS, line, put_table
+from streams.events import Click, PreferencePair, Purchase, Scheme
+from trainer.align import align
+from trainer.evaluation.bootstrap import intervals
+from trainer.evaluation.datasets import load
+from trainer.evaluation.metrics import hit_ranks
+from trainer.evaluation.ours import Recipe, Trained, default_recipe
+from trainer.evaluation.sequences import BUY_WITHIN_MS
+from trainer.evaluation.splits import Queries, Split, by_time
+from trainer.offline_check import held_probe
+from trainer.preference_rows import preference_rows
+from trainer.sft import evaluate
+
+BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
+SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")
+# Settings of `trainer.dpo` for each row: three rejected answers a pair for all of them.
+LOSSES: dict[str, dict[str, Any]] = {
+    "plain DPO": {"loss": "dpo", "sft_weight": 0.0},
+    "DPO": {"loss": "dpo"},
+    "S-DPO": {"loss": "softmax_dpo"},
+    "beta-DPO": {"loss": "dpo", "dynamic_beta": True},
+    "S-DPO + beta": {"loss": "softmax_dpo", "dynamic_beta": True},
+}
+METRICS = ("click HR@1", "click HR@10", "purchase HR@1", "purchase HR@10")
+_SHOWN = 10
+# Steps of each scheme: more would be a longer stage, not another comparison.
+_PAIRS = 4000
+
+
+@dataclass
+class Figures:
+    """One model on one seed: hits of every query, whose it was, and the share of answers that are no SID."""
+
+    hits: dict[int, np.ndarray]  # cut -> (B,) float64
+    bought: np.ndarray
+    users: np.ndarray
+    invalid: float
+    note: str
+
+    def column(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Hits (B',) and users (B',) of a metric."""
+        what, _, cut = metric.partition(" HR@")
+        kept = self.bought if what == "purchase" else np.ones(len(self.bought), bool)
+        return self.hits[int(cut)][kept], self.users[kept]
+
+
+def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> Recipe:
+    """What is fine-tuned: the default model, with codes of collaboration alone where a log has no texts."""
+    plain = default_recipe(seconds, epochs)
+    if name != "tmall2014":
+        return plain
+    return Recipe(plain.trainer | {"text_inputs": False, "max_words": 0}, {"collaborative": 1.0})
+
+
+def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
+    """`purchased_over_clicked`, as the agents decide it when the training part ends."""
+    data = split.data
+    assert data.ts is not None, "the log has times"
+    assert data.bought_ts is not None, "the log has purchases"
+    assert split.starts is not None, "the split is one in time"
+    end = split.starts[0]
+    rules = Rules(BUY_WITHIN_MS, 0)
+    for user, (row, ts, sold) in enumerate(zip(data.items, data.ts, data.bought_ts, strict=True)):
+        state, name = Open(), str(user)
+        events: list[Click | Purchase] = []
+        for item, at, when in zip(row.tolist(), ts.tolist(), sold.tolist(), strict=True):
+            shared = {"schema_version": 1, "user_id": name, "item_id": str(item)}
+            if at < end:
+                events.append(Click(event_id=f"c{at}-{item}", ts=at, **shared))
+            if 0 <= when < end:
+                events.append(Purchase(event_id=f"p{when}-{item}", ts=when, price=0.0, **shared))
+        for event in sorted(events, key=lambda event: event.ts):
+            add(state, event, rules, None)
+        for decision in close(state, end, rules, 10, lambda _: True):
+            past = row[ts < decision.before]
+            yield _pair(
+                trained, user, decision.scheme, decision.ts, past, int(decision.chosen),
+                [int(item) for item in decision.rejected],
+            )  # fmt: skip
+
+
+def shown_pairs(split: Split, trained: Trained, scheme: Scheme, seed: int) -> Iterator[PreferencePair]:
+    """Chosen steps of the training part over what the fine-tuned model would have shown before them."""
+    data = split.data
+    assert data.ts is not None, "the log has times"
+    assert data.bought is not None, "the log has purchases"
+    assert split.starts is not None, "the split is one in time"
+    wanted = []
+    for user, (ts, bought) in enumerate(zip(data.ts, data.bought, strict=True)):
+        # Only what is known by then: the window of the last steps is still open.
+        known = int(np.searchsorted(ts, split.starts[0] - BUY_WITHIN_MS))
+        kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
+        wanted += [(user, int(at)) for at in kept if at]
+    drawn = np.random.default_rng(seed).permutation(len(wanted))[:_PAIRS]
+    some = [wanted[at] for at in sorted(drawn.tolist())]
+    histories = [data.items[user][:at] for user, at in some]
+    shown = trained.rank(histories, _SHOWN, "none", "mixed")
+    for (user, at), items in zip(some, shown.tolist(), strict=True):
+        row, ts = data.items[user], data.ts[user]
+        near = np.abs(ts - ts[at]) <= BUY_WITHIN_MS
+        touched = set(row[near].tolist())
+        rejected = [item for item in items if item >= 0 and item not in touched]
+        if rejected:
+            yield _pair(trained, user, scheme, int(ts[at]), row[:at], int(row[at]), rejected)
+
+
+def _pair(
+    trained: Trained, user: int, scheme: Scheme, ts: int, past: np.ndarray, chosen: int, rejected: list[int]
+) -> PreferencePair:
+    def sid(item: int) -> list[int]:
+        return list(map(int, trained.known.sids[item]))
+
+    return PreferencePair(
+        schema_version=1, event_id=f"{scheme}-{user}-{ts}-{chosen}-{len(past)}", ts=ts, user_id=str(user),
+        scheme=scheme, codebook="evaluation", chosen_item=str(chosen), chosen=sid(chosen),
+        rejected_items=[str(item) for item in rejected], rejected=[sid(item) for item in rejected],
+        history=[sid(item) for item in past.tolist()[-trained.settings.max_items :]],
+    )  # fmt: skip
+
+
+def measure(trained: Trained, queries: Queries, note: str) -> Figures:
+    """A model's figures on the test queries."""
+    assert queries.bought is not None
+    lists = trained.rank(queries.histories, 10, "none", "mixed")
+    ranks = hit_ranks(lists, queries.targets)
+    hits = {cut: ((ranks >= 0) & (ranks < cut)).astype(np.float64) for cut in (1, 10)}
+    quality = evaluate(
+        trained.model, trained.held, trained.known, trained.set, trained.settings, trained.ranking
+    )
+    return Figures(hits, queries.bought, queries.users, 1 - quality.validity, note)
+
+
+def drawn(queries: Queries, count: int) -> Queries:
+    """Up to `count` of the queries, and all whose target was bought."""
+    assert queries.bought is not None
+    at = np.random.default_rng(0).permutation(len(queries))[:count]
+    return queries.take(np.union1d(at, np.flatnonzero(queries.bought)))
+
+
+def main() -> None:
+    """Measure every loss over every scheme with every seed."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("dataset", choices=("tmall2014", "rees46"))
+    asked.add_argument("--data", type=Path, help="folder of the data sets")
+    asked.add_argument("--seeds", type=int, default=3)
+    asked.add_argument("--epochs", type=int)
+    asked.add_argument("--max-seconds", type=float, help="of the fine-tuning; default: all epochs")
+    asked.add_argument("--queries", type=int, default=4000, help="of the test, beside all that were bought")
+    asked.add_argument("--part", choices=("valid", "test"), default="test")
+    asked.add_argument("--loss", action="append", help="only this row; may be given again")
+    asked.add_argument("--scheme", action="append", choices=SCHEMES)
+    asked.add_argument("--set", action="append", default=[], help="of trainer.dpo, for example lr=0.0002")
+    asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
+    given = asked.parse_args()
+    split = by_time(load(given.dataset, given.data))
+    queries = drawn(split.test if given.part == "test" else split.valid, given.queries)
+    done: dict[str, list[Figures]] = {}
+    for seed in range(1, given.seeds + 1):
+        for name, figures in variants(given, split, queries, seed):
+            done.setdefault(name, []).append(figures)
+            _tell(f"seed {seed}, {name}: {_short(done['SFT'][-1], figures)}")
+    command = f"python -m benchmarks.alignment {given.dataset} --seeds {given.seeds}"
+    made = lines(given.dataset, done, command)
+    for one in made:
+        print(json.dumps(one), flush=True)
+    if given.publish:
+        publish(given.dataset, made, RESULTS)
+
+
+def variants(
+    given: argparse.Namespace, split: Split, queries: Queries, seed: int
+) -> Iterator[tuple[str, Figures]]:
+    """The fine-tuned model of a seed, then everything that is aligned from it."""
+    tuned = Trained(shop_recipe(given.dataset, given.max_seconds, given.epochs))
+    tuned.fit(split, seed, lambda text: _tell(f"seed {seed}: {text}"))
+    yield "SFT", measure(tuned, queries, "")
+    changes = dict(_value(one) for one in given.set)
+    for scheme in SCHEMES:
+        if given.scheme and scheme not in given.scheme:
+            continue
+        if scheme == "purchased_over_clicked":
+            pairs = list(clicked_pairs(split, tuned))
+        else:
+            pairs = list(shown_pairs(split, tuned, scheme, seed))
+        for name, dpo in LOSSES.items():
+            if given.loss and name not in given.loss:
+                continue
+            began = time.monotonic()
+            aligned, note = aligned_to(tuned, pairs, scheme, dpo | changes)
+            yield f"{name}, {scheme}", measure(aligned, queries, note)
+            _tell(f"{len(pairs)} pairs, {note} ({time.monotonic() - began:.0f} s)")
+
+
+def aligned_to(
+    tuned: Trained, pairs: list[PreferencePair], scheme: Scheme, changes: dict[str, Any]
+) -> tuple[Trained, str]:
+    """What the trainer makes of a model and pairs, and what it says of it."""
+    given = {"max_rejected": 3, "max_pairs": _PAIRS, "schemes": [scheme], "max_seconds": None} | changes
+    dpo = tuned.settings.dpo.model_validate(tuned.settings.dpo.model_dump() | given)
+    settings = tuned.settings.model_copy(update={"dpo": dpo})
+    rows = preference_rows(pairs, "evaluation", tuned.set.prompt, dpo)
+    probe = held_probe(tuned.held, tuned.known, tuned.set, settings, tuned.ranking)
+    with tempfile.TemporaryDirectory() as folder:
+        model, result = align(tuned.model, tuned.tokenizer, rows, settings, Path(folder), probe=probe)
+    other = copy.copy(tuned)
+    other.use(model)
+    return other, (
+        f"{len(rows)} rows, {result.steps} steps, margin {result.margin:.3f}, drop {result.drop:.2f}, "
+        f"{result.stopped}"
+    )
+
+
+def _value(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+def _short(base: Figures, one: Figures) -> str:
+    made = []
+    for metric in METRICS:
+        value, before = one.column(metric)[0].mean(), base.column(metric)[0].mean()
+        made.append(f"{metric} {value:.4f} ({value / max(before, 1e-9) - 1:+.1%})")
+    return ", ".join([*made, f"invalid {one.invalid:.3f}", one.note])
+
+
+def lines(dataset: str, done: dict[str, list[Figures]], command: str) -> list[dict[str, Any]]:
+    """A figure's mean over the seeds, its change to SFT's and the interval of that, relative to SFT's."""
+    made = []
+    for name, runs in done.items():
+        for metric in METRICS:
+            values = np.mean([run.column(metric)[0] for run in runs], axis=0)
+            before = np.mean([run.column(metric)[0] for run in done["SFT"]], axis=0)
+            users = runs[0].column(metric)[1]
+            change = intervals((values - before)[:, None], users)[0]
+            one = line(
+                f"alignment: {name}", dataset, f"sidstream-{name}", metric, round(float(values.mean()), 4),
+                len(runs), command, mask="none",
+            )  # fmt: skip
+            base = max(float(before.mean()), 1e-9)
+            change_of = {"change": change.value, "change_low": change.low, "change_high": change.high}
+            made.append(one | {key: round(value / base, 4) for key, value in change_of.items()})
+        invalid = float(np.mean([run.invalid for run in runs]))
+        made.append(line(
+            f"alignment: {name}", dataset, f"sidstream-{name}", "invalid rate", round(invalid, 4), len(runs),
+            command, mask="none",
+        ) | {"notes": [run.note for run in runs]})  # fmt: skip
+    return made
+
+
+def publish(dataset: str, made: list[dict[str, Any]], folder: Path) -> None:
+    """The lines of a data set beside those of others, and its table."""
+    path = folder / "alignment.jsonl"
+    old = path.read_text().splitlines() if path.exists() else []
+    kept = [text for text in old if json.loads(text)["dataset"] != dataset]
+    path.write_text("".join(text + "\n" for text in [*kept, *map(json.dumps, made)]))
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in made:
+        rows.setdefault(one["claim"].removeprefix("alignment: "), {})[one["metric"]] = one
+    table = [
+        "| model, pairs | " + " | ".join(METRICS) + " | invalid |",
+        "|---|" + "---|" * (len(METRICS) + 1),
+    ]
+    for name, figures in rows.items():
+        cells = []
+        for metric in METRICS:
+            one = figures[metric]
+            cell = f"{one['value']:.4f}"
+            if name != "SFT":
+                cell += f" ({one['change']:+.1%}, {one['change_low']:+.1%} to {one['change_high']:+.1%})"
+            cells.append(cell)
+        table.append(f"| {name} | {' | '.join(cells)} | {figures['invalid rate']['value']:.3f} |")
+    put_table(folder / "alignment.md", BEGIN.format(dataset), END.format(dataset), table)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
