@@ -49,6 +49,7 @@ class DpoResult:
     pairs: int
     rejected: int
     steps: int
+    kept: int  # the step whose weights are kept; 0: those that the stage began with
     seconds: float
     loss: float
     margin: float
@@ -236,7 +237,8 @@ def _run(
     take(trainer.model)
     return DpoResult(
         pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=outcome.global_step,
-        seconds=time.monotonic() - began, loss=float(outcome.training_loss), margin=watch.margin,
+        kept=watch.kept(outcome.global_step), seconds=time.monotonic() - began,
+        loss=float(outcome.training_loss), margin=watch.margin,
         accuracy=watch.last.get("accuracy", 0.0), drop=watch.drop, beta=watch.last.get("beta", dpo.beta),
         stopped=watch.stopped, curve=watch.curve,
     )  # fmt: skip

@@ -44,6 +44,7 @@ class Watch(TrainerCallback):
         self.before: Health | None = None
         self._good: dict[str, Tensor] = {}
         self._good_at = 0
+        self._failed = False
         self._probed = 0
 
     @property
@@ -56,6 +57,10 @@ class Watch(TrainerCallback):
         """The mean margin at the last look, times beta."""
         return self.settings.beta * self.last.get("margin", 0.0)
 
+    def kept(self, steps: int) -> int:
+        """The step whose weights the stage of so many steps ends with."""
+        return self._good_at if self._failed else steps
+
     def begin(self, model: Any) -> None:
         """Probe the model that the stage starts from."""
         self.began = time.monotonic()
@@ -64,8 +69,8 @@ class Watch(TrainerCallback):
             self._keep(model, 0)
 
     def end(self, model: Any, step: int) -> None:
-        """A last probe, of the weights that the stage ended with."""
-        if self.before is not None and self._probed < step:
+        """A last probe, of the weights that the stage ended with, unless one has failed already."""
+        if self.before is not None and self._probed < step and not self._failed:
             self._look(model, step)
 
     def on_log(
@@ -114,6 +119,7 @@ class Watch(TrainerCallback):
             self._keep(model, step)
             return True
         self.stopped = f"{said}; the weights of step {self._good_at} are kept"
+        self._failed = True
         self._give_back(model)
         return False
 

@@ -338,7 +338,7 @@ def _dpo(
         if quality.purchases:
             shown += f", of what was bought {tuned.purchase_hr10:.3f} -> {quality.purchase_hr10:.3f}"
         failed = failing(quality, tuned.hr10, settings)
-    if result.dpo.drop > settings.dpo.max_drop:
+    if result.dpo.drop > settings.dpo.max_drop or not result.dpo.kept:
         failed = result.dpo.stopped
     if failed:
         result.no_dpo = f"it failed its offline check: {failed}"

@@ -89,10 +89,8 @@ def candidates(
         items = _lookup(found, known)
         gone = ~torch.isfinite(spelled)
         return Candidates(items.masked_fill(gone, -1), spelled, torch.zeros_like(spelled))
-    table = model.model.items.vectors(model.model.embed_tokens.weight)
-    logits = model.model.queries(state) @ table.T
-    batch, past, more = model.model.again(model.model.items.rows(codes), lengths)
-    logs = logits.index_put((batch, past), more, accumulate=True).log_softmax(-1)
+    logits, batch, past = _item_logits(model, state, codes, lengths)
+    logs = logits.log_softmax(-1)
     # Its best of all, and its best beside the past: a rule may leave out any number of past items.
     masked = logs.index_put((batch, past), torch.tensor(-torch.inf, device=logs.device))
     count = min(width, logs.shape[1])
@@ -108,6 +106,16 @@ def candidates(
     there = (rows >= 0) & torch.isfinite(sid)
     dense = logs.gather(1, rows.clamp(min=0))
     return Candidates(torch.where(there, place[rows.clamp(min=0)], -1), sid, dense)
+
+
+def _item_logits(
+    model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The dense head's logits (B, I'), and which of them are of the past: rows (M,), items (M,)."""
+    table = model.model.items.vectors(model.model.embed_tokens.weight)
+    batch, past, more = model.model.again(model.model.items.rows(codes), lengths)
+    logits = (model.model.queries(state) @ table.T).index_put((batch, past), more, accumulate=True)
+    return logits, batch, past
 
 
 def _lookup(codes: Tensor, known: Tensor) -> Tensor:
@@ -169,6 +177,21 @@ class Ranker:
             )  # fmt: skip
             parts.append((found.items.cpu(), found.sid.cpu(), found.dense.cpu()))
         return Candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def best(self, histories: Sequence[Int64], states: Tensor, k: int) -> Tensor:
+        """The dense head's `k` best items (B, k) of the catalogue, which must be known by themselves.
+
+        `candidates(...).order(1.0)` begins with them; no beam is needed for it.
+        """
+        parts = [torch.zeros(0, k, dtype=torch.long)]
+        gone = self._place < 0
+        for low in range(0, len(histories), ROWS):
+            codes, lengths = self._padded(histories[low : low + ROWS])
+            logits, _, _ = _item_logits(self.model, states[low : low + ROWS], codes, lengths)
+            rows = logits.masked_fill(gone, -torch.inf).topk(min(k, len(gone)), dim=1).indices
+            parts.append(self._place[rows].cpu())
+        return torch.cat(parts[1:] or parts)
 
     def _padded(self, histories: Sequence[Int64]) -> tuple[Tensor, Tensor]:
         codes, lengths = pad_items(histories, self.codes)

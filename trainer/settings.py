@@ -79,7 +79,7 @@ class DpoSettings(Section):
         0.1, gt=0, le=1, description="stop when the held-out HR@10 fell by this share of the reference's"
     )
     max_invalid_rise: float = Field(
-        0.05, gt=0, le=1, description="stop when this much more of the unconstrained answers is no SID"
+        0.1, gt=0, le=1, description="stop when this much more of the unconstrained answers is no SID"
     )
     max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
 

@@ -119,7 +119,7 @@ def test_the_margin_of_chosen_over_rejected_rises_and_the_reference_stays(
     rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
     aligned, result = align(model, made.tokenizer, rows, settings, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert (result.pairs, result.rejected, result.steps) == (96, 96, 6)
+    assert (result.pairs, result.rejected, result.steps, result.kept) == (96, 96, 6, 6)
     assert result.stopped == "all pairs seen"
     assert result.drop < 0.5
     margins = []
@@ -154,7 +154,7 @@ def test_the_weights_go_back_to_the_last_look_that_passed(tmp_path: Path) -> Non
         return Health(next(answers), 1.0)
 
     aligned, result = align(made.model(), made.tokenizer, rows, settings, tmp_path, probe=probe)
-    assert result.steps == 6
+    assert (result.steps, result.kept) == (6, 4)
     assert "fell from 0.500 to 0.440; the weights of step 4 are kept" in result.stopped
     assert all(torch.equal(value, seen[2][name]) for name, value in aligned.named_parameters())
     assert not all(torch.equal(value, seen[3][name]) for name, value in aligned.named_parameters())

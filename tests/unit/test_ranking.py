@@ -61,6 +61,19 @@ def test_the_order_is_that_of_all_items_scored_by_hand(
         assert np.all(np.diff(score[listed]) <= 1e-4)
 
 
+def test_the_dense_heads_best_are_those_of_all_items_without_a_beam(
+    made: Shop, model: GeneratorForCausalLM
+) -> None:
+    ranker = Ranker(model, made.known.codes, made.sids, 2)
+    best = ranker.best(HISTORIES, ranker.states(HISTORIES), 5)
+    for row, history in enumerate(HISTORIES):
+        _, dense = brute(made, model, history)
+        assert best[row].tolist() == np.argsort(-dense)[:5].tolist()
+    # What the model knows and the catalogue has not is never listed.
+    few = Ranker(model, made.known.codes[:9], made.sids, 2)
+    assert sorted(few.best(HISTORIES[:2], few.states(HISTORIES[:2]), 9)[0].tolist()) == list(range(9))
+
+
 def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: GeneratorForCausalLM) -> None:
     found = Ranker(model, made.known.codes, made.sids, 6).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):

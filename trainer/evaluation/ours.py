@@ -147,6 +147,9 @@ class Trained:
     ) -> Int64:  # fmt: skip
         """As `rank`, by a weight of the dense head."""
         contexts = None if users is None else self.profiles[users]
+        if weight == 1 and mask == "none" and not beam_only and not self._lists:
+            newest = [row[-self.settings.max_items :] for row in histories]
+            return self.ranker.best(newest, self.ranker.states(newest, contexts), k).numpy()
         about = () if contexts is None else tuple(contexts.ravel().tolist())
         key = hash((about, *((len(row), int(row[-1]) if len(row) else -1) for row in histories)))
         if key not in self._lists:
