@@ -62,6 +62,7 @@ class CycleResult:
     trial: str | None = None
     events: int = 0
     pairs: int = 0
+    withdrawn: int = 0  # rejected items of new pairs that late purchases and clicks contradict
     no_dpo: str | None = None  # why there is no DPO model
     sft: SftResult | None = None
     dpo: DpoResult | None = None
@@ -112,6 +113,7 @@ def run_cycle(
     promoting: Promoting,
     *,
     horizon_ms: int,
+    window_ms: int,
     step: float = 1.0,
     from_scratch: bool = False,
     progress: Progress | None = None,
@@ -121,10 +123,10 @@ def run_cycle(
     """Run one update cycle and put its bundles in service (the first) or on trial (later ones).
 
     `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
-    how long after an answer its clicks may come, `step` the share of their full weights that challengers get
-    at first. With several `devices` this is their main process, and all of them train SFT. Raises
-    SidstreamError where there is nothing to train on, another cycle runs in the same home, or the offline
-    check fails.
+    how long after an answer its clicks may come, `window_ms` the attribution window of preference pairs,
+    `step` the share of their full weights that challengers get at first. With several `devices` this is their
+    main process, and all of them train SFT. Raises SidstreamError where there is nothing to train on, another
+    cycle runs in the same home, or the offline check fails.
     """
     result = CycleResult()
     stages = _Stages(progress, result.seconds)
@@ -176,7 +178,7 @@ def run_cycle(
         if material.parent is None and registry.alias(CHAMPION) is None:
             result.no_dpo = "the first model is aligned when pairs about its answers are there"
         else:
-            aligned = _dpo(material, settings, model, run, result, stages, stop)
+            aligned = _dpo(material, settings, window_ms, model, run, result, stages, stop)
         if aligned is not None:
             veto = _veto("dpo", aligned, logged, settings, ranking, result, stages)
             if veto:
@@ -297,14 +299,17 @@ def _veto(
 
 
 def _dpo(
-    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, run: Path,
+    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM, run: Path,
     result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
     # Here: TRL takes seconds to import, and a first cycle has nothing to align.
     from trainer.align import align, preference_rows
 
+    found = material.window.pairs(window_ms)
+    result.withdrawn = found.bought + found.clicked
+    told = f"; {found.told()}" if found.told() else ""
     rows, result.pairs = preference_rows(
-        material.window.pairs(),
+        found.pairs,
         material.codebook.id,
         material.prompt,
         settings.dpo,
@@ -313,7 +318,7 @@ def _dpo(
     )
     if result.pairs < settings.dpo.min_pairs:
         result.no_dpo = f"{result.pairs} new preference pairs, at least {settings.dpo.min_pairs} are needed"
-        stages.done("dpo", f"left out: {result.no_dpo}")
+        stages.done("dpo", f"left out: {result.no_dpo}{told}")
         return None
     aligned, result.dpo = align(
         model, material.tokenizer, rows, settings, run / "dpo", pairs=result.pairs, stop=stop,
@@ -322,6 +327,7 @@ def _dpo(
     result.metrics |= {
         "dpo/margin": result.dpo.margin, "dpo/accuracy": result.dpo.accuracy, "dpo/drop": result.dpo.drop,
         "dpo/loss": result.dpo.loss, "dpo/rows": float(result.dpo.rows),
+        "dpo/withdrawn": float(result.withdrawn),
     }  # fmt: skip
     shown, failed = "", None
     if len(material.split.held.targets) and result.sft and result.sft.quality:
@@ -340,7 +346,7 @@ def _dpo(
         return None
     stages.done(
         "dpo", f"{result.pairs:,} pairs, {result.dpo.rows:,} rows, margin {result.dpo.margin:.3f}{shown}; "
-        f"{result.dpo.stopped}"
+        f"{result.dpo.stopped}{told}"
     )  # fmt: skip
     return aligned
 

@@ -112,11 +112,12 @@ def one_cycle(
         with promoting(settings) as (_, client):
             yield client
 
-    window_s = settings.agents.attribution_window_s + settings.agents.allowed_lateness_s
+    window_ms = 1000 * settings.agents.attribution_window_s
+    horizon_ms = window_ms + 1000 * settings.agents.allowed_lateness_s
     return run_cycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
-        horizon_ms=1000 * window_s, step=step, from_scratch=from_scratch, progress=line, stop=stop,
-        devices=devices,
+        horizon_ms=horizon_ms, window_ms=window_ms, step=step, from_scratch=from_scratch, progress=line,
+        stop=stop, devices=devices,
     )  # fmt: skip
 
 

@@ -265,6 +265,39 @@ def test_any_order_within_the_lateness_gives_the_pairs_of_the_whole_log(repeat, 
     assert len(user.made) == len({(d.scheme, d.request_id or d.moment, d.chosen) for d in user.made})
 
 
+@given(log=st.lists(event, max_size=25), data=st.data(), most=st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_nothing_is_rejected_before_its_window_closed_nor_what_was_bought_in_it(log, data, most) -> None:
+    # A decision's window: before and after its purchase, or after the first impression of its request.
+    arrival = sorted(log, key=lambda e: e.ts + data.draw(st.integers(0, L)))
+    user, seen, made = User(most), T0, 0
+    for incoming in arrival:
+        user.add(incoming)
+        seen = max(seen, incoming.ts)
+        user.mature(seen - T0)
+        for decision in user.made[made:]:
+            assert decision.moment + W + L <= seen
+        made = len(user.made)
+    user.mature(100_000)
+    bought = [(e.item_id, e.ts) for e in log if isinstance(e, Purchase)]
+    spread = _spread(log)
+    for decision in user.made:
+        if decision.request_id in spread:
+            continue
+        opened = decision.moment
+        clicks = [
+            (e.item_id, e.ts) for e in log
+            if isinstance(e, Click) and e.request_id is None and opened - W <= e.ts <= opened
+        ]  # fmt: skip
+        for item in decision.rejected:
+            if decision.request_id is not None:
+                kept = [opened]
+            else:
+                kept = [opened - W, *(ts for clicked, ts in clicks if clicked == item)]
+            assert item != decision.chosen
+            assert not any(i == item and ts <= at <= ts + W for ts in kept for i, at in bought)
+
+
 def _spread(log: list[Event]) -> set[str]:
     """Requests whose events reach further than the window from the first impression, or begin before it."""
     found = set()
