@@ -20,7 +20,7 @@ class Siblings:
     """The SIDs of a catalogue in the order of their codes: those that share a prefix stand together."""
 
     def __init__(self, sids: Sequence[Sid] | npt.NDArray[np.int64]) -> None:
-        """`sids`: (I, L) codes; one that repeats counts once. Raises SidstreamError for none or any uneven."""
+        """`sids`: codes (I, L), each counts once. Raises SidstreamError for none or uneven ones."""
         if len({len(sid) for sid in sids}) != 1:
             raise SidstreamError(
                 f"sids: {len(sids)} SIDs without one common number of codes; give at least one SID, and the "

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.context import Context
-from registry.prompt import Prompt
 from streams.events import PreferencePair, Scheme
 from tests.tiny_explorations import T0
-from tests.tiny_log import Logged
-from trainer import cycle
 from trainer.log import INTERACTIONS
 from trainer.pair_filter import Withdrawal, withdraw
-from trainer.settings import TrainerSettings
 
 W = 100
 SIDS = {"a": [0, 0], "b": [0, 1], "c": [1, 0], "d": [1, 1], "e": [1, 1]}
@@ -30,8 +23,8 @@ def pair(
 ) -> PreferencePair:  # fmt: skip
     return PreferencePair.new(
         event_id=name or f"{chosen}{rejected}{ts}{user}{scheme}{request}", ts=T0 + ts, user_id=user,
-        scheme=scheme, codebook="book", chosen_item=chosen, chosen=SIDS[chosen], rejected_items=list(rejected),
-        rejected=[SIDS[item] for item in rejected], history=[], request_id=request,
+        scheme=scheme, codebook="book", chosen_item=chosen, chosen=SIDS[chosen], history=[],
+        rejected_items=list(rejected), rejected=[SIDS[item] for item in rejected], request_id=request,
     )  # fmt: skip
 
 
@@ -128,33 +121,3 @@ def test_what_is_left_is_what_a_plain_search_leaves(made: Any, bought: Any, clic
     assert (found.bought + found.clicked + found.same, found.gone) == (out, len(once) - len(wanted))
     # What was withdrawn once is withdrawn again, and nothing more.
     assert withdraw(found.pairs, table(*bought), table(*clicked), W).pairs == found.pairs
-
-
-def test_a_window_withdraws_new_pairs_by_the_whole_log(tmp_path: Path) -> None:
-    logged = Logged(tmp_path)
-    logged.purchases(("u", "b", 5))
-    logged.clicks(("r", "u", "c", 7))
-    logged.events(pair("b", name="old"))
-    logged.window()
-    logged.events(pair("bd", name="new"), pair("c", scheme="clicked_over_shown", request="r", name="gone"))
-    found = logged.window().pairs(W)
-    assert {one.event_id: one.rejected_items for one in found.pairs} == {"new": ["d"]}
-    assert (found.bought, found.clicked, found.gone) == (1, 1, 1)
-
-
-def test_a_cycle_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path) -> None:
-    logged = Logged(tmp_path)
-    logged.purchases(("u", "b", 5))
-    logged.events(pair("b", name="gone"), pair("d", name="kept"))
-    material: Any = SimpleNamespace(
-        window=logged.window(), codebook=SimpleNamespace(id="book"), prompt=Prompt((2, 2), 4),
-        context=Context(), profiles={},
-    )  # fmt: skip
-    told: list[str] = []
-    result = cycle.CycleResult()
-    stages = cycle._Stages(lambda stage, text, last: told.append(text), result.seconds)
-    none: Any = None
-    trainer = TrainerSettings.model_validate({"dpo": {"min_pairs": 2}})
-    assert cycle._dpo(material, trainer, W, none, tmp_path, result, stages, None) is None
-    assert (result.pairs, result.withdrawn) == (1, 1)
-    assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in told[-1]
