@@ -130,8 +130,9 @@ def pairs_report(
         rejected_also_chosen=both / len(rejected),
         gini=spread(often, len(chosen)).gini,
         top=tuple(sorted(chosen.items(), key=lambda one: (-one[1], one[0]))[:_NAMED]),
-        withdrawn=withdrawal
-        and Withdrawn(withdrawal.bought, withdrawal.clicked, withdrawal.same, withdrawal.gone),
+        withdrawn=None
+        if withdrawal is None
+        else Withdrawn(withdrawal.bought, withdrawal.clicked, withdrawal.same, withdrawal.gone),
         groups=tuple(sorted(made, key=lambda group: (-group.pairs, group.codebook, group.scheme))),
         timeline=_timeline(found),
         ages_ms=tuple(np.percentile(ages, range(101)).tolist()),

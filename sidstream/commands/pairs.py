@@ -35,7 +35,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the pairs on `preferences`: schemes, ages, codes shared, contradictions, and what was withdrawn.
+    """Measure the pairs on `preferences`: schemes, ages, codes shared, contradictions, what was withdrawn.
 
     Example: sidstream pairs report --plots pairs
     """

@@ -92,7 +92,7 @@ def test_order_and_repeats_change_nothing_but_their_number(some: Any, data: Any)
 
 
 def test_no_pairs_are_an_error_that_says_where_pairs_come_from() -> None:
-    with pytest.raises(SidstreamError, match="no preference pairs.*sidstream agents"):
+    with pytest.raises(SidstreamError, match=r"no preference pairs.*sidstream agents"):
         pairs_report([], T0)
 
 
