@@ -1,8 +1,9 @@
-"""What a compacted topic says now: its newest record of each key, read to the end without a group."""
+"""What a topic holds now, read to its end without a group: every record, or the newest of each key."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TypeVar
 
 from kafka import KafkaConsumer, TopicPartition
@@ -27,6 +28,21 @@ def read_newest(kafka: KafkaSettings, kind: type[E]) -> dict[str, E]:
     Records that cannot be read are logged and skipped; a record without a value removes its key. Raises
     SidstreamError when the broker does not answer.
     """
+    newest: dict[str, E] = {}
+    for key, event in read_all(kafka, kind):
+        if event is None:
+            newest.pop(key, None)
+        else:
+            newest[key] = event
+    return newest
+
+
+def read_all(kafka: KafkaSettings, kind: type[E]) -> Iterator[tuple[str, E | None]]:
+    """Key and event of each record that the topic of `kind` holds, up to the end offsets seen at the start.
+
+    In order within a partition; None: a record without a value. Those that cannot be read are logged and
+    skipped. Raises SidstreamError when the broker does not answer.
+    """
     try:
         consumer = KafkaConsumer(
             **client_options(kafka), enable_auto_commit=False, group_id=None, allow_auto_create_topics=False
@@ -41,7 +57,6 @@ def read_newest(kafka: KafkaSettings, kind: type[E]) -> dict[str, E]:
         consumer.assign(partitions)
         consumer.seek_to_beginning(*partitions)
         ends = consumer.end_offsets(partitions)
-        newest: dict[str, E] = {}
         empty = 0
         while any(consumer.position(partition) < ends[partition] for partition in partitions):
             polled = consumer.poll(timeout_ms=_POLL_MS)
@@ -54,14 +69,10 @@ def read_newest(kafka: KafkaSettings, kind: type[E]) -> dict[str, E]:
             for records in polled.values():
                 for record in records:
                     key = (record.key or b"").decode(errors="replace")
-                    if record.value is None:
-                        newest.pop(key, None)
-                        continue
                     try:
-                        newest[key] = decode(kind, record.value)
+                        yield key, None if record.value is None else decode(kind, record.value)
                     except EventError as error:
                         _LOG.warning("%s[%d]@%d: %s", record.topic, record.partition, record.offset, error)
-        return newest
     except KafkaError as error:
         raise unreachable(kafka, error) from error
     finally:

@@ -11,6 +11,7 @@ from sidstream.commands import (
     cycle,
     evaluate,
     gate,
+    pairs,
     registry,
     serving,
     shoppers,
@@ -68,6 +69,8 @@ codebook.command("fit")(registry.codebook_fit)
 app.add_typer(codebook, name="codebook", rich_help_panel=MODELS)
 
 app.add_typer(sids.app, name="sids", rich_help_panel=MODELS)
+
+app.add_typer(pairs.app, name="pairs", rich_help_panel=MODELS)
 
 app.add_typer(gate.app, name="gate", rich_help_panel=MODELS)
 

@@ -27,6 +27,7 @@ from registry.settings import RolloutSettings
 from registry.store import CHAMPION, SFT, Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
+from trainer.alignment_stage import aligned
 from trainer.build import fresh_generator
 from trainer.curve import draw
 from trainer.data import Rows, popular
@@ -35,7 +36,7 @@ from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import write
 from trainer.material import Material, load_model, only_one, read_material
-from trainer.offline_check import check_finite, failing, failing_first, held_probe
+from trainer.offline_check import check_finite, failing, failing_first
 from trainer.offpolicy import Explored, OffPolicy, explored, judge
 from trainer.pretrain import learn
 from trainer.settings import TrainerSettings
@@ -62,6 +63,7 @@ class CycleResult:
     trial: str | None = None
     events: int = 0
     pairs: int = 0
+    withdrawn: int = 0  # rejected items of new pairs that late purchases and clicks contradict
     no_dpo: str | None = None  # why there is no DPO model
     sft: SftResult | None = None
     dpo: DpoResult | None = None
@@ -112,6 +114,7 @@ def run_cycle(
     promoting: Promoting,
     *,
     horizon_ms: int,
+    window_ms: int,
     step: float = 1.0,
     from_scratch: bool = False,
     progress: Progress | None = None,
@@ -121,10 +124,10 @@ def run_cycle(
     """Run one update cycle and put its bundles in service (the first) or on trial (later ones).
 
     `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
-    how long after an answer its clicks may come, `step` the share of their full weights that challengers get
-    at first. With several `devices` this is their main process, and all of them train SFT. Raises
-    SidstreamError where there is nothing to train on, another cycle runs in the same home, or the offline
-    check fails.
+    how long after an answer its clicks may come, `window_ms` the attribution window of preference pairs,
+    `step` the share of their full weights that challengers get at first. With several `devices` this is their
+    main process, and all of them train SFT. Raises SidstreamError where there is nothing to train on, another
+    cycle runs in the same home, or the offline check fails.
     """
     result = CycleResult()
     stages = _Stages(progress, result.seconds)
@@ -172,17 +175,17 @@ def run_cycle(
         veto = _veto("sft", model, logged, settings, ranking, result, stages)
         if veto:
             raise SidstreamError(f"{refused}: {veto}")
-        aligned = None
+        better = None
         if material.parent is None and registry.alias(CHAMPION) is None:
             result.no_dpo = "the first model is aligned when pairs about its answers are there"
         else:
-            aligned = _dpo(material, settings, model, run, result, stages, stop)
-        if aligned is not None:
-            veto = _veto("dpo", aligned, logged, settings, ranking, result, stages)
+            better = _dpo(material, settings, window_ms, model, run, result, stages, stop)
+        if better is not None:
+            veto = _veto("dpo", better, logged, settings, ranking, result, stages)
             if veto:
-                result.no_dpo, aligned = f"it failed its offline check: {veto}", None
+                result.no_dpo, better = f"it failed its offline check: {veto}", None
         _publish(
-            material, settings, model, aligned, run, registry, rollout, step, promoting, result, stages,
+            material, settings, model, better, run, registry, rollout, step, promoting, result, stages,
         )  # fmt: skip
         shutil.rmtree(run, ignore_errors=True)
     return result
@@ -299,57 +302,20 @@ def _veto(
 
 
 def _dpo(
-    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM, run: Path,
+    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM, run: Path,
     result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
-    # Here: TRL takes seconds to import, and a first cycle has nothing to align.
-    from trainer.align import align
-    from trainer.preference_rows import preference_rows
-
-    rows = preference_rows(
-        material.window.pairs(), material.codebook.id, material.prompt, settings.dpo, material.context,
-        material.profiles,
-    )  # fmt: skip
-    result.pairs = len(rows)
-    if result.pairs < settings.dpo.min_pairs:
-        result.no_dpo = f"{result.pairs} new preference pairs, at least {settings.dpo.min_pairs} are needed"
-        stages.done("dpo", f"left out: {result.no_dpo}")
-        return None
     tuned = result.sft.quality if result.sft else None
-    aligned, result.dpo = align(
-        model, material.tokenizer, rows, settings, run / "dpo", stop=stop,
-        probe=held_probe(material.split.held, material.known, material.sids, settings, tuned.ranking)
-        if tuned
-        else None,
-        progress=lambda text: stages.tell("dpo", text),
+    made = aligned(
+        material, settings, window_ms, model, tuned, run / "dpo", stop=stop,
+        tell=lambda text: stages.tell("dpo", text),
     )  # fmt: skip
-    result.metrics |= {
-        "dpo/margin": result.dpo.margin, "dpo/accuracy": result.dpo.accuracy, "dpo/drop": result.dpo.drop,
-        "dpo/loss": result.dpo.loss, "dpo/rejected": float(result.dpo.rejected), "dpo/beta": result.dpo.beta,
-    }  # fmt: skip
-    shown, failed = "", None
-    if len(material.split.held.targets) and tuned:
-        # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
-        quality = evaluate(
-            aligned, material.split.held, material.known, material.sids, settings, tuned.ranking
-        )
-        result.metrics |= _named("dpo", quality)
-        shown = f", HR@10 {tuned.hr10:.3f} -> {quality.hr10:.3f}"
-        if quality.purchases:
-            shown += f", of what was bought {tuned.purchase_hr10:.3f} -> {quality.purchase_hr10:.3f}"
-        failed = failing(quality, tuned.hr10, settings)
-    if result.dpo.drop > settings.dpo.max_drop or not result.dpo.kept:
-        failed = result.dpo.stopped
-    if failed:
-        result.no_dpo = f"it failed its offline check: {failed}"
-        stages.done("dpo", f"left out: {failed}")
-        return None
-    stages.done(
-        "dpo",
-        f"{result.pairs:,} pairs, {result.dpo.rejected:,} rejected, margin {result.dpo.margin:.3f}{shown}; "
-        f"{result.dpo.stopped}",
+    result.pairs, result.withdrawn, result.dpo, result.no_dpo = (
+        made.pairs, made.withdrawn, made.dpo, made.refused
     )  # fmt: skip
-    return aligned
+    result.metrics |= made.metrics | (_named("dpo", made.quality) if made.quality else {})
+    stages.done("dpo", made.told)
+    return made.model
 
 
 def _bundle(
@@ -386,14 +352,14 @@ def _bundle(
 
 def _publish(
     material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
-    aligned: GeneratorForCausalLM | None, run: Path, registry: Registry, rollout: RolloutSettings,
+    better: GeneratorForCausalLM | None, run: Path, registry: Registry, rollout: RolloutSettings,
     step: float, promoting: Promoting, result: CycleResult, stages: _Stages,
 ) -> None:  # fmt: skip
     first = registry.alias(CHAMPION) is None
     kind: Kind = "base" if first else "sft"
     made = {kind: _bundle(material, settings, kind, model, run / kind, None, result)}
-    if aligned is not None:
-        made["dpo"] = _bundle(material, settings, "dpo", aligned, run / "dpo", made[kind].id, result)
+    if better is not None:
+        made["dpo"] = _bundle(material, settings, "dpo", better, run / "dpo", made[kind].id, result)
     stages.done(
         "export", f"{len(made)} bundle(s), parity {max(result.metrics[f'{k}/parity'] for k in made):.1g}"
     )

@@ -295,9 +295,13 @@ def tune_window(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
+    window_ms: int,
     progress: Callable[[str, str, bool], None],
 ) -> LoraResult:
-    """Tune `settings.hf_model` on the window; nothing is registered, the merged model lies in <home>/hf."""
+    """Tune `settings.hf_model` on the window, and align it where there are preference pairs enough.
+
+    Nothing is registered: the merged models lie in <home>/hf. `window_ms`: the pairs' attribution window.
+    """
     if settings.hf_model is None:
         raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
     with only_one(settings.home):
@@ -310,9 +314,9 @@ def tune_window(
             lambda text: progress("lora", text, False),
         )  # fmt: skip
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
-        pairs = preference_rows(
-            material.window.pairs(), material.codebook.id, material.prompt, settings.dpo
-        )  # fmt: skip
+        dpo, codebook = settings.dpo, material.codebook.id
+        found = material.window.pairs(window_ms, codebook, dpo.schemes, dpo.max_pairs)
+        pairs = preference_rows(found.pairs, codebook, material.prompt, dpo)
         if len(pairs) >= settings.dpo.min_pairs:
             result = align_tuned(
                 result, pairs, rows, ours, material.sids, settings,

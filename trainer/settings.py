@@ -60,8 +60,15 @@ class DpoSettings(Section):
     lr: float = Field(5e-4, gt=0, description="learning rate; an eighth of SFT's or less")
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
-    max_pairs: int = Field(20_000, ge=1, description="pairs of a cycle, the newest kept")
+    # Alignment starts anew in each cycle: as many pairs each time is as strong a pull each time.
+    max_pairs: int = Field(4000, ge=1, description="pairs of a cycle, the newest kept, older windows' too")
     max_rejected: int = Field(1, ge=1, description="K, the rejected SIDs of one pair that are used")
+    hard_negatives: int = Field(
+        0,
+        ge=0,
+        description="SIDs that share the longest prefix with the chosen one, for a pair with fewer than "
+        "max_rejected",
+    )
     max_items: int = Field(20, ge=1, description="items of a pair's prompt, the newest kept")
     min_pairs: int = Field(100, ge=1, description="fewer pairs than this: no DPO model in this cycle")
     schemes: list[Scheme] = Field(

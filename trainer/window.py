@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.data import Catalogue, Interactions, interactions
 from trainer.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
+from trainer.pair_filter import Withdrawal, withdraw
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
@@ -127,12 +128,21 @@ class Window:
                 counts[item] = counts.get(item, 0) + 1
         return counts
 
-    def pairs(self) -> list[events.PreferencePair]:
-        """The new preference pairs, each once."""
-        table, new = self._read("preferences")
+    def pairs(
+        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], most: int
+    ) -> Withdrawal:
+        """The newest `most` preference pairs of a codebook and some schemes, older windows' included.
+
+        Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
+        window that the agents made them with.
+        """
+        table, _ = self._read("preferences")
         decoder = msgspec.json.Decoder(events.PreferencePair)
-        decoded = (decoder.decode(value) for value in table.filter(pa.array(new))["value"].to_pylist())
-        return list({pair.event_id: pair for pair in decoded}.values())
+        decoded = (decoder.decode(value) for value in table["value"].to_pylist())
+        wanted = [pair for pair in decoded if pair.codebook == codebook and pair.scheme in schemes]
+        # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
+        newest = sorted(wanted, key=lambda pair: (pair.ts, pair.event_id))[-most:]
+        return withdraw(newest, self._read("purchases")[0], self._read("clicks")[0], window_ms)
 
     def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?

@@ -89,7 +89,7 @@ class World:
         return run_cycle(
             self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
             progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None,
-            horizon_ms=HORIZON, **options,
+            horizon_ms=HORIZON, window_ms=HORIZON // 2, **options,
         )  # fmt: skip
 
 
@@ -140,9 +140,10 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert not idle.versions
 
     world.walk(range(20), 4, Click, 1000)
+    # Long after what these users bought: no purchase contradicts them.
     pairs: list[Event] = [
         PreferencePair.new(
-            event_id=f"p{n}", ts=T0 + n, user_id=f"u{n}", scheme="purchased_over_clicked",
+            event_id=f"p{n}", ts=T0 + HORIZON + n, user_id=f"u{n}", scheme="purchased_over_clicked",
             codebook=world.codebook.id, chosen_item=f"i{(n + 1) % ITEMS:02}",
             chosen=list(sid_of((n + 1) % ITEMS)),
             rejected_items=[f"i{(n + 5) % ITEMS:02}"], rejected=[list(sid_of((n + 5) % ITEMS))],
@@ -220,7 +221,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     made.append(Click.new(user_id="late", item_id="i00", ts=since + 1500 + HORIZON))
     made += [
         PreferencePair.new(
-            user_id=f"u{n}", ts=T0 + n, scheme="purchased_over_clicked", codebook=world.codebook.id,
+            user_id=f"u{n}", ts=T0 + HORIZON + n, scheme="purchased_over_clicked", codebook=world.codebook.id,
             chosen_item=f"i{(n + 5) % ITEMS:02}", chosen=list(sid_of((n + 5) % ITEMS)),
             rejected_items=[f"i{(n + 1) % ITEMS:02}"], rejected=[list(sid_of((n + 1) % ITEMS))],
             history=[list(sid_of(n % ITEMS))],

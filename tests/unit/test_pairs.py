@@ -226,14 +226,23 @@ def test_the_fences_let_an_event_pass_once_and_start_anew_with_a_new_topic() -> 
     assert fences == {"clicks": (8, 2)}
 
 
-moments = st.integers(0, 4000)
 items = st.sampled_from("abcd")
 requests = st.sampled_from([None, None, "q", "r"])
-event = st.one_of(
-    st.builds(click, items, moments, requests, st.sampled_from(["click", "cart"])),
-    st.builds(buy, items, moments, requests),
-    st.builds(show, st.permutations("abcd").map(lambda p: "".join(p[:3])), moments, st.sampled_from("qr")),
-)
+
+
+def events(moments: st.SearchStrategy[int]) -> st.SearchStrategy[Event]:
+    return st.one_of(
+        st.builds(click, items, moments, requests, st.sampled_from(["click", "cart"])),
+        st.builds(buy, items, moments, requests),
+        st.builds(
+            show, st.permutations("abcd").map(lambda p: "".join(p[:3])), moments, st.sampled_from("qr")
+        ),
+    )
+
+
+event = events(st.integers(0, 4000))
+# Moments that meet the ends of windows more often than by chance.
+crowded = events(st.integers(0, 50).map(lambda at: at * L // 2))
 
 
 @pytest.mark.parametrize("repeat", [False, True])
@@ -263,6 +272,39 @@ def test_any_order_within_the_lateness_gives_the_pairs_of_the_whole_log(repeat, 
         p for p in reference(log, W, most) if p[2] not in spread
     }
     assert len(user.made) == len({(d.scheme, d.request_id or d.moment, d.chosen) for d in user.made})
+
+
+@given(log=st.lists(crowded, min_size=8, max_size=25), data=st.data(), most=st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_nothing_is_rejected_before_its_window_closed_nor_what_was_bought_in_it(log, data, most) -> None:
+    # A decision's window: before and after its purchase, or after the first impression of its request.
+    arrival = sorted(log, key=lambda e: e.ts + data.draw(st.integers(0, L)))
+    user, seen, made = User(most), T0, 0
+    for incoming in arrival:
+        user.add(incoming)
+        seen = max(seen, incoming.ts)
+        user.mature(seen - T0)
+        for decision in user.made[made:]:
+            assert decision.moment + W + L <= seen
+        made = len(user.made)
+    user.mature(100_000)
+    bought = [(e.item_id, e.ts) for e in log if isinstance(e, Purchase)]
+    spread = _spread(log)
+    for decision in user.made:
+        if decision.request_id in spread:
+            continue
+        opened = decision.moment
+        clicks = [
+            (e.item_id, e.ts) for e in log
+            if isinstance(e, Click) and e.request_id is None and opened - W <= e.ts <= opened
+        ]  # fmt: skip
+        for item in decision.rejected:
+            if decision.request_id is not None:
+                kept = [opened]
+            else:
+                kept = [opened - W, *(ts for clicked, ts in clicks if clicked == item)]
+            assert item != decision.chosen
+            assert not any(i == item and ts <= at <= ts + W for ts in kept for i, at in bought)
 
 
 def _spread(log: list[Event]) -> set[str]:

@@ -76,7 +76,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, rounded to four places, for JSON."""
-        made: dict[str, Any] = _rounded(dataclasses.asdict(self))
+        made: dict[str, Any] = rounded(dataclasses.asdict(self))
         for level in made["levels"]:
             del level["counts"]
         return made
@@ -179,11 +179,12 @@ def _shared(codes: Int64, rows: Int64, others: Int64) -> Shared:
     return Shared(float(first.mean()), float(two.mean()), float((share**2).sum()), len(rows))
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Plain values for JSON: every float of dicts and lists to four places."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return value

@@ -1,0 +1,122 @@
+"""What is in the preference pairs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sidstream.console import emit
+from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from sidstream.settings import Settings
+    from streams.events import PreferencePair
+    from trainer.pair_filter import Withdrawal
+    from trainer.pairs_report import Counts, Group, PairsReport
+
+app = typer.Typer(help="The preference pairs that alignment learns from.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+_UNITS = (("days", 86_400_000), ("hours", 3_600_000), ("minutes", 60_000), ("seconds", 1000))
+
+
+@app.callback()
+def _group() -> None:
+    """The preference pairs that alignment learns from."""
+
+
+@app.command("report")
+def report(
+    plots: Annotated[
+        Path | None, typer.Option(help="also draw it, as PNG files in this folder; needs the extra `train`")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the pairs on `preferences`: schemes, ages, codes shared, contradictions, what was withdrawn.
+
+    Example: sidstream pairs report --plots pairs
+    """
+    from registry.current import read_all
+    from sidstream.settings import load
+    from streams.events import PreferencePair
+    from trainer.pairs_report import pairs_report
+
+    settings = load()
+    pairs = [pair for _, pair in read_all(settings.kafka, PreferencePair) if pair is not None]
+    found = pairs_report(pairs, time.time_ns() // 1_000_000, _held_against_the_log(settings, pairs))
+    if plots:
+        _draw(found, plots)
+    emit(found.as_dict(), as_json, _text(found))
+
+
+def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Withdrawal | None:
+    """What the trainer's log contradicts; None where none was written on this machine."""
+    from trainer.log import Log
+    from trainer.pair_filter import withdraw
+
+    log = Log.open(settings.trainer.home / "log")
+    if not {"purchases", "clicks"} & {file.topic for file in log.files}:
+        return None
+    purchases, clicks = (log.read(topic, {}, 0)[0] for topic in ("purchases", "clicks"))
+    return withdraw(pairs, purchases, clicks, 1000 * settings.agents.attribution_window_s)
+
+
+def _draw(found: PairsReport, folder: Path) -> None:
+    try:
+        from trainer.pairs_picture import draw
+    except ModuleNotFoundError as error:
+        raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SidstreamError(f"--plots {folder}: {error.strerror}; name a folder that can be made") from error
+    for name, content in draw(found).items():
+        (folder / name).write_bytes(content)
+
+
+def _text(found: PairsReport) -> str:
+    ages = found.age_ms
+    lines = [
+        f"{found.pairs:,} pairs of {found.users:,} users, {found.repeats:,} repeats left out",
+        f"age: newest {_long(ages.newest)}, median {_long(ages.median)}, oldest {_long(ages.oldest)}",
+        "",
+    ]
+    for group in found.groups:
+        lines += _of_group(group)
+    lines += [
+        f"items: {found.chosen_items:,} chosen ({found.chosen_also_rejected:.1%} of them also rejected), "
+        f"{found.rejected_items:,} rejected ({found.rejected_also_chosen:.1%} of them also chosen)",
+        f"chosen most (Gini {found.gini:.3f}): " + ", ".join(f"{item} {n:,}" for item, n in found.top),
+    ]
+    if (gone := found.withdrawn) is None:
+        lines.append("withdrawn: not measured; the trainer's log on this machine has no clicks or purchases")
+    else:
+        lines.append(
+            f"withdrawn by the trainer's log: {gone.bought:,} rejected items that were bought, "
+            f"{gone.clicked:,} that were clicked, {gone.same:,} that are the chosen one; "
+            f"{gone.gone:,} whole pairs"
+        )
+    return "\n".join(lines)
+
+
+def _of_group(group: Group) -> list[str]:
+    shared = ", ".join(f"first {level} {share:.1%}" for level, share in enumerate(group.shared, start=1))
+    return [
+        f"{group.scheme}, codebook {group.codebook}: {group.pairs:,} pairs of {group.users:,} users",
+        f"  rejected a pair  {_spread(group.rejected)}",
+        f"  history          {_spread(group.history)}",
+        f"  codes shared     {shared}",
+        "",
+    ]
+
+
+def _spread(one: Counts) -> str:
+    return f"mean {one.mean:.1f}, median {one.median:g}, 90 % at most {one.p90:g}, most {one.most}"
+
+
+def _long(ms: float) -> str:
+    name, unit = next(((name, unit) for name, unit in _UNITS if abs(ms) >= 2 * unit), _UNITS[-1])
+    return f"{ms / unit:,.1f} {name}"

@@ -1,0 +1,112 @@
+"""The update cycle's alignment: its window's pairs -> an aligned model, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.prompt import Sid
+from streams.events import PreferencePair
+from trainer.data import Catalogue
+from trainer.generator import GeneratorForCausalLM
+from trainer.material import Material
+from trainer.negatives import Siblings
+from trainer.offline_check import failing, held_probe
+from trainer.preference_rows import Fill, preference_rows
+from trainer.settings import DpoSettings, TrainerSettings
+from trainer.sft import Quality, evaluate
+
+if TYPE_CHECKING:
+    from trainer.align import DpoResult
+
+
+@dataclass
+class Alignment:
+    """What the stage made. `model`: None where there is none, and `refused` says why."""
+
+    pairs: int = 0
+    withdrawn: int = 0  # rejected items that late purchases and clicks contradict
+    model: GeneratorForCausalLM | None = None
+    refused: str | None = None
+    told: str = ""  # the stage in a line
+    dpo: DpoResult | None = None
+    quality: Quality | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def refuse(self, reason: str, told: str) -> Alignment:
+        """No model, for a reason."""
+        self.refused, self.told = reason, f"left out: {told}"
+        return self
+
+
+def hard_negatives(known: Catalogue, settings: DpoSettings) -> Fill | None:
+    """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled."""
+    if not settings.hard_negatives:
+        return None
+    siblings = Siblings(known.sids)
+
+    def fill(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
+        most = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
+        past = [tuple(sid) for sid in pair.history]
+        return siblings.fill(rejected, tuple(pair.chosen), past, pair.event_id, most)
+
+    return fill
+
+
+def aligned(
+    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
+    tuned: Quality | None, folder: Path, *, tell: Callable[[str], None],
+    stop: Callable[[], bool] | None = None,
+) -> Alignment:  # fmt: skip
+    """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
+
+    `window_ms` is the attribution window of the pairs; `tell` gets the progress.
+    """
+    # Here: TRL takes seconds to import, and a cycle without pairs has nothing to align.
+    from trainer.align import align
+
+    dpo, made = settings.dpo, Alignment()
+    found = material.window.pairs(window_ms, material.codebook.id, dpo.schemes, dpo.max_pairs)
+    made.withdrawn = found.bought + found.clicked
+    said = f"; {found.told()}" if found.told() else ""
+    rows = preference_rows(
+        found.pairs, material.codebook.id, material.prompt, dpo, material.context, material.profiles,
+        hard_negatives(material.known, dpo),
+    )  # fmt: skip
+    made.pairs = len(rows)
+    if made.pairs < dpo.min_pairs:
+        reason = f"{made.pairs} preference pairs, at least {dpo.min_pairs} are needed"
+        return made.refuse(reason, reason + said)
+    held = material.split.held
+    probe = None
+    if tuned is not None:
+        probe = held_probe(held, material.known, material.sids, settings, tuned.ranking)
+    better, result = align(
+        model, material.tokenizer, rows, settings, folder, probe=probe, progress=tell, stop=stop
+    )
+    made.dpo = result
+    made.metrics = {
+        "dpo/margin": result.margin, "dpo/accuracy": result.accuracy, "dpo/drop": result.drop,
+        "dpo/loss": result.loss, "dpo/rejected": float(result.rejected), "dpo/beta": result.beta,
+        "dpo/withdrawn": float(made.withdrawn), "dpo/kept_step": float(result.kept),
+    }  # fmt: skip
+    shown, failed = "", None
+    if tuned is not None and len(held.targets):
+        # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
+        made.quality = evaluate(better, held, material.known, material.sids, settings, tuned.ranking)
+        shown = f", HR@10 {tuned.hr10:.3f} -> {made.quality.hr10:.3f}"
+        if made.quality.purchases:
+            shown += f", of what was bought {tuned.purchase_hr10:.3f} -> {made.quality.purchase_hr10:.3f}"
+        failed = failing(made.quality, tuned.hr10, settings)
+    if result.drop > dpo.max_drop or not result.kept:
+        failed = result.stopped
+    if failed:
+        return made.refuse(f"it failed its offline check: {failed}", failed + said)
+    made.model = better
+    made.told = (
+        f"{made.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}{shown}; "
+        f"{result.stopped}{said}"
+    )
+    return made

@@ -1,0 +1,150 @@
+"""Which preference pairs still hold once late purchases and clicks are known.
+
+The agents decide when an attribution window has closed and the allowed lateness is over. What reaches the log
+later than that may contradict a pair; it is withdrawn here, when the pair is about to be learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from streams.events import PreferencePair
+
+Int64 = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_REJECTED = pa.schema([
+    ("pair", pa.int64()), ("user_id", pa.string()), ("item_id", pa.string()), ("request_id", pa.string()),
+    ("ts", pa.int64()), ("same", pa.bool_()), ("by_click", pa.bool_()),
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """The pairs that hold, each once, and what was withdrawn; rejected items are counted over all pairs."""
+
+    pairs: list[PreferencePair]
+    repeats: int  # records of a pair that was there already
+    bought: int  # rejected items that the user bought within the window
+    clicked: int  # rejected items of clicked_over_shown that were clicked, and not bought
+    same: int  # rejected items that are the chosen one, or have its SID
+    gone: int  # pairs of which no rejected item is left, or whose items and SIDs are not as many
+
+    def told(self) -> str:
+        """What was withdrawn, in a few words; empty where nothing was."""
+        if not (items := self.bought + self.clicked + self.same) and not self.gone:
+            return ""
+        return (
+            f"withdrawn: {items:,} rejected items ({self.bought:,} bought, {self.clicked:,} clicked), "
+            f"{self.gone:,} whole pairs"
+        )
+
+
+def withdraw(
+    pairs: Sequence[PreferencePair], purchases: pa.Table, clicks: pa.Table, window_ms: int
+) -> Withdrawal:
+    """Take from each pair the rejected items that the log contradicts; a pair without any is gone.
+
+    `purchases` needs columns user_id, item_id (string) and ts (int64, ms), `clicks` also request_id; both may
+    hold the whole log. A rejected item leaves if the same user bought it within `window_ms` of the pair's
+    `ts`, before or after. That reaches further than the agents' rule, because a pair does not say when its
+    window was opened: what is bought so near to a decision is no item to be held against. In a pair of
+    clicked_over_shown it leaves as well if it was clicked under the pair's request in that time. The chosen
+    item and its SID are never among the rejected. `event_id` stays: the decision is the same.
+    """
+    found = {pair.event_id: pair for pair in pairs}
+    whole = [pair for pair in found.values() if len(pair.rejected_items) == len(pair.rejected)]
+    rejected = _rejected(whole)
+    same = rejected["same"].to_numpy(zero_copy_only=False)
+    bought = ~same & _near(rejected, purchases, ("user_id", "item_id"), window_ms)
+    may = rejected["by_click"].to_numpy(zero_copy_only=False) & ~same & ~bought
+    clicked = np.zeros(len(may), dtype=np.bool_)
+    clicked[may] = _near(
+        rejected.filter(pa.array(may)), clicks, ("request_id", "user_id", "item_id"), window_ms
+    )
+    out = same | bought | clicked
+    starts = np.cumsum([0, *(len(pair.rejected) for pair in whole)]).tolist()
+    left = [
+        _without(pair, out[begin:end]) for pair, (begin, end) in zip(whole, pairwise(starts), strict=True)
+    ]
+    kept = [pair for pair in left if pair is not None]
+    return Withdrawal(
+        kept, repeats=len(pairs) - len(found), bought=int(bought.sum()), clicked=int(clicked.sum()),
+        same=int(same.sum()), gone=len(found) - len(kept),
+    )  # fmt: skip
+
+
+def _rejected(pairs: Sequence[PreferencePair]) -> pa.Table:
+    """A row for each rejected item of each pair, in order."""
+    columns: list[list[object]] = [[] for _ in _REJECTED]
+    for at, pair in enumerate(pairs):
+        by_click = pair.scheme == "clicked_over_shown" and pair.request_id is not None
+        for item, sid in zip(pair.rejected_items, pair.rejected, strict=True):
+            same = item == pair.chosen_item or sid == pair.chosen
+            row = (at, pair.user_id, item, pair.request_id, pair.ts, same, by_click)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, _REJECTED, strict=True)]
+    return pa.table(arrays, schema=_REJECTED)
+
+
+def _without(pair: PreferencePair, out: Mask) -> PreferencePair | None:
+    if not out.any():
+        return pair
+    if out.all():
+        return None
+    stays = (~out).nonzero()[0].tolist()
+    return msgspec.structs.replace(
+        pair,
+        rejected_items=[pair.rejected_items[at] for at in stays],
+        rejected=[pair.rejected[at] for at in stays],
+    )
+
+
+def _near(asked: pa.Table, events: pa.Table, columns: Sequence[str], window_ms: int) -> Mask:
+    """For each row of `asked`: is there an event with the same `columns`, at most `window_ms` from its ts?"""
+    if not asked.num_rows or not events.num_rows:
+        return np.zeros(asked.num_rows, dtype=np.bool_)
+    # Codes of the columns together; after each column only events are left that somebody asks about.
+    asked_codes = np.zeros(asked.num_rows, dtype=np.int64)
+    codes = np.zeros(events.num_rows, dtype=np.int64)
+    events = events.select([*columns, "ts"])
+    for name in columns:
+        values = pc.unique(asked[name]).drop_null()
+        place = pc.index_in(events[name], value_set=values)
+        there = place.is_valid()
+        events, codes = events.filter(there), codes[there.to_numpy()]
+        codes = codes * len(values) + place.drop_null().to_numpy()
+        asked_codes = asked_codes * len(values) + pc.index_in(asked[name], value_set=values).to_numpy()
+        distinct, asked_codes = np.unique(asked_codes, return_inverse=True)
+        at = np.searchsorted(distinct, codes).clip(max=len(distinct) - 1)
+        same = distinct[at] == codes
+        events, codes = events.filter(pa.array(same)), at[same]
+    ts = asked["ts"].to_numpy()
+    return _within(asked_codes, ts - window_ms, ts + window_ms, codes, events["ts"].to_numpy())
+
+
+def _within(asked: Int64, first: Int64, last: Int64, codes: Int64, ts: Int64) -> Mask:
+    """For each asked code (Q,): has an event (E,) of that code its `ts` in [first, last]?
+
+    Questions and events are sorted together by code and time, a question before an event of its moment: the
+    next event after a question is the first that can answer it.
+    """
+    kinds = np.repeat([0, 1], [len(asked), len(codes)])
+    order = np.lexsort((kinds, np.concatenate([first, ts]), np.concatenate([asked, codes])))
+    events = order[kinds[order] == 1] - len(asked)
+    before = np.empty(len(order), dtype=np.int64)
+    before[order] = np.cumsum(kinds[order])
+    following = before[: len(asked)]
+    found = following < len(events)
+    event = events[following[found]]
+    found[found] = (codes[event] == asked[found]) & (ts[event] <= last[found])
+    return found
