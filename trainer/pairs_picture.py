@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
-import numpy as np
 from matplotlib.figure import Figure
 
 from trainer.pairs_report import PairsReport
@@ -25,10 +22,11 @@ def draw(found: PairsReport) -> dict[str, bytes]:
 def _over_time(found: PairsReport) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    times = [datetime.fromtimestamp(edge / 1000, UTC) for edge in found.timeline.edges]
+    # What matplotlib counts in days since 1970, it writes as dates.
+    days = [edge / _DAY_MS for edge in found.timeline.edges]
     for scheme, counts in found.timeline.counts.items():
-        # A step has as many values as edges: the last count reaches to the last edge.
-        axis.step(np.array(times), [*counts, counts[-1]], where="post", label=f"{scheme}: {sum(counts):,}")
+        axis.stairs(counts, days, label=f"{scheme}: {sum(counts):,}")
+    axis.xaxis_date()
     axis.set(xlabel="time of the decision (UTC)", ylabel="pairs", ylim=(0, None))
     axis.set_title(f"{found.pairs:,} preference pairs of {found.users:,} users")
     axis.legend()
