@@ -233,7 +233,9 @@ def aligned_to(
     rows = preference_rows(pairs, "evaluation", tuned.set.prompt, dpo)
     probe = held_probe(tuned.held, tuned.known, tuned.set, settings, tuned.ranking)
     with tempfile.TemporaryDirectory() as folder:
-        model, result = align(tuned.model, tuned.tokenizer, rows, settings, Path(folder), probe=probe)
+        model, result = align(
+            tuned.model, tuned.tokenizer, rows, settings, Path(folder), sequences=tuned.rows, probe=probe
+        )
     other = copy.copy(tuned)
     other.use(model)
     return other, (

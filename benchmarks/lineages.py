@@ -309,7 +309,9 @@ class Shop:
             pairs = preference_rows(self.pairs, MADE, self.prompt, chosen.dpo)
             probe = held_probe(split.held, self.known, self.sids, chosen, quality.ranking)
             with tempfile.TemporaryDirectory() as folder:
-                better, dpo = align(model, self.tokenizer, pairs, chosen, Path(folder), probe=probe)
+                better, dpo = align(
+                    model, self.tokenizer, pairs, chosen, Path(folder), sequences=rows, probe=probe
+                )
             after = evaluate(better, split.held, self.known, self.sids, chosen, quality.ranking)
             said += f"; {len(pairs)} pairs, {dpo.steps} steps, HR@10 {after.hr10:.3f}, {dpo.stopped}"
             if failing(after, quality.hr10, chosen) is None and dpo.drop <= chosen.dpo.max_drop and dpo.kept:

@@ -31,11 +31,13 @@ from trl import DPOConfig, DPOTrainer
 
 from streams.errors import SidstreamError
 from trainer.alignment_watch import Probe, Watch
+from trainer.data import Rows
 from trainer.generator import GeneratorForCausalLM
 from trainer.preference_losses import LOSSES, DynamicBeta, gaps
 from trainer.preference_rows import PreferenceRow, collate
 from trainer.preference_scores import Head, heads_of
 from trainer.settings import DpoSettings, TrainerSettings
+from trainer.sft import Replay
 
 # Steps between looks at the chosen SID's log-probability.
 _LOOK = 5
@@ -64,9 +66,9 @@ class DpoResult:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer with losses over 1 + K answers, for rows that are token ids already."""
 
-    def __init__(self, dpo: DpoSettings, **given: Any) -> None:
+    def __init__(self, dpo: DpoSettings, replay: Replay | None, **given: Any) -> None:
         super().__init__(**given)
-        self.dpo = dpo
+        self.dpo, self.replay = dpo, replay
         self.dynamic = DynamicBeta(
             dpo.beta, dpo.beta_scale, dpo.beta_momentum, dpo.left_out, gather=self.accelerator.gather
         )
@@ -90,6 +92,8 @@ class _PreferenceTrainer(DPOTrainer):
             if bool(used.any()):
                 loss = loss + dpo.weight * LOSSES[dpo.loss](pull[used], head.real[used], beta).mean()
             loss = loss + dpo.sft_weight * head.nll
+        if self.replay is not None and model.training:
+            loss = loss + dpo.replay_weight * self.replay.loss(self.accelerator.unwrap_model(model))
         self._note(heads[0], before[0], pulls[0], beta, model.training)
         return (loss, None) if return_outputs else loss
 
@@ -155,20 +159,23 @@ def align(
     settings: TrainerSettings,
     folder: Path,
     *,
+    sequences: Rows | None = None,
     probe: Probe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[GeneratorForCausalLM, DpoResult]:
     """A copy of `model` aligned to rows of token ids, in full; `model` itself is the frozen reference.
 
-    `folder` is where TRL may keep files; `probe` looks at the policy every `dpo.probe_steps`. Where a stop
-    rule ends the stage, the weights are those of the last look that passed. Raises SidstreamError when there
-    are no rows.
+    `folder` is where TRL may keep files; `sequences` are what the model was fine-tuned on, whose next-item
+    loss joins at `dpo.replay_weight` and keeps the clicks; `probe` looks at the policy every
+    `dpo.probe_steps`. Where a stop rule ends the stage, the weights are those of the last look that passed.
+    Raises SidstreamError when there are no rows.
     """
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
     # Not a part of the preference: dropped items would move the policy alone.
     policy.model.items.item_dropout = 0.0
-    result = _run(policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None)
+    replay = Replay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
+    result = _run(policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay)
     aligned = type(model)(model.config).eval()
     aligned.load_state_dict({name: value.cpu() for name, value in policy.state_dict().items()})
     return aligned, result
@@ -194,7 +201,18 @@ def align_language_model(
     reference = None if adapters is not None else copy.deepcopy(model).eval()
     trained: list[Any] = []
     result = _run(
-        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, adapters, trained.append
+        policy,
+        reference,
+        tokenizer,
+        rows,
+        settings,
+        folder,
+        probe,
+        progress,
+        stop,
+        adapters,
+        None,
+        trained.append,
     )
     made = trained[0]
     return (made.merge_and_unload() if adapters is not None else made).cpu().eval(), result
@@ -203,7 +221,7 @@ def align_language_model(
 def _run(
     policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
     settings: TrainerSettings, folder: Path, probe: Probe | None, progress: Callable[[str], None] | None,
-    stop: Callable[[], bool] | None, adapters: PeftConfig | None,
+    stop: Callable[[], bool] | None, adapters: PeftConfig | None, replay: Replay | None,
     take: Callable[[Any], None] = lambda _: None,
 ) -> DpoResult:  # fmt: skip
     check_trl()
@@ -225,7 +243,7 @@ def _run(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _Quiet():
         trainer = _PreferenceTrainer(
-            dpo, model=policy, ref_model=reference, args=arguments,
+            dpo, replay, model=policy, ref_model=reference, args=arguments,
             train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=tokenizer,
             data_collator=lambda batch: collate(batch, pad), callbacks=[watch], peft_config=adapters,
         )  # fmt: skip

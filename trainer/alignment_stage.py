@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.prompt import Sid
 from streams.events import PreferencePair
-from trainer.data import Catalogue
+from trainer.data import Catalogue, Rows
 from trainer.generator import GeneratorForCausalLM
 from trainer.material import Material
 from trainer.negatives import Siblings
@@ -83,9 +83,13 @@ def aligned(
     probe = None
     if tuned is not None:
         probe = held_probe(held, material.known, material.sids, settings, tuned.ranking)
-    better, result = align(
-        model, material.tokenizer, rows, settings, folder, probe=probe, progress=tell, stop=stop
+    sequences = Rows(
+        material.log, material.split, material.known, material.tokenizer, material.prompt, settings
     )
+    better, result = align(
+        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=tell,
+        stop=stop,
+    )  # fmt: skip
     made.dpo = result
     made.metrics = {
         "dpo/margin": result.margin, "dpo/accuracy": result.accuracy, "dpo/drop": result.drop,

@@ -56,6 +56,9 @@ class DpoSettings(Section):
     # Measured with shoppers whose tastes are known (docs/decisions/0004): at .03 beside 1 nothing moves.
     weight: float = Field(1.0, ge=0, description="weight of the preference term")
     sft_weight: float = Field(0.1, ge=0, description="weight of the chosen item's next-token loss")
+    replay_weight: float = Field(
+        1.0, ge=0, description="weight of the next-item loss on the log's sequences, which keeps the clicks"
+    )
     # Of both heads: docs/decisions/0006 has what it buys and costs.
     lr: float = Field(5e-4, gt=0, description="learning rate; an eighth of SFT's or less")
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")

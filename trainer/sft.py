@@ -233,6 +233,35 @@ def _batch_loss(
     return loss
 
 
+def _placed(model: GeneratorForCausalLM, rows: Rows) -> tuple[Tensor, Scored | None]:
+    """The model's row (I,) of each item of the catalogue, and which items the dense head's loss is over."""
+    codes = torch.from_numpy(rows.known.codes).to(model.device)
+    table = model.model.items.rows(codes)
+    if bool((table < 0).any()):
+        raise ValueError("every item of the catalogue must be in the model's table: call know() first")
+    # Held-out targets do not count as touched: they stand for what is not known yet.
+    spans = zip(rows.log.starts[:-1], rows.split.ends, strict=True)
+    learned = np.concatenate([rows.log.items[low:high] for low, high in spans])
+    return table, scored(table, torch.from_numpy(np.unique(learned)).to(model.device))
+
+
+class Replay:
+    """The next-item loss on the log's sequences, batch by batch, for a stage that learns something else."""
+
+    def __init__(self, model: GeneratorForCausalLM, rows: Rows) -> None:
+        self._rows = rows
+        self._table, self._among = _placed(model, rows)
+        self._epoch = 0
+        self._left: list[Pieces] = []
+
+    def loss(self, model: GeneratorForCausalLM) -> Tensor:
+        """Of the next batch; epochs follow each other without an end."""
+        if not self._left:
+            self._left = self._rows.pieces(self._epoch)
+            self._epoch += 1
+        return _batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
+
+
 def train(
     model: GeneratorForCausalLM,
     rows: Rows,
@@ -287,15 +316,7 @@ def train(
         if saved and devices.main:
             saved.save(model, optimizer, place, best)
 
-    codes = torch.from_numpy(rows.known.codes).to(where)
-    table = model.model.items.rows(codes)
-    if bool((table < 0).any()):
-        raise ValueError("every item of the catalogue must be in the model's table: call know() first")
-    # Held-out targets do not count as touched: they stand for what is not known yet.
-    spans = zip(rows.log.starts[:-1], rows.split.ends, strict=True)
-    learned = np.concatenate([rows.log.items[low:high] for low, high in spans])
-    among = scored(table, torch.from_numpy(np.unique(learned)).to(where))
-
+    table, among = _placed(model, rows)
     tree = code_tree(model.model.items.codes) if settings.smoothing else ()
     while place.stopped is None and place.epoch < settings.epochs:
         batches = rows.pieces(place.epoch)

@@ -18,6 +18,7 @@ from trainer.align import align, check_trl
 from trainer.alignment_watch import Health
 from trainer.preference_rows import preference_rows
 from trainer.settings import DpoSettings
+from trainer.sft import Replay, train
 
 CODEBOOK = "c" * 16
 
@@ -193,6 +194,25 @@ def test_every_loss_raises_the_chosen_sid_over_all_that_were_rejected(
             for one in (model, aligned)
         ]
         assert margins[1] > margins[0] + 0.5
+
+
+def test_the_logs_own_sequences_hold_what_was_learned_from_them(tmp_path: Path) -> None:
+    made = shop(epochs=6)
+    model = made.model()
+    train(model, made.rows, made.sids, made.settings)
+    # What is preferred has nothing to do with what comes next.
+    pairs = [pair(n, chosen=[0, 0, 0], history=[[n % 4, n % 3, 0]]) for n in range(200)]
+    losses = []
+    for weight in (0.0, 1.0):
+        settings = settings_of(made, replay_weight=weight, sft_weight=1.0, max_drop=50)
+        rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
+        aligned, _ = align(model, made.tokenizer, rows, settings, tmp_path, sequences=made.rows)
+        with torch.no_grad():
+            losses.append(float(Replay(aligned, made.rows).loss(aligned)))
+    with torch.no_grad():
+        before = float(Replay(model, made.rows).loss(model))
+    assert losses[0] > before + 1
+    assert losses[1] < before + (losses[0] - before) / 2
 
 
 def test_without_rows_there_is_nothing_to_align_to(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class Trained:
             self.context.size,
         )  # fmt: skip
         log, cut = _log(data, settings, self.profiles)
-        rows = Rows(log, cut, known, tokenizer, prompt, settings)
+        self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
         self.held = cut.held
         self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
