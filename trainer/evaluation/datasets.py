@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from registry.rewards import Offer
 from streams.errors import SidstreamError
 from streams.replay.online_retail import OnlineRetail
 from streams.replay.rees46 import Rees46, find
@@ -114,6 +115,10 @@ def _of_log(name: str, log: Source) -> Sequences:
         name, names, sequences, item_names, [catalogue[item].title or "" for item in item_names], times,
         categories if any(categories) else None,
         profiles=[profiles.get(user, {}) for user in names] if profiles else None,
+        offers=[
+            Offer(one.category, one.price, one.commission_rate)
+            for one in (catalogue[item] for item in item_names)
+        ],
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from registry.rewards import Offer
+
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
@@ -25,6 +27,7 @@ class Sequences:
     categories: list[str] | None = None  # (I,); "" where an item has none
     sids: Int64 | None = None  # (I, L) published codes, which two items may share
     profiles: list[dict[str, str]] | None = None  # (U,) attributes of each user; None where the set has none
+    offers: list[Offer] | None = None  # (I,) prices and commissions; None where the set has none
 
     @property
     def size(self) -> int:
