@@ -14,10 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-from registry import context, ranking
+from registry import context, ranking, rewards
 from registry.bundle import Bundle
 from registry.context import Context
 from registry.ranking import Ranking
+from registry.rewards import Rewards
 from registry.rollout import arm_of
 from serving.beam import Generator
 from serving.items import Items
@@ -52,6 +53,7 @@ class LoadedBundle:
     context: Context = field(
         default_factory=Context
     )  # without fields: the bundle is asked with histories alone
+    rewards: Rewards | None = None  # None: preferences change nothing
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ def load(bundle: Bundle, threads: int) -> LoadedBundle:
             f"bundle {bundle.id}: {context.CONTEXT} and encode.onnx differ on whether it has a context; "
             "export the bundle again"
         )
+    bins = rewards.read(bundle.path)
+    if (bins is not None) != any(name.startswith(rewards.PREFIX) for name in known.fields):
+        raise SidstreamError(
+            f"bundle {bundle.id}: {context.CONTEXT} and {rewards.REWARDS} differ on whether it has rewards; "
+            "export the bundle again"
+        )
     warm_up(generator, manifest.max_items, bundle.id)
     return LoadedBundle(
         bundle.id, manifest.codebook, manifest.max_items, tuple(bundle.popular()), generator,
-        generator.items, ranking.read(bundle.path), known,
+        generator.items, ranking.read(bundle.path), known, bins,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from registry.context import told
 from registry.prompt import prompt_sids
 from registry.ranking import Repeats, left_out
+from registry.rewards import said
 from registry.rollout import arm_of
 from serving.beam import Dense, Ranking, search
 from serving.bundles import LoadedBundle, Service
@@ -80,7 +81,10 @@ class _Case:
     arm: str | None
     trial: str | None
     prompt: list[tuple[int, ...]] = field(default_factory=list)
-    context: dict[str, str] = field(default_factory=dict)  # what the bundle knows of scene and profile
+    context: dict[str, str] = field(
+        default_factory=dict
+    )  # what the bundle knows of scene, profile and rewards
+    conditions: dict[str, int] | None = None  # what preferences ask of its model
     excluded: set[int] = field(default_factory=set)
     fallback: Fallback | None = None
     explorer: Explorer | None = None  # None: the request is not explored
@@ -194,6 +198,9 @@ class Recommender:
         case.prompt = prompt_sids(past, seen, bundle.max_items)
         if bundle.context.fields:
             case.context = bundle.context.known(told(trigger.scene, _attributes(request)))
+        if bundle.rewards is not None and trigger.preferences:
+            case.conditions = bundle.rewards.wanted(trigger.preferences) or None
+            case.context |= bundle.context.known(said(case.conditions or {}))
         if not past:
             case.fallback = "popular" if seen is None else "trigger_only"
         elif seen is None:
@@ -267,7 +274,7 @@ def _ranked(case: _Case, index: SidIndex, ranking: Ranking, took: float) -> Answ
     exploration = None if case.explorer is None else _explored(case, case.explorer, ranked)
     if exploration is not None:
         ranked.insert(0, ranked.pop(exploration.chosen))
-    made = _recommendation(case, ranked[: case.trigger.k], case.fallback)
+    made = _recommendation(case, ranked[: case.trigger.k], case.fallback, case.conditions)
     return Answer(made, ranking.invalid_mass, model_s=took if ranked else None, exploration=exploration)
 
 
@@ -319,7 +326,10 @@ def _popular(case: _Case, failed_after: float | None = None) -> Answer:
     return Answer(made, model_failed=failed_after is not None, model_s=failed_after)
 
 
-def _recommendation(case: _Case, items: list[RankedItem], fallback: Fallback | None) -> Recommendation:
+def _recommendation(
+    case: _Case, items: list[RankedItem], fallback: Fallback | None,
+    conditions: dict[str, int] | None = None,
+) -> Recommendation:  # fmt: skip
     trigger = case.trigger
     return Recommendation(
         # Event time, the trigger's: a replayed page is answered in its own year.
@@ -327,4 +337,5 @@ def _recommendation(case: _Case, items: list[RankedItem], fallback: Fallback | N
         request_id=trigger.request_id, user_id=trigger.user_id, items=items,
         bundle=case.bundle.id if case.bundle else None, arm=case.arm, trial=case.trial,
         fallback=fallback if items else "no_catalog", scene=trigger.scene, trigger_item_id=trigger.item_id,
+        conditions=conditions if items else None,
     )  # fmt: skip

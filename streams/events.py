@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -42,6 +42,18 @@ Price = Annotated[float, Meta(ge=0, description="price of one unit, in the shop'
 Rate = Annotated[float, Meta(ge=0, le=1)]
 Sid = Annotated[list[Annotated[int, Meta(ge=0, le=65535)]], Meta(min_length=1, max_length=8)]
 Items = Annotated[list[Id], Meta(max_length=1000)]
+Reward = Literal["click", "purchase", "price", "commission"]
+Preferences = Annotated[
+    dict[Reward, Annotated[float, Meta(ge=0, le=1e6)]],
+    Meta(
+        min_length=1,
+        description="what the items should bring, with weights from 0 to 1,000,000, one of them above 0",
+        extra_json_schema={
+            "propertyNames": {"enum": list(get_args(Reward))},
+            "not": {"additionalProperties": {"maximum": 0}},
+        },
+    ),
+]
 
 
 class EventError(ValueError):
@@ -135,6 +147,12 @@ class Trigger(Event, frozen=True, kw_only=True):
         Annotated[str, Meta(pattern=rf"^[A-Za-z0-9._-]{{1,249}}{_END}")] | None,
         Meta(description="a second topic for the answer"),
     ] = None
+    preferences: Preferences | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which becomes an EventError, where preferences ask for nothing."""
+        if self.preferences and not any(self.preferences.values()):
+            raise ValueError("`preferences` has no weight above 0; leave it out, or give one")
 
 
 class RankedItem(msgspec.Struct, frozen=True):
@@ -162,6 +180,13 @@ class Recommendation(Event, frozen=True, kw_only=True):
     ] = None
     scene: Id | None = None
     trigger_item_id: Id | None = None
+    conditions: Annotated[
+        dict[str, int] | None,
+        Meta(
+            description="what preferences asked of the model: 1 of a click or a purchase, the bin of a price "
+            "or a commission, from 0; null: nothing was asked, or the bundle knows no rewards"
+        ),
+    ] = None
 
 
 Scheme = Literal["purchased_over_clicked", "purchased_over_shown", "clicked_over_shown"]
@@ -224,7 +249,10 @@ class Exploration(Event, frozen=True, kw_only=True):
     trial: Id
     context: Annotated[
         dict[str, str],
-        Meta(description="scene and profile that the bundle was given: `scene`, `profile.<attribute>`"),
+        Meta(
+            description="scene, profile and rewards that the bundle was given: `scene`, "
+            "`profile.<attribute>`, `reward.<name>`"
+        ),
     ] = {}
 
 
@@ -303,7 +331,7 @@ BY_TOPIC: dict[str, type[Event]] = {kind.topic: kind for kind in EVENTS}
 E = TypeVar("E", bound=Event)
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Event], msgspec.json.Decoder[Any]] = {}
-_FIELD = re.compile(r" - at `\$\.?(.*?)`$")
+_FIELD = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)`$")
 
 
 def encode(event: Event) -> bytes:
@@ -354,7 +382,9 @@ def _explain(kind: type[Event], value: bytes, message: str) -> EventError:
         raw = msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError):
         raw = None  # the value went wrong further on; what is said of the field above still holds
-    shown = repr(raw.get(field))[:80] if isinstance(raw, dict) and field in raw else "absent"
+    # What is wrong may lie inside a field: `preferences[...]`, `items[...].score`.
+    name = re.split(r"[.\[]", field)[0]
+    shown = repr(raw.get(name))[:80] if isinstance(raw, dict) and name in raw else "absent"
     if field == "schema_version" or "missing required field `schema_version`" in problem:
         got = repr(raw.get("schema_version", "absent")) if isinstance(raw, dict) else "another"
         return EventError(

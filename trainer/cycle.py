@@ -23,6 +23,7 @@ from registry.prompt import Sid
 from registry.ranking import Ranking
 from registry.ranking import read as read_ranking
 from registry.ranking import write as write_ranking
+from registry.rewards import write as write_rewards
 from registry.settings import RolloutSettings
 from registry.store import CHAMPION, SFT, Registry
 from streams.errors import SidstreamError
@@ -138,8 +139,9 @@ def run_cycle(
             result.skipped = f"version {running} is still on trial: end it with `sidstream gate --conclude`"
             return result
         material = read_material(
-            settings, kafka, registry, from_scratch, lambda count: stages.tell("window", f"{count:,} records")
-        )
+            settings, kafka, registry, from_scratch,
+            lambda count: stages.tell("window", f"{count:,} records"), horizon_ms,
+        )  # fmt: skip
         result.events = material.window.count()
         log = material.log
         stages.done(
@@ -332,6 +334,7 @@ def _bundle(
     export(model, folder)
     write_ranking(result.sft.quality.ranking if result.sft and result.sft.quality else Ranking(), folder)
     write_context(material.context, folder)
+    write_rewards(material.rewards, folder)
     log, known = material.log, material.known
     some = [
         log.items[log.starts[u] : log.starts[u + 1]] for u in range(min(_PARITY_HISTORIES, len(log.users)))

@@ -57,6 +57,7 @@ class Interactions:
     fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
     bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
     context: Int32  # (N, C) token ids of what each event says beside its item (registry.context), 0: nothing
+    rewards: Int32  # (N, R) token ids of the rewards that each event brought (registry.rewards), 0: not known
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,7 +106,10 @@ def interactions(
     said = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
     order = keep[np.lexsort((keep, times[keep], group[keep]))]
     starts = np.searchsorted(group[order], np.arange(len(names) + 1))
-    return Interactions(names, starts, rows[order], times[order], new[order], paid[order], said[order])
+    return Interactions(
+        names, starts, rows[order], times[order], new[order], paid[order], said[order],
+        np.zeros((len(order), 0), dtype=np.int32),
+    )  # fmt: skip
 
 
 class Held(NamedTuple):
@@ -297,13 +301,28 @@ class Rows:
         """The contexts (P, C) of each piece (start, end) in epoch `number`.
 
         A share `context.dropout` of pieces is without any, so that requests without one are answered well.
+        Rewards stand behind it, each event's own.
         """
         rng = np.random.default_rng((self.settings.seed, number, 3))
         kept = rng.random(len(crops)) >= self.settings.context.dropout
+        told = self._rewards(number)
         return [
-            self.log.context[low:high] * np.int32(keep)
+            np.concatenate((self.log.context[low:high] * np.int32(keep), told[low:high]), axis=1)
             for (low, high), keep in zip(crops.tolist(), kept.tolist(), strict=True)
         ]
+
+    def _rewards(self, number: int) -> Int32:
+        """What epoch `number` tells of the rewards of each event (N, R).
+
+        A share `rewards.unconditioned` of events is told nothing of them, so that a request without wishes
+        is answered well; of the others a share `rewards.dropout` of each field, so that one wish needs no
+        others (condition dropout).
+        """
+        rewards, settings = self.log.rewards, self.settings.rewards
+        rng = np.random.default_rng((self.settings.seed, number, 4))
+        kept = rng.random(rewards.shape) >= settings.dropout
+        kept &= rng.random((len(rewards), 1)) >= settings.unconditioned
+        return rewards * kept.astype(np.int32)
 
     def batches(self, number: int) -> list[list[Row]]:
         """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""

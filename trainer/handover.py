@@ -43,7 +43,8 @@ def write(
         {
             "codes": np.ascontiguousarray(rows.known.codes), "starts": log.starts, "items": log.items,
             "ts": log.ts, "fresh": log.fresh, "bought": log.bought,
-            "context": np.ascontiguousarray(log.context), "ends": rows.split.ends,
+            "context": np.ascontiguousarray(log.context),
+            "rewards": np.ascontiguousarray(log.rewards), "ends": rows.split.ends,
         },
         folder / "log.safetensors",
     )  # fmt: skip
@@ -69,7 +70,7 @@ def read(run: Path) -> tuple[GeneratorForCausalLM, Rows, TrainerSettings]:
     prompt = Prompt(tuple(about["sizes"]), about["max_items"])
     model, tokenizer = load_model(folder / "model")
     known = Catalogue([], [], arrays["codes"], about["titles"])
-    names = ("starts", "items", "ts", "fresh", "bought", "context")
+    names = ("starts", "items", "ts", "fresh", "bought", "context", "rewards")
     log = Interactions([], *(arrays[name] for name in names))
     nobody = Held([], np.zeros(0, dtype=np.int64), [], [])
     split = Split(arrays["ends"], nobody)

@@ -20,6 +20,8 @@ from registry.context import Attributes, Context, vocabulary
 from registry.context import read as read_context
 from registry.embedder import title_vectors
 from registry.prompt import Prompt
+from registry.rewards import Rewards, with_rewards, without_rewards
+from registry.rewards import read as read_rewards
 from registry.store import CHAMPION, Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
@@ -27,6 +29,7 @@ from trainer.constrained import SidSet
 from trainer.data import Catalogue, Interactions, Split, catalogue, hold_out
 from trainer.generator import GeneratorForCausalLM
 from trainer.log import Log
+from trainer.rewards import learned, purchased, told
 from trainer.settings import TrainerSettings
 from trainer.tokenizer import build_tokenizer
 from trainer.window import Window, read_window
@@ -50,6 +53,7 @@ class Material:
     text: npt.NDArray[np.float32] | None  # (I, T) a vector of each item's text; None: the generator sees none
     tokenizer: PreTrainedTokenizerFast
     context: Context  # the parent's; without one, what this window says often enough
+    rewards: Rewards | None  # the parent's; without one, those of this window; None: nothing is known of any
     profiles: Mapping[str, Attributes]
 
 
@@ -74,10 +78,12 @@ def read_material(
     registry: Registry,
     from_scratch: bool,
     reading: Callable[[int], None] | None = None,
+    window_ms: int = 0,
 ) -> Material:
     """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
 
-    Raises SidstreamError where no item has a SID, or nobody has touched one.
+    A click led to a purchase where its user bought the item within `window_ms` after it. Raises
+    SidstreamError where no item has a SID, or nobody has touched one.
     """
     codebook = registry.codebook()
     parent = registry.fetch(CHAMPION) if registry.alias(CHAMPION) is not None and not from_scratch else None
@@ -102,7 +108,8 @@ def read_material(
             f"no item has a SID under codebook {codebook.id}: "
             "publish a catalogue, then `sidstream codebook fit`"
         )
-    known = catalogue(sids, window.titles(), prompt)
+    listed = window.listed()
+    known = catalogue(sids, {item: one.title for item, one in listed.items()}, prompt)
     profiles = window.profiles()
     if parent is None:
         tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
@@ -113,12 +120,19 @@ def read_material(
     else:
         # A refresh says nothing that the weights have never heard.
         tokenizer, context = AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
-    log = window.interactions(known, context, profiles)
+    log = window.interactions(known, without_rewards(context), profiles)
     if not len(log):
         raise SidstreamError(
             "there are no clicks or purchases of known items to learn from: "
             "send some, for example with `sidstream replay online-retail`"
         )
+    offers, bought = [listed.get(item) for item in known.items], purchased(log, window_ms)
+    if parent is None:
+        rewards = learned(offers, log, bought, settings.rewards)
+        context = with_rewards(context, rewards.mass if rewards else {})
+    else:
+        rewards = read_rewards(parent.path)
+    log = told(log, offers, bought, rewards, context)
     split = hold_out(log, settings, np.random.default_rng(settings.seed))
     text = None
     if settings.text_inputs:
@@ -126,7 +140,7 @@ def read_material(
     start = registry.tuned_from(parent) if parent else None
     return Material(
         window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
-        tokenizer, context, profiles,
+        tokenizer, context, rewards, profiles,
     )  # fmt: skip
 
 

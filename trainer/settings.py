@@ -109,6 +109,26 @@ class ContextSettings(Section):
     )
 
 
+class RewardSettings(Section):
+    """Rewards that requests may ask for (registry.rewards), learned by a model made from scratch."""
+
+    enabled: bool = Field(True, description="whether events are told with the rewards that they brought")
+    bins: int = Field(8, ge=2, le=64, description="quantile bins of prices and of commissions")
+    min_category: int = Field(
+        50, ge=2, description="items of a category with a price, from which it has bins of its own"
+    )
+    min_share: float = Field(
+        0.5, gt=0, le=1, description="share of items that must have a price (a commission) for its field"
+    )
+    min_count: int = Field(
+        100, ge=1, description="events with each value of a field that is 0 or 1; fewer: no such field"
+    )
+    dropout: float = Field(0.15, ge=0, lt=1, description="share of events for which a field is left out")
+    unconditioned: float = Field(
+        0.5, ge=0, lt=1, description="share of events that are told without any rewards"
+    )
+
+
 class OffPolicySettings(Section):
     """When explored answers veto a new model before it gets traffic."""
 
@@ -202,6 +222,7 @@ class TrainerSettings(Section):
     pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))
     context: ContextSettings = Field(default_factory=lambda: ContextSettings.model_validate({}))
+    rewards: RewardSettings = Field(default_factory=lambda: RewardSettings.model_validate({}))
     dpo: DpoSettings = Field(default_factory=lambda: DpoSettings.model_validate({}))
     offpolicy: OffPolicySettings = Field(default_factory=lambda: OffPolicySettings.model_validate({}))
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings.model_validate({}))

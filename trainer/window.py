@@ -172,10 +172,10 @@ class Window:
                 clicked.add(request)
         return [(one, request in clicked) for request, one in found.items()]
 
-    def titles(self) -> dict[str, str]:
-        """The newest title of each item."""
+    def listed(self) -> dict[str, events.CatalogItem]:
+        """The newest record of each item."""
         decoder = msgspec.json.Decoder(events.CatalogItem)
-        return {item: decoder.decode(value).title for item, value in self._newest("catalog").items()}
+        return {item: decoder.decode(value) for item, value in self._newest("catalog").items()}
 
     def sids(self, codebook: str) -> dict[str, Sid]:
         """Each item's SID under a codebook; the first one counts, as everywhere."""

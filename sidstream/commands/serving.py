@@ -77,12 +77,16 @@ def recommend(
     k: Annotated[int, typer.Option("-k", min=1, max=100, help="how many items")] = 10,
     scene: Annotated[str | None, typer.Option(help="where on the site")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="an item to leave out; may be repeated")] = None,
+    prefer: Annotated[
+        list[str] | None,
+        typer.Option(help="click, purchase, price or commission, or one with a weight: price=2; repeatable"),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="seconds to wait for the answer")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON")] = False,
 ) -> None:
     """Ask for recommendations over Kafka and print them with titles and prices.
 
-    Example: sidstream recommend --user 17850 --item 85123A -k 5
+    Example: sidstream recommend --user 17850 --item 85123A -k 5 --prefer commission
     """
     from sidstream.settings import load
     from streams.client import Client
@@ -91,8 +95,9 @@ def recommend(
     settings = load()
     try:
         trigger = Trigger.new(
-            request_id=uuid.uuid4().hex, user_id=user, item_id=item, k=k, scene=scene, exclude=exclude or []
-        )
+            request_id=uuid.uuid4().hex, user_id=user, item_id=item, k=k, scene=scene, exclude=exclude or [],
+            preferences=_weights(prefer or []) or None,
+        )  # fmt: skip
     except EventError as error:
         raise SidstreamError(str(error)) from error
     with Client(settings.kafka) as client:
@@ -103,6 +108,18 @@ def recommend(
         emit(_result(answer, listed), True, "")
     else:
         _show(answer, listed)
+
+
+def _weights(given: Collection[str]) -> dict[str, float]:
+    """Preferences as they are given on the command line, weight 1 by default. Raises SidstreamError."""
+    made = {}
+    for one in given:
+        name, _, weight = one.partition("=")
+        try:
+            made[name] = float(weight or 1)
+        except ValueError as error:
+            raise SidstreamError(f"--prefer is {one!r}: its weight is no number; give {name}=2") from error
+    return made
 
 
 def _listed(kafka: KafkaSettings, wanted: Collection[str]) -> dict[str, CatalogItem]:
@@ -142,11 +159,15 @@ def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str,
         "arm": answer.arm,
         "trial": answer.trial,
         "fallback": answer.fallback,
+        "conditions": answer.conditions,
         "items": [
             {
                 "item_id": ranked.item_id,
                 "title": listed[ranked.item_id].title if ranked.item_id in listed else None,
                 "price": listed[ranked.item_id].price if ranked.item_id in listed else None,
+                "commission_rate": (
+                    listed[ranked.item_id].commission_rate if ranked.item_id in listed else None
+                ),
                 "score": ranked.score,
                 "sid": ranked.sid,
             }
@@ -163,6 +184,9 @@ def _show(answer: Recommendation, listed: dict[str, CatalogItem]) -> None:
     page = f" on the page of {opened.title!r}" if opened else ""
     made = f"bundle {answer.bundle}, arm {answer.arm}" if answer.bundle else "no model in service"
     out.print(f"user {answer.user_id}{page}: {made}, fallback {answer.fallback or 'none'}", markup=False)
+    if answer.conditions:
+        asked = ", ".join(f"{name} {value}" for name, value in answer.conditions.items())
+        out.print(f"asked of the model: {asked} (bins of prices and commissions from 0)", markup=False)
     if not answer.items:
         out.print("nothing may be recommended: send items to topic catalog, or exclude fewer", markup=False)
         return

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Purchase, UserProfile
-from streams.replay.source import inside, listed, profiled, tidy
+from streams.replay.source import inside, listed, profiled, simulated_commission, tidy
 
 FILE = Path(__file__).parent.parent / "data" / "online_retail.parquet"
 _PRODUCT = r"^[0-9]{5}[A-Za-z]*$"
@@ -72,7 +72,8 @@ class OnlineRetail:
         """Every item that was bought.
 
         Title: the item's most frequent non-empty description, the latest of equally frequent ones. Price: the
-        median of its unit prices. Category and brand are not in the data. `ts`: its first purchase.
+        median of its unit prices. Category and brand are not in the data. Commission rate: simulated, by the
+        last word of the title ("Bag", "Holder"). `ts`: its first purchase.
         """
         titles: dict[str, Counter[str]] = {}
         last_seen: dict[tuple[str, str], int] = {}
@@ -95,6 +96,7 @@ class OnlineRetail:
                 # The shop writes in capitals.
                 title=string.capwords(title),
                 price=round(median(prices[item]), 4),
+                commission_rate=simulated_commission(title.split()[-1]),
             )
 
     def profiles(self) -> Iterator[UserProfile]:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Purchase, UserProfile
-from streams.replay.source import inside, listed, tidy
+from streams.replay.source import inside, listed, simulated_commission, tidy
 
 COLUMNS = (
     "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
@@ -82,7 +82,10 @@ class Rees46:
         return iter(())
 
     def catalogue(self) -> Iterator[CatalogItem]:
-        """Every item that occurs, described by its first row; price: the median of its prices."""
+        """Every item that occurs, described by its first row; price: the median of its prices.
+
+        Commission rate: simulated, by the highest level of the category.
+        """
         prices: dict[str, list[float]] = {}
         first: dict[str, _Row] = {}
         for row in self._rows:
@@ -100,6 +103,7 @@ class Rees46:
                 category=" > ".join(path),
                 brand=row.brand,
                 price=round(median(seen), 4) if seen else None,
+                commission_rate=simulated_commission(path[0] if path else row.category_id),
             )
 
     @cached_property

@@ -32,7 +32,7 @@ def publish(kafka: KafkaSettings, events: Iterable[Event]) -> None:
 
 def sequences(window: Window) -> dict[str, list[str]]:
     prompt = Prompt((4, 4), 10)
-    known = catalogue(window.sids(CODEBOOK), window.titles(), prompt)
+    known = catalogue(window.sids(CODEBOOK), {}, prompt)
     log = window.interactions(known)
     return {
         user: [known.items[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
@@ -69,7 +69,9 @@ def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
     log = Log.open(tmp_path)
     window = read_window(kafka, log)
     assert sequences(window) == {"u1": ["i1", "i2", "i2"]}
-    assert window.titles() == {f"i{n}": f"title {n}" for n in range(4)}
+    assert {name: one.title for name, one in window.listed().items()} == {
+        f"i{n}": f"title {n}" for n in range(4)
+    }
     assert window.bought() == {"i2": 1}
     assert window.count() == 6
     assert set(window.ranges) == set(TOPICS)
@@ -116,7 +118,7 @@ def test_records_that_break_the_contract_are_counted_and_left_out(
     assert sum(file.refused for file in window.log.files) == 5
     assert pairs_of(window) == []
     assert window.explorations(0) == []
-    assert window.titles().keys() == {"i0", "i1", "i2"}
+    assert window.listed().keys() == {"i0", "i1", "i2"}
 
 
 def test_explored_answers_and_the_clicks_on_them_are_read(fresh_stack: FreshStack, tmp_path: Path) -> None:

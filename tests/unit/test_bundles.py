@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from registry import context
+from registry import context, rewards
 from registry.context import Context
 from serving.bundles import Bundles, load
 from streams.errors import SidstreamError
@@ -163,4 +163,11 @@ def test_a_bundle_whose_graph_knows_nothing_of_its_context_is_not_loaded(tmp_pat
     with pytest.raises(
         SidstreamError, match=r"context\.json and encode\.onnx differ.*export the bundle again"
     ):
+        load(bundle, 1)
+
+
+def test_a_bundle_whose_context_and_bins_disagree_about_rewards_is_not_loaded(tmp_path):
+    bundle = write_tiny_bundle(tmp_path, SIZES)
+    rewards.write(rewards.Rewards({}, {"click": {"0": 0.5, "1": 0.5}}), tmp_path)
+    with pytest.raises(SidstreamError, match=r"context\.json and rewards\.json differ"):
         load(bundle, 1)

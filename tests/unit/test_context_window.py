@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry import context as kept
+from registry import rewards
 from registry.context import Context
 from registry.prompt import Prompt
 from streams.events import CatalogItem, SidAssignment, UserProfile
@@ -100,7 +101,9 @@ def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) 
     assert window.interactions(known, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
 
 
-def read(logged: Logged, monkeypatch: pytest.MonkeyPatch, parent: Any = None, **context: int) -> Any:
+def read(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch, parent: Any = None, priced: bool = False, **context: int
+) -> Any:
     """What a cycle on this log works with, going on from a parent or from nothing."""
     registry: Any = SimpleNamespace(
         codebook=lambda: SimpleNamespace(id=BOOK, sizes=SIZES),
@@ -108,7 +111,7 @@ def read(logged: Logged, monkeypatch: pytest.MonkeyPatch, parent: Any = None, **
         fetch=lambda _: parent,
     )
     chosen = TrainerSettings.model_validate(
-        {"home": logged.log.folder, "context": context, "text_inputs": False}
+        {"home": logged.log.folder, "context": context, "text_inputs": False, "rewards": {"enabled": priced}}
     )
     window = logged.window()
     monkeypatch.setattr(material, "read_window", lambda *_args: window)
@@ -121,7 +124,7 @@ def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parent
     for n in range(4):
         item = f"i{n:02}"
         logged.events(
-            CatalogItem.new(item_id=item, title="a red thing", ts=T0),
+            CatalogItem.new(item_id=item, title="a red thing", price=n, ts=T0),
             SidAssignment.new(item_id=item, sid=list(sid_of(n)), codebook=BOOK, ts=T0),
         )
     logged.clicks(*((None, f"u{n}", f"i{n % 4:02}", n) for n in range(6)), scene="home")
@@ -141,6 +144,7 @@ def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parent
     (folder / "model").mkdir(parents=True)
     first.tokenizer.save_pretrained(folder / "model")
     kept.write(first.context, folder)
+    rewards.write(first.rewards, folder)
     parent = SimpleNamespace(
         path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
         manifest=SimpleNamespace(codebook=BOOK, window={}),
@@ -151,3 +155,38 @@ def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parent
     assert len(again.tokenizer) == len(first.tokenizer)
     (fresh,) = {tuple(row) for row in again.log.context[again.log.fresh].tolist()}
     assert fresh == (0, 0)
+
+
+def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bins(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def listed(price: float) -> None:
+        for n in range(4):
+            logged.events(CatalogItem.new(item_id=f"i{n:02}", title="a thing", price=price * n, ts=T0))
+
+    listed(1)
+    for n in range(4):
+        logged.events(SidAssignment.new(item_id=f"i{n:02}", sid=list(sid_of(n)), codebook=BOOK, ts=T0))
+    logged.clicks(*((None, f"u{n}", f"i{n % 4:02}", n) for n in range(8)), scene="home")
+    first = read(logged, monkeypatch, priced=True, min_count=5)
+    token = len(first.tokenizer)
+    bins = [str(value) for value in range(8)]
+    assert first.context == Context(token, {"scene": ["home"], "reward.price": bins})
+    assert first.log.context[:4].tolist() == [[token]] * 4
+    assert first.log.rewards[:4, 0].tolist() == [token + 1 + value for value in (0, 2, 5, 7)]
+
+    folder = tmp_path / "parent"
+    (folder / "model").mkdir(parents=True)
+    first.tokenizer.save_pretrained(folder / "model")
+    kept.write(first.context, folder)
+    rewards.write(first.rewards, folder)
+    parent = SimpleNamespace(
+        path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
+        manifest=SimpleNamespace(codebook=BOOK, window={}),
+    )  # fmt: skip
+    # Ten times as much is dear by the parent's bins. What is set now does not count.
+    listed(10)
+    again = read(logged, monkeypatch, parent, priced=False, min_count=5)
+    assert (again.context, again.rewards) == (first.context, first.rewards)
+    assert again.log.context[:4].tolist() == [[token]] * 4
+    assert again.log.rewards[:4, 0].tolist() == [token + 1 + value for value in (0, 7, 7, 7)]

@@ -30,12 +30,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "triggers": {
         **HEAD, "request_id": "r", "user_id": "u", "item_id": "i", "scene": "page", "k": 5, "exclude": ["j"],
-        "reply_to": "my.answers",
+        "reply_to": "my.answers", "preferences": {"price": 1, "commission": 0.5, "click": 0},
     },
     "recommendations": {
         **HEAD, "request_id": "r", "user_id": "u", "items": [{"item_id": "i", "sid": [1, 2], "score": -0.5}],
         "bundle": "b", "arm": "champion", "trial": "t", "fallback": "popular", "scene": "s",
-        "trigger_item_id": "j",
+        "trigger_item_id": "j", "conditions": {"price": 7},
     },
     "explorations": {
         **HEAD, "request_id": "r", "user_id": "u", "item_id": "i", "propensity": 0.25, "chosen": 1,
@@ -66,7 +66,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 JSON_VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-10, 70_000), st.floats(-2, 2), st.text(max_size=3),
     st.just("x" * 129), st.just([]), st.just(["a"]), st.just([[1]]), st.just([{}]), st.just({}),
-    st.just({"a": "b"}),     st.just({"a": 1}), st.just("a b"), st.just("a b\n"),
+    st.just({"a": "b"}), st.just({"a": 1}), st.just({"price": 1}), st.just({"price": 0}),
+    st.just("a b"), st.just("a b\n"),
 )  # fmt: skip
 
 
@@ -143,6 +144,11 @@ def test_what_the_types_refuse_the_schema_refuses_and_the_other_way_round(data: 
         ("purchases", {"quantity": 0}),
         ("triggers", {"k": 0}),
         ("triggers", {"reply_to": "no spaces"}),
+        ("triggers", {"preferences": {}}),
+        ("triggers", {"preferences": {"fame": 1}}),
+        ("triggers", {"preferences": {"price": -1}}),
+        ("triggers", {"preferences": {"price": 2e6}}),
+        ("triggers", {"preferences": {"price": 0, "click": 0.0}}),
         ("impressions", {"item_ids": []}),
         ("catalog", {"title": ""}),
         ("sids", {"sid": [65536]}),

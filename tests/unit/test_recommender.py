@@ -11,6 +11,7 @@ import pytest
 from registry.context import Context
 from registry.prompt import prompt_sids
 from registry.ranking import Repeats
+from registry.rewards import Rewards
 from registry.rollout import assign
 from serving.bundles import LoadedBundle, Service
 from serving.exploration import Explorer
@@ -261,3 +262,30 @@ def test_a_bundle_is_told_what_it_knows_of_scene_and_profile(caplog):
     recommender().recommend(requests, plain)
     assert generator.contexts is False
     assert not caplog.text
+
+
+def test_preferences_become_conditions_of_the_model_and_the_answer_names_them():
+    generator = Told()
+    plain = service(generator)
+    even = {str(value): 0.25 for value in range(4)}
+    context = Context(40, {"scene": ["home"], "reward.price": ["0", "1", "2", "3"]})
+    rewards = Rewards({"price": {"": [1.0, 2.0, 3.0]}}, {"price": even})
+    bundle = replace(plain.bundles["b0"], context=context, rewards=rewards)
+    serving = Service(plain.rollout, {"b0": bundle})
+    wishes = [None, {"price": 2}, {"click": 1}, {"price": 1}]
+    requests = [
+        Request(trigger(item_id="i00", scene="home", preferences=wish), past((0, 0))) for wish in wishes
+    ]
+    # Neither history nor trigger item: no model is asked.
+    requests.append(Request(trigger(preferences={"price": 1}), None))
+    explored = Explorer(1.0, 3, 1.0)
+    ask_all = Recommender({BOOK: index(), None: index()}.get, 9, None, explored)
+    answers = ask_all.recommend(requests, serving)
+    assert generator.contexts == [[40, 0], [40, 44], [40, 0], [40, 44]]
+    conditions = [answer.recommendation.conditions for answer in answers]
+    assert conditions == [None, {"price": 3}, None, {"price": 3}, None]
+    told = [answer.exploration.context for answer in answers[:4]]
+    assert told == [{"scene": "home"} | ({"reward.price": "3"} if said else {}) for said in conditions[:4]]
+    # A bundle that knows no rewards answers as if nothing were preferred.
+    bare = Service(plain.rollout, {"b0": replace(bundle, context=Context(), rewards=None)})
+    assert ask(trigger(preferences={"price": 1}), past((0, 0)), serving=bare).conditions is None

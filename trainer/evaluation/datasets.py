@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from registry.rewards import Offer
 from streams.errors import SidstreamError
 from streams.events import Purchase
 from streams.replay.online_retail import OnlineRetail
@@ -120,9 +121,13 @@ def _of_log(name: str, log: Source, marked: bool = True) -> Sequences:
     categories = [catalogue[item].category or "" for item in item_names]
     return Sequences(
         name, made.users, made.items, item_names, [catalogue[item].title or "" for item in item_names],
-        made.ts,        categories if any(categories) else None,
+        made.ts, categories if any(categories) else None,
         profiles=[profiles.get(user, {}) for user in made.users] if profiles else None,
         bought=made.bought, bought_ts=made.bought_ts,
+        offers=[
+            Offer(one.category, one.price, one.commission_rate)
+            for one in (catalogue[item] for item in item_names)
+        ],
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from registry.context import counted, vocabulary
 from registry.embedder import title_vectors
 from registry.prompt import Prompt
 from registry.ranking import Ranking
+from registry.rewards import with_rewards
 from registry.settings import CodebookSettings
 from trainer.build import fresh_generator
 from trainer.codebooks.fit import assign_keeping, fit_vectors
@@ -28,6 +29,7 @@ from trainer.evaluation.splits import Split
 from trainer.generator import GeneratorForCausalLM
 from trainer.pretrain import learn
 from trainer.ranking import Candidates, Ranker, past
+from trainer.rewards import learned, purchased, told
 from trainer.settings import TrainerSettings
 from trainer.sft import Teacher
 from trainer.tokenizer import build_tokenizer
@@ -51,7 +53,7 @@ def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recip
             "width": 128, "layers": 2, "heads": 2, "ffn_factor": 4, "depth_factor": 2, "dropout": 0.5,
             "lr": 1e-3, "weight_decay": 0.0, "epochs": 20 if epochs is None else epochs, "patience": 5,
             "max_seconds": max_seconds, "validation_users": 3000, "max_words": 0,
-            "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0},
+            "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0}, "rewards": {"enabled": False},
         },
         codebook={"levels": 4, "size": 256, "collaborative": 0.5},
     )  # fmt: skip
@@ -115,11 +117,16 @@ class Trained:
         self.profiles = self.context.rows(
             [None] * len(about), data.data.users, dict(zip(data.data.users, about, strict=True))
         )
+        log, cut = _log(data, settings, self.profiles)
+        # All that these logs say of a purchase is that it happened: the time of a window does not matter.
+        offers, bought = data.data.offers or [], purchased(log, 0)
+        self.rewards = learned(offers, log, bought, settings.rewards) if offers else None
+        self.context = with_rewards(self.context, self.rewards.mass if self.rewards else {})
+        log = told(log, offers, bought, self.rewards, self.context)
         self.model = fresh_generator(
             known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings,
             self.context.size,
         )  # fmt: skip
-        log, cut = _log(data, settings, self.profiles)
         self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
         self.held = cut.held
         self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
@@ -226,6 +233,7 @@ def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Inter
     log = Interactions(
         [str(user) for user in users], starts, items, ts,
         np.ones(count, dtype=bool), bought, np.repeat(profiles, np.diff(starts), axis=0),
+        np.zeros((count, 0), dtype=np.int32),
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     drawn = rng.permutation(sorted(last))[: settings.validation_users]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from registry.rewards import Offer
+
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
@@ -33,6 +35,7 @@ class Sequences:
     # Of `items`: whether it was bought then or, by its user, within a day after; None where nothing tells.
     bought: list[Bool] | None = None
     bought_ts: list[Int64] | None = None  # when, milliseconds since 1970; -1 where it was not
+    offers: list[Offer] | None = None  # (I,) prices and commissions; None where the set has none
 
     @property
     def size(self) -> int:
