@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from registry.ranking import Ranking
@@ -251,6 +251,8 @@ class Replay:
     def __init__(self, model: GeneratorForCausalLM, rows: Rows) -> None:
         self._rows = rows
         self._table, self._among = _placed(model, rows)
+        # Now: a stage may switch them off for what it compares, and sequences are learned with them.
+        self._drops = [(part, part.p) for part in model.modules() if isinstance(part, nn.Dropout)]
         self._epoch = 0
         self._left: list[Pieces] = []
 
@@ -259,7 +261,13 @@ class Replay:
         if not self._left:
             self._left = self._rows.pieces(self._epoch)
             self._epoch += 1
-        return _batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
+        now = [part.p for part, _ in self._drops]
+        for part, share in self._drops:
+            part.p = share
+        loss = _batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
+        for (part, _), share in zip(self._drops, now, strict=True):
+            part.p = share
+        return loss
 
 
 def train(

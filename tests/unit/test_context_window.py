@@ -109,6 +109,7 @@ def read(
         codebook=lambda: SimpleNamespace(id=BOOK, sizes=SIZES),
         alias=lambda _: None if parent is None else "1",
         fetch=lambda _: parent,
+        tuned_from=lambda bundle: bundle,
     )
     chosen = TrainerSettings.model_validate(
         {"home": logged.log.folder, "context": context, "text_inputs": False, "rewards": {"enabled": priced}}
