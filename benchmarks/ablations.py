@@ -162,7 +162,7 @@ class Bench:
     def _drawn(self, queries: Queries) -> Queries:
         """The same users for every row: beams of fifty for all of them would take longer than a training."""
         at = np.sort(np.random.default_rng(0).permutation(len(queries))[: self.given.users])
-        return Queries(queries.users[at], [queries.histories[row] for row in at], queries.targets[at])
+        return queries.take(at)
 
     def _figures(self, made: Trained) -> Figures:
         found: Figures = {}

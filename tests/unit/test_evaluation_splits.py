@@ -91,7 +91,69 @@ def test_a_set_without_times_is_not_cut_in_time():
 def test_events_are_grouped_in_time_order_and_an_item_after_itself_counts_once():
     users = ["a", "b", "a", "a", "a"]
     items = ["x", "y", "z", "z", "x"]
-    names, rows, times, item_names = group_events(users, items, np.array([5, 1, 3, 4, 5]))
-    assert (names, item_names) == (["b", "a"], ["y", "z", "x"])
-    assert lists(rows) == [[0], [1, 2]]  # of equal times the first given is first, and x follows x
-    assert lists(times) == [[1], [3, 5]]
+    made = group_events(users, items, np.array([5, 1, 3, 4, 5]))
+    assert (made.users, made.item_names) == (["b", "a"], ["y", "z", "x"])
+    assert lists(made.items) == [[0], [1, 2]]  # of equal times the first given is first, and x follows x
+    assert lists(made.ts) == [[1], [3, 5]]
+    assert made.bought is None
+    assert made.bought_ts is None
+
+
+def test_a_purchase_survives_the_merge_and_marks_the_clicks_of_the_day_before_it():
+    day = 86_400_000
+    events = [
+        ("a", "x", 0, False), ("a", "y", 1, False), ("a", "x", 5, False), ("a", "x", 6, True),  # merged
+        ("a", "y", 7, False), ("b", "y", 8, True), ("a", "x", 9, False),
+        ("a", "z", 10, False), ("a", "w", 11, False), ("a", "z", 11 + day, True),  # a day and 1 ms later
+        ("a", "v", 12 + day, False), ("a", "v", 13 + 3 * day, True),  # merged, whenever it was
+    ]  # fmt: skip
+    users, items, ts, purchase = zip(*events, strict=True)
+    made = group_events(users, items, np.array(ts), purchase)
+    assert lists(made.items) == [[0, 1, 0, 1, 0, 2, 3, 2, 4], [1]]
+    # y is b's purchase, not a's; the click of x that comes after the purchase is none.
+    assert lists(made.bought) == [[True, False, True, False, False, False, False, True, True], [True]]
+    assert lists(made.bought_ts) == [[6, -1, 6, -1, -1, -1, -1, 11 + day, 13 + 3 * day], [8]]
+    assert lists(made.ts) == lists(group_events(users, items, np.array(ts)).ts)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 8), st.booleans()), max_size=30)
+)
+def test_a_step_is_bought_exactly_where_one_of_its_events_is_or_the_same_is_bought_within_a_day(events):
+    quarter = 86_400_000 // 4
+    events = sorted(((f"u{u}", f"i{i}", t * quarter, paid) for u, i, t, paid in events), key=lambda e: e[2])
+    users, items, ts, purchase = map(list, zip(*events, strict=True)) if events else ([], [], [], [])
+    made = group_events(users, items, np.array(ts, np.int64), purchase)
+    for user, rows, flags, when in zip(made.users, made.items, made.bought, made.bought_ts, strict=True):
+        mine = [event for event in events if event[0] == user]
+        expected = []
+        for at, (_, item, begin, _) in enumerate(mine):
+            later = [t for _, i, t, paid in mine[at:] if paid and i == item and t - begin <= 4 * quarter]
+            if at and mine[at - 1][1] == item:
+                expected[-1] += later
+            else:
+                expected.append(later)
+        assert len(rows) == len(expected)
+        assert when.tolist() == [min(later, default=-1) for later in expected]
+        assert flags.tolist() == [bool(later) for later in expected]
+
+
+def test_queries_say_which_targets_were_bought_and_training_only_what_was_bought_before_the_cut():
+    data = sequences(
+        [1, 2, 3, 4], [5, 6, 5], ts=[[1, 10, 20, 30], [2, 20, 31]],
+        bought_ts=[[1, 12, 25, -1], [31, -1, 31]],
+    )  # fmt: skip
+    split = splits.by_time(data, 15, 25)
+    assert lists(split.train) == [[1, 2], [5]]
+    assert lists(split.bought) == [[True, True], [False]]  # user 1 buys the 5 later on
+    assert split.valid.targets.tolist() == [3, 6]
+    assert split.valid.bought.tolist() == [True, False]
+    assert split.test.targets.tolist() == [4, 5]
+    assert split.test.bought.tolist() == [False, True]
+    taken = split.test.take(np.array([1]))
+    assert (taken.targets.tolist(), taken.bought.tolist(), lists(taken.histories)) == ([5], [True], [[5, 6]])
+    last = splits.leave_one_out(data)
+    assert lists(last.bought) == [[True, True], [True]]
+    assert (last.valid.bought.tolist(), last.test.bought.tolist()) == ([True, False], [False, True])
+    plain = splits.by_time(sequences([1, 2], ts=[[1, 2]]), 2, 2)
+    assert [plain.bought, plain.test.bought, plain.test.take(np.array([0])).bought] == [None] * 3

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 
 from streams.errors import SidstreamError
+from streams.events import Purchase
 from streams.replay.online_retail import OnlineRetail
 from streams.replay.rees46 import Rees46, find
 from streams.replay.source import Source
@@ -23,6 +24,7 @@ from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME
 
 # The year of the Tmall log is not in it; it was given out in 2014.
 _TMALL_YEAR = 2014
+_TMALL_BUY = "1"  # of 0 click, 1 buy, 2 favourite, 3 cart
 
 
 class DataSet(NamedTuple):
@@ -79,41 +81,48 @@ def _amazon(name: str, place: str) -> Callable[[Path | None], Sequences]:
 
 def _tmall(folder: Path | None) -> Sequences:
     """Clicks, favourites, carts and purchases alike; times are days, in which the file's order decides."""
-    users, items, ts = [], [], []
+    users, items, ts, bought = [], [], [], []
     with _opened("tmall2014", folder, "tmall2014", "events.csv") as lines:
         for row in csv.DictReader(lines):
             month, day = map(int, row["visit_datetime"].split("-"))
             users.append(row["user_id"])
             items.append(row["brand_id"])
+            bought.append(row["type"] == _TMALL_BUY)
             ts.append(int(datetime(_TMALL_YEAR, month, day, tzinfo=UTC).timestamp()) * 1000)
-    names, sequences, times, item_names = group_events(users, items, np.array(ts, np.int64))
-    return Sequences("tmall2014", names, sequences, item_names, [""] * len(item_names), times)
+    made = group_events(users, items, np.array(ts, np.int64), bought)
+    return Sequences(
+        "tmall2014", made.users, made.items, made.item_names, [""] * len(made.item_names), made.ts,
+        bought=made.bought, bought_ts=made.bought_ts,
+    )  # fmt: skip
 
 
 def _online_retail(folder: Path | None) -> Sequences:
     """The shop's purchases; it ships with the package, so `folder` is not asked."""
-    return _of_log("online-retail", OnlineRetail())
+    return _of_log("online-retail", OnlineRetail(), marked=False)
 
 
 def _rees46(folder: Path | None) -> Sequences:
     return _of_log("rees46", Rees46(find(folder)))
 
 
-def _of_log(name: str, log: Source) -> Sequences:
-    """Clicks, carts and purchases of a log alike."""
-    users, items, ts = [], [], []
+def _of_log(name: str, log: Source, marked: bool = True) -> Sequences:
+    """Clicks, carts and purchases of a log alike; `marked`: which are purchases is kept."""
+    users, items, ts, bought = [], [], [], []
     for event in log.events():
         users.append(str(event.user_id))  # type: ignore[attr-defined]
         items.append(str(event.item_id))  # type: ignore[attr-defined]
         ts.append(event.ts)
-    names, sequences, times, item_names = group_events(users, items, np.array(ts, np.int64))
+        bought.append(isinstance(event, Purchase))
+    made = group_events(users, items, np.array(ts, np.int64), bought if marked else None)
+    item_names = made.item_names
     catalogue = {item.item_id: item for item in log.catalogue()}
     profiles = {one.user_id: one.attributes for one in log.profiles()}
     categories = [catalogue[item].category or "" for item in item_names]
     return Sequences(
-        name, names, sequences, item_names, [catalogue[item].title or "" for item in item_names], times,
-        categories if any(categories) else None,
-        profiles=[profiles.get(user, {}) for user in names] if profiles else None,
+        name, made.users, made.items, item_names, [catalogue[item].title or "" for item in item_names],
+        made.ts,        categories if any(categories) else None,
+        profiles=[profiles.get(user, {}) for user in made.users] if profiles else None,
+        bought=made.bought, bought_ts=made.bought_ts,
     )  # fmt: skip
 
 

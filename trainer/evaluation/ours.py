@@ -210,9 +210,12 @@ def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Inter
     ts = np.zeros(count, dtype=np.int64)
     if data.data.ts is not None:
         ts, _ = flatten([row[: len(kept)] for row, kept in zip(data.data.ts, data.train, strict=True)])
+    bought = np.zeros(count, dtype=bool)
+    if data.bought is not None:
+        bought = np.concatenate([*data.bought, bought[:0]])
     log = Interactions(
         [str(user) for user in users], starts, items, ts,
-        np.ones(count, dtype=bool), np.zeros(count, dtype=bool), np.repeat(profiles, np.diff(starts), axis=0),
+        np.ones(count, dtype=bool), bought, np.repeat(profiles, np.diff(starts), axis=0),
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     drawn = rng.permutation(sorted(last))[: settings.validation_users]
@@ -220,5 +223,5 @@ def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Inter
     histories = [last[int(user)][0][-size:] for user in drawn]
     targets = np.array([last[int(user)][1] for user in drawn], dtype=np.int64)
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
-    bought = [row.astype(bool) for row in none]
-    return log, Cut(starts[1:].copy(), Held(histories, targets, none, bought, profiles[drawn]))
+    unbought = [row.astype(bool) for row in none]
+    return log, Cut(starts[1:].copy(), Held(histories, targets, none, unbought, profiles[drawn]))

@@ -105,6 +105,7 @@ def _through_time(
         np.concatenate([part[1].users for part in parts]),
         [history for part in parts for history in part[1].histories],
         np.concatenate([part[1].targets for part in parts]),
+        None if split.data.bought is None else np.concatenate([part[1].bought for part in parts]),
     )
     lists = {mask: np.concatenate([part[0][mask] for part in parts]) for mask in masks}
     return lists, queries, sum(part[2] for part in parts)

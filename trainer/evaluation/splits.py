@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streams.errors import SidstreamError
-from trainer.evaluation.sequences import Int64, Sequences
+from trainer.evaluation.sequences import Bool, Int64, Sequences
 
 LEAVE_ONE_OUT = "leave-one-out"
 TIME = "time"
@@ -22,9 +22,15 @@ class Queries:
     users: Int64  # (B,) row of Sequences.users
     histories: list[Int64]  # item rows, oldest first; never empty
     targets: Int64  # (B,) item rows
+    bought: Bool | None = None  # (B,) whether the target was bought, as in `Sequences`
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def take(self, at: Int64) -> Queries:
+        """The queries of these places (N,), in their order."""
+        bought = None if self.bought is None else self.bought[at]
+        return Queries(self.users[at], [self.histories[n] for n in at], self.targets[at], bought)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Split:
     valid: Queries
     test: Queries
     starts: tuple[int, int] | None = None  # when validation and test begin, where the cut is one in time
+    # Of `train`: what was bought before the cut. A purchase of the future is no mark of the past.
+    bought: list[Bool] | None = None
 
     def train_counts(self) -> Int64:
         """(I,) how often each item occurs in training."""
@@ -64,9 +72,11 @@ def leave_one_out(data: Sequences) -> Split:
 
     def queries(at: int) -> Queries:
         targets = np.array([data.items[u][at] for u in tested], np.int64)
-        return Queries(tested, [data.items[u][:at] for u in tested], targets)
+        marks = None if data.bought is None else np.array([data.bought[u][at] for u in tested], bool)
+        return Queries(tested, [data.items[u][:at] for u in tested], targets, marks)
 
-    return Split(LEAVE_ONE_OUT, data, train, queries(-2), queries(-1))
+    marks = data.bought and [row[: len(kept)] for row, kept in zip(data.bought, train, strict=True)]
+    return Split(LEAVE_ONE_OUT, data, train, queries(-2), queries(-1), bought=marks)
 
 
 def cut_times(data: Sequences, train: float = 0.8, valid: float = 0.1) -> tuple[int, int]:
@@ -87,7 +97,17 @@ def by_time(data: Sequences, t1: int | None = None, t2: int | None = None) -> Sp
     if t1 > t2:
         raise SidstreamError(f"t1 is {t1} and t2 is {t2}: validation has to begin before the test does")
     train = [row[: np.searchsorted(ts, t1)] for row, ts in zip(data.items, _times(data), strict=True)]
-    return Split(TIME, data, train, _between(data, t1, t2), _between(data, t2, None), (t1, t2))
+    valid, test = _between(data, t1, t2), _between(data, t2, None)
+    return Split(TIME, data, train, valid, test, (t1, t2), _bought_before(data, train, t1))
+
+
+def _bought_before(data: Sequences, train: list[Int64], end: int) -> list[Bool] | None:
+    """Of the training part: what was bought before `end`."""
+    if data.bought is None:
+        return None
+    when = data.bought_ts or [np.full(len(row), -1, np.int64) for row in data.bought]
+    marks = zip(data.bought, when, train, strict=True)
+    return [(bought & (at < end))[: len(kept)] for bought, at, kept in marks]
 
 
 def stretch(data: Sequences, low: int, high: int | None) -> Shard:
@@ -128,10 +148,13 @@ def _span(ts: Int64, low: int, high: int | None) -> tuple[int, int]:
 def _between(data: Sequences, low: int, high: int | None) -> Queries:
     """Every event of [low, high) that follows another one of its user, by user and then by time."""
     users, histories, targets = [], [], []
+    marks: list[bool] = []
     for user, (row, ts) in enumerate(zip(data.items, _times(data), strict=True)):
         begin, end = _span(ts, low, high)
         for at in range(max(begin, 1), end):
             users.append(user)
             histories.append(row[:at])
             targets.append(int(row[at]))
-    return Queries(np.array(users, np.int64), histories, np.array(targets, np.int64))
+            marks.append(data.bought is not None and bool(data.bought[user][at]))
+    bought = None if data.bought is None else np.array(marks, bool)
+    return Queries(np.array(users, np.int64), histories, np.array(targets, np.int64), bought)
