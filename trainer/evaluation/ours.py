@@ -119,8 +119,8 @@ class Trained:
             self.context.size,
         )  # fmt: skip
         log, cut = _log(data, settings, self.profiles)
-        rows = Rows(log, cut, known, tokenizer, prompt, settings)
-        self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
+        self.rows = Rows(log, cut, known, tokenizer, prompt, settings)
+        self.result = learn(self.model, self.rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
