@@ -1,4 +1,4 @@
-"""What each task gives to the others: one training with all of them, one without each, one on the next item alone.
+"""What each task gives to the others: a training of all tasks, one without each, one of the next item alone.
 
     python -m benchmarks.tasks rees46 --data /data --publish
     python -m benchmarks.tasks online-retail --publish
