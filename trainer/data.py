@@ -1,4 +1,4 @@
-"""What the generator learns from: users' sequences of items and titles, as rows of token ids and labels."""
+"""What the generator learns from: users' sequences of items and texts, as rows of token ids and labels."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from registry.prompt import BOS, EOS, ITEM, PAD, TITLE, UNK, Prompt, Sid
 from trainer.generator import IGNORE
 from trainer.settings import TrainerSettings
+from trainer.tasks import Words, bought_within, search_prompt, summary_prompt
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -36,6 +37,12 @@ class Pieces(NamedTuple):
     items: Tensor  # (B, P) int64 rows of `Catalogue.codes`, -1 where there is none
     learned: Tensor  # (B, P) bool: True where the item is a target
     context: Tensor | None = None  # (B, P, C) int64 token ids of each item's own event, 0 where there is none
+    bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.tasks)
+
+    def to(self, where: torch.device) -> Pieces:
+        """These pieces on a device."""
+        context, bought = (None if part is None else part.to(where) for part in (self.context, self.bought))
+        return Pieces(self.items.to(where), self.learned.to(where), context, bought)
 
 
 class Batch(NamedTuple):
@@ -174,6 +181,8 @@ class Rows:
     ) -> None:  # fmt: skip
         self.log, self.split, self.known, self.prompt, self.settings = log, split, known, prompt, settings
         self.titles = [self._words(title, tokenizer) for title in known.titles]
+        self.words = Words(self.titles)
+        self.bought = bought_within(log, split.ends, settings.tasks.buy_within_s * 1000)
 
     def _words(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         ids = tokenizer(title, add_special_tokens=False).input_ids if title else []
@@ -226,6 +235,57 @@ class Rows:
         levels = len(self.prompt.sizes)
         return Row(ids, np.arange(len(ids)) >= len(ids) - levels, self.settings.weights.title_to_sid)
 
+    def search(self, at: int, words: Sequence[int], bare: bool) -> Row:
+        """A search that led to the log's row `at`, whose item's codes are learned (see `search_prompt`).
+
+        The history is what its user did before; `bare`: none is given.
+        """
+        history = self.known.codes[self._past(at, at)[: 0 if bare else None]]
+        codes = self.known.codes[self.log.items[at]]
+        ids = np.array([*search_prompt(history, words), *codes], dtype=np.int64)
+        return Row(ids, np.arange(len(ids)) >= len(ids) - len(codes), self.settings.weights.search)
+
+    def summary(self, history: Int64) -> Row:
+        """A history's items (H,), then the words most typical of their titles and EOS, which are learned."""
+        titles = [self.titles[item] for item in history]
+        words = self.words.typical(titles, self.settings.tasks.summary_words)
+        prompt = summary_prompt(self.known.codes[history])
+        ids = np.array([*prompt, *words, EOS], dtype=np.int64)
+        return Row(ids, np.arange(len(ids)) >= len(prompt), self.settings.weights.summary)
+
+    def _past(self, at: int, end: int) -> Int64:
+        """The newest items before row `end` of the user of row `at`, as many as a text's history has."""
+        begin = self.log.starts[np.searchsorted(self.log.starts, at, side="right") - 1]
+        return self.log.items[max(begin, end - self.settings.tasks.history) : end]
+
+    def _drawn(self, rng: np.random.Generator) -> list[int]:
+        """As many rows of the training part as items have a title, drawn at random.
+
+        Each row's item has a known word, and is not the one right before it: a page's own item is no answer.
+        """
+        at = np.arange(len(self.log))
+        user = np.searchsorted(self.log.starts, at, side="right") - 1
+        known = np.array([any(word in self.words.idf for word in title) for title in self.titles], dtype=bool)
+        again = np.zeros(len(at), dtype=bool)
+        again[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
+        told = at[(at < self.split.ends[user]) & known[self.log.items] & ~again]
+        return rng.choice(told, sum(map(bool, self.titles))).tolist() if len(told) else []
+
+    def searches(self, number: int) -> list[Row]:
+        """The queries of epoch `number`: random words of the titles that users went to."""
+        rng = np.random.default_rng((self.settings.seed, number, 4))
+        limits = self.settings.tasks
+        made = []
+        for at in self._drawn(rng):
+            words = self.words.query(self.titles[self.log.items[at]], limits.query_words, rng)
+            made.append(self.search(at, words, bool(rng.random() < limits.bare)))
+        return made
+
+    def summaries(self, number: int) -> list[Row]:
+        """The summaries of epoch `number`: of histories that end at random places."""
+        rng = np.random.default_rng((self.settings.seed, number, 5))
+        return [self.summary(self._past(at, at + 1)) for at in self._drawn(rng)]
+
     def crops(self, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Pieces (start, end) of users' sequences: all with new events, and a share of older ones."""
         # One more than a prompt holds: the last target sees a full prompt. Random cuts: over the epochs every
@@ -249,11 +309,13 @@ class Rows:
         return fresh + [older[at] for at in chosen]
 
     def texts(self, number: int) -> list[Row]:
-        """The rows of epoch `number` that join SIDs and titles, shuffled."""
+        """The rows of epoch `number` that join SIDs and words, shuffled."""
         weights = self.settings.weights
         named = [item for item, words in enumerate(self.titles) if words]
         rows = [self.sid_to_title(item) for item in named if weights.sid_to_title > 0]
         rows += [self.title_to_sid(item) for item in named if weights.title_to_sid > 0]
+        rows += self.searches(number) if weights.search > 0 else []
+        rows += self.summaries(number) if weights.summary > 0 else []
         rng = np.random.default_rng((self.settings.seed, number, 2))
         return [rows[at] for at in rng.permutation(len(rows))]
 
@@ -279,14 +341,18 @@ class Rows:
         for batch in _by_size(order, length, self.settings.batch_positions):
             width = int(length[batch].max())
             items = np.full((len(batch), width), -1, dtype=np.int64)
+            bought = np.zeros(items.shape, dtype=bool)
             for row, (low, high) in enumerate(crops[batch].tolist()):
                 items[row, : high - low] = self.log.items[low:high]
+                bought[row, : high - low] = self.bought[low:high]
             learned = items >= 0
             learned[:, 1:] &= items[:, 1:] != items[:, :-1]
             if alone:
                 learned &= np.arange(width) == length[batch, None] - 1
             context = pad_contexts([contexts[row] for row in batch], width)
-            made.append(Pieces(torch.from_numpy(items), torch.from_numpy(learned), context))
+            made.append(
+                Pieces(torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought))
+            )
         return [made[at] for at in rng.permutation(len(made))]
 
     def _prefixes(self, crops: Int64) -> Int64:

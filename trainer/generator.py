@@ -190,6 +190,20 @@ class GeneratorModel(GeneratorPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("the generator folds token ids: pass input_ids, not inputs_embeds")
+        state, folded, chosen = self.read(input_ids, attention_mask)
+        vectors = torch.zeros_like(state)
+        for level, head in enumerate(self.depth):
+            at = (chosen == level).nonzero(as_tuple=True)
+            scored = head(state[at], folded[at] if level else None)
+            vectors = vectors.index_put(at, scored.to(vectors.dtype))
+        return BaseModelOutput(last_hidden_state=vectors)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Every place of flat input (B, T) as the depth head wants it.
+
+        States (B, T, D) after the last closed position, sums (B, T, D) of the codes of the item that is open,
+        and their number (B, T), 0 where none is open. A prompt is decoded from the state of its last place.
+        """
         levels, last = self._levels_of(input_ids), self.config.levels
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
@@ -236,13 +250,7 @@ class GeneratorModel(GeneratorPreTrainedModel):
             heard = F.pad(said.cumsum(1), (0, 0, 1, 0))
             begun = F.pad(closed + 1, (1, 0))
             state = self.modulation(state, heard[:, 1:] - heard[rows, begun.gather(1, done)])
-        vectors = torch.zeros_like(state)
-        chosen = torch.where(real & opens, levels, 0)
-        for level, head in enumerate(self.depth):
-            at = (chosen == level).nonzero(as_tuple=True)
-            scored = head(state[at], folded[at] if level else None)
-            vectors = vectors.index_put(at, scored.to(vectors.dtype))
-        return BaseModelOutput(last_hidden_state=vectors)
+        return state, folded, torch.where(real & opens, levels, 0)
 
 
 class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):

@@ -18,16 +18,17 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, items: Tensor, targets: Tensor, dtype: torch.dtype,
-        places: tuple[Tensor, Tensor] | None, extra: Tensor | None,
+        places: tuple[Tensor, Tensor] | None, extra: Tensor | None, weights: Tensor,
     ) -> Tensor:  # fmt: skip
         rows, table = queries.to(dtype), items.to(dtype)
-        count = len(rows)
+        whole = weights.sum()
         to_rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         to_items = torch.zeros(items.shape, dtype=torch.float32, device=rows.device)
         to_extra = None if extra is None else torch.zeros_like(extra)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for low in range(0, count, _ROWS):
+        for low in range(0, len(rows), _ROWS):
             part, wanted = rows[low : low + _ROWS], targets[low : low + _ROWS, None]
+            weight = weights[low : low + _ROWS, None]
             logits = part @ table.T
             if places is not None and extra is not None:
                 first, end = torch.searchsorted(places[0], torch.tensor([low, low + len(part)])).tolist()
@@ -37,44 +38,52 @@ class _Softmax(torch.autograd.Function):
             hit = logits.gather(1, wanted).float() - top.float()
             shares = logits.sub_(top).exp_()
             mass = shares.sum(1, keepdim=True, dtype=torch.float32)
-            total += (mass.log() - hit).sum()
+            total += ((mass.log() - hit) * weight).sum()
             # From here on the gradient of the mean: softmax less one at the target.
-            shares.mul_((1.0 / (mass * count)).to(dtype))
-            shares.scatter_add_(1, wanted, torch.full_like(hit, -1.0 / count, dtype=dtype))
+            shares.mul_((weight / (mass * whole)).to(dtype))
+            shares.scatter_add_(1, wanted, (-weight / whole).to(dtype))
             if to_extra is not None:
                 to_extra[first:end] = shares[at].float()
             to_rows[low : low + _ROWS] = shares @ table
             to_items += shares.T @ part
         ctx.save_for_backward(to_rows, to_items, to_extra)
         ctx.dtypes = queries.dtype, items.dtype
-        return total / count
+        return total / whole
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         to_rows, to_items, to_extra = ctx.saved_tensors
         first, second = ctx.dtypes
         third = None if to_extra is None else to_extra * grads[0]
-        return (to_rows * grads[0]).to(first), (to_items * grads[0]).to(second), None, None, None, third
+        return (to_rows * grads[0]).to(first), (to_items * grads[0]).to(second), None, None, None, third, None
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of values (N,) by weights (N,), a scalar; None: all weigh the same."""
+    return values.mean() if weights is None else (values * weights).sum() / weights.sum()
 
 
 def softmax_loss(
     queries: Tensor, items: Tensor, targets: Tensor, smoothing: float = 0.0,
-    places: tuple[Tensor, Tensor] | None = None, extra: Tensor | None = None,
+    places: tuple[Tensor, Tensor] | None = None, extra: Tensor | None = None, weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Mean over N of the cross-entropy of softmax(queries @ items^T), a scalar in float32.
 
     queries (N, D), items (I, D), targets (N,) int64 rows of `items`, N >= 1. Under autocast the products are
     in its dtype. `smoothing`: share of a target's weight that is spread evenly over all items (Szegedy et al.
     2016, section 7). `extra` (M,) float32 is added to the logits of `places`: ascending queries (M,) and
-    items (M,), no pair twice.
+    items (M,), no pair twice. `weights` (N,) float32 above 0: of each row in the mean; None: all the same.
     """
     mixed = torch.is_autocast_enabled(queries.device.type)
     dtype = torch.get_autocast_dtype(queries.device.type) if mixed else torch.float32
     with torch.autocast(queries.device.type, enabled=False):
-        loss: Tensor = _Softmax.apply(queries, items, targets, dtype, places, extra)
+        loss: Tensor = _Softmax.apply(
+            queries, items, targets, dtype, places, extra,
+            torch.ones(len(targets), device=queries.device) if weights is None else weights,
+        )  # fmt: skip
         if smoothing:
             # -mean_j log p_j = log sum exp - mean logit; the first part is what the loss has already.
             gold = (queries.float() * F.embedding(targets, items).float()).sum(-1)
             even = queries.float() @ items.float().mean(0)
-            loss = loss + smoothing * (gold - even).mean()
+            loss = loss + smoothing * weighted_mean(gold - even, weights)
     return loss

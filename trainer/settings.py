@@ -19,6 +19,25 @@ class TaskWeights(Section):
     next_item: float = Field(1.0, ge=0, description="the next item itself, by the dense head")
     sid_to_title: float = Field(0.1, ge=0, description="an SID's title, word by word")
     title_to_sid: float = Field(0.1, ge=0, description="a title's SID")
+    search: float = Field(0.0, ge=0, description="the SID of what a user went to, after words of its title")
+    summary: float = Field(0.0, ge=0, description="the words most typical of a history's titles")
+    purchase: float = Field(
+        1.0,
+        gt=0,
+        description="a target that was bought, over any other one, in the next item and its SID; not in LoRA",
+    )
+
+
+class TaskSettings(Section):
+    """What the rows of the tasks beside the next item look like."""
+
+    buy_within_s: int = Field(
+        1800, ge=0, description="a target counts as bought where its user buys it at most so long after it"
+    )
+    history: int = Field(10, ge=1, description="items before a query, or of a summary; the newest kept")
+    bare: float = Field(0.3, ge=0, le=1, description="share of queries without a history")
+    query_words: int = Field(3, ge=1, description="words of a query, at most")
+    summary_words: int = Field(5, ge=1, description="words of a summary, at most")
 
 
 class PretrainSettings(Section):
@@ -221,6 +240,7 @@ class TrainerSettings(Section):
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
     pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))
+    tasks: TaskSettings = Field(default_factory=lambda: TaskSettings.model_validate({}))
     context: ContextSettings = Field(default_factory=lambda: ContextSettings.model_validate({}))
     rewards: RewardSettings = Field(default_factory=lambda: RewardSettings.model_validate({}))
     dpo: DpoSettings = Field(default_factory=lambda: DpoSettings.model_validate({}))

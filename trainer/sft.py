@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next SID at every position, titles both ways, in a time budget, resumable."""
+"""Supervised fine-tuning: the next SID at every position, and texts, in a time budget, resumable."""
 
 from __future__ import annotations
 
@@ -126,10 +126,14 @@ def sequence_loss(
     the cross-entropy over the whole vocabulary; the dense head's is over the items of `among`, None: all.
     `smoothing`: share of the weight of a target that goes to other items and, along the `tree`, to sibling
     codes. `soft`: what a teacher says at the learned positions, in rows of what the dense head scores.
+    Where `pieces` tells what was bought, targets that were weigh `weights.purchase` in every mean.
     """
     base = model.model
     every, rows, state = learned_states(model, pieces, table)
     target = rows[pieces.learned]
+    each = None
+    if pieces.bought is not None and weights.purchase != 1:
+        each = torch.where(pieces.bought[pieces.learned], weights.purchase, 1.0)
     loss = torch.zeros((), device=rows.device)
     if weights.next_item > 0:
         (query, past), distance = pasts(rows, pieces.learned)
@@ -138,10 +142,10 @@ def sequence_loss(
             every, wanted, past = F.embedding(among.rows, every), among.place[target], among.place[past]
         asked = base.queries(state)
         loss = loss + weights.next_item * softmax_loss(
-            asked, every, wanted, smoothing, (query, past), base.items.again_of(distance)
+            asked, every, wanted, smoothing, (query, past), base.items.again_of(distance), each
         )
         if soft is not None:
-            loss = loss + weights.next_item * teacher_term(asked, every, wanted, soft)
+            loss = loss + weights.next_item * teacher_term(asked, every, wanted, soft, each)
     if weights.next_sid > 0:
         codes = base.items.codes[target]
         chosen = base.embed_tokens(codes)
@@ -149,9 +153,12 @@ def sequence_loss(
         for level, head in enumerate(base.depth):
             vectors.append(head(state, prefix))
             prefix = chosen[:, level] if prefix is None else prefix + chosen[:, level]
-        spelled = softmax_loss(torch.cat(vectors), base.embed_tokens.weight, codes.T.reshape(-1))
+        spelled = softmax_loss(
+            torch.cat(vectors), base.embed_tokens.weight, codes.T.reshape(-1),
+            weights=None if each is None else each.repeat(len(vectors)),
+        )  # fmt: skip
         if smoothing:
-            siblings = sibling_term(vectors, codes, target, tree, base.embed_tokens.weight)
+            siblings = sibling_term(vectors, codes, target, tree, base.embed_tokens.weight, each)
             spelled = spelled + smoothing * siblings
         loss = loss + weights.next_sid * len(base.depth) * spelled
     return loss
@@ -222,9 +229,9 @@ def _batch_loss(
     model: GeneratorForCausalLM, pieces: Pieces, titles: list[Row], table: Tensor, among: Scored | None,
     settings: TrainerSettings, tree: Sequence[Level] = (), teacher: Teacher | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss of one batch: its sequences, and the titles that go with it."""
+    """The loss of one batch: its sequences, and the texts that go with it."""
     where = table.device
-    pieces = Pieces(*(part.to(where) for part in pieces if part is not None))
+    pieces = pieces.to(where)
     soft = teacher(pieces, among) if teacher else None
     with torch.autocast(where.type, torch.bfloat16, enabled=fast_bf16(where)):
         loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among, tree, soft)

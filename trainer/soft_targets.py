@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.losses import weighted_mean
+
 
 class Level(NamedTuple):
     """The nodes of one level of the code tree, in order of SIDs, grouped by their parents."""
@@ -36,20 +38,21 @@ def code_tree(codes: Tensor) -> list[Level]:
 
 
 def sibling_term(
-    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[Level], table: Tensor
-) -> Tensor:
+    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[Level], table: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """What is added to the mean cross-entropy of codes for a share of their targets' weight.
 
     That share goes evenly to the codes that real items have below the same prefix, where plain smoothing
     (Szegedy et al. 2016, section 7) would give most of it to codes of no item. vectors: L of (N, D), which
     score the codes (N, L) of the items `rows` (N,) by `table` (V, D) -> scalar. The normaliser cancels: it is
-    the mean of logit(target) - mean logit(siblings).
+    the mean of logit(target) - mean logit(siblings), by `weights` (N,) as in `softmax_loss`.
     """
     total = torch.zeros((), device=table.device)
     for at, (vector, level) in enumerate(zip(vectors, tree, strict=True)):
         siblings = F.embedding_bag(level.tokens, table, level.starts, mode="mean")
         away = F.embedding(codes[:, at], table) - F.embedding(level.parent[rows], siblings)
-        total = total + (vector.float() * away.float()).sum(-1).mean()
+        total = total + weighted_mean((vector.float() * away.float()).sum(-1), weights)
     return total / len(vectors)
 
 
@@ -61,13 +64,15 @@ class Soft(NamedTuple):
     share: float  # of the target's weight that goes to them
 
 
-def teacher_term(queries: Tensor, every: Tensor, targets: Tensor, soft: Soft) -> Tensor:
+def teacher_term(
+    queries: Tensor, every: Tensor, targets: Tensor, soft: Soft, weights: Tensor | None = None
+) -> Tensor:
     """What is added to the mean cross-entropy of items for distillation (Hinton et al. 2015, equation 2).
 
     queries (N, D), every (I, D), targets (N,) -> scalar: share * mean of logit(target) - expected logit under
-    the teacher; temperature 1, the normaliser cancels.
+    the teacher; temperature 1, the normaliser cancels. `weights` (N,) as in `softmax_loss`.
     """
     queries = queries.float()
     hard = (queries * F.embedding(targets, every).float()).sum(-1)
     named = torch.einsum("nd,nkd->nk", queries, F.embedding(soft.items, every).float())
-    return soft.share * (hard - (named * soft.probabilities).sum(-1)).mean()
+    return soft.share * weighted_mean(hard - (named * soft.probabilities).sum(-1), weights)

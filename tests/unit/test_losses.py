@@ -17,10 +17,11 @@ from trainer.losses import softmax_loss
     st.integers(2, 40),
     st.sampled_from([0.0, 0.1]),
     st.integers(0, 50),
+    st.booleans(),
     st.integers(0, 99),
 )
 def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(
-    count: int, items: int, smoothing: float, pairs: int, seed: int
+    count: int, items: int, smoothing: float, pairs: int, weighted: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     queries = torch.randn(count, 6, requires_grad=True)
@@ -31,9 +32,11 @@ def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(
     extra = torch.randn(len(place), requires_grad=True)
     inputs = (queries, table, extra) if len(place) else (queries, table)
     given_extra = (places, extra) if len(place) else (None, None)
-    found = softmax_loss(queries, table, targets, smoothing, *given_extra)
+    weights = torch.rand(count) + 0.1 if weighted else None
+    found = softmax_loss(queries, table, targets, smoothing, *given_extra, weights)
     logits = (queries @ table.T).index_put(places, extra, accumulate=True)
-    wanted = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    each = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    wanted = each.mean() if weights is None else (each * weights).sum() / weights.sum()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     ours, plain = torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * wanted, inputs)
     for one, other in zip(ours, plain, strict=True):

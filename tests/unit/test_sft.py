@@ -114,7 +114,8 @@ def test_the_loss_is_the_weighted_mean_over_learned_tokens() -> None:
         assert float(token_loss(model, batch)) == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one() -> None:
+@pytest.mark.parametrize("purchase", [1.0, 4.0])
+def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float) -> None:
     made = shop()
     model = made.model(seed=2)
     base = model.model
@@ -124,9 +125,12 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one() -> None:
     items = torch.tensor([[4, 7, 4, 4, 9], [3, 2, -1, -1, -1]])
     learned = torch.tensor([[True, True, True, False, True], [True, True, False, False, False]])
     table = base.items.rows(torch.from_numpy(made.known.codes))
-    weights = made.settings.weights.model_copy(update={"next_sid": 0.5, "next_item": 2.0})
+    bought = torch.tensor([[False, True, False, True, False], [True, False, False, False, False]])
+    weights = made.settings.weights.model_copy(
+        update={"next_sid": 0.5, "next_item": 2.0, "purchase": purchase}
+    )
     with torch.no_grad():
-        found = sequence_loss(model, Pieces(items, learned), table, weights)
+        found = sequence_loss(model, Pieces(items, learned, bought=bought), table, weights)
         spelled, scored = [], []
         for row in range(2):
             for at in torch.nonzero(learned[row]).flatten().tolist():
@@ -139,7 +143,8 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one() -> None:
                     distance = at - max(q for q in range(at) if int(past[q]) == item)
                     logits[table[item]] += base.items.again_of(torch.tensor(distance))
                 scored.append(-logits.log_softmax(-1)[table[target]])
-    wanted = 0.5 * torch.stack(spelled).mean() + 2.0 * torch.stack(scored).mean()
+    each = torch.where(bought[learned], purchase, 1.0)
+    wanted = ((0.5 * torch.stack(spelled) + 2.0 * torch.stack(scored)) * each).sum() / each.sum()
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
