@@ -1,0 +1,111 @@
+"""Claim: a request that prefers commission gets items that bring more of it, all valid, in the same time.
+
+    python -m benchmarks.preferences --name commission
+
+Runs on the stack that `sidstream demo` left up. Each of 300 users asks twice for the same page, once with the
+preference and once without, in random order. Prints one line of JSON: the mean commission (or price) of what
+came, per request, with the paired bootstrap interval of the relative change; how many items were not in the
+catalogue or not for sale; median seconds with and without, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import uuid
+
+import numpy as np
+
+from benchmarks.results import line
+from registry.current import read_newest
+from registry.rewards import Offer, value_of
+from sidstream.settings import load
+from streams.client import Client
+from streams.errors import SidstreamError
+from streams.events import CatalogItem, Recommendation, SidAssignment, Trigger
+from streams.replay import past_of, source_of
+from trainer.evaluation.bootstrap import intervals
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", choices=("commission", "price"), default="commission")
+    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    settings, random = load(), np.random.default_rng(given.seed)
+    listed = read_newest(settings.kafka, CatalogItem)
+    spelled = {one.item_id for one in read_newest(settings.kafka, SidAssignment).values()}
+    pasts = past_of(source_of("online-retail"))
+    users = [sorted(pasts)[at] for at in random.permutation(len(pasts))[: given.users]]
+    values: list[list[float]] = []
+    seconds: list[list[float]] = []
+    wrong = shown = unheard = 0
+    with Client(settings.kafka) as client:
+        for user in users:
+            page = pasts[user][int(random.integers(len(pasts[user])))]
+            made: dict[bool, tuple[float, float]] = {}
+            for prefers in random.permutation([True, False]).tolist():
+                began = time.perf_counter()
+                answer = client.ask(_request(user, page, given.name if prefers else None), timeout=30)
+                took = time.perf_counter() - began
+                unheard += prefers and not answer.conditions
+                shown += len(answer.items)
+                wrong += _wrong(answer, listed, spelled)
+                made[prefers] = (_mean(answer, listed, given.name), took)
+            values.append([made[True][0], made[False][0]])
+            seconds.append([made[True][1], made[False][1]])
+    if unheard:
+        raise SidstreamError(
+            f"{unheard} of {len(users)} answers had no conditions: the bundle in service has no rewards; "
+            "train one from scratch on a catalogue with prices and commission rates"
+        )
+    both = np.array(values)
+    change = intervals((both[:, 0] - both[:, 1])[:, None], np.arange(len(both)))[0]
+    base = float(both[:, 1].mean())
+    times = np.median(np.array(seconds), axis=0)
+    command = f"python -m benchmarks.preferences --name {given.name} --users {given.users}"
+    print(json.dumps(line(
+        f"a preference for {given.name} is followed", "UCI Online Retail, the demo's stack",
+        "the bundle in service", f"mean {given.name} of ten items, relative change",
+        round(change.value / base, 4), given.seed, command, round(change.low / base, 4),
+        round(change.high / base, 4),
+    ) | {
+        "with": round(float(both[:, 0].mean()), 4), "without": round(base, 4), "items": shown,
+        "not valid": wrong, "median_s_with": round(float(times[0]), 5),
+        "median_s_without": round(float(times[1]), 5), "ratio": round(float(times[0] / times[1]), 4),
+    }))  # fmt: skip
+
+
+def _request(user: str, page: str, name: str | None) -> Trigger:
+    return Trigger.new(
+        request_id=uuid.uuid4().hex, user_id=user, item_id=page, scene="item-page",
+        preferences=None if name is None else {name: 1.0},
+    )  # fmt: skip
+
+
+def _wrong(answer: Recommendation, listed: dict[str, CatalogItem], spelled: set[str]) -> int:
+    """Items that are not for sale, or have no SID."""
+    return sum(
+        one.item_id not in spelled or one.item_id not in listed or not listed[one.item_id].active
+        for one in answer.items
+    )
+
+
+def _mean(answer: Recommendation, listed: dict[str, CatalogItem], name: str) -> float:
+    """The mean of what the items bring, in the shop's currency; of those that say."""
+    found = []
+    for ranked in answer.items:
+        one = listed[ranked.item_id]
+        value = value_of(name, Offer(one.category, one.price, one.commission_rate))
+        if value is not None:
+            found.append(float(np.expm1(value)))
+    return float(np.mean(found)) if found else 0.0
+
+
+if __name__ == "__main__":
+    main()
