@@ -7,19 +7,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from trainer.settings import DpoSettings
 
+# One-sided, 5 %: a look at some hundred users must not take noise for a collapse.
+_SURE = 1.645
+
 
 @dataclass(frozen=True)
 class Health:
-    """What held-out users say: the share whose next click is in the ten best, the share of real SIDs."""
+    """What held-out users say, the same ones at every look: bool (N,) each."""
 
-    hr10: float
-    validity: float
+    hits: npt.NDArray[np.bool_]  # the next item is among the ten best
+    valid: npt.NDArray[np.bool_]  # what is spelled without a constraint is a SID
+
+    @property
+    def hr10(self) -> float:
+        """The hit rate at 10."""
+        return float(self.hits.mean())
+
+    @property
+    def validity(self) -> float:
+        """The share of real SIDs."""
+        return float(self.valid.mean())
+
+
+def _fell(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_], margin: float) -> bool:
+    """Whether a share is shown to have fallen by more than `margin`: the paired test, user by user."""
+    fall = before.astype(float) - now
+    return float(fall.mean() - _SURE * fall.std() / len(fall) ** 0.5) > margin
 
 
 # Asked with the policy of the moment.
@@ -30,8 +51,9 @@ class Watch(TrainerCallback):
     """Progress, the time budget, and three rules that end the stage.
 
     The chosen answer's log-probability fell more than `max_drop` below the reference; HR@10 of held-out
-    clicks fell by `max_recall_fall` of what it was; `max_invalid_rise` more of the unconstrained answers are
-    no SID. Where one of the last two ends it, the weights go back to the last probe that passed.
+    users is shown to have fallen by more than `max_recall_fall` of what it was; more than `max_invalid_rise`
+    more of the unconstrained answers are shown to be no SID. Where one of the last two ends it, the weights
+    go back to the last probe that passed.
     """
 
     def __init__(self, settings: DpoSettings, probe: Probe | None, progress: Callable[[str], None] | None,
@@ -111,9 +133,9 @@ class Watch(TrainerCallback):
         self._probed = step
         self.curve.append({"step": float(step), "hr10": found.hr10, "validity": found.validity})
         said = ""
-        if found.hr10 < (1 - self.settings.max_recall_fall) * before.hr10:
-            said = f"HR@10 of held-out clicks fell from {before.hr10:.3f} to {found.hr10:.3f}"
-        elif found.validity < before.validity - self.settings.max_invalid_rise:
+        if _fell(before.hits, found.hits, self.settings.max_recall_fall * before.hr10):
+            said = f"HR@10 of held-out users fell from {before.hr10:.3f} to {found.hr10:.3f}"
+        elif _fell(before.valid, found.valid, self.settings.max_invalid_rise):
             said = f"the share of real SIDs fell from {before.validity:.3f} to {found.validity:.3f}"
         if not said:
             self._keep(model, step)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -219,11 +220,21 @@ def rank_held(
     model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
 ) -> Quality:
     """HR@10 and NDCG@10 of held-out items by constrained `generate`; validity of free answers."""
+    rank, valid = ranks_held(model, translation, rows, sids, settings)
+    hr, ndcg = hr_ndcg(torch.from_numpy(rank))
+    return Quality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
+
+
+@torch.no_grad()
+def ranks_held(
+    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Rank (B,) from 0 of each held-out item by constrained `generate`; which (B,) free answers are SIDs."""
     where = next(model.parameters()).device
     prompt, held, known = rows.prompt, rows.split.held, rows.known
     beams = min(max(settings.beam, 10), len(sids))
     ranks: list[int] = []
-    valid = 0
+    valid: list[bool] = []
     for low in range(0, len(held.targets), _EVAL_ROWS):
         histories = held.histories[low : low + _EVAL_ROWS]
         flat = [[BOS, *known.codes[history].ravel().tolist()] for history in histories]
@@ -249,10 +260,8 @@ def rank_held(
             ranks.append(answers.index(known.sids[target]) if known.sids[target] in answers else beams)
         for row in model.generate(ids, num_beams=1, **shared)[:, length:].tolist():
             tokens = [translation.back.get(token, PAD) for token in row]
-            valid += all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens))
-    users = len(held.targets)
-    hr, ndcg = hr_ndcg(torch.tensor(ranks))
-    return Quality(users, hr, ndcg, valid / users if users else 0.0, Ranking())
+            valid.append(all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens)))
+    return np.array(ranks, dtype=np.int64), np.array(valid, dtype=bool)
 
 
 def align_tuned(
@@ -276,8 +285,8 @@ def align_tuned(
     few = rows.part(settings.dpo.probe_users)
 
     def probe(policy: Any) -> Health:
-        found = rank_held(policy.eval(), translation, few, sids, settings)
-        return Health(found.hr10, found.validity)
+        rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
+        return Health(rank < 10, valid)
 
     folder = Path(f"{tuned.folder}-dpo")
     made, result = align_language_model(

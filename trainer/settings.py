@@ -103,12 +103,15 @@ class DpoSettings(Section):
     probe_steps: int = Field(
         20, ge=1, description="steps between looks at the held-out users, which stop a model that collapses"
     )
-    probe_users: int = Field(300, ge=0, description="held-out users of such a look; 0: no look")
+    probe_users: int = Field(500, ge=0, description="held-out users of such a look; 0: no look")
     max_recall_fall: float = Field(
-        0.1, gt=0, le=1, description="stop when the held-out HR@10 fell by this share of the reference's"
+        0.05,
+        gt=0,
+        le=1,
+        description="stop when the held-out HR@10 is shown to have fallen by more than this share of it",
     )
     max_invalid_rise: float = Field(
-        0.1, gt=0, le=1, description="stop when this much more of the unconstrained answers is no SID"
+        0.05, gt=0, le=1, description="stop when so much more of what is spelled freely is shown to be no SID"
     )
     max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
 

@@ -196,21 +196,34 @@ def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
+def ranked(
+    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
+    ranking: Ranking | None = None,
+) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
+    """Rank (B,) from 0 of each held-out item, whether (B,) what is spelled freely is a SID, and the ranking.
+
+    Under a ranking, or the one that fits the items best; B >= 1.
+    """
+    model.eval()
+    ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
+    states = ranker.states(held.histories, held.contexts)
+    found = ranker.candidates(held.histories, states)
+    ranking = ranking or fit(found, held)
+    valid = torch.cat([greedy(model, part, sids) for part in states.split(ROWS)])
+    return ranks(found, held, ranking).cpu(), valid.cpu(), ranking
+
+
+@torch.no_grad()
 def evaluate(
     model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
     ranking: Ranking | None = None,
 ) -> Quality:  # fmt: skip
     """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
-    model.eval()
     if not len(held.targets):
+        model.eval()
         return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
-    ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
-    states = ranker.states(held.histories, held.contexts)
-    found = ranker.candidates(held.histories, states)
-    ranking = ranking or fit(found, held)
-    rank = ranks(found, held, ranking)
+    rank, valid, ranking = ranked(model, held, known, sids, settings, ranking)
     hr, ndcg = hr_ndcg(rank)
-    valid = torch.cat([greedy(model, part, sids) for part in states.split(ROWS)])
     paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
     return Quality(
         len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
