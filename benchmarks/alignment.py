@@ -221,7 +221,7 @@ def variants(
             if (given.loss and name not in given.loss) or (not dpo.get("weight", 1) and scheme != SCHEMES[0]):
                 continue
             began = time.monotonic()
-            aligned, note = aligned_to(tuned, pairs, scheme, dpo | changes)
+            aligned, note = aligned_to(tuned, pairs, scheme, changes | dpo)
             yield f"{name}, {scheme}", measure(aligned, queries, note)
             _tell(f"{len(pairs)} pairs, {note} ({time.monotonic() - began:.0f} s)")
 
