@@ -190,7 +190,7 @@ def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World)
     world.walk(range(30), 3, Click, 1000)
     second = world.cycle()
     assert set(second.versions) == {"sft"}
-    assert second.no_dpo == "0 new preference pairs, at least 20 are needed"
+    assert second.no_dpo == "0 preference pairs, at least 20 are needed"
     assert world.registry.alias("challenger-dpo") is None
 
 
@@ -248,6 +248,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     world.lines.clear()
     dpo = DpoSettings.model_validate({
         "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 5, "sft_weight": 0.0, "max_drop": 1000.0,
+        "replay_weight": 0.0, "probe_users": 0,
     })  # fmt: skip
     world.settings = sane.model_copy(update={"epochs": 1, "dpo": dpo, "offpolicy": explored})
     second = world.cycle()
