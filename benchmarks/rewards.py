@@ -1,0 +1,242 @@
+"""Whether items follow what a request prefers, and what that costs those that prefer nothing.
+
+    python -m benchmarks.rewards --epochs 1 --seeds 1 --publish
+
+One model learns with rewards, one without, in equal passes over the training part; everything else is what
+`sidstream train` makes. Users are those of the test part. Three claims:
+
+- control: a single bin of a price or a commission is asked for, every bin for every history. Spearman's
+  correlation of the bin that was asked for with the mean bin of the ten items, over all (history, bin) pairs
+  and over the means of the bins.
+- cost: HR@10 of requests that ask for nothing, beside the model without rewards; interval over users.
+- front: HR@10, mean price bin and mean commission bin of the answers under several preferences, in shares of
+  the highest bin, beside the model without rewards whose candidates are scored anew: log p + s * (weighted
+  mean of the bins), s from 1 to 16. The volume that each set of points dominates above (0, 0, 0)
+  (hypervolume, Zitzler and Thiele 1999).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from benchmarks.results import RESULTS, line, put_table
+from registry.rewards import COMMISSION, PRICE, Rewards, said
+from streams.events import Reward
+from trainer.evaluation.bootstrap import differences, intervals
+from trainer.evaluation.datasets import load
+from trainer.evaluation.metrics import hit_ranks
+from trainer.evaluation.ours import Recipe, Trained, default_recipe
+from trainer.evaluation.sequences import Float64, Int64
+from trainer.evaluation.splits import Queries, Split, by_time
+from trainer.png import png
+from trainer.ranking import Candidates
+from trainer.rewards import item_bins
+
+K = 10
+BEGIN, END = "<!-- rewards -->\n", "<!-- end of rewards -->\n"
+PREFERENCES: tuple[dict[Reward, float], ...] = (
+    {}, {"price": 1}, {"commission": 1}, {"price": 1, "commission": 1}, {"price": 3, "commission": 1},
+    {"price": 1, "commission": 3},
+)  # fmt: skip
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+class Point(NamedTuple):
+    """What the answers under one preference bring: shares from 0 to 1, the more the better."""
+
+    hit_rate: float
+    price: float
+    commission: float
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    asked.add_argument("--dataset", default="online-retail")
+    asked.add_argument("--epochs", type=int, default=1)
+    asked.add_argument("--seeds", default="1", help="with commas between")
+    asked.add_argument("--targets", type=int, default=3000, help="of the test part, drawn once")
+    asked.add_argument("--histories", type=int, default=400, help="of them, for the control and the front")
+    asked.add_argument(
+        "--publish", action="store_true", help="put lines, table and picture into docs/results"
+    )
+    given = asked.parse_args()
+    split = by_time(load(given.dataset))
+    command = f"python -m benchmarks.rewards --epochs {given.epochs} --seeds {given.seeds}"
+    plain = default_recipe(epochs=given.epochs)
+    # Equal passes, not equal seconds: how busy the machine is must not decide.
+    recipe = replace(plain, trainer=plain.trainer | {"max_seconds": None})
+    lines, fronts = [], {}
+    for seed in map(int, given.seeds.split(",")):
+        bench = Bench(split, recipe, seed, given.targets, given.histories)
+        for claim, model, metric, value, low, high in bench.figures():
+            one = line(claim, given.dataset, model, metric, value, seed, command, low, high, "none")
+            print(json.dumps(one), flush=True)
+            lines.append(one)
+        fronts = bench.fronts
+    if given.publish:
+        put_table(RESULTS / "rewards.md", BEGIN, END, table(lines))
+        (RESULTS / "rewards.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        (RESULTS / "rewards.png").write_bytes(picture(fronts))
+
+
+Line = tuple[str, str, str, float, float | None, float | None]
+
+
+class Bench:
+    """The two models of one seed, and the requests that both are asked with."""
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int, targets: int, histories: int) -> None:
+        self.models = {}
+        for name, enabled in (("sidstream-rewards", True), ("sidstream-no-rewards", False)):
+            rewards = recipe.trainer.get("rewards", {}) | {"enabled": enabled}
+            made = Trained(replace(recipe, trainer=recipe.trainer | {"rewards": rewards}))
+            made.fit(split, seed, partial(_tell, name))
+            self.models[name] = made
+        self.with_, self.without = self.models.values()
+        if self.with_.rewards is None:
+            raise ValueError("the items of this data set have no prices: there is nothing to ask for")
+        self.rewards: Rewards = self.with_.rewards
+        assert split.data.offers is not None, "a catalogue with bins has prices"
+        self.bins = {name: item_bins(self.rewards, name, split.data.offers) for name in (PRICE, COMMISSION)}
+        self.top = max(len(edges) for edges in self.rewards.edges[PRICE].values())
+        self.queries = drawn(split.test, targets)
+        self.few = drawn(self.queries, histories, seed=1)
+        self.fronts: dict[str, list[Point]] = {}
+
+    def figures(self) -> Iterator[Line]:
+        """(claim, model, metric, value, low, high) of everything that is measured."""
+        yield from self.control()
+        yield from self.cost()
+        yield from self.front()
+
+    def control(self) -> Iterator[Line]:
+        """Every bin of each field, asked for every history."""
+        for name, bins in self.bins.items():
+            values = range(self.top + 1)
+            lists = [self.asked({name: value}) for value in values]
+            got = np.array([bins[one].mean(1) for one in lists])
+            wanted = np.broadcast_to(np.arange(len(got))[:, None], got.shape)
+            exact = np.mean([(bins[one] == value).mean() for value, one in zip(values, lists, strict=True)])
+            about = f"items follow the {name} that is asked for", "sidstream-rewards"
+            yield *about, f"spearman {name}, (history, bin) pairs", _rho(wanted, got), None, None
+            yield *about, f"spearman {name}, bin means", _rho(wanted[:, 0], got.mean(1)), None, None
+            yield *about, f"share in the {name} bin asked for @{K}", float(exact), None, None
+
+    def cost(self) -> Iterator[Line]:
+        """Requests that ask for nothing."""
+        hits = {name: self._hits(made) for name, made in self.models.items()}
+        claim = "a request without preferences is answered as well as without rewards"
+        for name, some in hits.items():
+            yield claim, name, f"HR@{K}", *intervals(some, self.queries.users)[0]
+        ours, theirs = hits.values()
+        found = differences(ours, theirs, self.queries.users)[0]
+        yield claim, "sidstream-rewards", f"HR@{K} less that without rewards", *found
+
+    def _hits(self, made: Trained) -> Float64:
+        lists = made.rank(self.queries.histories, K, "none", "mixed", self.queries.users)
+        return (hit_ranks(lists, self.queries.targets) >= 0).astype(np.float64)[:, None]
+
+    def front(self) -> Iterator[Line]:
+        """Answers under several preferences, by conditions and by scores made anew."""
+        some = [self._point(self.asked(self.rewards.wanted(one))) for one in PREFERENCES]
+        self.fronts = {"sidstream-rewards": some, "sidstream-no-rewards, scored anew": self._scored_anew()}
+        for name, points in self.fronts.items():
+            claim = "preferences buy more price and commission for the hits that they cost"
+            yield claim, name, "hypervolume above (0, 0, 0)", hypervolume(points), None, None
+
+    def _scored_anew(self) -> list[Point]:
+        found = candidates(self.without, self.few, self.without.profiles[self.few.users])
+        score = found.score(self.without.ranking.dense_weight).numpy()
+        made = []
+        for weights in PREFERENCES:
+            for strength in STRENGTHS if weights else (0.0,):
+                added = sum((w * self.bins[name][found.items] / self.top for name, w in weights.items()), 0.0)
+                order = np.argsort(-(score + strength * added / max(1, sum(weights.values()))), kind="stable")
+                made.append(self._point(np.take_along_axis(found.items.numpy(), order, 1)[:, :K]))
+        return made
+
+    def asked(self, conditions: Mapping[str, int]) -> Int64:
+        """(B, K) items for the few histories under conditions."""
+        made = self.with_
+        row = np.array([made.context.row(said(conditions))], dtype=np.int32).repeat(len(self.few), axis=0)
+        contexts = np.concatenate((made.profiles[self.few.users], row), axis=1)
+        lists: Int64 = candidates(made, self.few, contexts).order(made.ranking.dense_weight)[:, :K].numpy()
+        return lists
+
+    def _point(self, lists: Int64) -> Point:
+        price, commission = (float(self.bins[name][lists].mean()) / self.top for name in (PRICE, COMMISSION))
+        return Point(float((hit_ranks(lists, self.few.targets) >= 0).mean()), price, commission)
+
+
+def candidates(made: Trained, queries: Queries, contexts: np.ndarray) -> Candidates:
+    """What both heads of a model propose for the queries under contexts (B, C)."""
+    newest = [row[-made.settings.max_items :] for row in queries.histories]
+    with torch.no_grad():
+        return made.ranker.candidates(newest, made.ranker.states(newest, contexts))
+
+
+def drawn(queries: Queries, count: int, seed: int = 0) -> Queries:
+    """`count` of the queries, the same for every model."""
+    at = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
+    return Queries(queries.users[at], [queries.histories[row] for row in at], queries.targets[at])
+
+
+def hypervolume(points: Sequence[Point]) -> float:
+    """The volume between (0, 0, 0) and what the points reach in all three, in slices of the third."""
+    volume, below = 0.0, 0.0
+    for height in sorted({point[2] for point in points}):
+        # Of a slice: what reaches its upper end, the widest first, each adding what is above the others.
+        area, tall = 0.0, 0.0
+        for wide, high in sorted(((p[0], p[1]) for p in points if p[2] >= height), reverse=True):
+            area += wide * max(0.0, high - tall)
+            tall = max(tall, high)
+        volume += area * (height - below)
+        below = height
+    return volume
+
+
+def picture(fronts: Mapping[str, Sequence[Point]]) -> bytes:
+    """HR@10 over the mean bin of prices and of commissions, a mark a preference."""
+    figure = Figure(figsize=(10, 4))
+    for at, name in enumerate((PRICE, COMMISSION)):
+        axes = figure.add_subplot(1, 2, at + 1)
+        for mark, (model, points) in zip("ox", fronts.items(), strict=False):
+            axes.plot([one[at + 1] for one in points], [one.hit_rate for one in points], mark, label=model)
+        axes.set_xlabel(f"mean {name} bin over the highest")
+        axes.set_ylabel(f"HR@{K}")
+    axes.legend()
+    figure.tight_layout()
+    return png(figure)
+
+
+def table(lines: Sequence[Mapping[str, object]]) -> list[str]:
+    """A row a figure, for people."""
+    made = ["| model | seed | metric | value | 95 % |", "|---|---|---|---|---|"]
+    for one in lines:
+        bounds = "" if one["low"] is None else f"{one['low']:.4f} to {one['high']:.4f}"
+        made.append(f"| {one['model']} | {one['seed']} | {one['metric']} | {one['value']:.4f} | {bounds} |")
+    return made
+
+
+def _rho(wanted: np.ndarray, got: np.ndarray) -> float:
+    # What never changes follows nothing, and has no ranks to correlate.
+    return float(spearmanr(wanted.ravel(), got.ravel()).statistic) if np.ptp(got) else 0.0
+
+
+def _tell(name: str, text: str) -> None:
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
