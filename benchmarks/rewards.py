@@ -11,13 +11,14 @@ One model learns with rewards, one without, in equal passes over the training pa
 - cost: HR@10 of requests that ask for nothing, beside the model without rewards; interval over users.
 - front: HR@10, mean price bin and mean commission bin of the answers under several preferences, in shares of
   the highest bin, beside the model without rewards whose candidates are scored anew: log p + s * (weighted
-  mean of the bins), s from 1 to 16. The volume that each set of points dominates above (0, 0, 0)
-  (hypervolume, Zitzler and Thiele 1999).
+  mean of the bins), s from 1 to 16, and beside MODPO and Reward Soups (benchmarks.reward_baselines). The
+  volume that each set of points dominates above (0, 0, 0) (hypervolume, Zitzler and Thiele 1999).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from benchmarks.results import RESULTS, line, put_table
+from benchmarks.reward_baselines import lesson, modpo, soup, soup_parts
 from registry.rewards import COMMISSION, PRICE, Rewards, said
 from streams.events import Reward
 from trainer.evaluation.bootstrap import differences, intervals
@@ -39,6 +41,7 @@ from trainer.evaluation.metrics import hit_ranks
 from trainer.evaluation.ours import Recipe, Trained, default_recipe
 from trainer.evaluation.sequences import Float64, Int64
 from trainer.evaluation.splits import Queries, Split, by_time
+from trainer.generator import GeneratorForCausalLM
 from trainer.png import png
 from trainer.ranking import Candidates
 from trainer.rewards import item_bins
@@ -49,6 +52,8 @@ PREFERENCES: tuple[dict[Reward, float], ...] = (
     {}, {"price": 1}, {"commission": 1}, {"price": 1, "commission": 1}, {"price": 3, "commission": 1},
     {"price": 1, "commission": 3},
 )  # fmt: skip
+# Interactions of the training part that the baselines are taught with, one a user.
+LESSONS = 3000
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -97,7 +102,7 @@ class Bench:
     """The two models of one seed, and the requests that both are asked with."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int, targets: int, histories: int) -> None:
-        self.models = {}
+        self.models, self.split, self.seed = {}, split, seed
         for name, enabled in (("sidstream-rewards", True), ("sidstream-no-rewards", False)):
             rewards = recipe.trainer.get("rewards", {}) | {"enabled": enabled}
             made = Trained(replace(recipe, trainer=recipe.trainer | {"rewards": rewards}))
@@ -151,6 +156,7 @@ class Bench:
         """Answers under several preferences, by conditions and by scores made anew."""
         some = [self._point(self.asked(self.rewards.wanted(one))) for one in PREFERENCES]
         self.fronts = {"sidstream-rewards": some, "sidstream-no-rewards, scored anew": self._scored_anew()}
+        self.fronts |= self._baselines()
         for name, points in self.fronts.items():
             claim = "preferences buy more price and commission for the hits that they cost"
             yield claim, name, "hypervolume above (0, 0, 0)", hypervolume(points), None, None
@@ -165,6 +171,29 @@ class Bench:
                 order = np.argsort(-(score + strength * added / max(1, sum(weights.values()))), kind="stable")
                 made.append(self._point(np.take_along_axis(found.items.numpy(), order, 1)[:, :K]))
         return made
+
+    def _baselines(self) -> dict[str, list[Point]]:
+        """MODPO, a model a preference, and Reward Soups, an average a preference, from the model without."""
+        made = self.without
+        known = [row for row in self.split.train if len(row) > 1]
+        drawn_rows = np.random.default_rng(self.seed).permutation(len(known))[:LESSONS]
+        histories = [known[row][:-1] for row in drawn_rows.tolist()]
+        targets = np.array([known[row][-1] for row in drawn_rows.tolist()], np.int64)
+        seen = lesson(made, histories, targets)
+        worth = {name: np.maximum(bins, 0) / self.top for name, bins in self.bins.items()}
+        parts = soup_parts(made, seen, worth, self.seed)
+        found: dict[str, list[Point]] = {"MODPO": [], "Reward Soups": []}
+        for weights in PREFERENCES:
+            _tell("baselines", str(weights))
+            found["MODPO"].append(self._of(modpo(made, seen, worth, weights, self.seed)))
+            found["Reward Soups"].append(self._of(soup(parts, weights)))
+        return found
+
+    def _of(self, model: GeneratorForCausalLM) -> Point:
+        other = copy.copy(self.without)
+        other.use(model)
+        order = candidates(other, self.few, other.profiles[self.few.users]).order(other.ranking.dense_weight)
+        return self._point(order[:, :K].numpy())
 
     def asked(self, conditions: Mapping[str, int]) -> Int64:
         """(B, K) items for the few histories under conditions."""
@@ -211,7 +240,7 @@ def picture(fronts: Mapping[str, Sequence[Point]]) -> bytes:
     figure = Figure(figsize=(10, 4))
     for at, name in enumerate((PRICE, COMMISSION)):
         axes = figure.add_subplot(1, 2, at + 1)
-        for mark, (model, points) in zip("ox", fronts.items(), strict=False):
+        for mark, (model, points) in zip("oxs^", fronts.items(), strict=False):
             axes.plot([one[at + 1] for one in points], [one.hit_rate for one in points], mark, label=model)
         axes.set_xlabel(f"mean {name} bin over the highest")
         axes.set_ylabel(f"HR@{K}")

@@ -49,15 +49,15 @@ def test_every_figure_is_made_of_both_models() -> None:
     made = list(bench.figures())
     assert bench.without.rewards is None
     found = {(model, metric): value for _, model, metric, value, _, _ in made}
-    assert len(found) == len(made) == 11
+    assert len(found) == len(made) == 13
     hits = [found[name, "HR@10"] for name in bench.models]
     assert found["sidstream-rewards", "HR@10 less that without rewards"] == pytest.approx(hits[0] - hits[1])
     assert all(-1 <= value <= 1 for value in found.values())
     # As they are without preferences, and under each of the others by every strength.
-    assert [len(points) for points in bench.fronts.values()] == [6, 1 + 5 * 5]
+    assert [len(points) for points in bench.fronts.values()] == [6, 1 + 5 * 5, 6, 6]
     assert picture(bench.fronts).startswith(b"\x89PNG")
     lines = [
         {"model": model, "seed": 1, "metric": metric, "value": value, "low": low, "high": high}
         for _, model, metric, value, low, high in made
     ]
-    assert len(table(lines)) == 13
+    assert len(table(lines)) == 15
