@@ -78,8 +78,8 @@ class DpoSettings(Section):
     replay_weight: float = Field(
         1.0, ge=0, description="weight of the next-item loss on the log's sequences, which keeps the clicks"
     )
-    # Of both heads: docs/decisions/0006 has what it buys and costs.
-    lr: float = Field(5e-4, gt=0, description="learning rate; an eighth of SFT's or less")
+    # Of both heads: docs/decisions/0010 has what it buys and costs.
+    lr: float = Field(2e-4, gt=0, description="learning rate; an eighth of SFT's or less")
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     # Alignment starts anew in each cycle: as many pairs each time is as strong a pull each time.
