@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from registry.bundle import Bundle, write_bundle
 from registry.codebook import Codebook
+from registry.context import Context
+from registry.context import write as write_context
 from registry.prompt import Prompt
+from registry.rewards import Rewards
+from registry.rewards import write as write_rewards
 
 WIDTH = 8
 
@@ -50,13 +54,17 @@ def tiny_codebook(sizes: Sequence[int], seed: int = 0) -> Codebook:
 
 
 def write_tiny_bundle(
-    folder: Path, sizes: Sequence[int], seed: int = 0, popular: Sequence[str] = (), codebook_seed: int = 0
-) -> Bundle:
-    """Write a whole bundle into `folder`."""
+    folder: Path, sizes: Sequence[int], seed: int = 0, popular: Sequence[str] = (), codebook_seed: int = 0,
+    fields: Mapping[str, Sequence[str]] | None = None, rewards: Rewards | None = None,
+) -> Bundle:  # fmt: skip
+    """Write a whole bundle into `folder`; with `fields` of a context, whose values bend the state."""
     weights = Weights(sizes, seed)
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
-    _save(folder / "encode.onnx", *_encode(weights))
+    context = Context(len(weights.table), fields or {})
+    write_context(context, folder)
+    write_rewards(rewards, folder)
+    _save(folder / "encode.onnx", *_encode(weights, context, seed))
     for level in range(len(sizes)):
         _save(folder / f"step_{level}.onnx", *_step(weights, level))
     return write_bundle(
@@ -69,20 +77,31 @@ def _constant(name: str, value: np.ndarray) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(value), name)
 
 
-def _encode(weights: Weights) -> tuple:
+def _encode(weights: Weights, context: Context, seed: int) -> tuple:
+    bent = np.random.default_rng(seed + 1).normal(0, 3, size=(context.size, WIDTH)).astype(np.float32)
     nodes = [
         helper.make_node("Gather", ["table", "codes"], ["vectors"]),
         helper.make_node("ReduceSum", ["vectors", "axes"], ["items"], keepdims=0),
-        helper.make_node("Add", ["items", "bos"], ["state"]),
+        helper.make_node("Add", ["items", "bos"], ["read" if context.size else "state"]),
     ]
+    if context.size:
+        nodes += [
+            helper.make_node("Gather", ["told_table", "context"], ["told"]),
+            helper.make_node("ReduceSum", ["told", "one"], ["bend"], keepdims=0),
+            helper.make_node("Add", ["read", "bend"], ["state"]),
+        ]
     constants = [
         _constant("table", weights.table), _constant("axes", np.array([1, 2])),
-        _constant("bos", weights.table[1]),
+        _constant("bos", weights.table[1]), _constant("one", np.array([1])),
+        # Token ids go on behind those of codes and words; 0 says nothing.
+        _constant("told_table", np.concatenate((np.zeros_like(weights.table), bent))),
     ]  # fmt: skip
     inputs = [
         helper.make_tensor_value_info("codes", TensorProto.INT64, ["B", "P", len(weights.prompt.sizes)]),
         helper.make_tensor_value_info("lengths", TensorProto.INT64, ["B"]),
     ]
+    if context.size:
+        inputs.append(helper.make_tensor_value_info("context", TensorProto.INT64, ["B", "C"]))
     return nodes, inputs, helper.make_tensor_value_info("state", TensorProto.FLOAT, ["B", WIDTH]), constants
 
 

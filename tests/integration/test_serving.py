@@ -14,9 +14,10 @@ import pytest
 import redis
 
 from registry.health import Health, read_health
+from registry.rewards import Rewards
 from serving.agent import ServingAgent
 from serving.settings import ServingSettings
-from streams import history, keys
+from streams import history, keys, profile
 from streams.admin import admin, end_offsets
 from streams.client import Client
 from streams.errors import SidstreamError
@@ -30,6 +31,7 @@ from streams.events import (
     Rollout,
     SidAssignment,
     Trigger,
+    UserProfile,
     decode,
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
@@ -108,6 +110,38 @@ def test_a_trigger_is_answered_from_history_and_trigger_with_bundle_and_arm_name
     assert (answer.bundle, answer.arm, answer.trial) == (source.bundles["v1"].id, "champion", "t1")
     assert (answer.scene, answer.trigger_item_id, answer.user_id) == ("home", item(0), "u1")
     assert [one.item_id for one in unknown.items][:2] == [item(7), item(3)]
+
+
+def test_scene_profile_and_preferences_reach_the_model_of_an_answer(stack, tmp_path):
+    kafka, redis_url, source, client = stack
+    fields = {"scene": ["home"], "profile.country": ["peru"], "reward.commission": ["0", "1"]}
+    source.bundles["v2"] = write_tiny_bundle(
+        tmp_path / "v2", SIZES, 2, fields=fields,
+        rewards=Rewards({"commission": {"": [0.5]}}, {"commission": {"0": 0.4, "1": 0.6}}),
+    )  # fmt: skip
+    client.publish(rollout(champion=("v2", source.bundles["v2"])))
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.set(
+            keys.profile("u4"), profile.pack(UserProfile.new(user_id="u4", attributes={"country": "peru"}))
+        )
+    number = itertools.count(100)
+
+    def asked(user="u1", **fields) -> Recommendation:
+        return client.ask(trigger(next(number), user_id=user, k=32, **fields), PATIENCE_S)
+
+    def order(answer: Recommendation) -> list[str]:
+        return [one.item_id for one in answer.items]
+
+    with running(kafka, redis_url, source) as agent:
+        agent.wait_ready()
+        plain, again, home = asked(), asked(), asked(scene="home")
+        preferred, profiled = asked(preferences={"commission": 2.0}), asked("u4")
+        unheard = asked(scene="attic", preferences={"price": 1})
+    assert order(plain) == order(again) == order(unheard)
+    assert (plain.conditions, preferred.conditions, unheard.conditions) == (None, {"commission": 1}, None)
+    told = [order(one) for one in (plain, home, preferred, profiled)]
+    assert all(set(one) == set(told[0]) for one in told)
+    assert len(set(map(tuple, told))) == 4
 
 
 def test_an_item_listed_later_is_recommended_and_one_withdrawn_is_not_without_a_restart(stack):
