@@ -36,7 +36,7 @@ def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
     same = (user[now] == user[then]) & (log.items[now] == log.items[then])
     made = np.zeros(count, dtype=bool)
     made[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
-    return made & used
+    return made
 
 
 class Words:

@@ -87,6 +87,9 @@ def test_texts_of_an_epoch_are_the_same_again_and_others_in_the_next() -> None:
 
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
+    for made in (rows.searches, rows.summaries):
+        first, other = ([row.ids.tolist() for row in made(number)] for number in (0, 1))
+        assert first != other
     assert len(ids(0)) == 48
     weights = sorted({row.weight for row in rows.epoch(0)})
     assert weights == [0.25, 0.5, 1.0]
