@@ -3,7 +3,7 @@
 Runs on the stack that `sidstream demo` left up: its fine-tuned model, its preference pairs and its shoppers,
 whose propensities are known. Every variant is aligned from the same model on the same pairs, and judged by
 the true chances of clicks and purchases of the ten items that it shows to 500 shoppers: no sampling noise of
-clicks, none of trials. Prints one line of JSON a variant: CTR, CVR, margin, drop, rows, seconds.
+clicks, none of trials. Prints one line of JSON a variant: CTR, CVR, margin, drop, pairs, steps, seconds.
 
     python -m benchmarks.align
 """
@@ -36,21 +36,24 @@ from streams.events import PreferencePair, SidAssignment, UserProfile, decode
 from streams.redisdb import client
 from streams.replay import past_of, source_of
 from streams.shoppers import Shopper, Truth, population
-from trainer.align import align, preference_rows
+from trainer.align import align
 from trainer.constrained import SidSet
+from trainer.data import Rows
 from trainer.generator import GeneratorForCausalLM
-from trainer.material import load_model
+from trainer.material import load_model, read_material
+from trainer.preference_rows import preference_rows
 from trainer.ranking import Ranker
 
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("defaults", {}),
-    ("less than half of the rate", {"lr": 2e-4}),
-    ("two rejected a pair", {"max_rejected": 2}),
-    ("ten times the next-token loss", {"sft_weight": 1.0}),
-    ("a small term beside SFT", {"weight": 0.03, "sft_weight": 1.0, "lr": 1e-4}),
-    ("twice the rate", {"lr": 1e-3}),
-    ("beta .3", {"beta": 0.3}),
+    ("without replay", {"replay_weight": 0.0}),
+    ("two and a half times the rate", {"lr": 5e-4}),
+    ("that, without replay", {"lr": 5e-4, "replay_weight": 0.0}),
+    ("half of the rate", {"lr": 1e-4}),
+    ("softmax over three rejected", {"loss": "softmax_dpo", "max_rejected": 3}),
+    ("that, with a beta that follows", {"loss": "softmax_dpo", "max_rejected": 3, "dynamic_beta": True}),
+    ("beta .5", {"beta": 0.5}),
     ("also clicks", {"schemes": ["purchased_over_clicked", "purchased_over_shown", "clicked_over_shown"]}),
 )
 SHOPPERS = 500
@@ -149,6 +152,10 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     court = jury(settings, bundle)
+    material = read_material(settings.trainer, settings.kafka, registry, from_scratch=False)
+    sequences = Rows(
+        material.log, material.split, material.known, material.tokenizer, material.prompt, settings.trainer
+    )
     with tempfile.TemporaryDirectory() as folder:
         pairs = pairs_of(settings, bundle)
         ctr, cvr = court.judge(load_model(bundle.model)[0], bundle)
@@ -156,18 +163,18 @@ def main() -> None:
         for name, changed in VARIANTS:
             dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changed})
             chosen = settings.trainer.model_copy(update={"dpo": dpo})
-            rows, used = preference_rows(
+            rows = preference_rows(
                 pairs, bundle.manifest.codebook, bundle.prompt, dpo, court.context, court.profiles
             )
             model, tokenizer = load_model(bundle.model)
             began = time.perf_counter()
-            aligned, result = align(model, tokenizer, rows, chosen, Path(folder) / name, pairs=used)
+            aligned, result = align(model, tokenizer, rows, chosen, Path(folder) / name, sequences=sequences)
             seconds = time.perf_counter() - began
             ctr, cvr = court.judge(aligned, bundle)
             line = {
                 "variant": name, **changed, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
-                "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": used,
-                "rows": len(rows), "seconds": round(seconds, 1),
+                "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": len(rows),
+                "steps": result.steps, "seconds": round(seconds, 1),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
 
