@@ -55,6 +55,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "S-DPO + beta": {"loss": "softmax_dpo", "dynamic_beta": True},
 }
 METRICS = ("click HR@1", "click HR@10", "purchase HR@1", "purchase HR@10")
+# The attribution window of pairs: ten minutes of a log that has three hours.
+WINDOWS_MS = {"tmall2014": BUY_WITHIN_MS, "rees46": 600_000}
 _SHOWN = 10
 # Steps of each scheme: more would be a longer stage, not another comparison.
 _PAIRS = 4000
@@ -94,7 +96,7 @@ def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
     assert data.bought_ts is not None, "the log has purchases"
     assert split.starts is not None, "the split is one in time"
     end = split.starts[0]
-    rules = Rules(BUY_WITHIN_MS, 0)
+    rules = Rules(WINDOWS_MS[data.name], 0)
     for user, (row, ts, sold) in enumerate(zip(data.items, data.ts, data.bought_ts, strict=True)):
         state, name = Open(), str(user)
         events: list[Click | Purchase] = []
@@ -123,7 +125,7 @@ def shown_pairs(split: Split, trained: Trained, scheme: Scheme, seed: int) -> It
     wanted = []
     for user, (ts, bought) in enumerate(zip(data.ts, data.bought, strict=True)):
         # Only what is known by then: the window of the last steps is still open.
-        known = int(np.searchsorted(ts, split.starts[0] - BUY_WITHIN_MS))
+        known = int(np.searchsorted(ts, split.starts[0] - WINDOWS_MS[data.name]))
         kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
         wanted += [(user, int(at)) for at in kept if at]
     drawn = np.random.default_rng(seed).permutation(len(wanted))[:_PAIRS]
@@ -132,7 +134,7 @@ def shown_pairs(split: Split, trained: Trained, scheme: Scheme, seed: int) -> It
     shown = trained.rank(histories, _SHOWN, "none", "mixed")
     for (user, at), items in zip(some, shown.tolist(), strict=True):
         row, ts = data.items[user], data.ts[user]
-        near = np.abs(ts - ts[at]) <= BUY_WITHIN_MS
+        near = np.abs(ts - ts[at]) <= WINDOWS_MS[data.name]
         touched = set(row[near].tolist())
         rejected = [item for item in items if item >= 0 and item not in touched]
         if rejected:
