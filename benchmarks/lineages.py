@@ -14,6 +14,7 @@ what it shows to 2,000 shoppers, without the noise of clicks.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -164,6 +165,7 @@ class Shop:
         for at in order.tolist():
             self._remember(self.books.users[at], self.books.items[at])
         self.arms: dict[str, Version] = {}
+        self.rankers: dict[int, Ranker] = {}
         self.weights: dict[str, float] = {}
         self.seen: dict[str, np.ndarray] = {}
         self.versions = 0
@@ -294,7 +296,7 @@ class Shop:
         if champion is None:
             model = fresh_generator(self.known, self.text, self.prompt, len(self.tokenizer), settings)
         else:
-            model = _copy(champion.tuned)
+            model = copy.deepcopy(champion.tuned)
             changes["lr"] = settings.refresh_lr
         chosen = settings.model_copy(update=changes)
         rows = Rows(log, split, self.known, self.tokenizer, self.prompt, chosen)
@@ -323,7 +325,7 @@ class Shop:
     def cycle(self, seconds: float) -> dict[str, Any]:
         """Train, try, judge, promote; then tastes turn."""
         candidates = self.train(seconds)
-        self.rankers: dict[int, Ranker] = {}
+        self.rankers.clear()
         if CHAMPION not in self.arms:
             self.arms = {CHAMPION: candidates[0]}
             self.weights = {CHAMPION: 1.0}
@@ -340,8 +342,8 @@ class Shop:
         for _ in range(LOOKS):
             self.shop(BURST)
             by_arm: dict[str, list[np.ndarray]] = {name: [] for name in self.arms}
-            for user, row in self.seen.items():
-                by_arm[self.arm_of(user)].append(row)
+            for user, counts in self.seen.items():
+                by_arm[self.arm_of(user)].append(counts)
             arms = {name: sums(np.array(rows).reshape(-1, 3)) for name, rows in by_arm.items()}
             verdict = judge(arms, GATE, GATE.mode, self.weights, bundles)
             if verdict.verdict != "inconclusive":
@@ -390,12 +392,6 @@ class Shop:
 RULES = Rules(WINDOW_MS, 0)
 GATE = GateSettings.model_validate({})
 ROLLOUT = RolloutSettings.model_validate({})
-
-
-def _copy(model: GeneratorForCausalLM) -> GeneratorForCausalLM:
-    made = type(model)(model.config)
-    made.load_state_dict(model.state_dict())
-    return made
 
 
 def main() -> None:

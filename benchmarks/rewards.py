@@ -218,7 +218,7 @@ def candidates(made: Trained, queries: Queries, contexts: np.ndarray) -> Candida
 def drawn(queries: Queries, count: int, seed: int = 0) -> Queries:
     """`count` of the queries, the same for every model."""
     at = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
-    return Queries(queries.users[at], [queries.histories[row] for row in at], queries.targets[at])
+    return queries.take(at)
 
 
 def hypervolume(points: Sequence[Point]) -> float:

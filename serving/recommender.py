@@ -81,9 +81,8 @@ class _Case:
     arm: str | None
     trial: str | None
     prompt: list[tuple[int, ...]] = field(default_factory=list)
-    context: dict[str, str] = field(
-        default_factory=dict
-    )  # what the bundle knows of scene, profile and rewards
+    # What the bundle knows of scene, profile and rewards.
+    context: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, int] | None = None  # what preferences ask of its model
     excluded: set[int] = field(default_factory=set)
     fallback: Fallback | None = None

@@ -175,7 +175,9 @@ def align(
     # Not a part of the preference: dropped items would move the policy alone.
     policy.model.items.item_dropout = 0.0
     replay = Replay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
-    result = _run(policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay)
+    _, result = _run(
+        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
+    )
     aligned = type(model)(model.config).eval()
     aligned.load_state_dict({name: value.cpu() for name, value in policy.state_dict().items()})
     return aligned, result
@@ -199,22 +201,9 @@ def align_language_model(
     """
     policy = model if adapters is not None else copy.deepcopy(model)
     reference = None if adapters is not None else copy.deepcopy(model).eval()
-    trained: list[Any] = []
-    result = _run(
-        policy,
-        reference,
-        tokenizer,
-        rows,
-        settings,
-        folder,
-        probe,
-        progress,
-        stop,
-        adapters,
-        None,
-        trained.append,
+    made, result = _run(
+        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, adapters, None
     )
-    made = trained[0]
     return (made.merge_and_unload() if adapters is not None else made).cpu().eval(), result
 
 
@@ -222,8 +211,8 @@ def _run(
     policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
     settings: TrainerSettings, folder: Path, probe: Probe | None, progress: Callable[[str], None] | None,
     stop: Callable[[], bool] | None, adapters: PeftConfig | None, replay: Replay | None,
-    take: Callable[[Any], None] = lambda _: None,
-) -> DpoResult:  # fmt: skip
+) -> tuple[Any, DpoResult]:  # fmt: skip
+    """The model as TRL trained it (with its adapters, where there are any), and what the stage did."""
     check_trl()
     if not rows:
         raise SidstreamError(
@@ -252,8 +241,7 @@ def _run(
         began = time.monotonic()
         outcome = trainer.train()
         watch.end(trainer.model, outcome.global_step)
-    take(trainer.model)
-    return DpoResult(
+    return trainer.model, DpoResult(
         pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=outcome.global_step,
         kept=watch.kept(outcome.global_step), seconds=time.monotonic() - began,
         loss=float(outcome.training_loss), margin=watch.margin,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.context import Context
 from registry.prompt import Sid
 from streams.events import PreferencePair
 from trainer.data import Catalogue, Rows
@@ -14,7 +15,8 @@ from trainer.generator import GeneratorForCausalLM
 from trainer.material import Material
 from trainer.negatives import Siblings
 from trainer.offline_check import failing, held_probe
-from trainer.preference_rows import Fill, preference_rows
+from trainer.pair_filter import Withdrawal
+from trainer.preference_rows import Fill, PreferenceRow, preference_rows
 from trainer.settings import DpoSettings, TrainerSettings
 from trainer.sft import Quality, evaluate
 
@@ -55,26 +57,39 @@ def hard_negatives(known: Catalogue, settings: DpoSettings) -> Fill | None:
     return fill
 
 
+def window_rows(
+    material: Material, settings: DpoSettings, window_ms: int, context: Context
+) -> tuple[list[PreferenceRow], Withdrawal]:
+    """The rows of a window's pairs, filled with hard negatives, and what was withdrawn of the pairs.
+
+    `window_ms` is the attribution window of the pairs; `context`: what of it the prompts may say.
+    """
+    book = material.codebook.id
+    found = material.window.pairs(window_ms, book, settings.schemes, settings.max_pairs)
+    fill = hard_negatives(material.known, settings)
+    rows = preference_rows(
+        found.pairs, book, material.prompt, settings, context, material.profiles, fill
+    )  # fmt: skip
+    return rows, found
+
+
 def aligned(
     material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
-    tuned: Quality | None, folder: Path, *, tell: Callable[[str], None],
+    tuned: Quality | None, folder: Path, *, sequences: Rows, tell: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
     """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
 
-    `window_ms` is the attribution window of the pairs; `tell` gets the progress.
+    `window_ms` is the attribution window of the pairs; `sequences` are what it was fine-tuned on; `tell` gets
+    the progress.
     """
     # Here: TRL takes seconds to import, and a cycle without pairs has nothing to align.
     from trainer.align import align
 
     dpo, made = settings.dpo, Alignment()
-    found = material.window.pairs(window_ms, material.codebook.id, dpo.schemes, dpo.max_pairs)
+    rows, found = window_rows(material, dpo, window_ms, material.context)
     made.withdrawn = found.bought + found.clicked
     said = f"; {found.told()}" if found.told() else ""
-    rows = preference_rows(
-        found.pairs, material.codebook.id, material.prompt, dpo, material.context, material.profiles,
-        hard_negatives(material.known, dpo),
-    )  # fmt: skip
     made.pairs = len(rows)
     if made.pairs < dpo.min_pairs:
         reason = f"{made.pairs} preference pairs, at least {dpo.min_pairs} are needed"
@@ -83,9 +98,6 @@ def aligned(
     probe = None
     if tuned is not None:
         probe = held_probe(held, material.known, material.sids, settings, tuned.ranking)
-    sequences = Rows(
-        material.log, material.split, material.known, material.tokenizer, material.prompt, settings
-    )
     better, result = align(
         model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=tell,
         stop=stop,

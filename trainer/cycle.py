@@ -160,7 +160,7 @@ def run_cycle(
             # A run of another window is never gone on from.
             if older != run:
                 shutil.rmtree(older, ignore_errors=True)
-        model = _sft(material, settings, run, result, stages, stop, devices or Devices())
+        model, rows = _sft(material, settings, run, result, stages, stop, devices or Devices())
         if result.sft is not None and result.sft.stopped == "interrupted":
             result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
             return result
@@ -181,7 +181,7 @@ def run_cycle(
         if material.parent is None and registry.alias(CHAMPION) is None:
             result.no_dpo = "the first model is aligned when pairs about its answers are there"
         else:
-            better = _dpo(material, settings, window_ms, model, run, result, stages, stop)
+            better = _dpo(material, settings, window_ms, model, rows, run, result, stages, stop)
         if better is not None:
             veto = _veto("dpo", better, logged, settings, ranking, result, stages)
             if veto:
@@ -205,7 +205,8 @@ def _run_id(material: Material, settings: TrainerSettings) -> str:
 def _sft(
     material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: _Stages,
     stop: Callable[[], bool] | None, devices: Devices,
-) -> GeneratorForCausalLM:  # fmt: skip
+) -> tuple[GeneratorForCausalLM, Rows]:  # fmt: skip
+    """The fine-tuned model, and the rows that it learned from."""
     tokenizer = material.tokenizer
     if material.start is None:
         model = fresh_generator(
@@ -255,7 +256,7 @@ def _sft(
     stages.done(
         "sft", f"{told}{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
     )
-    return model
+    return model, rows
 
 
 def _popularity_ranks(material: Material) -> torch.Tensor:
@@ -304,12 +305,12 @@ def _veto(
 
 
 def _dpo(
-    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM, run: Path,
-    result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
+    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM, rows: Rows,
+    run: Path, result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
     tuned = result.sft.quality if result.sft else None
     made = aligned(
-        material, settings, window_ms, model, tuned, run / "dpo", stop=stop,
+        material, settings, window_ms, model, tuned, run / "dpo", sequences=rows, stop=stop,
         tell=lambda text: stages.tell("dpo", text),
     )  # fmt: skip
     result.pairs, result.withdrawn, result.dpo, result.no_dpo = (

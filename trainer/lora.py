@@ -22,17 +22,19 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from registry.context import Context
 from registry.prompt import BOS, EOS, ITEM, LEVELS, PAD, TITLE, UNK, Prompt
 from registry.ranking import Ranking
 from registry.store import Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
+from trainer.alignment_stage import window_rows
 from trainer.alignment_watch import Health
 from trainer.constrained import SidSet
 from trainer.data import Row, Rows
 from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
-from trainer.preference_rows import PreferenceRow, preference_rows
+from trainer.preference_rows import PreferenceRow
 from trainer.settings import TrainerSettings
 from trainer.sft import Quality, device, hr_ndcg
 
@@ -323,9 +325,8 @@ def tune_window(
             lambda text: progress("lora", text, False),
         )  # fmt: skip
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
-        dpo, codebook = settings.dpo, material.codebook.id
-        found = material.window.pairs(window_ms, codebook, dpo.schemes, dpo.max_pairs)
-        pairs = preference_rows(found.pairs, codebook, material.prompt, dpo)
+        # Without a context: a foreign vocabulary has no tokens of it.
+        pairs, _ = window_rows(material, settings.dpo, window_ms, Context())
         if len(pairs) >= settings.dpo.min_pairs:
             result = align_tuned(
                 result, pairs, rows, ours, material.sids, settings,

@@ -22,6 +22,7 @@ from registry.rewards import (
 )
 from trainer.data import Int32, Int64, Interactions
 from trainer.settings import RewardSettings
+from trainer.tasks import bought_within
 
 # Where a value of a field is not known.
 UNKNOWN = -1
@@ -33,21 +34,9 @@ def purchased(log: Interactions, window_ms: int) -> Int64:
     0 for a click whose window has closed without one, by the newest event of the log; UNKNOWN while it is
     open, since "clicked, not bought" is no fact yet.
     """
-    made = np.where(log.bought, 1, 0)
-    user = np.repeat(np.arange(len(log.users)), np.diff(log.starts))
-    # By user and item, then time; at one time the purchase is last: it follows its click.
-    order = np.lexsort((log.bought, log.ts, log.items, user))
-    now = int(log.ts.max(initial=0))
-    later: tuple[int, int, int] | None = None  # the next purchase: user, item, time
-    for at in order[::-1].tolist():
-        whose = int(user[at]), int(log.items[at])
-        if log.bought[at]:
-            later = (*whose, int(log.ts[at]))
-        elif later is not None and later[:2] == whose and later[2] <= log.ts[at] + window_ms:
-            made[at] = 1
-        elif log.ts[at] + window_ms >= now:
-            made[at] = UNKNOWN
-    return made
+    led = bought_within(log, log.starts[1:], window_ms)
+    is_open = log.ts + window_ms >= log.ts.max(initial=0)
+    return np.where(led, 1, np.where(is_open, UNKNOWN, 0))
 
 
 def obtained(rewards: Rewards, items: Sequence[Priced | None], log: Interactions, bought: Int64) -> Int64:

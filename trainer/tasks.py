@@ -27,8 +27,9 @@ def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
     count = len(log)
     user = np.repeat(np.arange(len(log.starts) - 1), np.diff(log.starts))
     used = np.arange(count) < ends[user]
-    # By user and item, in the log's order: the next purchase of each row is the next one in its group.
-    order = np.lexsort((np.arange(count), log.items, user))
+    # By user and item, then time, a purchase after the clicks of its moment, which led to it: the next
+    # purchase of each row is the next one in its group.
+    order = np.lexsort((log.bought, log.ts, log.items, user))
     place = np.where((log.bought & used)[order], np.arange(count), count)
     following = np.minimum.accumulate(place[::-1])[::-1]
     there = np.flatnonzero(following < count)

@@ -119,6 +119,19 @@ def read(
     return material.read_material(chosen, KafkaSettings(), registry, from_scratch=False)
 
 
+def bundled(first: Any, tmp_path: Path) -> Any:
+    """What a refresh reads of the bundle that was made from a material."""
+    folder = tmp_path / "parent"
+    (folder / "model").mkdir(parents=True)
+    first.tokenizer.save_pretrained(folder / "model")
+    kept.write(first.context, folder)
+    rewards.write(first.rewards, folder)
+    return SimpleNamespace(
+        path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
+        manifest=SimpleNamespace(codebook=BOOK, window={}),
+    )  # fmt: skip
+
+
 def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parents(
     logged: Logged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -141,15 +154,7 @@ def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parent
     assert first.log.context[1].tolist() == [0, token + 1]
 
     # What comes later is said in the parent's words, or not at all.
-    folder = tmp_path / "parent"
-    (folder / "model").mkdir(parents=True)
-    first.tokenizer.save_pretrained(folder / "model")
-    kept.write(first.context, folder)
-    rewards.write(first.rewards, folder)
-    parent = SimpleNamespace(
-        path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
-        manifest=SimpleNamespace(codebook=BOOK, window={}),
-    )  # fmt: skip
+    parent = bundled(first, tmp_path)
     logged.clicks(*((None, f"n{n}", f"i{n % 4:02}", 20 + n) for n in range(30)), scene="new")
     again = read(logged, monkeypatch, parent, min_count=5)
     assert again.context == first.context
@@ -176,15 +181,7 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     assert first.log.context[:4].tolist() == [[token]] * 4
     assert first.log.rewards[:4, 0].tolist() == [token + 1 + value for value in (0, 2, 5, 7)]
 
-    folder = tmp_path / "parent"
-    (folder / "model").mkdir(parents=True)
-    first.tokenizer.save_pretrained(folder / "model")
-    kept.write(first.context, folder)
-    rewards.write(first.rewards, folder)
-    parent = SimpleNamespace(
-        path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
-        manifest=SimpleNamespace(codebook=BOOK, window={}),
-    )  # fmt: skip
+    parent = bundled(first, tmp_path)
     # Ten times as much is dear by the parent's bins. What is set now does not count.
     listed(10)
     again = read(logged, monkeypatch, parent, priced=False, min_count=5)

@@ -50,7 +50,7 @@ def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path
     )  # fmt: skip
     none: Any = None
     trainer = TrainerSettings.model_validate({"dpo": {"min_pairs": 2}})
-    made = aligned(material, trainer, W, none, None, tmp_path, tell=lambda _: None)
+    made = aligned(material, trainer, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
     assert (made.model, made.pairs, made.withdrawn) == (None, 1, 1)
     assert made.refused == "1 preference pairs, at least 2 are needed"
     assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.told

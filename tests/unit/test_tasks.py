@@ -178,9 +178,12 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
     ends = np.maximum(log.starts[1:] - held, log.starts[:-1])
     wanted = [
         any(
-            log.bought[later] and log.items[later] == log.items[at] and log.ts[later] - log.ts[at] <= within
-            for later in range(at, end)
+            log.bought[later]
+            and log.items[later] == log.items[at]
+            and 0 <= log.ts[later] - log.ts[at] <= within
+            for later in range(begin, end)
         )
+        and at < end
         for begin, stop, end in zip(log.starts[:-1], log.starts[1:], ends, strict=True)
         for at in range(begin, stop)
     ]
