@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data import Pieces, pad_items
+from trainer.batches import Pieces, pad_items
 from trainer.evaluation.ours import Recipe, Trained
 from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import Int64

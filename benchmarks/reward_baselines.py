@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.data import pad_items
+from trainer.batches import pad_items
 from trainer.evaluation.ours import Trained
 from trainer.evaluation.sequences import Int64
 from trainer.generator import GeneratorForCausalLM

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from registry.prompt import Prompt
 from streams.errors import SidstreamError
-from trainer.data import pad_items
+from trainer.batches import pad_items
 from trainer.generator import GeneratorForCausalLM
 
 _OPSET = 18

@@ -30,8 +30,9 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.alignment_stage import window_rows
 from trainer.alignment_watch import Health
+from trainer.batches import Row
 from trainer.constrained import SidSet
-from trainer.data import Row, Rows
+from trainer.data import Rows
 from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
 from trainer.preference_rows import PreferenceRow

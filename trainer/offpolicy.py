@@ -25,7 +25,7 @@ from registry.statistics import Estimate
 from streams.errors import SidstreamError
 from streams.events import Exploration
 from streams.keys import hashed
-from trainer.data import Int32, Int64, context_rows, pad_items
+from trainer.batches import Int32, Int64, context_rows, pad_items
 from trainer.generator import GeneratorForCausalLM
 from trainer.ranking import sid_scores
 from trainer.settings import OffPolicySettings

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from registry.ranking import Ranking, Repeats, left_out
+from trainer.batches import Int32, Int64, pad_items
 from trainer.constrained import SidSet, beam
-from trainer.data import Held, Int32, Int64, pad_items
+from trainer.data import Held
 from trainer.generator import GeneratorForCausalLM
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.

@@ -20,7 +20,8 @@ from registry.rewards import (
     Rewards,
     quantile_edges,
 )
-from trainer.data import Int32, Int64, Interactions
+from trainer.batches import Int32, Int64
+from trainer.data import Interactions
 from trainer.settings import RewardSettings
 from trainer.tasks import bought_within
 

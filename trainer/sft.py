@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from registry.ranking import Ranking
+from trainer.batches import Batch, Pieces, Row, collate
 from trainer.checkpoint import Checkpoint, Place, restore, snapshot
 from trainer.constrained import SidSet, greedy
-from trainer.data import Batch, Catalogue, Held, Pieces, Row, Rows, collate
+from trainer.data import Catalogue, Held, Rows
 from trainer.devices import Devices
 from trainer.generator import IGNORE, GeneratorForCausalLM
 from trainer.losses import softmax_loss

@@ -21,7 +21,7 @@ from streams.events import Arm, Rollout, Trigger, UserProfile
 from streams.settings import HistorySettings
 from tests.tiny_explorations import exploration
 from tests.tiny_shop import SIZES, Shop, shop, sid_of
-from trainer.data import Pieces
+from trainer.batches import Pieces
 from trainer.export import TOLERANCE, export, parity
 from trainer.generator import GeneratorForCausalLM
 from trainer.offpolicy import explored, scores

@@ -10,9 +10,10 @@ import torch
 
 from registry.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, shop
+from trainer.batches import Pieces, collate
 from trainer.constrained import SidSet
 from trainer.curve import draw
-from trainer.data import Pieces, catalogue, collate, hold_out, interactions
+from trainer.data import catalogue, hold_out, interactions
 from trainer.generator import IGNORE
 from trainer.ranking import sid_scores
 from trainer.sft import hr_ndcg, sequence_loss, token_loss, train

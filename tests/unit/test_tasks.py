@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from registry.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, Shop, shop
-from trainer.data import Rows, collate, interactions
+from trainer.batches import collate
+from trainer.data import Rows, interactions
 from trainer.evaluation.tasks import prompt_states, say, spell
 from trainer.sft import token_loss
 from trainer.tasks import Words, bought_within, search_prompt, summary_prompt

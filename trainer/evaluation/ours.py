@@ -16,11 +16,12 @@ from registry.prompt import Prompt
 from registry.ranking import Ranking
 from registry.rewards import with_rewards
 from registry.settings import CodebookSettings
+from trainer.batches import Int32, Int64
 from trainer.build import fresh_generator
 from trainer.codebooks.fit import assign_keeping, fit_vectors
 from trainer.collaborative import collaborative, fuse
 from trainer.constrained import SidSet
-from trainer.data import Held, Int32, Int64, Interactions, Rows, catalogue
+from trainer.data import Held, Interactions, Rows, catalogue
 from trainer.data import Split as Cut
 from trainer.evaluation.models import Head
 from trainer.evaluation.ranker import Mask, Progress
