@@ -42,7 +42,7 @@ from sidstream.unattended import Cycle, Turn
 from streams.events import Rollout
 from tests.registry_support import Outbox, bundle, local_mlflow
 from tests.support import local_redis
-from trainer.cycle import CycleResult
+from trainer.cycle_result import CycleResult
 
 COMMAND = "python -m benchmarks.ratchet"
 RUNS: dict[str, dict[str, Any]] = {

@@ -99,6 +99,17 @@ class Rewards:
     edges: Mapping[str, Mapping[str, Sequence[float]]]
     mass: Mapping[str, Mapping[str, float]]
 
+    @property
+    def fields(self) -> dict[str, list[str]]:
+        """The values of every field that a model has tokens for.
+
+        A click and a purchase have them before there is anything to tell: a log of purchases alone says
+        nothing of either, and a model that was made from it may learn them from a later one.
+        """
+        binary = {CLICK: ["0", "1"], PURCHASE: ["0", "1"]}
+        known = binary | {name: list(values) for name, values in self.mass.items()}
+        return {name: known[name] for name in NAMES if name in known}
+
     def bin_of(self, name: str, item: Priced) -> int | None:
         """The bin of an item's price or commission, from 0, among its category's; None: it has none."""
         value = value_of(name, item)
@@ -126,7 +137,8 @@ class Rewards:
         for name, weight in scaled.items():
             low, high = self._quantile(name, _LOW), self._quantile(name, _HIGH)
             share = 1.0 if weight == 1 else min(len(scaled) * weight / total, 1.0)
-            made[name] = self._supported(name, low + share * (high - low))
+            value = low + share * (high - low)
+            made[name] = min(self.supported(name), key=lambda one: abs(one - value))
         return made
 
     def _quantile(self, name: str, share: float) -> int:
@@ -136,11 +148,11 @@ class Rewards:
                 return value
         return values[-1][0]
 
-    def _supported(self, name: str, value: float) -> int:
+    def supported(self, name: str) -> list[int]:
+        """The values of a field that enough conversions have, ascending; one at least."""
         mass = self.mass[name]
         most = max(mass.values())
-        enough = sorted(int(one) for one, share in mass.items() if share >= min(_LEAST, most))
-        return min(enough, key=lambda one: abs(one - value))
+        return sorted(int(one) for one, share in mass.items() if share >= min(_LEAST, most))
 
 
 def said(conditions: Mapping[str, int]) -> dict[str, str]:
@@ -156,11 +168,10 @@ def without_rewards(context: Context) -> Context:
     )
 
 
-def with_rewards(context: Context, values: Mapping[str, Iterable[str]]) -> Context:
-    """A context and, behind all that it has, the values of reward fields: {name: values}."""
-    return Context(
-        context.first, dict(context.fields) | {PREFIX + name: list(some) for name, some in values.items()}
-    )
+def with_rewards(context: Context, rewards: Rewards | None) -> Context:
+    """A context and, behind all that it has, the values of reward fields."""
+    fields = rewards.fields if rewards else {}
+    return Context(context.first, dict(context.fields) | {PREFIX + name: v for name, v in fields.items()})
 
 
 def write(rewards: Rewards | None, folder: Path) -> None:

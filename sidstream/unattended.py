@@ -23,7 +23,7 @@ from streams.events import Rollout
 
 if TYPE_CHECKING:
     from sidstream.settings import Settings
-    from trainer.cycle import CycleResult
+    from trainer.cycle_result import CycleResult
 
 Promoting = Callable[[], contextlib.AbstractContextManager[tuple[Registry, release.Publisher]]]
 

@@ -7,9 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from streams.settings import KafkaSettings
 from trainer.alignment_stage import aligned
 from trainer.build import fresh_generator
 from trainer.curve import draw
+from trainer.cycle_result import CycleResult, Progress, Stages
 from trainer.data import Rows, popular
 from trainer.devices import Devices
 from trainer.export import export, parity
@@ -38,73 +37,18 @@ from trainer.generator import GeneratorForCausalLM
 from trainer.handover import write
 from trainer.material import Material, load_model, only_one, read_material
 from trainer.offline_check import check_finite, failing, failing_first
-from trainer.offpolicy import Explored, OffPolicy, explored, judge
+from trainer.offpolicy import Explored, judge
 from trainer.pretrain import learn
+from trainer.rewards_online import Worth, refine
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality, SftResult, evaluate, hr_ndcg
+from trainer.sft import Quality, evaluate, hr_ndcg
 
 if TYPE_CHECKING:
-    from trainer.align import DpoResult
+    pass
 
-# progress(stage, text, last): `last` marks the one line that stays of a stage.
-Progress = Callable[[str, str, bool], None]
 Promoting = Callable[[], contextlib.AbstractContextManager[release.Publisher]]
 # Real histories in the parity check, beside the random ones.
 _PARITY_HISTORIES = 32
-
-
-@dataclass
-class CycleResult:
-    """What a cycle did. `skipped` says why nothing was registered."""
-
-    skipped: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)  # kind -> version
-    bundles: dict[str, str] = field(default_factory=dict)  # kind -> bundle id
-    action: str | None = None  # "start" or "trial"
-    trial: str | None = None
-    events: int = 0
-    pairs: int = 0
-    withdrawn: int = 0  # rejected items of new pairs that late purchases and clicks contradict
-    no_dpo: str | None = None  # why there is no DPO model
-    sft: SftResult | None = None
-    dpo: DpoResult | None = None
-    offpolicy: dict[str, OffPolicy] = field(default_factory=dict)  # kind -> what explored answers say
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def told(self) -> str:
-        """What the cycle did, in a sentence."""
-        if self.skipped:
-            return f"nothing trained: {self.skipped}"
-        shown = ", ".join(f"{kind} as version {version}" for kind, version in self.versions.items())
-        where = "in service" if self.action == "start" else f"on trial {self.trial}"
-        reason = f"; no DPO model: {self.no_dpo}" if self.no_dpo else ""
-        return f"registered {shown}, {where}{reason}"
-
-
-class _Stages:
-    """One line a stage, and its seconds."""
-
-    def __init__(self, progress: Progress | None, seconds: dict[str, float]) -> None:
-        self._progress, self._seconds = progress, seconds
-        self._began = time.monotonic()
-
-    def tell(self, stage: str, text: str) -> None:
-        """Say how far the stage is."""
-        if self._progress:
-            self._progress(stage, text, False)
-
-    def done(self, stage: str, text: str) -> None:
-        """End the stage."""
-        now = time.monotonic()
-        self._seconds[stage] = now - self._began
-        if self._progress:
-            self._progress(stage, f"{text} ({now - self._began:.1f} s)", True)
-        self._began = now
 
 
 def run_cycle(
@@ -131,7 +75,7 @@ def run_cycle(
     cycle runs in the same home, or the offline check fails.
     """
     result = CycleResult()
-    stages = _Stages(progress, result.seconds)
+    stages = Stages(progress, result.seconds)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     with only_one(settings.home):
         running = registry.alias(SFT)
@@ -140,7 +84,7 @@ def run_cycle(
             return result
         material = read_material(
             settings, kafka, registry, from_scratch,
-            lambda count: stages.tell("window", f"{count:,} records"), horizon_ms,
+            lambda count: stages.tell("window", f"{count:,} records"), horizon_ms, window_ms,
         )  # fmt: skip
         result.events = material.window.count()
         log = material.log
@@ -164,6 +108,7 @@ def run_cycle(
         if result.sft is not None and result.sft.stopped == "interrupted":
             result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
             return result
+        _online(material, model, rows, result, stages, stop)
         # Named by what it was made of: a model that is refused has no bundle to be named by.
         origin = f"bundle {material.start.id}" if material.start else "scratch"
         candidate = f"candidate {run.name} (from {origin})"
@@ -171,10 +116,8 @@ def run_cycle(
         refused = f"{candidate} failed its offline check and was not registered"
         if failed := _sft_failing(material, settings, result):
             raise SidstreamError(f"{refused}: {failed}")
-        found = material.window.explorations(horizon_ms)
-        logged = explored(found, material.codebook.id, material.prompt, settings.offpolicy, material.context)
         ranking = result.sft.quality.ranking if result.sft and result.sft.quality else Ranking()
-        veto = _veto("sft", model, logged, settings, ranking, result, stages)
+        veto = _veto("sft", model, material.explored, settings, ranking, result, stages)
         if veto:
             raise SidstreamError(f"{refused}: {veto}")
         better = None
@@ -183,7 +126,7 @@ def run_cycle(
         else:
             better = _dpo(material, settings, window_ms, model, rows, run, result, stages, stop)
         if better is not None:
-            veto = _veto("dpo", better, logged, settings, ranking, result, stages)
+            veto = _veto("dpo", better, material.explored, settings, ranking, result, stages)
             if veto:
                 result.no_dpo, better = f"it failed its offline check: {veto}", None
         _publish(
@@ -203,7 +146,7 @@ def _run_id(material: Material, settings: TrainerSettings) -> str:
 
 
 def _sft(
-    material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: _Stages,
+    material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: Stages,
     stop: Callable[[], bool] | None, devices: Devices,
 ) -> tuple[GeneratorForCausalLM, Rows]:  # fmt: skip
     """The fine-tuned model, and the rows that it learned from."""
@@ -227,7 +170,9 @@ def _sft(
             ranking = read_ranking(material.start.path)
             before = evaluate(model, material.split.held, material.known, material.sids, settings, ranking)
             result.metrics |= _named("parent", before)
-    rows = Rows(material.log, material.split, material.known, tokenizer, material.prompt, settings)
+    rows = Rows(
+        material.log, material.split, material.known, tokenizer, material.prompt, settings, material.ignored
+    )
     if devices.count > 1:
         write(run, model, tokenizer, rows, settings)
         devices.send(run)
@@ -257,6 +202,25 @@ def _sft(
         "sft", f"{told}{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
     )
     return model, rows
+
+
+def _online(
+    material: Material, model: GeneratorForCausalLM, rows: Rows, result: CycleResult, stages: Stages,
+    stop: Callable[[], bool] | None,
+) -> None:  # fmt: skip
+    """The online stage of rewards, where there is one; what it makes is what SFT made from here on."""
+    rewards, tuned = material.rewards, result.sft
+    if not rows.settings.rewards.online.rounds or rewards is None or not rewards.mass or tuned is None:
+        return
+    worth = Worth(rewards, material.context, material.offers, material.bought, material.explored)
+    made = refine(
+        model, rows, material.sids, worth, tuned.quality, lambda text: stages.tell("rewards", text), stop
+    )
+    result.rewards = made
+    if made.quality and not made.refused:
+        tuned.quality = made.quality
+        result.metrics |= _named("rewards", made.quality)
+    stages.done("rewards", made.told())
 
 
 def _popularity_ranks(material: Material) -> torch.Tensor:
@@ -292,7 +256,7 @@ def _sft_failing(material: Material, settings: TrainerSettings, result: CycleRes
 
 def _veto(
     kind: str, model: GeneratorForCausalLM, logged: Explored | None, settings: TrainerSettings,
-    ranking: Ranking, result: CycleResult, stages: _Stages,
+    ranking: Ranking, result: CycleResult, stages: Stages,
 ) -> str:  # fmt: skip
     """Why explored answers refuse the model; empty where they do not, or there are none."""
     if logged is None:
@@ -306,7 +270,7 @@ def _veto(
 
 def _dpo(
     material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM, rows: Rows,
-    run: Path, result: CycleResult, stages: _Stages, stop: Callable[[], bool] | None,
+    run: Path, result: CycleResult, stages: Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
     tuned = result.sft.quality if result.sft else None
     made = aligned(
@@ -357,7 +321,7 @@ def _bundle(
 def _publish(
     material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
     better: GeneratorForCausalLM | None, run: Path, registry: Registry, rollout: RolloutSettings,
-    step: float, promoting: Promoting, result: CycleResult, stages: _Stages,
+    step: float, promoting: Promoting, result: CycleResult, stages: Stages,
 ) -> None:  # fmt: skip
     first = registry.alias(CHAMPION) is None
     kind: Kind = "base" if first else "sft"

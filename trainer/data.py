@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from registry.prompt import BOS, EOS, ITEM, TITLE, UNK, Prompt, Sid
+from trainer.answers import Answers
 from trainer.batches import Int32, Int64, Pieces, Row, by_size, pad_contexts
 from trainer.settings import TrainerSettings
 from trainer.tasks import Words, bought_within, search_prompt, summary_prompt
@@ -143,9 +144,12 @@ class Rows:
 
     def __init__(
         self, log: Interactions, split: Split, known: Catalogue, tokenizer: PreTrainedTokenizerFast,
-        prompt: Prompt, settings: TrainerSettings,
+        prompt: Prompt, settings: TrainerSettings, answers: Answers | None = None,
     ) -> None:  # fmt: skip
+        """`answers` are learned beside the log; those of items that nobody touched are left out."""
         self.log, self.split, self.known, self.prompt, self.settings = log, split, known, prompt, settings
+        # An item that nobody touched would only be pushed away (trainer.sft.Scored).
+        self.answers = answers.of(self.touched) if answers else None
         self.titles = [self._words(title, tokenizer) for title in known.titles]
         self.words = Words(self.titles)
         self.bought = bought_within(log, split.ends, settings.tasks.buy_within_s * 1000)
@@ -156,6 +160,12 @@ class Rows:
         return [token if token >= self.prompt.first_word else UNK for token in ids][
             : self.settings.title_words
         ]
+
+    @property
+    def touched(self) -> Int64:
+        """The items of the training part, ascending; held-out targets stand for what is not known yet."""
+        spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
+        return np.unique(np.concatenate([self.log.items[low:high] for low, high in spans]))
 
     def recent(self, share: float, settings: TrainerSettings) -> Rows:
         """These rows where only the newest `share` of the training part's events are new.
@@ -319,6 +329,10 @@ class Rows:
             made.append(
                 Pieces(torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought))
             )
+        if self.answers:
+            events = sum(int(piece.learned.sum()) for piece in made)
+            most = round(self.settings.rewards.ignored_share * events)
+            made += self.answers.pieces(self.settings, number, most)
         return [made[at] for at in rng.permutation(len(made))]
 
     def _prefixes(self, crops: Int64) -> Int64:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from registry.prompt import Prompt
 from streams.errors import SidstreamError
+from trainer.answers import Answers
 from trainer.constrained import SidSet
 from trainer.data import Catalogue, Held, Interactions, Rows, Split
 from trainer.devices import Devices
@@ -25,7 +26,7 @@ from trainer.material import load_model
 from trainer.pretrain import learn
 from trainer.settings import TrainerSettings
 
-_NAME = "handover"
+_NAME, _ANSWERS = "handover", "answers."
 
 
 def write(
@@ -39,15 +40,15 @@ def write(
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     log = rows.log
+    arrays = {
+        "codes": rows.known.codes, "starts": log.starts, "items": log.items, "ts": log.ts, "fresh": log.fresh,
+        "bought": log.bought, "context": log.context, "rewards": log.rewards, "ends": rows.split.ends,
+    }  # fmt: skip
+    if rows.answers is not None:
+        arrays |= {_ANSWERS + name: value for name, value in vars(rows.answers).items()}
     save_file(
-        {
-            "codes": np.ascontiguousarray(rows.known.codes), "starts": log.starts, "items": log.items,
-            "ts": log.ts, "fresh": log.fresh, "bought": log.bought,
-            "context": np.ascontiguousarray(log.context),
-            "rewards": np.ascontiguousarray(log.rewards), "ends": rows.split.ends,
-        },
-        folder / "log.safetensors",
-    )  # fmt: skip
+        {name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / "log.safetensors"
+    )
     about = {
         "sizes": list(rows.prompt.sizes), "max_items": rows.prompt.max_items, "titles": rows.known.titles,
         "settings": settings.model_dump(mode="json"),
@@ -74,7 +75,9 @@ def read(run: Path) -> tuple[GeneratorForCausalLM, Rows, TrainerSettings]:
     log = Interactions([], *(arrays[name] for name in names))
     nobody = Held([], np.zeros(0, dtype=np.int64), [], [])
     split = Split(arrays["ends"], nobody)
-    return model, Rows(log, split, known, tokenizer, prompt, settings), settings
+    beside = {name.removeprefix(_ANSWERS): one for name, one in arrays.items() if name.startswith(_ANSWERS)}
+    answers = Answers(**beside) if beside else None
+    return model, Rows(log, split, known, tokenizer, prompt, settings, answers), settings
 
 
 def follow(devices: Devices) -> None:

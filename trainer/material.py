@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,17 @@ from registry.rewards import Rewards, with_rewards, without_rewards
 from registry.rewards import read as read_rewards
 from registry.store import CHAMPION, Registry
 from streams.errors import SidstreamError
+from streams.events import CatalogItem
 from streams.settings import KafkaSettings
+from trainer.answers import Answers
+from trainer.batches import Int64
 from trainer.constrained import SidSet
 from trainer.data import Catalogue, Interactions, Split, catalogue, hold_out
 from trainer.generator import GeneratorForCausalLM
+from trainer.ignored import ignored
 from trainer.log import Log
-from trainer.rewards import learned, purchased, told
+from trainer.offpolicy import Explored, explored
+from trainer.rewards import grown, learned, purchased, told
 from trainer.settings import TrainerSettings
 from trainer.tokenizer import build_tokenizer
 from trainer.window import Window, read_window
@@ -55,6 +60,10 @@ class Material:
     context: Context  # the parent's; without one, what this window says often enough
     rewards: Rewards | None  # the parent's; without one, those of this window; None: nothing is known of any
     profiles: Mapping[str, Attributes]
+    offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
+    bought: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
+    explored: Explored | None  # answers drawn by chance whose click window closed in this window
+    ignored: Answers | None  # those of them that were not clicked, where requests can ask for clicks
 
 
 @contextlib.contextmanager
@@ -78,12 +87,14 @@ def read_material(
     registry: Registry,
     from_scratch: bool,
     reading: Callable[[int], None] | None = None,
+    horizon_ms: int = 0,
     window_ms: int = 0,
 ) -> Material:
     """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
 
-    A click led to a purchase where its user bought the item within `window_ms` after it. Raises
-    SidstreamError where no item has a SID, or nobody has touched one.
+    A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
+    item within `window_ms` after it. Raises SidstreamError where no item has a SID, or nobody has touched
+    one.
     """
     codebook = registry.codebook()
     parent = registry.fetch(CHAMPION) if registry.alias(CHAMPION) is not None and not from_scratch else None
@@ -127,12 +138,16 @@ def read_material(
             "send some, for example with `sidstream replay online-retail`"
         )
     offers, bought = [listed.get(item) for item in known.items], purchased(log, window_ms)
+    found = window.explorations(horizon_ms)
+    unclicked = sum(not clicked for _, clicked in found)
     if parent is None:
-        rewards = learned(offers, log, bought, settings.rewards)
-        context = with_rewards(context, rewards.mass if rewards else {})
+        rewards = learned(offers, log, bought, unclicked, settings.rewards)
+        said, context = len(context.fields), with_rewards(context, rewards)
     else:
-        rewards = read_rewards(parent.path)
+        said, rewards = len(without_rewards(context).fields), read_rewards(parent.path)
+        rewards = rewards and grown(rewards, bought, unclicked, settings.rewards, context)
     log = told(log, offers, bought, rewards, context)
+    logged = explored(found, codebook.id, prompt, settings.offpolicy, context)
     split = hold_out(log, settings, np.random.default_rng(settings.seed))
     text = None
     if settings.text_inputs:
@@ -140,7 +155,8 @@ def read_material(
     start = registry.tuned_from(parent) if parent else None
     return Material(
         window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
-        tokenizer, context, rewards, profiles,
+        tokenizer, context, rewards, profiles, offers, bought, logged,
+        ignored(logged, known, offers, rewards, context, said),
     )  # fmt: skip
 
 

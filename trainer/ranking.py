@@ -194,6 +194,23 @@ class Ranker:
             parts.append(self._place[rows].cpu())
         return torch.cat(parts[1:] or parts)
 
+    @torch.no_grad()
+    def scores(self, histories: Sequence[Int64], states: Tensor, items: Int64, weight: float) -> Tensor:
+        """The mixture (B,) of both log-probabilities of one item (B,) a history, under its state (B, D)."""
+        rows = torch.from_numpy(items).to(self._where)
+        asked = self._known[rows]
+        parts = [torch.zeros(0)]
+        for low in range(0, len(histories), ROWS):
+            part = slice(low, low + ROWS)
+            state, codes = states[part], asked[part]
+            score = (1 - weight) * sid_scores(self.model, state, torch.arange(len(codes)), codes)
+            if weight > 0:
+                logits, _, _ = _item_logits(self.model, state, *self._padded(histories[part]))
+                own = self.model.model.items.rows(codes)[:, None]
+                score = score + weight * logits.log_softmax(-1).gather(1, own)[:, 0]
+            parts.append(score.cpu())
+        return torch.cat(parts)
+
     def _padded(self, histories: Sequence[Int64]) -> tuple[Tensor, Tensor]:
         codes, lengths = pad_items(histories, self.codes)
         return codes.to(self._where), lengths.to(self._where)

@@ -12,7 +12,7 @@ from types import FrameType
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from streams.errors import SidstreamError
-from trainer.cycle import CycleResult
+from trainer.cycle_result import CycleResult
 from trainer.settings import ScheduleSettings
 
 _LOG = logging.getLogger(__name__)

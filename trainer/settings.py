@@ -131,6 +131,29 @@ class ContextSettings(Section):
     )
 
 
+class OnlineRewardSettings(Section):
+    """The online stage of Rewards-in-Context: a model learns from its own answers to what may be asked."""
+
+    rounds: int = Field(0, ge=0, description="rounds after SFT; 0: none")
+    requests: int = Field(3000, ge=1, description="requests of a round, drawn from the log's histories")
+    temperature: float = Field(0.7, gt=0, description="of the softmax that an answer is drawn from")
+    quantile: float = Field(
+        0.7, ge=0, lt=1, description="an answer is kept where one of its rewards reaches this quantile of all"
+    )
+    floor: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="and where it is as likely as this quantile of what users went on to: no dear item that "
+        "nobody would click",
+    )
+    steps: int = Field(150, ge=1, description="steps of a round, each beside a batch of the log's sequences")
+    lr: float = Field(2e-4, gt=0, description="learning rate, constant")
+    max_fall: float = Field(
+        0.02, gt=0, le=1, description="relative fall of the held-out HR@10 with which the stage is undone"
+    )
+
+
 class RewardSettings(Section):
     """Rewards that requests may ask for (registry.rewards), learned by a model made from scratch."""
 
@@ -149,6 +172,15 @@ class RewardSettings(Section):
     unconditioned: float = Field(
         0.5, ge=0, lt=1, description="share of events that are told without any rewards"
     )
+    # Told as they are, they still reach what is answered with nothing asked for: where they are as many as
+    # the log's own events, a model is vetoed for it.
+    ignored_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="answers that were ignored, over the events that are learned in an epoch",
+    )
+    online: OnlineRewardSettings = Field(default_factory=lambda: OnlineRewardSettings.model_validate({}))
 
 
 class OffPolicySettings(Section):

@@ -239,7 +239,7 @@ def _learning_rate(fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - _WARMUP) / (1 - _WARMUP))))
 
 
-def _batch_loss(
+def batch_loss(
     model: GeneratorForCausalLM, pieces: Pieces, titles: list[Row], table: Tensor, among: Scored | None,
     settings: TrainerSettings, tree: Sequence[Level] = (), teacher: Teacher | None = None,
 ) -> Tensor:  # fmt: skip
@@ -254,16 +254,13 @@ def _batch_loss(
     return loss
 
 
-def _placed(model: GeneratorForCausalLM, rows: Rows) -> tuple[Tensor, Scored | None]:
+def placed(model: GeneratorForCausalLM, rows: Rows) -> tuple[Tensor, Scored | None]:
     """The model's row (I,) of each item of the catalogue, and which items the dense head's loss is over."""
     codes = torch.from_numpy(rows.known.codes).to(model.device)
     table = model.model.items.rows(codes)
     if bool((table < 0).any()):
         raise ValueError("every item of the catalogue must be in the model's table: call know() first")
-    # Held-out targets do not count as touched: they stand for what is not known yet.
-    spans = zip(rows.log.starts[:-1], rows.split.ends, strict=True)
-    learned = np.concatenate([rows.log.items[low:high] for low, high in spans])
-    return table, scored(table, torch.from_numpy(np.unique(learned)).to(model.device))
+    return table, scored(table, torch.from_numpy(rows.touched).to(model.device))
 
 
 class Replay:
@@ -271,7 +268,7 @@ class Replay:
 
     def __init__(self, model: GeneratorForCausalLM, rows: Rows) -> None:
         self._rows = rows
-        self._table, self._among = _placed(model, rows)
+        self._table, self._among = placed(model, rows)
         # Now: a stage may switch them off for what it compares, and sequences are learned with them.
         self._drops = [(part, part.p) for part in model.modules() if isinstance(part, nn.Dropout)]
         self._epoch = 0
@@ -285,7 +282,7 @@ class Replay:
         now = [part.p for part, _ in self._drops]
         for part, share in self._drops:
             part.p = share
-        loss = _batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
+        loss = batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
         for (part, _), share in zip(self._drops, now, strict=True):
             part.p = share
         return loss
@@ -345,7 +342,7 @@ def train(
         if saved and devices.main:
             saved.save(model, optimizer, place, best)
 
-    table, among = _placed(model, rows)
+    table, among = placed(model, rows)
     tree = code_tree(model.model.items.codes) if settings.smoothing else ()
     while place.stopped is None and place.epoch < settings.epochs:
         batches = rows.pieces(place.epoch)
@@ -372,7 +369,7 @@ def train(
                 # Dropout belongs to the batch: it is the same after a pause, and in whichever process.
                 torch.manual_seed(_seed_of(settings.seed, place.epoch, at))
                 titles = texts[at * each : (at + 1) * each]
-                loss = _batch_loss(model, batches[at], titles, table, among, settings, tree, teacher)
+                loss = batch_loss(model, batches[at], titles, table, among, settings, tree, teacher)
                 loss.backward()
             value = devices.average(model, loss)
             own = model.model.items.own.grad

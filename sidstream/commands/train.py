@@ -15,7 +15,7 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from registry.release import Publisher
     from sidstream.settings import Settings
-    from trainer.cycle import CycleResult
+    from trainer.cycle_result import CycleResult
     from trainer.devices import Devices
     from trainer.settings import TrainerSettings
 

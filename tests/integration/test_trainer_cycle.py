@@ -12,8 +12,10 @@ import pytest
 
 from registry.bundle import load_bundle
 from registry.codebook import Codebook
+from registry.context import read as read_context
 from registry.prompt import Prompt
 from registry.release import Publisher
+from registry.rewards import read as read_rewards
 from registry.settings import RegistrySettings, RolloutSettings
 from registry.store import Registry
 from serving.onnx_generator import OnnxGenerator
@@ -25,9 +27,10 @@ from tests.conftest import FreshStack
 from tests.registry_support import local_mlflow
 from tests.tiny_explorations import explore
 from tests.tiny_shop import ITEMS, SIZES, sid_of
-from trainer.cycle import CycleResult, run_cycle
+from trainer.cycle import run_cycle
+from trainer.cycle_result import CycleResult
 from trainer.material import load_model
-from trainer.settings import DpoSettings, OffPolicySettings, TrainerSettings
+from trainer.settings import DpoSettings, OffPolicySettings, RewardSettings, TrainerSettings
 
 pytestmark = pytest.mark.integration
 
@@ -192,6 +195,54 @@ def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World)
     assert set(second.versions) == {"sft"}
     assert second.no_dpo == "0 preference pairs, at least 20 are needed"
     assert world.registry.alias("challenger-dpo") is None
+
+
+def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_from_its_answers(
+    world: World,
+) -> None:
+    rewards = RewardSettings.model_validate(
+        {"min_count": 20, "online": {"rounds": 1, "requests": 200, "steps": 5, "max_fall": 1.0}}
+    )
+    world.settings = world.settings.model_copy(update={"rewards": rewards})
+    world.publish([
+        CatalogItem.new(item_id=f"i{item:02}", title="a red item", price=1.0 + item, ts=T0 + 1)
+        for item in range(ITEMS)
+    ])  # fmt: skip
+    world.walk(range(40), 10, Purchase, 0)
+    first = world.cycle()
+    champion = world.registry.fetch("champion")
+    made = read_rewards(champion.path)
+    assert made is not None
+    # All was bought, and nothing that was shown is known: neither can be asked for yet.
+    assert list(made.mass) == ["price"]
+    assert "rewards" in [stage for stage, _ in world.lines]
+
+    model, _ = load_model(champion.model)
+    since = T0 + 100_000
+    found = explore(
+        model, champion.prompt, 300, since=since, codebook=world.codebook.id, candidates=8, users=150
+    )
+    world.publish([event for event, _ in found])
+    world.publish([
+        Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
+        for event, clicked in found if clicked
+    ])  # fmt: skip
+    # Clicks that led to nothing; the last one closes the windows of all others.
+    world.walk(range(40, 80), 5, Click, 150_000)
+    world.publish([Click.new(user_id="late", item_id="i00", ts=since + 300 + 3 * HORIZON)])
+    world.lines.clear()
+    second = world.cycle()
+    told = read_rewards(world.registry.fetch("challenger-sft").path)
+    assert told is not None
+    assert set(told.mass) == {"click", "purchase", "price"}
+    assert told.wanted({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
+    assert read_context(world.registry.fetch("challenger-sft").path) == read_context(champion.path)
+    assert first.rewards is not None
+    assert second.rewards is not None
+    assert second.rewards.steps == 5
+    (line,) = [text for stage, text in world.lines if stage == "rewards"]
+    assert line.startswith("1 round(s), 5 steps, ")
+    assert second.metrics["rewards/hr10"] == second.sft.quality.hr10  # type: ignore[union-attr]
 
 
 def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -> None:

@@ -18,7 +18,7 @@ from registry.context import Context
 from registry.prompt import Prompt
 from streams.events import CatalogItem, SidAssignment, UserProfile
 from streams.settings import KafkaSettings
-from tests.tiny_explorations import T0
+from tests.tiny_explorations import T0, exploration
 from tests.tiny_log import Logged
 from tests.tiny_shop import SIZES, sid_of
 from trainer import material
@@ -112,7 +112,12 @@ def read(
         tuned_from=lambda bundle: bundle,
     )
     chosen = TrainerSettings.model_validate(
-        {"home": logged.log.folder, "context": context, "text_inputs": False, "rewards": {"enabled": priced}}
+        {
+            "home": logged.log.folder,
+            "context": context,
+            "text_inputs": False,
+            "rewards": {"enabled": priced, "min_count": 3},
+        }
     )
     window = logged.window()
     monkeypatch.setattr(material, "read_window", lambda *_args: window)
@@ -177,9 +182,13 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     first = read(logged, monkeypatch, priced=True, min_count=5)
     token = len(first.tokenizer)
     bins = [str(value) for value in range(8)]
-    assert first.context == Context(token, {"scene": ["home"], "reward.price": bins})
+    either = ["0", "1"]
+    fields = {"scene": ["home"], "reward.click": either, "reward.purchase": either, "reward.price": bins}
+    assert first.context == Context(token, fields)
+    assert list(first.rewards.mass) == ["price"]
     assert first.log.context[:4].tolist() == [[token]] * 4
-    assert first.log.rewards[:4, 0].tolist() == [token + 1 + value for value in (0, 2, 5, 7)]
+    assert first.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 2, 5, 7)]
+    assert first.ignored is None
 
     parent = bundled(first, tmp_path)
     # Ten times as much is dear by the parent's bins. What is set now does not count.
@@ -187,4 +196,20 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     again = read(logged, monkeypatch, parent, priced=False, min_count=5)
     assert (again.context, again.rewards) == (first.context, first.rewards)
     assert again.log.context[:4].tolist() == [[token]] * 4
-    assert again.log.rewards[:4, 0].tolist() == [token + 1 + value for value in (0, 7, 7, 7)]
+    assert again.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 7, 7, 7)]
+
+    # What is ignored and what is bought can be asked for once there is enough of either.
+    ignored = {"ts": T0 + 20, "item_id": "i00", "context": {"scene": "home"}}
+    logged.explorations(*(exploration(n, **ignored) for n in range(3)))
+    logged.purchases(*((f"u{n}", f"i{n % 4:02}", 30) for n in range(3)))
+    logged.clicks((None, "u9", "i01", 40))
+    last = read(logged, monkeypatch, parent, min_count=5)
+    sure = {"0": 0.0, "1": 1.0}
+    assert last.rewards.mass == first.rewards.mass | {"click": sure, "purchase": sure}
+    assert last.context == first.context
+    assert set(last.log.rewards[:, 0].tolist()) == {token + 2}
+    assert set(last.log.rewards[last.log.bought, 1].tolist()) == {token + 4}
+    assert last.ignored.targets.tolist() == [0, 0, 0]
+    assert last.ignored.items.tolist() == [2, 2, 2]
+    assert last.ignored.context.tolist() == [[token]] * 3
+    assert last.ignored.rewards.tolist() == [[token + 1, token + 3, token + 5]] * 3

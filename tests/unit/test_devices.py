@@ -17,7 +17,7 @@ from tests.tiny_shop import Shop, shop
 from trainer.devices import Devices
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import read, write
-from trainer.sft import _batch_loss, _learning_rate
+from trainer.sft import _learning_rate, batch_loss
 
 # Two processes import torch at the same time, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -64,7 +64,7 @@ def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
         assert len(pieces) % batches, "the last step of an epoch is one with fewer batches"
         for low in range(0, len(pieces), batches):
             group = pieces[low : low + batches]
-            losses = [_batch_loss(model, piece, [], table, None, settings) for piece in group]
+            losses = [batch_loss(model, piece, [], table, None, settings) for piece in group]
             optimizer.zero_grad()
             torch.stack(losses).mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -129,7 +129,13 @@ def test_a_bundle_keeps_its_bins_and_one_without_has_none(tmp_path: Path) -> Non
 
 def test_reward_fields_stand_behind_a_context_and_change_none_of_its_tokens() -> None:
     plain = Context(50, {"scene": ["home", "cart"]})
-    whole = with_rewards(plain, {"price": ["0", "1"], "click": ["0", "1"]})
-    assert whole.row({"scene": "cart"} | said({"price": 1, "click": 0})) == [51, 53, 54]
+    whole = with_rewards(plain, Rewards({}, {"price": {"0": 0.5, "1": 0.5}}))
+    assert whole.row({"scene": "cart"} | said({"price": 1, "click": 0})) == [51, 52, 0, 57]
     assert without_rewards(whole) == plain
-    assert with_rewards(plain, {}) == plain
+    assert with_rewards(plain, None) == plain
+
+
+def test_clicks_and_purchases_have_tokens_before_anything_can_be_asked_of_them() -> None:
+    none = Rewards({}, {})
+    assert none.fields == {"click": ["0", "1"], "purchase": ["0", "1"]}
+    assert none.wanted({"click": 1, "price": 2}) == {}

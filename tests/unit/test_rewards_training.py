@@ -89,17 +89,20 @@ def test_a_field_is_there_where_enough_is_known_of_it() -> None:
     log = log_of(*((f"u{n}", n % 4, n, n % 3 == 0) for n in range(60)))
     bought = purchased(log, 1)
     priced = [Offer("", 1.0), Offer("", 2.0), None, None]
-    made = learned(priced, log, bought, chosen())
+    made = learned(priced, log, bought, 0, chosen())
     assert made is not None
     assert sorted(made.mass) == ["price", "purchase"]
     assert made.mass["purchase"] == {"0": 0.0, "1": 1.0}
     assert sum(made.mass["price"].values()) == pytest.approx(1)
-    assert learned(priced, log, bought, chosen(min_share=0.6, min_count=50)) is None
-    assert learned(priced, log, bought, chosen(enabled=False)) is None
-    both = learned([Offer("", 1.0, 0.1), Offer("", 2.0, 0.1), None, None], log, bought, chosen(min_count=50))
+    nothing = learned(priced, log, bought, 0, chosen(min_share=0.6, min_count=50))
+    assert nothing is not None
+    assert nothing.mass == {}
+    assert learned(priced, log, bought, 0, chosen(enabled=False)) is None
+    offers = [Offer("", 1.0, 0.1), Offer("", 2.0, 0.1), None, None]
+    both = learned(offers, log, bought, 0, chosen(min_count=50))
     assert both is not None
     assert sorted(both.mass) == ["commission", "price"]
-    values = obtained(both, priced, log, bought)
+    values = obtained(both, priced, log.items, bought)
     assert values[log.items == 1][0].tolist() == [1, bought[log.items == 1][0], 3, UNKNOWN]
     assert (values[log.items == 3][:, 2:] == UNKNOWN).all()
 
@@ -115,9 +118,9 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
     items = np.concatenate([np.cumsum(walk) % ITEMS for walk in walks])
     log = replace(plain.log, items=items)
     bought = purchased(log, 0)
-    made = learned(OFFERS, log, bought, chosen())
+    made = learned(OFFERS, log, bought, 0, chosen())
     assert made is not None
-    context = with_rewards(plain.context, made.mass)
+    context = with_rewards(plain.context, made)
     log = told(log, OFFERS, bought, made, context)
     last = plain.split.ends[plain.split.ends < log.starts[1:]]
     split = replace(plain.split, held=held(log, last, plain.settings.max_items))
@@ -127,10 +130,11 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
 
 def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
     made, rewards = rewarded(users=150, rewards={"dropout": 0.25, "unconditioned": 0.4, "bins": 4})
-    assert list(made.context.fields) == ["reward.price"]
-    price = obtained(rewards, OFFERS, made.log, purchased(made.log, 0))[:, NAMES.index("price")]
-    assert made.log.rewards[:, 0].tolist() == [
-        made.context.row(said({"price": int(value)}))[0] for value in price
+    assert list(made.context.fields) == ["reward.click", "reward.purchase", "reward.price"]
+    price = obtained(rewards, OFFERS, made.log.items, purchased(made.log, 0))[:, NAMES.index("price")]
+    # Every event of this log is a click: neither it nor a purchase says anything.
+    assert made.log.rewards.tolist() == [
+        [0, 0, made.context.row(said({"price": int(value)}))[2]] for value in price
     ]
     total = kept = 0
     for piece in made.rows.pieces(0):
@@ -138,9 +142,9 @@ def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
         there = piece.items >= 0
         assert not piece.context[~there].any()
         bins = torch.tensor([rewards.bin_of("price", offer) or 0 for offer in OFFERS])
-        own = made.log.rewards.min() + bins[piece.items.clamp(min=0)]
-        known = piece.context[..., 0] != 0
-        assert bool((piece.context[..., 0] == own)[known].all())
+        own = made.log.rewards[:, 2].min() + bins[piece.items.clamp(min=0)]
+        known = piece.context[..., 2] != 0
+        assert bool((piece.context[..., 2] == own)[known].all())
         total, kept = total + int(there.sum()), kept + int(known.sum())
     # Of events, not of sequences: .6 of them with rewards, and of those .75 with this one.
     assert kept / total == pytest.approx(0.45, abs=0.05)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from streams.errors import SidstreamError
-from trainer.cycle import CycleResult
+from trainer.cycle_result import CycleResult
 from trainer.schedule import run_periodically
 from trainer.settings import ScheduleSettings
 

@@ -121,8 +121,8 @@ class Trained:
         log, cut = _log(data, settings, self.profiles)
         # All that these logs say of a purchase is that it happened: the time of a window does not matter.
         offers, bought = data.data.offers or [], purchased(log, 0)
-        self.rewards = learned(offers, log, bought, settings.rewards) if offers else None
-        self.context = with_rewards(self.context, self.rewards.mass if self.rewards else {})
+        self.rewards = learned(offers, log, bought, 0, settings.rewards) if offers else None
+        self.context = with_rewards(self.context, self.rewards)
         log = told(log, offers, bought, self.rewards, self.context)
         self.model = fresh_generator(
             known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings,

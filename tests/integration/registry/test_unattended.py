@@ -24,7 +24,7 @@ from streams import keys
 from streams.client import Client
 from streams.errors import SidstreamError
 from tests.registry_support import bundle
-from trainer.cycle import CycleResult
+from trainer.cycle_result import CycleResult
 
 pytestmark = pytest.mark.integration
 

@@ -1,0 +1,73 @@
+"""What an update cycle did, and how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainer.offpolicy import OffPolicy
+from trainer.rewards_online import OnlineResult
+from trainer.sft import SftResult
+
+if TYPE_CHECKING:
+    from trainer.align import DpoResult
+
+# progress(stage, text, last): `last` marks the one line that stays of a stage.
+Progress = Callable[[str, str, bool], None]
+
+
+@dataclass
+class CycleResult:
+    """What a cycle did. `skipped` says why nothing was registered."""
+
+    skipped: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # kind -> version
+    bundles: dict[str, str] = field(default_factory=dict)  # kind -> bundle id
+    action: str | None = None  # "start" or "trial"
+    trial: str | None = None
+    events: int = 0
+    pairs: int = 0
+    withdrawn: int = 0  # rejected items of new pairs that late purchases and clicks contradict
+    no_dpo: str | None = None  # why there is no DPO model
+    sft: SftResult | None = None
+    dpo: DpoResult | None = None
+    offpolicy: dict[str, OffPolicy] = field(default_factory=dict)  # kind -> what explored answers say
+    metrics: dict[str, float] = field(default_factory=dict)
+    rewards: OnlineResult | None = None  # of the online stage; None: there was none
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """What the cycle did, in a sentence."""
+        if self.skipped:
+            return f"nothing trained: {self.skipped}"
+        shown = ", ".join(f"{kind} as version {version}" for kind, version in self.versions.items())
+        where = "in service" if self.action == "start" else f"on trial {self.trial}"
+        reason = f"; no DPO model: {self.no_dpo}" if self.no_dpo else ""
+        return f"registered {shown}, {where}{reason}"
+
+
+class Stages:
+    """One line a stage, and its seconds."""
+
+    def __init__(self, progress: Progress | None, seconds: dict[str, float]) -> None:
+        self._progress, self._seconds = progress, seconds
+        self._began = time.monotonic()
+
+    def tell(self, stage: str, text: str) -> None:
+        """Say how far the stage is."""
+        if self._progress:
+            self._progress(stage, text, False)
+
+    def done(self, stage: str, text: str) -> None:
+        """End the stage."""
+        now = time.monotonic()
+        self._seconds[stage] = now - self._began
+        if self._progress:
+            self._progress(stage, f"{text} ({now - self._began:.1f} s)", True)
+        self._began = now
