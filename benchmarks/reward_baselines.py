@@ -23,8 +23,8 @@ from trainer.generator import GeneratorForCausalLM
 from trainer.losses import softmax_loss
 
 STEPS, BATCH, LR = 120, 64, 5e-4
-# Strength of the pull to the reference, in MODPO.
-BETA = 0.1
+# Strength of the pull to the reference, in MODPO; weight of the next-item loss beside it, where it has one.
+BETA, NEXT_ITEM = 0.1, 1.0
 # How much more an interaction weighs that brings the most, in the models that a soup is made of: e^5.
 SHARP = 5.0
 # What is left to relevance, of the sum of all weights.
@@ -46,12 +46,13 @@ def lesson(made: Trained, histories: list[Int64], targets: Int64) -> Lesson:
     return Lesson(newest, targets, made.ranker.best(newest, made.ranker.states(newest), 20).numpy())
 
 
-def modpo(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], weights: Mapping[str, float], seed: int
-          ) -> GeneratorForCausalLM:  # fmt: skip
+def modpo(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], weights: Mapping[str, float], seed: int,
+          next_item: float = 0.0) -> GeneratorForCausalLM:  # fmt: skip
     """One model for one preference: -log sigmoid(1/w_0 (beta margin - w . (r_chosen - r_rejected))).
 
     `rewards`: bins (I,) over the highest, by name; `weights` of them, which share 1 - RELEVANCE; w_0 is
-    RELEVANCE, the weight of what was clicked over what was only likely.
+    RELEVANCE, the weight of what was clicked over what was only likely. `next_item`: weight of the next-item
+    loss, which the paper has not, and without which items that nobody clicks rise.
     """
     total = sum(weights.values()) or 1.0
     gain = sum((1 - RELEVANCE) * weight / total * rewards[name] for name, weight in weights.items())
@@ -61,13 +62,17 @@ def modpo(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], weights: Ma
     def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
         likely = seen.likely[rows, random.integers(seen.likely.shape[1], size=len(rows))]
         chosen, rejected = torch.from_numpy(seen.targets[rows]), torch.from_numpy(likely)
-        now = _logits(made, policy, seen, rows)[0]
+        now, query, every, (past, more) = _logits(made, policy, seen, rows)
         with torch.no_grad():
             before = _logits(made, reference, seen, rows)[0]
         risen = now - before
         margin = risen.gather(1, chosen[:, None])[:, 0] - risen.gather(1, rejected[:, None])[:, 0]
         push = BETA * margin - (worth[chosen] - worth[rejected])
-        return -F.logsigmoid(push / RELEVANCE)[chosen != rejected].mean()
+        pulled = -F.logsigmoid(push / RELEVANCE)[chosen != rejected].mean()
+        if not next_item:
+            return pulled
+        target = made.model.model.items.rows(torch.from_numpy(made.known.codes[seen.targets[rows]]))
+        return pulled + next_item * softmax_loss(query, every, target, 0.0, past, more)
 
     return _trained(made.model, loss, len(seen.targets), seed)
 

@@ -11,8 +11,12 @@ One model learns with rewards, one without, in equal passes over the training pa
 - cost: HR@10 of requests that ask for nothing, beside the model without rewards; interval over users.
 - front: HR@10, mean price bin and mean commission bin of the answers under several preferences, in shares of
   the highest bin, beside the model without rewards whose candidates are scored anew: log p + s * (weighted
-  mean of the bins), s from 1 to 16, and beside MODPO and Reward Soups (benchmarks.reward_baselines). The
-  volume that each set of points dominates above (0, 0, 0) (hypervolume, Zitzler and Thiele 1999).
+  mean of the bins), s from 1 to 16, and beside MODPO, as published and with a next-item loss, and Reward
+  Soups (benchmarks.reward_baselines). The volume that each set of points dominates above (0, 0, 0)
+  (hypervolume, Zitzler and Thiele 1999).
+
+The model with rewards is asked as SFT left it and after a round of the online stage
+(trainer.rewards_online).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from benchmarks.results import RESULTS, line, put_table
-from benchmarks.reward_baselines import lesson, modpo, soup, soup_parts
+from benchmarks.reward_baselines import NEXT_ITEM, lesson, modpo, soup, soup_parts
 from registry.rewards import COMMISSION, PRICE, Rewards, said
 from streams.events import Reward
 from trainer.evaluation.bootstrap import differences, intervals
@@ -44,9 +48,11 @@ from trainer.evaluation.splits import Queries, Split, by_time
 from trainer.generator import GeneratorForCausalLM
 from trainer.png import png
 from trainer.ranking import Candidates
-from trainer.rewards import item_bins
+from trainer.rewards import item_bins, purchased
+from trainer.rewards_online import Worth, refine
 
 K = 10
+ONLINE = "sidstream-rewards, online stage"
 BEGIN, END = "<!-- rewards -->\n", "<!-- end of rewards -->\n"
 PREFERENCES: tuple[dict[Reward, float], ...] = (
     {}, {"price": 1}, {"commission": 1}, {"price": 1, "commission": 1}, {"price": 3, "commission": 1},
@@ -81,14 +87,16 @@ def main() -> None:
     plain = default_recipe(epochs=given.epochs)
     # Equal passes, not equal seconds: how busy the machine is must not decide.
     recipe = replace(plain, trainer=plain.trainer | {"max_seconds": None})
-    lines, fronts = [], {}
+    lines: list[dict[str, object]] = []
+    fronts: dict[str, list[Point]] = {}
     for seed in map(int, given.seeds.split(",")):
         bench = Bench(split, recipe, seed, given.targets, given.histories)
         for claim, model, metric, value, low, high in bench.figures():
             one = line(claim, given.dataset, model, metric, value, seed, command, low, high, "none")
             print(json.dumps(one), flush=True)
             lines.append(one)
-        fronts = bench.fronts
+        # The first seed's is drawn.
+        fronts = fronts or bench.fronts
     if given.publish:
         put_table(RESULTS / "rewards.md", BEGIN, END, table(lines))
         (RESULTS / "rewards.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
@@ -118,6 +126,22 @@ class Bench:
         self.queries = drawn(split.test, targets)
         self.few = drawn(self.queries, histories, seed=1)
         self.fronts: dict[str, list[Point]] = {}
+        self.online = self._online()
+
+    def _online(self) -> Trained:
+        """The model with rewards after a round of answers of its own, kept whatever it costs."""
+        first, offers = self.with_, self.split.data.offers or []
+        rewards = first.settings.rewards
+        online = rewards.online.model_copy(update={"rounds": 1, "max_fall": 1.0})
+        chosen = {"rewards": rewards.model_copy(update={"online": online})}
+        made, rows = copy.copy(first), copy.copy(first.rows)
+        rows.settings = first.settings.model_copy(update=chosen)
+        worth = Worth(self.rewards, first.context, offers, purchased(rows.log, 0))
+        model = copy.deepcopy(first.model)
+        result = refine(model, rows, first.set, worth, first.result.quality, partial(_tell, "online"))
+        _tell("online", result.told())
+        made.use(model)
+        return made
 
     def figures(self) -> Iterator[Line]:
         """(claim, model, metric, value, low, high) of everything that is measured."""
@@ -140,13 +164,14 @@ class Bench:
 
     def cost(self) -> Iterator[Line]:
         """Requests that ask for nothing."""
-        hits = {name: self._hits(made) for name, made in self.models.items()}
+        models = self.models | {ONLINE: self.online}
+        hits = {name: self._hits(made) for name, made in models.items()}
         claim = "a request without preferences is answered as well as without rewards"
         for name, some in hits.items():
             yield claim, name, f"HR@{K}", *intervals(some, self.queries.users)[0]
-        ours, theirs = hits.values()
-        found = differences(ours, theirs, self.queries.users)[0]
-        yield claim, "sidstream-rewards", f"HR@{K} less that without rewards", *found
+        for name in ("sidstream-rewards", ONLINE):
+            found = differences(hits[name], hits["sidstream-no-rewards"], self.queries.users)[0]
+            yield claim, name, f"HR@{K} less that without rewards", *found
 
     def _hits(self, made: Trained) -> Float64:
         lists = made.rank(self.queries.histories, K, "none", "mixed", self.queries.users)
@@ -154,8 +179,11 @@ class Bench:
 
     def front(self) -> Iterator[Line]:
         """Answers under several preferences, by conditions and by scores made anew."""
-        some = [self._point(self.asked(self.rewards.wanted(one))) for one in PREFERENCES]
-        self.fronts = {"sidstream-rewards": some, "sidstream-no-rewards, scored anew": self._scored_anew()}
+        self.fronts = {
+            name: [self._point(self.asked(self.rewards.wanted(one), made)) for one in PREFERENCES]
+            for name, made in (("sidstream-rewards", self.with_), (ONLINE, self.online))
+        }
+        self.fronts["sidstream-no-rewards, scored anew"] = self._scored_anew()
         self.fronts |= self._baselines()
         for name, points in self.fronts.items():
             claim = "preferences buy more price and commission for the hits that they cost"
@@ -182,10 +210,11 @@ class Bench:
         seen = lesson(made, histories, targets)
         worth = {name: np.maximum(bins, 0) / self.top for name, bins in self.bins.items()}
         parts = soup_parts(made, seen, worth, self.seed)
-        found: dict[str, list[Point]] = {"MODPO": [], "Reward Soups": []}
+        found: dict[str, list[Point]] = {"MODPO": [], "MODPO, next item too": [], "Reward Soups": []}
         for weights in PREFERENCES:
             _tell("baselines", str(weights))
-            found["MODPO"].append(self._of(modpo(made, seen, worth, weights, self.seed)))
+            for name, next_item in (("MODPO", 0.0), ("MODPO, next item too", NEXT_ITEM)):
+                found[name].append(self._of(modpo(made, seen, worth, weights, self.seed, next_item)))
             found["Reward Soups"].append(self._of(soup(parts, weights)))
         return found
 
@@ -195,9 +224,9 @@ class Bench:
         order = candidates(other, self.few, other.profiles[self.few.users]).order(other.ranking.dense_weight)
         return self._point(order[:, :K].numpy())
 
-    def asked(self, conditions: Mapping[str, int]) -> Int64:
-        """(B, K) items for the few histories under conditions."""
-        made = self.with_
+    def asked(self, conditions: Mapping[str, int], made: Trained | None = None) -> Int64:
+        """(B, K) items for the few histories under conditions, of a model with rewards."""
+        made = made or self.with_
         row = np.array([made.context.row(said(conditions))], dtype=np.int32).repeat(len(self.few), axis=0)
         contexts = np.concatenate((made.profiles[self.few.users], row), axis=1)
         lists: Int64 = candidates(made, self.few, contexts).order(made.ranking.dense_weight)[:, :K].numpy()
@@ -240,7 +269,7 @@ def picture(fronts: Mapping[str, Sequence[Point]]) -> bytes:
     figure = Figure(figsize=(10, 4))
     for at, name in enumerate((PRICE, COMMISSION)):
         axes = figure.add_subplot(1, 2, at + 1)
-        for mark, (model, points) in zip("oxs^", fronts.items(), strict=False):
+        for mark, (model, points) in zip("oPxsv^", fronts.items(), strict=False):
             axes.plot([one[at + 1] for one in points], [one.hit_rate for one in points], mark, label=model)
         axes.set_xlabel(f"mean {name} bin over the highest")
         axes.set_ylabel(f"HR@{K}")
@@ -249,12 +278,18 @@ def picture(fronts: Mapping[str, Sequence[Point]]) -> bytes:
     return png(figure)
 
 
-def table(lines: Sequence[Mapping[str, object]]) -> list[str]:
-    """A row a figure, for people."""
-    made = ["| model | seed | metric | value | 95 % |", "|---|---|---|---|---|"]
+def table(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row a figure: its mean over the seeds, the seeds' values, and the interval of the first."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for one in lines:
-        bounds = "" if one["low"] is None else f"{one['low']:.4f} to {one['high']:.4f}"
-        made.append(f"| {one['model']} | {one['seed']} | {one['metric']} | {one['value']:.4f} | {bounds} |")
+        found.setdefault((one["model"], one["metric"]), []).append(one)
+    made = ["| model | metric | mean | seeds | 95 %, first seed |", "|---|---|---|---|---|"]
+    for (model, metric), some in found.items():
+        mean = sum(one["value"] for one in some) / len(some)
+        seeds = ", ".join(f"{one['value']:.4f}" for one in some)
+        first = some[0]
+        bounds = "" if first["low"] is None else f"{first['low']:.4f} to {first['high']:.4f}"
+        made.append(f"| {model} | {metric} | {mean:.4f} | {seeds} | {bounds} |")
     return made
 
 

@@ -55,6 +55,20 @@ def test_both_bring_more_of_what_is_preferred(
     assert mixed > plain + 0.05
 
 
+def test_with_the_next_item_it_also_learns_what_came_next(
+    made: Trained, seen: Lesson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_baselines, "LR", 5e-3)
+    rewards: Any = {"price": np.linspace(0, 1, len(made.known.codes))}
+
+    def likely(weight: float) -> float:
+        model = modpo(made, seen, rewards, {"price": 1.0}, 1, weight)
+        other = type(made.ranker)(model, made.known.codes, made.set, 5)
+        return float(other.scores(seen.histories, other.states(seen.histories), seen.targets, 1.0).mean())
+
+    assert likely(1.0) > likely(0.0) + 0.5
+
+
 def test_a_soup_is_the_average_of_its_parts_by_their_shares(made: Trained, seen: Lesson) -> None:
     names = ("", "price", "commission")
     parts = {name: type(made.model)(made.model.config) for name in names}

@@ -49,15 +49,19 @@ def test_every_figure_is_made_of_both_models() -> None:
     made = list(bench.figures())
     assert bench.without.rewards is None
     found = {(model, metric): value for _, model, metric, value, _, _ in made}
-    assert len(found) == len(made) == 13
+    assert len(found) == len(made) == 17
     hits = [found[name, "HR@10"] for name in bench.models]
     assert found["sidstream-rewards", "HR@10 less that without rewards"] == pytest.approx(hits[0] - hits[1])
     assert all(-1 <= value <= 1 for value in found.values())
     # As they are without preferences, and under each of the others by every strength.
-    assert [len(points) for points in bench.fronts.values()] == [6, 1 + 5 * 5, 6, 6]
+    assert [len(points) for points in bench.fronts.values()] == [6, 6, 1 + 5 * 5, 6, 6, 6]
     assert picture(bench.fronts).startswith(b"\x89PNG")
     lines = [
-        {"model": model, "seed": 1, "metric": metric, "value": value, "low": low, "high": high}
-        for _, model, metric, value, low, high in made
-    ]
-    assert len(table(lines)) == 15
+        {"model": model, "seed": seed, "metric": metric, "value": value + seed, "low": low,
+         "high": high}
+        for seed in (0, 2) for _, model, metric, value, low, high in made
+    ]  # fmt: skip
+    rows = table(lines)
+    assert len(rows) == 2 + 17
+    _, model, metric, value, *_ = made[0]
+    assert rows[2].startswith(f"| {model} | {metric} | {value + 1:.4f} | {value:.4f}, {value + 2:.4f} |")
