@@ -249,7 +249,7 @@ class Rows:
 
     def searches(self, number: int) -> list[Row]:
         """The queries of epoch `number`: random words of the titles that users went to."""
-        rng = np.random.default_rng((self.settings.seed, number, 4))
+        rng = np.random.default_rng((self.settings.seed, number, 8))
         limits = self.settings.tasks
         made = []
         for at in self._drawn(rng):

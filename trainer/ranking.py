@@ -203,7 +203,9 @@ class Ranker:
         for low in range(0, len(histories), ROWS):
             part = slice(low, low + ROWS)
             state, codes = states[part], asked[part]
-            score = (1 - weight) * sid_scores(self.model, state, torch.arange(len(codes)), codes)
+            score = (1 - weight) * sid_scores(
+                self.model, state, torch.arange(len(codes), device=self._where), codes
+            )
             if weight > 0:
                 logits, _, _ = _item_logits(self.model, state, *self._padded(histories[part]))
                 own = self.model.model.items.rows(codes)[:, None]
