@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from kafka import KafkaConsumer, TopicPartition
@@ -32,7 +32,7 @@ from sidstream.settings import Settings, load
 from streams import history, keys
 from streams.connect import client_options
 from streams.errors import SidstreamError
-from streams.events import PreferencePair, SidAssignment, UserProfile, decode
+from streams.events import PreferencePair, Scheme, SidAssignment, UserProfile, decode
 from streams.redisdb import client
 from streams.replay import past_of, source_of
 from streams.shoppers import Shopper, Truth, population
@@ -47,14 +47,16 @@ from trainer.ranking import Ranker
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("defaults", {}),
+    ("replay 1", {"replay_weight": 1.0}),
     ("without replay", {"replay_weight": 0.0}),
     ("two and a half times the rate", {"lr": 5e-4}),
-    ("that, without replay", {"lr": 5e-4, "replay_weight": 0.0}),
     ("half of the rate", {"lr": 1e-4}),
     ("softmax over three rejected", {"loss": "softmax_dpo", "max_rejected": 3}),
     ("that, with a beta that follows", {"loss": "softmax_dpo", "max_rejected": 3, "dynamic_beta": True}),
     ("beta .5", {"beta": 0.5}),
-    ("also clicks", {"schemes": ["purchased_over_clicked", "purchased_over_shown", "clicked_over_shown"]}),
+    ("half of the pairs", {"max_pairs": 4000}),
+    ("without clicks over what was shown", {"schemes": ["purchased_over_shown"]}),
+    ("also purchases over clicks", {"schemes": list(get_args(Scheme))}),
 )
 SHOPPERS = 500
 SHOWN = 10

@@ -45,7 +45,7 @@ from trainer.sft import evaluate
 
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")
-# Settings of `trainer.dpo` for each row: three rejected answers a pair for all of them.
+# Settings of `trainer.dpo` for each row: three rejected answers a pair and as much replay for all of them.
 LOSSES: dict[str, dict[str, Any]] = {
     "SFT, as many steps more": {"weight": 0.0, "sft_weight": 0.0},
     "plain DPO": {"loss": "dpo", "sft_weight": 0.0, "replay_weight": 0.0},
@@ -232,7 +232,10 @@ def aligned_to(
     tuned: Trained, pairs: list[PreferencePair], scheme: Scheme, changes: dict[str, Any]
 ) -> tuple[Trained, str]:
     """What the trainer makes of a model and pairs, and what it says of it."""
-    given = {"max_rejected": 3, "max_pairs": _PAIRS, "schemes": [scheme], "max_seconds": None} | changes
+    given = {
+        "max_rejected": 3, "max_pairs": _PAIRS, "schemes": [scheme], "max_seconds": None,
+        "replay_weight": 1.0,
+    } | changes  # fmt: skip
     dpo = tuned.settings.dpo.model_validate(tuned.settings.dpo.model_dump() | given)
     settings = tuned.settings.model_copy(update={"dpo": dpo})
     rows = preference_rows(pairs, "evaluation", tuned.set.prompt, dpo)

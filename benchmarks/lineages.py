@@ -403,20 +403,31 @@ def main() -> None:
     asked.add_argument("--seconds", type=float, default=20.0, help="fine-tuning in later cycles")
     asked.add_argument("--set", action="append", default=[], help="of trainer.dpo, for example lr=0.0002")
     asked.add_argument("--lineage", choices=("aligned", "sft"), help="only this one")
-    asked.add_argument("--out", type=Path, help="append a line of JSON a cycle to this file, and read it")
+    asked.add_argument(
+        "--out",
+        type=Path,
+        help="append a line of JSON a cycle to this file; lineages that it has are not run",
+    )
     asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
     given = asked.parse_args()
     prepare()
     dpo = {name: json.loads(value) for name, _, value in (one.partition("=") for one in given.set)}
     settings = TrainerSettings.model_validate({"dpo": dpo, "beat_popularity": False})
+    before = _read(given.out) if given.out else []
     rows = []
     for seed in given.seeds:
         for lineage in ("aligned", "sft"):
             if given.lineage in (None, lineage):
-                rows += run(seed, lineage, settings, given)
+                there = [row for row in before if (row["seed"], row["lineage"]) == (seed, lineage)]
+                done = len(there) == given.cycles + 1
+                rows += there if done else run(seed, lineage, settings, given)
     if given.publish:
         command = "python -m benchmarks.lineages --seeds " + " ".join(map(str, given.seeds))
         publish(rows, command, RESULTS)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
 def run(
@@ -449,11 +460,13 @@ def publish(rows: list[dict[str, Any]], command: str, folder: Path) -> None:
         "|---|---|---|---|---|---|",
     ]
     lines = []
+    changes: dict[str, list[float]] = defaultdict(list)
     for seed in sorted({row["seed"] for row in rows}):
         ours, theirs = last[seed, "aligned"], last[seed, "sft"]
         cells = [f"{promotions[seed, 'aligned']}, {promotions[seed, 'sft']}"]
         for rate in ("cvr", "ctr"):
             change = ours[rate] / theirs[rate] - 1
+            changes[rate].append(change)
             cells += [f"{ours[rate]:.4f} against {theirs[rate]:.4f}", f"{change:+.1%}"]
             lines.append(line(
                 "an aligned lineage gains conversion and keeps clicks",
@@ -463,8 +476,24 @@ def publish(rows: list[dict[str, Any]], command: str, folder: Path) -> None:
                 round(change, 4), seed, command,
             ) | {"aligned": ours[rate], "sft": theirs[rate]})  # fmt: skip
         table.append(f"| {seed} | {' | '.join(cells)} |")
+    mean = {rate: f"{np.mean(some):+.1%}" for rate, some in changes.items()}
+    table.append(f"| mean | | | {mean['cvr']} | | {mean['ctr']} |")
+    cycles = max(row["cycle"] for row in rows) + 1
+    table += ["", "CTR and CVR of the champions, aligned and SFT alone, cycle by cycle:", ""]
+    seeds = sorted({row["seed"] for row in rows})
+    table += ["| cycle |" + "".join(f" seed {seed}, aligned | seed {seed}, SFT alone |" for seed in seeds)]
+    table += ["|---|" + "---|---|" * len(seeds)]
+    of = {(row["seed"], row["lineage"], row["cycle"]): row for row in rows}
+    for cycle in range(cycles):
+        found = [of[seed, lineage, cycle] for seed in seeds for lineage in ("aligned", "sft")]
+        table.append(f"| {cycle} | {' | '.join(map(_cell, found))} |")
     (folder / "lineages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     put_table(folder / "lineages.md", BEGIN, END, table)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    promoted = " (promoted)" if row["did"] == "promote" else ""
+    return f"{row['ctr']:.4f}, {row['cvr']:.4f}{promoted}"
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def aligned(
     made.pairs = len(rows)
     if made.pairs < dpo.min_pairs:
         reason = f"{made.pairs} preference pairs, at least {dpo.min_pairs} are needed"
+        if found.unasked:
+            reason += f" ({found.unasked:,} are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
         return made.refuse(reason, reason + said)
     held = material.split.held
     probe = None

@@ -37,6 +37,7 @@ class Withdrawal:
     clicked: int  # rejected items of clicked_over_shown that were clicked, and not bought
     same: int  # rejected items that are the chosen one, or have its SID
     gone: int  # pairs of which no rejected item is left, or whose items and SIDs are not as many
+    unasked: int = 0  # records of the codebook's pairs whose scheme was not asked for
 
     def told(self) -> str:
         """What was withdrawn, in a few words; empty where nothing was."""

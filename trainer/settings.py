@@ -76,14 +76,14 @@ class DpoSettings(Section):
     weight: float = Field(1.0, ge=0, description="weight of the preference term")
     sft_weight: float = Field(0.1, ge=0, description="weight of the chosen item's next-token loss")
     replay_weight: float = Field(
-        1.0, ge=0, description="weight of the next-item loss on the log's sequences, which keeps the clicks"
+        0.1, ge=0, description="weight of the next-item loss on the log's sequences, which keeps the clicks"
     )
     # Of both heads: docs/decisions/0010 has what it buys and costs.
     lr: float = Field(2e-4, gt=0, description="learning rate; an eighth of SFT's or less")
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     # Alignment starts anew in each cycle: as many pairs each time is as strong a pull each time.
-    max_pairs: int = Field(4000, ge=1, description="pairs of a cycle, the newest kept, older windows' too")
+    max_pairs: int = Field(8000, ge=1, description="pairs of a cycle, the newest kept, older windows' too")
     max_rejected: int = Field(1, ge=1, description="K, the rejected SIDs of one pair that are used")
     hard_negatives: int = Field(
         0,
@@ -94,8 +94,8 @@ class DpoSettings(Section):
     max_items: int = Field(20, ge=1, description="items of a pair's prompt, the newest kept")
     min_pairs: int = Field(100, ge=1, description="fewer pairs than this: no DPO model in this cycle")
     schemes: list[Scheme] = Field(
-        ["purchased_over_clicked", "purchased_over_shown"],
-        description="kinds of pairs that are used",
+        ["purchased_over_shown", "clicked_over_shown"],
+        description="kinds of pairs that are used; purchased_over_clicked lowers what users do click",
     )
     max_drop: float = Field(
         1.0, gt=0, description="stop when the chosen SID's log-probability fell so many nats"

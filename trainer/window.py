@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -139,10 +139,12 @@ class Window:
         table, _ = self._read("preferences")
         decoder = msgspec.json.Decoder(events.PreferencePair)
         decoded = (decoder.decode(value) for value in table["value"].to_pylist())
-        wanted = [pair for pair in decoded if pair.codebook == codebook and pair.scheme in schemes]
+        known = [pair for pair in decoded if pair.codebook == codebook]
+        wanted = [pair for pair in known if pair.scheme in schemes]
         # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
         newest = sorted(wanted, key=lambda pair: (pair.ts, pair.event_id))[-most:]
-        return withdraw(newest, self._read("purchases")[0], self._read("clicks")[0], window_ms)
+        found = withdraw(newest, self._read("purchases")[0], self._read("clicks")[0], window_ms)
+        return replace(found, unasked=len(known) - len(wanted))
 
     def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?

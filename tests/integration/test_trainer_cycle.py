@@ -63,7 +63,8 @@ class World:
                 "home": home / "trainer", "width": 32, "heads": 2, "max_items": 8, "epochs": 4,
                 "max_seconds": None, "validation_users": 10, "batch_positions": 64, "lr": 5e-3,
                 "threads": 1, "min_validity": 0.0,
-                "max_fall": 0.9, "beat_popularity": False, "dpo": {"min_pairs": 20, "batch": 16},
+                "max_fall": 0.9, "beat_popularity": False,
+                "dpo": {"min_pairs": 20, "batch": 16, "schemes": ["purchased_over_clicked"]},
             }
         )  # fmt: skip
         self.lines: list[tuple[str, str]] = []
@@ -299,7 +300,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     world.lines.clear()
     dpo = DpoSettings.model_validate({
         "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 5, "sft_weight": 0.0, "max_drop": 1000.0,
-        "replay_weight": 0.0, "probe_users": 0,
+        "replay_weight": 0.0, "probe_users": 0, "schemes": ["purchased_over_clicked"],
     })  # fmt: skip
     world.settings = sane.model_copy(update={"epochs": 1, "dpo": dpo, "offpolicy": explored})
     second = world.cycle()

@@ -27,7 +27,7 @@ CODEBOOK = "c" * 16
 def pair(number: int, **fields: Any) -> PreferencePair:
     given: dict[str, Any] = {
         "event_id": f"p{number}", "ts": 1_600_000_000_000 + number, "user_id": "u", "codebook": CODEBOOK,
-        "scheme": "purchased_over_clicked", "chosen_item": "i", "chosen": [0, 0, 0], "rejected_items": ["j"],
+        "scheme": "purchased_over_shown", "chosen_item": "i", "chosen": [0, 0, 0], "rejected_items": ["j"],
         "rejected": [[1, 0, 0]], "history": [[2, 1, 0], [3, 1, 0]],
     }  # fmt: skip
     return PreferencePair.new(**given | fields)
@@ -98,7 +98,7 @@ def test_alignment_learns_what_is_preferred_in_each_scene(tmp_path: Path) -> Non
 
 def test_the_newest_pairs_of_the_wanted_schemes_are_kept() -> None:
     made = shop()
-    dpo = DpoSettings.model_validate({"max_pairs": 2, "schemes": ["purchased_over_clicked"]})
+    dpo = DpoSettings.model_validate({"max_pairs": 2, "schemes": ["purchased_over_shown"]})
     pairs = [pair(n, chosen=[n, 0, 1]) for n in range(4)] + [pair(9, scheme="clicked_over_shown")]
     rows = preference_rows(pairs, CODEBOOK, made.prompt, dpo)
     assert [made.prompt.sid(row["chosen_ids"]) for row in rows] == [(2, 0, 1), (3, 0, 1)]

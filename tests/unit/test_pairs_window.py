@@ -28,7 +28,10 @@ def test_a_window_withdraws_pairs_by_the_whole_log_and_keeps_the_newest(tmp_path
     assert {one.event_id: one.rejected_items for one in found.pairs} == {"new": ["d"]}
     assert (found.bought, found.clicked, found.gone) == (2, 1, 2)
     assert window.pairs(W, "another", BOTH, 9).pairs == []
-    assert window.pairs(W, "book", ("purchased_over_shown",), 9).pairs == []
+    assert found.unasked == 0
+    other = window.pairs(W, "book", ("purchased_over_shown",), 9)
+    assert (other.pairs, other.unasked) == ([], 3)
+    assert window.pairs(W, "another", ("purchased_over_shown",), 9).unasked == 0
 
 
 def test_the_newest_pairs_are_taken_from_all_windows(tmp_path: Path) -> None:
@@ -49,8 +52,17 @@ def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path
         context=Context(), profiles={}, known=SimpleNamespace(sids=[(0, 0), (0, 1), (1, 0)]),
     )  # fmt: skip
     none: Any = None
-    trainer = TrainerSettings.model_validate({"dpo": {"min_pairs": 2}})
+    both = {"min_pairs": 2, "schemes": BOTH}
+    trainer = TrainerSettings.model_validate({"dpo": both})
     made = aligned(material, trainer, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
     assert (made.model, made.pairs, made.withdrawn) == (None, 1, 1)
     assert made.refused == "1 preference pairs, at least 2 are needed"
     assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.told
+
+    # Pairs that are there, and are not asked for, are the first thing to know.
+    one = TrainerSettings.model_validate({"dpo": both | {"schemes": ["clicked_over_shown"]}})
+    made = aligned(material, one, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    assert made.refused == (
+        "0 preference pairs, at least 2 are needed "
+        "(2 are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+    )
