@@ -40,3 +40,13 @@ class AgentsSettings(Section):
     metrics_port: int | None = Field(
         None, ge=1, le=65_535, description="Prometheus metrics; empty: not served"
     )
+
+    @property
+    def window_ms(self) -> int:
+        """The attribution window in milliseconds."""
+        return 1000 * self.attribution_window_s
+
+    @property
+    def horizon_ms(self) -> int:
+        """After an answer, how long its clicks may come: the window, and the lateness that is allowed."""
+        return self.window_ms + 1000 * self.allowed_lateness_s

@@ -154,9 +154,18 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     court = jury(settings, bundle)
-    material = read_material(settings.trainer, settings.kafka, registry, from_scratch=False)
+    material = read_material(
+        settings.trainer, settings.kafka, registry, from_scratch=False,
+        horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
+    )  # fmt: skip
     sequences = Rows(
-        material.log, material.split, material.known, material.tokenizer, material.prompt, settings.trainer
+        material.log,
+        material.split,
+        material.known,
+        material.tokenizer,
+        material.prompt,
+        settings.trainer,
+        material.ignored,
     )
     with tempfile.TemporaryDirectory() as folder:
         pairs = pairs_of(settings, bundle)

@@ -83,8 +83,8 @@ def run_cycle(
             result.skipped = f"version {running} is still on trial: end it with `sidstream gate --conclude`"
             return result
         material = read_material(
-            settings, kafka, registry, from_scratch,
-            lambda count: stages.tell("window", f"{count:,} records"), horizon_ms, window_ms,
+            settings, kafka, registry, from_scratch=from_scratch, horizon_ms=horizon_ms, window_ms=window_ms,
+            reading=lambda count: stages.tell("window", f"{count:,} records"),
         )  # fmt: skip
         result.events = material.window.count()
         log = material.log

@@ -307,17 +307,22 @@ def tune_window(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
+    *,
+    horizon_ms: int,
     window_ms: int,
     progress: Callable[[str, str, bool], None],
 ) -> LoraResult:
     """Tune `settings.hf_model` on the window, and align it where there are preference pairs enough.
 
-    Nothing is registered: the merged models lie in <home>/hf. `window_ms`: the pairs' attribution window.
+    Nothing is registered: the merged models lie in <home>/hf. `horizon_ms` and `window_ms`: as of
+    `run_cycle`.
     """
     if settings.hf_model is None:
         raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
     with only_one(settings.home):
-        material = read_material(settings, kafka, registry, from_scratch=True)
+        material = read_material(
+            settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
+        )
         ours = material.tokenizer
         rows = Rows(material.log, material.split, material.known, ours, material.prompt, settings)
         folder = settings.home / "hf" / Path(settings.hf_model).name

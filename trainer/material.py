@@ -85,10 +85,11 @@ def read_material(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
+    *,
     from_scratch: bool,
+    horizon_ms: int,
+    window_ms: int,
     reading: Callable[[int], None] | None = None,
-    horizon_ms: int = 0,
-    window_ms: int = 0,
 ) -> Material:
     """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
 

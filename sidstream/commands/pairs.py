@@ -61,7 +61,7 @@ def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Wi
     if not {"purchases", "clicks"} & {file.topic for file in log.files}:
         return None
     purchases, clicks = (log.read(topic, {}, 0)[0] for topic in ("purchases", "clicks"))
-    return withdraw(pairs, purchases, clicks, 1000 * settings.agents.attribution_window_s)
+    return withdraw(pairs, purchases, clicks, settings.agents.window_ms)
 
 
 def _draw(found: PairsReport, folder: Path) -> None:

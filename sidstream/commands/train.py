@@ -112,12 +112,10 @@ def one_cycle(
         with promoting(settings) as (_, client):
             yield client
 
-    window_ms = 1000 * settings.agents.attribution_window_s
-    horizon_ms = window_ms + 1000 * settings.agents.allowed_lateness_s
     return run_cycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
-        horizon_ms=horizon_ms, window_ms=window_ms, step=step, from_scratch=from_scratch, progress=line,
-        stop=stop, devices=devices,
+        horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms, step=step,
+        from_scratch=from_scratch, progress=line, stop=stop, devices=devices,
     )  # fmt: skip
 
 
@@ -127,8 +125,10 @@ def _tune(
     from registry.store import Registry
     from trainer.lora import tune_window
 
-    window_ms = 1000 * settings.agents.attribution_window_s
-    result = tune_window(chosen, settings.kafka, Registry(settings.registry), window_ms, line)
+    result = tune_window(
+        chosen, settings.kafka, Registry(settings.registry), horizon_ms=settings.agents.horizon_ms,
+        window_ms=settings.agents.window_ms, progress=line,
+    )  # fmt: skip
     shown = f"{result.folder}: HR@10 {result.quality.hr10:.3f} on {result.quality.users} users"
     if result.aligned_quality:
         shown += f"; {result.aligned}: HR@10 {result.aligned_quality.hr10:.3f}"

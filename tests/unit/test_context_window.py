@@ -121,7 +121,9 @@ def read(
     )
     window = logged.window()
     monkeypatch.setattr(material, "read_window", lambda *_args: window)
-    return material.read_material(chosen, KafkaSettings(), registry, from_scratch=False)
+    return material.read_material(
+        chosen, KafkaSettings(), registry, from_scratch=False, horizon_ms=0, window_ms=0
+    )
 
 
 def bundled(first: Any, tmp_path: Path) -> Any:
