@@ -12,8 +12,8 @@ One model learns with rewards, one without, in equal passes over the training pa
 - front: HR@10, mean price bin and mean commission bin of the answers under several preferences, in shares of
   the highest bin, beside the model without rewards whose candidates are scored anew: log p + s * (weighted
   mean of the bins), s from 1 to 16, and beside MODPO, as published and with a next-item loss, and Reward
-  Soups (benchmarks.reward_baselines). The volume that each set of points dominates above (0, 0, 0)
-  (hypervolume, Zitzler and Thiele 1999).
+  Soups (benchmarks.reward_baselines), of the first seed. The volume that each set of points dominates above
+  (0, 0, 0) (hypervolume, Zitzler and Thiele 1999).
 
 The model with rewards is asked as SFT left it and after a round of the online stage
 (trainer.rewards_online).
@@ -91,7 +91,7 @@ def main() -> None:
     fronts: dict[str, list[Point]] = {}
     for seed in map(int, given.seeds.split(",")):
         bench = Bench(split, recipe, seed, given.targets, given.histories)
-        for claim, model, metric, value, low, high in bench.figures():
+        for claim, model, metric, value, low, high in bench.figures(baselines=not fronts):
             one = line(claim, given.dataset, model, metric, value, seed, command, low, high, "none")
             print(json.dumps(one), flush=True)
             lines.append(one)
@@ -143,11 +143,11 @@ class Bench:
         made.use(model)
         return made
 
-    def figures(self) -> Iterator[Line]:
+    def figures(self, baselines: bool = True) -> Iterator[Line]:
         """(claim, model, metric, value, low, high) of everything that is measured."""
         yield from self.control()
         yield from self.cost()
-        yield from self.front()
+        yield from self.front(baselines)
 
     def control(self) -> Iterator[Line]:
         """Every bin of each field, asked for every history."""
@@ -177,14 +177,14 @@ class Bench:
         lists = made.rank(self.queries.histories, K, "none", "mixed", self.queries.users)
         return (hit_ranks(lists, self.queries.targets) >= 0).astype(np.float64)[:, None]
 
-    def front(self) -> Iterator[Line]:
+    def front(self, baselines: bool) -> Iterator[Line]:
         """Answers under several preferences, by conditions and by scores made anew."""
         self.fronts = {
             name: [self._point(self.asked(self.rewards.wanted(one), made)) for one in PREFERENCES]
             for name, made in (("sidstream-rewards", self.with_), (ONLINE, self.online))
         }
         self.fronts["sidstream-no-rewards, scored anew"] = self._scored_anew()
-        self.fronts |= self._baselines()
+        self.fronts |= self._baselines() if baselines else {}
         for name, points in self.fronts.items():
             claim = "preferences buy more price and commission for the hits that they cost"
             yield claim, name, "hypervolume above (0, 0, 0)", hypervolume(points), None, None
