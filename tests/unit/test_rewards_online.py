@@ -23,6 +23,7 @@ from trainer.settings import OffPolicySettings
 from trainer.sft import evaluate, train
 
 SURE = {"0": 0.0, "1": 1.0}
+ONLINE = {"rounds": 1, "requests": 800, "steps": 60, "floor": 0.25}
 EIGHT = {str(value): 0.125 for value in range(8)}
 
 
@@ -61,7 +62,7 @@ def test_an_answer_is_kept_for_any_reward_but_only_where_it_is_likely() -> None:
 def begun() -> tuple[Shop, Worth, GeneratorForCausalLM]:
     """A shop where the next item is one of four, of four prices, and a model that follows a price so so."""
     made, rewards = rewarded(users=150, epochs=8, batch_positions=256, lr=1e-2, patience=100,
-                             rewards={"min_count": 5, "online": {"rounds": 1, "requests": 800}})  # fmt: skip
+                             rewards={"min_count": 5, "unconditioned": 0.5, "online": ONLINE})  # fmt: skip
     model = made.model()
     train(model, made.rows, made.sids, made.settings)
     return made, Worth(rewards, made.context, OFFERS, purchased(made.log, 0)), model.eval()
