@@ -63,7 +63,7 @@ class DpoSettings(Section):
         description="dpo: each rejected answer on its own (Rafailov et al. 2023); softmax_dpo: all of a pair "
         "together (Chen et al. 2024)",
     )
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+    beta: float = Field(0.3, gt=0, description="strength of the pull to the reference")
     dynamic_beta: bool = Field(
         False, description="let beta follow each batch's gap, and leave outliers out (Wu et al. 2024)"
     )
@@ -79,7 +79,7 @@ class DpoSettings(Section):
         0.1, ge=0, description="weight of the next-item loss on the log's sequences, which keeps the clicks"
     )
     # Of both heads: docs/decisions/0010 has what it buys and costs.
-    lr: float = Field(2e-4, gt=0, description="learning rate; an eighth of SFT's or less")
+    lr: float = Field(4e-4, gt=0, description="learning rate; a tenth of SFT's or less")
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     # Alignment starts anew in each cycle: as many pairs each time is as strong a pull each time.

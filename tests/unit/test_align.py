@@ -206,7 +206,7 @@ def test_every_loss_raises_the_chosen_sid_over_all_that_were_rejected(
     rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
     aligned, result = align(model, made.tokenizer, rows, settings, tmp_path)
     assert (result.rejected, result.steps) == (1200, 25)
-    assert (result.beta != 0.1) == dynamic
+    assert (result.beta != settings.dpo.beta) == dynamic
     row = rows[7]
     for answer in row["rejected_ids"]:
         margins = [
