@@ -78,6 +78,7 @@ def main() -> None:
     asked.add_argument("--seeds", default="1", help="with commas between")
     asked.add_argument("--targets", type=int, default=3000, help="of the test part, drawn once")
     asked.add_argument("--histories", type=int, default=400, help="of them, for the control and the front")
+    asked.add_argument("--no-baselines", action="store_true", help="without MODPO and Reward Soups")
     asked.add_argument(
         "--publish", action="store_true", help="put lines, table and picture into docs/results"
     )
@@ -91,7 +92,7 @@ def main() -> None:
     fronts: dict[str, list[Point]] = {}
     for seed in map(int, given.seeds.split(",")):
         bench = Bench(split, recipe, seed, given.targets, given.histories)
-        for claim, model, metric, value, low, high in bench.figures(baselines=not fronts):
+        for claim, model, metric, value, low, high in bench.figures(not fronts and not given.no_baselines):
             one = line(claim, given.dataset, model, metric, value, seed, command, low, high, "none")
             print(json.dumps(one), flush=True)
             lines.append(one)
