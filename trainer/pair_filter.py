@@ -1,12 +1,13 @@
 """Which preference pairs still hold once late purchases and clicks are known.
 
 The agents decide when an attribution window has closed and the allowed lateness is over. What reaches the log
-later than that may contradict a pair; it is withdrawn here, when the pair is about to be learned from.
+later than that may contradict a pair; it is withdrawn here, when the pair is about to be learned from. How
+many are learned from is said here, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,6 +48,28 @@ class Withdrawal:
             f"withdrawn: {items:,} rejected items ({self.bought:,} bought, {self.clicked:,} clicked), "
             f"{self.gone:,} whole pairs"
         )
+
+
+def newest_of_each(pairs: Iterable[PreferencePair], most: int) -> list[PreferencePair]:
+    """The newest `most` pairs, as many of each scheme as of any other where it has them; oldest first.
+
+    Clicks are several times as frequent as purchases: without shares of their own, the newest pairs are nearly
+    all about clicks, and conversion hardly moves (docs/decisions/0010).
+    """
+    by_scheme: dict[str, list[PreferencePair]] = {}
+    for pair in pairs:
+        by_scheme.setdefault(pair.scheme, []).append(pair)
+    kept: list[PreferencePair] = []
+    # The rarest first: what it lacks of its share goes to those that have more.
+    rarest = sorted(by_scheme, key=lambda scheme: (len(by_scheme[scheme]), scheme))
+    for done, scheme in enumerate(rarest):
+        share = (most - len(kept)) // (len(rarest) - done)
+        kept += sorted(by_scheme[scheme], key=_age, reverse=True)[:share]
+    return sorted(kept, key=_age)
+
+
+def _age(pair: PreferencePair) -> tuple[int, str]:
+    return pair.ts, pair.event_id
 
 
 def withdraw(

@@ -12,6 +12,7 @@ from registry.context import Attributes, Context, told
 from registry.prompt import BOS, Prompt, Sid, prompt_sids
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
+from trainer.pair_filter import newest_of_each
 from trainer.settings import DpoSettings
 
 # Of a pair: what else is rejected beside what its user passed over, up to K in all.
@@ -31,26 +32,19 @@ def preference_rows(
     context: Context | None = None, profiles: Mapping[str, Attributes] | None = None,
     fill: Fill | None = None,
 ) -> list[PreferenceRow]:  # fmt: skip
-    """A row for each of the newest `max_pairs` pairs of this codebook and the wanted schemes, oldest first.
+    """A row for each of the newest `max_pairs` pairs of this codebook, shared out among the wanted schemes.
 
     A row has up to `max_rejected` rejected SIDs, none of them twice, none of them the chosen one. A pair that
     repeats, that has no other SID to reject, or whose codes are not of this codebook, is left out. After the
     items of a prompt stand the tokens of `context` for the pair's scene and its user's profile.
     `fill(pair, rejected)`: more of them, where a pair has fewer.
     """
-    seen: set[str] = set()
-    rows: list[PreferenceRow] = []
-    for pair in sorted(pairs, key=lambda pair: (pair.ts, pair.event_id), reverse=True):
-        if pair.event_id in seen or pair.codebook != codebook or pair.scheme not in settings.schemes:
-            continue
-        seen.add(pair.event_id)
-        row = _row(pair, prompt, settings, context or Context(), profiles or {}, fill)
-        if row is not None:
-            rows.append(row)
-        if len(rows) == settings.max_pairs:
-            break
-    rows.reverse()
-    return rows
+    wanted = {
+        pair.event_id: pair for pair in pairs if pair.codebook == codebook and pair.scheme in settings.schemes
+    }
+    newest = newest_of_each(wanted.values(), settings.max_pairs)
+    rows = (_row(pair, prompt, settings, context or Context(), profiles or {}, fill) for pair in newest)
+    return [row for row in rows if row is not None]
 
 
 def _row(

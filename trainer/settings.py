@@ -83,7 +83,11 @@ class DpoSettings(Section):
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     # Alignment starts anew in each cycle: as many pairs each time is as strong a pull each time.
-    max_pairs: int = Field(8000, ge=1, description="pairs of a cycle, the newest kept, older windows' too")
+    max_pairs: int = Field(
+        8000,
+        ge=1,
+        description="pairs of a cycle, the newest of each scheme in equal shares, older windows' too",
+    )
     max_rejected: int = Field(1, ge=1, description="K, the rejected SIDs of one pair that are used")
     hard_negatives: int = Field(
         0,

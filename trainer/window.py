@@ -23,7 +23,7 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.data import Catalogue, Interactions, interactions
 from trainer.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
-from trainer.pair_filter import Withdrawal, withdraw
+from trainer.pair_filter import Withdrawal, newest_of_each, withdraw
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
@@ -131,7 +131,7 @@ class Window:
     def pairs(
         self, window_ms: int, codebook: str, schemes: Container[events.Scheme], most: int
     ) -> Withdrawal:
-        """The newest `most` preference pairs of a codebook and some schemes, older windows' included.
+        """The newest `most` preference pairs of a codebook, shared out among `schemes`; older windows' too.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
         window that the agents made them with.
@@ -142,8 +142,9 @@ class Window:
         known = [pair for pair in decoded if pair.codebook == codebook]
         wanted = [pair for pair in known if pair.scheme in schemes]
         # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
-        newest = sorted(wanted, key=lambda pair: (pair.ts, pair.event_id))[-most:]
-        found = withdraw(newest, self._read("purchases")[0], self._read("clicks")[0], window_ms)
+        found = withdraw(
+            newest_of_each(wanted, most), self._read("purchases")[0], self._read("clicks")[0], window_ms
+        )
         return replace(found, unasked=len(known) - len(wanted))
 
     def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:

@@ -177,12 +177,13 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
         [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], known, bought=paid
     )
     ends = np.maximum(log.starts[1:] - held, log.starts[:-1])
+    # Of one moment, a purchase follows the click that led to it, whichever of them the log has first.
     wanted = [
         any(
-            log.bought[later]
-            and log.items[later] == log.items[at]
-            and 0 <= log.ts[later] - log.ts[at] <= within
-            for later in range(begin, end)
+            log.bought[other]
+            and log.items[other] == log.items[at]
+            and 0 <= log.ts[other] - log.ts[at] <= within
+            for other in range(begin, end)
         )
         and at < end
         for begin, stop, end in zip(log.starts[:-1], log.starts[1:], ends, strict=True)
@@ -208,7 +209,7 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
     made = pair_shop(tasks={"bare": 0.5})
     model = made.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for number in range(400):
+    for number in range(800):
         optimizer.zero_grad()
         token_loss(model, collate(made.rows.texts(number))).backward()
         optimizer.step()
@@ -221,7 +222,7 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
     # After the item before, the word is of one item: the next.
     told = [search_prompt(made.known.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)]
     first = spell(model, told, made.sids, made.known, 1)[:, 0]
-    assert np.mean(first == np.arange(1, 24)) > 0.6
+    assert np.mean(first == np.arange(1, 24)) > 0.8
     heard = [summary_prompt(made.known.codes[[item]]) for item in range(24)]
     said = say(model, heard, [2] * 24, made.prompt.first_word)
     assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(said)]) > 0.7
