@@ -53,8 +53,8 @@ class Withdrawal:
 def newest_of_each(pairs: Iterable[PreferencePair], most: int) -> list[PreferencePair]:
     """The newest `most` pairs, as many of each scheme as of any other where it has them; oldest first.
 
-    Clicks are several times as frequent as purchases: without shares of their own, the newest pairs are nearly
-    all about clicks, and conversion hardly moves (docs/decisions/0010).
+    Clicks are far more frequent than purchases: without shares nearly all of the newest pairs are about
+    them, and conversion hardly moves (docs/decisions/0010).
     """
     by_scheme: dict[str, list[PreferencePair]] = {}
     for pair in pairs:

@@ -40,7 +40,9 @@ def preference_rows(
     `fill(pair, rejected)`: more of them, where a pair has fewer.
     """
     wanted = {
-        pair.event_id: pair for pair in pairs if pair.codebook == codebook and pair.scheme in settings.schemes
+        pair.event_id: pair
+        for pair in reversed(pairs)
+        if pair.codebook == codebook and pair.scheme in settings.schemes
     }
     newest = newest_of_each(wanted.values(), settings.max_pairs)
     rows = (_row(pair, prompt, settings, context or Context(), profiles or {}, fill) for pair in newest)

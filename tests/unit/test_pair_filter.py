@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from streams.events import PreferencePair, Scheme
 from tests.tiny_explorations import T0
 from trainer.log import INTERACTIONS
-from trainer.pair_filter import Withdrawal, withdraw
+from trainer.pair_filter import Withdrawal, newest_of_each, withdraw
 
 W = 100
 SIDS = {"a": [0, 0], "b": [0, 1], "c": [1, 0], "d": [1, 1], "e": [1, 1]}
@@ -38,6 +38,29 @@ def table(*events: tuple[str | None, str, str, int]) -> pa.Table:
 
 def left(found: Withdrawal) -> list[str]:
     return ["".join(one.rejected_items) for one in found.pairs]
+
+
+SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(SCHEMES), st.integers(0, 9)), max_size=30),
+    st.integers(1, 20), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_schemes_share_what_is_learned_and_each_gives_its_newest(
+    made: list[tuple[Scheme, int]], most: int, random: Any
+) -> None:
+    pairs = [pair("b", ts, scheme=scheme, name=f"{at:02}") for at, (scheme, ts) in enumerate(made)]
+    random.shuffle(pairs)
+    kept = newest_of_each(pairs, most)
+    assert len(kept) == min(most, len(pairs))
+    assert kept == sorted(kept, key=lambda one: (one.ts, one.event_id))
+    count = {scheme: sum(one.scheme == scheme for one in kept) for scheme in SCHEMES}
+    for scheme in SCHEMES:
+        there = sorted((one for one in pairs if one.scheme == scheme), key=lambda one: (one.ts, one.event_id))
+        assert [one for one in kept if one.scheme == scheme] == there[len(there) - count[scheme] :]
+        # Who has fewer than another by more than the one that is left over has nothing more to give.
+        assert count[scheme] == len(there) or count[scheme] >= max(count.values()) - 1
 
 
 def test_an_item_that_the_user_bought_near_the_decision_is_no_longer_rejected() -> None:
