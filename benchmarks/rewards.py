@@ -267,15 +267,15 @@ def hypervolume(points: Sequence[Point]) -> float:
 
 def picture(fronts: Mapping[str, Sequence[Point]]) -> bytes:
     """HR@10 over the mean bin of prices and of commissions, a mark a preference."""
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     for at, name in enumerate((PRICE, COMMISSION)):
         axes = figure.add_subplot(1, 2, at + 1)
         for mark, (model, points) in zip("oPxsv^", fronts.items(), strict=False):
             axes.plot([one[at + 1] for one in points], [one.hit_rate for one in points], mark, label=model)
         axes.set_xlabel(f"mean {name} bin over the highest")
         axes.set_ylabel(f"HR@{K}")
-    axes.legend()
-    figure.tight_layout()
+    # Below the axes: six models' marks are all over them.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return png(figure)
 
 
