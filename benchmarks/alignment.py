@@ -45,7 +45,7 @@ from trainer.sft import evaluate
 
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")
-# Settings of `trainer.dpo` for each row: three rejected answers a pair and as much replay for all of them.
+# Settings of `trainer.dpo` for each row, beside `_ALL`.
 LOSSES: dict[str, dict[str, Any]] = {
     "SFT, as many steps more": {"weight": 0.0, "sft_weight": 0.0},
     "plain DPO": {"loss": "dpo", "sft_weight": 0.0, "replay_weight": 0.0},
@@ -54,12 +54,14 @@ LOSSES: dict[str, dict[str, Any]] = {
     "beta-DPO": {"loss": "dpo", "dynamic_beta": True},
     "S-DPO + beta": {"loss": "softmax_dpo", "dynamic_beta": True},
 }
+# Settings of all rows: gentle ones, so that what differs is the loss.
+_ALL: dict[str, Any] = {
+    "lr": 2e-4, "beta": 0.1, "replay_weight": 1.0, "max_rejected": 3, "max_pairs": 4000, "max_seconds": None,
+}  # fmt: skip
 METRICS = ("click HR@1", "click HR@10", "purchase HR@1", "purchase HR@10")
 # The attribution window of pairs: ten minutes of a log that has three hours.
 WINDOWS_MS = {"tmall2014": BUY_WITHIN_MS, "rees46": 600_000}
 _SHOWN = 10
-# Steps of each scheme: more would be a longer stage, not another comparison.
-_PAIRS = 4000
 
 
 @dataclass
@@ -128,7 +130,7 @@ def shown_pairs(split: Split, trained: Trained, scheme: Scheme, seed: int) -> It
         known = int(np.searchsorted(ts, split.starts[0] - WINDOWS_MS[data.name]))
         kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
         wanted += [(user, int(at)) for at in kept if at]
-    drawn = np.random.default_rng(seed).permutation(len(wanted))[:_PAIRS]
+    drawn = np.random.default_rng(seed).permutation(len(wanted))[: _ALL["max_pairs"]]
     some = [wanted[at] for at in sorted(drawn.tolist())]
     histories = [data.items[user][:at] for user, at in some]
     shown = trained.rank(histories, _SHOWN, "none", "mixed")
@@ -232,10 +234,7 @@ def aligned_to(
     tuned: Trained, pairs: list[PreferencePair], scheme: Scheme, changes: dict[str, Any]
 ) -> tuple[Trained, str]:
     """What the trainer makes of a model and pairs, and what it says of it."""
-    given = {
-        "max_rejected": 3, "max_pairs": _PAIRS, "schemes": [scheme], "max_seconds": None,
-        "replay_weight": 1.0,
-    } | changes  # fmt: skip
+    given = _ALL | {"schemes": [scheme]} | changes
     dpo = tuned.settings.dpo.model_validate(tuned.settings.dpo.model_dump() | given)
     settings = tuned.settings.model_copy(update={"dpo": dpo})
     rows = preference_rows(pairs, "evaluation", tuned.set.prompt, dpo)

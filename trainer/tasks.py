@@ -34,7 +34,7 @@ def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
     following = np.minimum.accumulate(place[::-1])[::-1]
     there = np.flatnonzero(following < count)
     now, then = order[there], order[following[there]]
-    same = (user[now] == user[then]) & (log.items[now] == log.items[then])
+    same = (user[now] == user[then]) & (log.items[now] == log.items[then]) & used[now]
     made = np.zeros(count, dtype=bool)
     made[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
     return made

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -161,6 +161,8 @@ def test_rare_words_are_asked_for_more_often() -> None:
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
+# A click past the end, in the moment of a purchase before it.
+@example([(0, 0, 0, True), (0, 0, 0, False)], 0, 1)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 9), st.booleans()),
