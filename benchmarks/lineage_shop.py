@@ -1,0 +1,378 @@
+"""A shop of one lineage for `benchmarks.lineages`: shoppers, books, pairs, models and trials in one process.
+
+What a cycle does is done by the product's own functions; what Kafka, Redis, MLflow and the serving process do
+between them is a list, a dictionary and a call here.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.pairs import Decision, Open, add, close
+from agents.windows import Rules
+from registry.decision import CHAMPION, DPO, SFT, judge
+from registry.embedder import title_vectors
+from registry.prompt import Prompt
+from registry.ranking import Ranking
+from registry.settings import CodebookSettings, GateSettings, RolloutSettings
+from registry.statistics import sums
+from streams.events import (
+    Click,
+    Event,
+    Impression,
+    PreferencePair,
+    Purchase,
+    RankedItem,
+    Recommendation,
+    Trigger,
+)
+from streams.replay import past_of, source_of
+from streams.settings import ShoppersSettings
+from streams.shoppers import Shopper, Truth, population
+from streams.shopping import ShoppingTrip
+from trainer.align import align
+from trainer.build import fresh_generator
+from trainer.codebooks.fit import assign_keeping, fit_vectors
+from trainer.constrained import SidSet
+from trainer.data import Rows, catalogue, hold_out, interactions
+from trainer.generator import GeneratorForCausalLM
+from trainer.offline_check import failing, held_probe
+from trainer.preference_rows import preference_rows
+from trainer.ranking import Ranker
+from trainer.settings import TrainerSettings
+from trainer.sft import evaluate, train
+from trainer.tokenizer import build_tokenizer
+
+WINDOW_MS, DAY_MS = 86_400_000, 86_400_000
+TURN = 0.2
+# Sessions between two looks at a trial, and the looks after which it ends undecided.
+BURST, LOOKS = 3000, 6
+JURY, SHOWN = 2000, 10
+MADE = "codebook"
+RULES = Rules(WINDOW_MS, 0)
+GATE = GateSettings.model_validate({})
+ROLLOUT = RolloutSettings.model_validate({})
+
+
+@dataclass(frozen=True)
+class Version:
+    """One model, and what it was aligned from."""
+
+    number: int
+    kind: str
+    model: GeneratorForCausalLM
+    tuned: GeneratorForCausalLM
+    ranking: Ranking
+
+
+class Answering:
+    """A client of the shopping loop that answers from models in this process, a batch at a time."""
+
+    def __init__(self, shop: Shop) -> None:
+        self.shop = shop
+        self._waiting: list[tuple[Trigger, Future[Recommendation]]] = []
+
+    def submit(self, trigger: Trigger, timeout: float = 0.0) -> Future[Recommendation]:
+        """A promise that is kept when the first of its batch is asked for."""
+        promise = _Late(self._answer)
+        self._waiting.append((trigger, promise))
+        return promise
+
+    def _answer(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        answers = self.shop.answer([trigger for trigger, _ in waiting])
+        for (_, promise), answer in zip(waiting, answers, strict=True):
+            promise.set_result(answer)
+
+    def publish_all(self, events: Iterable[Event], on_progress: Callable[[int], Any] | None = None) -> int:
+        """Events go to the shop's books at once."""
+        return self.shop.book(events)
+
+
+class _Late(Future):  # type: ignore[type-arg]
+    def __init__(self, make: Callable[[], None]) -> None:
+        super().__init__()
+        self._make = make
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done():
+            self._make()
+        return super().result(timeout)
+
+
+@dataclass
+class Books:
+    """What happened, as the trainer's log has it."""
+
+    users: list[str] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
+    ts: list[int] = field(default_factory=list)
+    bought: list[bool] = field(default_factory=list)
+
+    def add(self, user: str, item: str, ts: int, bought: bool) -> None:
+        for column, value in zip(
+            (self.users, self.items, self.ts, self.bought), (user, item, ts, bought), strict=True
+        ):
+            column.append(value)
+
+
+class Shop:
+    """One lineage: shoppers, books, pairs and the models in service."""
+
+    def __init__(
+        self, seed: int, aligned: bool, settings: TrainerSettings, tell: Callable[[str], None]
+    ) -> None:
+        self.seed, self.aligned, self.tell = seed, aligned, tell
+        self.settings = settings.model_copy(update={"seed": seed})
+        self.random = np.random.default_rng(seed)
+        self.shoppers_settings = ShoppersSettings.model_validate({"seed": seed})
+        log = source_of("online-retail")
+        self.truth = Truth(list(log.catalogue()), self.shoppers_settings)
+        pasts = past_of(log)
+        self.shoppers = population(self.truth, pasts)
+        self.titles = {item.item_id: item.title for item in log.catalogue()}
+        self.prices = {item.item_id: item.price or 0.0 for item in log.catalogue()}
+        self.books = Books()
+        for event in log.events():
+            self.books.add(str(event.user_id), str(event.item_id), event.ts, True)  # type: ignore[attr-defined]
+        self.now = max(self.books.ts) + DAY_MS
+        self.read = 0  # rows of the books that a champion has seen
+        self.history: dict[str, list[int]] = defaultdict(list)
+        self.open: dict[str, Open] = defaultdict(Open)
+        self.pairs: list[PreferencePair] = []
+        self._learn_items()
+        order = np.argsort(self.books.ts, kind="stable")
+        for at in order.tolist():
+            self._remember(self.books.users[at], self.books.items[at])
+        self.arms: dict[str, Version] = {}
+        self.rankers: dict[int, Ranker] = {}
+        self.weights: dict[str, float] = {}
+        self.seen: dict[str, np.ndarray] = {}
+        self.versions = 0
+
+    def _learn_items(self) -> None:
+        names = sorted(self.titles)
+        vectors = title_vectors([self.titles[name] for name in names])
+        made = fit_vectors(vectors, MADE, CodebookSettings.model_validate({"collaborative": 0.0}), 0)
+        sids = assign_keeping(made, vectors, [None] * len(vectors))
+        self.prompt = Prompt(made.sizes, self.settings.max_items)
+        self.known = catalogue(dict(zip(names, sids, strict=True)), self.titles, self.prompt)
+        self.row = {name: at for at, name in enumerate(self.known.items)}
+        self.sids = SidSet(self.known.sids, self.prompt)
+        self.text = vectors
+        self.tokenizer = build_tokenizer(self.prompt, self.known.titles, self.settings.max_words)
+
+    def _remember(self, user: str, item: str) -> None:
+        row = self.row.get(item)
+        if row is not None:
+            self.history[user].append(row)
+
+    # What the shopping loop asks for
+
+    def answer(self, triggers: list[Trigger]) -> list[Recommendation]:
+        """The ten best of each request, from the model of its user's arm; the page's own item left out."""
+        by_arm: dict[str, list[int]] = defaultdict(list)
+        for at, trigger in enumerate(triggers):
+            by_arm[self.arm_of(trigger.user_id)].append(at)
+        found: dict[int, list[int]] = {}
+        for arm, places in by_arm.items():
+            asked = [triggers[at] for at in places]
+            found |= dict(zip(places, self.rank(self.arms[arm], asked), strict=True))
+        return [self._reply(trigger, found[at]) for at, trigger in enumerate(triggers)]
+
+    def arm_of(self, user: str) -> str:
+        """Users are dealt anew in each trial."""
+        share = np.random.default_rng([self.seed, self.versions, int(user)]).random()
+        for arm, weight in self.weights.items():
+            share -= weight
+            if share < 0:
+                return arm
+        return CHAMPION
+
+    def rank(self, version: Version, asked: list[Trigger]) -> list[list[int]]:
+        """Rows of the ten best items of each request."""
+        ranker = self.rankers.setdefault(
+            version.number, Ranker(version.model, self.known.codes, self.sids, 2 * SHOWN)
+        )
+        pages = [self.row[trigger.item_id or ""] for trigger in asked]
+        pasts = [
+            np.array([*self.history[trigger.user_id][-self.prompt.max_items + 1 :], page])
+            for trigger, page in zip(asked, pages, strict=True)
+        ]
+        if version.ranking.dense_weight == 1:
+            best = ranker.best(pasts, ranker.states(pasts), SHOWN + 1)
+        else:
+            best = ranker.candidates(pasts).order(version.ranking.dense_weight)
+        return [
+            [row for row in rows if row >= 0 and row != page][:SHOWN]
+            for rows, page in zip(best.tolist(), pages, strict=True)
+        ]
+
+    def _reply(self, trigger: Trigger, rows: list[int]) -> Recommendation:
+        arm = self.arm_of(trigger.user_id)
+        items = [
+            RankedItem(item_id=self.known.items[row], sid=list(self.known.sids[row]), score=-1.0 - place)
+            for place, row in enumerate(rows)
+        ]
+        return Recommendation(
+            schema_version=1, event_id=f"a-{trigger.request_id}", ts=trigger.ts,
+            request_id=trigger.request_id,
+            user_id=trigger.user_id, items=items, bundle=str(self.arms[arm].number), arm=arm, trial="t",
+            scene=trigger.scene, trigger_item_id=trigger.item_id,
+        )  # fmt: skip
+
+    def book(self, events: Iterable[Event]) -> int:
+        """Histories, books, the trial's sums and open windows, as the agents would keep them."""
+        count = 0
+        for event in events:
+            count += 1
+            if not isinstance(event, Impression | Click | Purchase):
+                continue
+            user = event.user_id
+            add(self.open[user], event, RULES, None)
+            sums_of = self.seen.setdefault(user, np.zeros(3, np.int64))
+            if isinstance(event, Impression):
+                sums_of[0] += len(event.item_ids)
+                continue
+            bought = isinstance(event, Purchase)
+            sums_of[2 if bought else 1] += 1
+            self.books.add(user, event.item_id, event.ts, bought)
+            self._remember(user, event.item_id)
+        return count
+
+    # The cycle
+
+    def shop(self, sessions: int) -> None:
+        """Let shoppers visit; then all windows close."""
+        trip = ShoppingTrip(Answering(self), self.truth, self.shoppers, self.shoppers_settings, self.now)
+        self.now = trip.run(sessions, self.prices).end_ts + 2 * WINDOW_MS
+        for user, state in self.open.items():
+            for decision in close(state, self.now, RULES, 10, lambda item: item in self.row):
+                self.pairs.append(self._pair(user, decision))
+
+    def _pair(self, user: str, decision: Decision) -> PreferencePair:
+        # What came since the page was opened is at the end of the history: its items are left out.
+        later = {self.row[item] for item in (decision.chosen, *decision.rejected)}
+        past = self.history[user][-2 * self.prompt.max_items :]
+        past = [row for row in past if row not in later][-self.prompt.max_items :]
+        page = self.row.get(decision.trigger or "")
+        sid = self.known.sids
+        return PreferencePair(
+            schema_version=1, event_id=f"{user}-{decision.ts}-{decision.scheme}-{decision.chosen}",
+            ts=decision.ts, user_id=user, scheme=decision.scheme, codebook=MADE, chosen_item=decision.chosen,
+            chosen=list(sid[self.row[decision.chosen]]), rejected_items=list(decision.rejected),
+            rejected=[list(sid[self.row[item]]) for item in decision.rejected],
+            history=[list(sid[row]) for row in past], trigger=None if page is None else list(sid[page]),
+        )  # fmt: skip
+
+    def train(self, seconds: float) -> list[Version]:
+        """Candidates from the champion: fine-tuned and, where the lineage is aligned, aligned."""
+        settings, books = self.settings, self.books
+        fresh = np.arange(len(books.users)) >= self.read
+        log = interactions(books.users, books.ts, books.items, self.known, fresh, books.bought)
+        split = hold_out(log, settings, np.random.default_rng(settings.seed))
+        champion = self.arms.get(CHAMPION)
+        changes: dict[str, Any] = {"max_seconds": seconds}
+        if champion is None:
+            model = fresh_generator(self.known, self.text, self.prompt, len(self.tokenizer), settings)
+        else:
+            model = copy.deepcopy(champion.tuned)
+            changes["lr"] = settings.refresh_lr
+        chosen = settings.model_copy(update=changes)
+        rows = Rows(log, split, self.known, self.tokenizer, self.prompt, chosen)
+        result = train(model, rows, self.sids, chosen)
+        quality = result.quality
+        assert quality is not None, "somebody is held out"
+        self.versions += 1
+        tuned = Version(self.versions, "sft", model, model, quality.ranking)
+        said = f"version {self.versions}: {result.epochs:.1f} epochs, HR@10 {quality.hr10:.3f}"
+        made = [tuned]
+        if champion is not None and self.aligned:
+            pairs = preference_rows(self.pairs, MADE, self.prompt, chosen.dpo)
+            probe = held_probe(split.held, self.known, self.sids, chosen, quality.ranking)
+            with tempfile.TemporaryDirectory() as folder:
+                better, dpo = align(
+                    model, self.tokenizer, pairs, chosen, Path(folder), sequences=rows, probe=probe
+                )
+            after = evaluate(better, split.held, self.known, self.sids, chosen, quality.ranking)
+            said += f"; {len(pairs)} pairs, {dpo.steps} steps, HR@10 {after.hr10:.3f}, {dpo.stopped}"
+            if failing(after, quality.hr10, chosen) is None and dpo.drop <= chosen.dpo.max_drop and dpo.kept:
+                self.versions += 1
+                made.append(Version(self.versions, "dpo", better, model, quality.ranking))
+        self.tell(said)
+        return made
+
+    def cycle(self, seconds: float) -> dict[str, Any]:
+        """Train, try, judge, promote; then tastes turn."""
+        candidates = self.train(seconds)
+        self.rankers.clear()
+        if CHAMPION not in self.arms:
+            self.arms = {CHAMPION: candidates[0]}
+            self.weights = {CHAMPION: 1.0}
+            self.read = len(self.books.users)
+            self.shop(BURST)
+            return self._row("start", "the first model is in service")
+        names = [SFT, DPO][: len(candidates)]
+        self.arms = {CHAMPION: self.arms[CHAMPION], **dict(zip(names, candidates, strict=True))}
+        shares = np.array([ROLLOUT.champion, ROLLOUT.sft, ROLLOUT.dpo][: len(self.arms)])
+        self.weights = dict(zip(self.arms, (shares / shares.sum()).tolist(), strict=True))
+        self.seen.clear()
+        bundles = {name: str(version.number) for name, version in self.arms.items()}
+        read = len(self.books.users)
+        for _ in range(LOOKS):
+            self.shop(BURST)
+            by_arm: dict[str, list[np.ndarray]] = {name: [] for name in self.arms}
+            for user, counts in self.seen.items():
+                by_arm[self.arm_of(user)].append(counts)
+            arms = {name: sums(np.array(rows).reshape(-1, 3)) for name, rows in by_arm.items()}
+            verdict = judge(arms, GATE, GATE.mode, self.weights, bundles)
+            if verdict.verdict != "inconclusive":
+                break
+        all_true = {name: self.true_rates(version) for name, version in self.arms.items()}
+        row = self._row(verdict.verdict, verdict.sentence) | {"arms": all_true}
+        if verdict.verdict == "promote":
+            self.arms[CHAMPION] = self.arms[verdict.winner]
+            self.read = read
+        self.arms = {CHAMPION: self.arms[CHAMPION]}
+        self.weights = {CHAMPION: 1.0}
+        row["ctr"], row["cvr"] = self.true_rates(self.arms[CHAMPION])
+        self._drift()
+        return row
+
+    def _row(self, did: str, sentence: str) -> dict[str, Any]:
+        champion = self.arms[CHAMPION]
+        ctr, cvr = self.true_rates(champion)
+        return {"did": did, "sentence": sentence, "ctr": ctr, "cvr": cvr, "champion": champion.number}
+
+    def true_rates(self, version: Version) -> tuple[float, float]:
+        """True (CTR, CVR) of what a model shows to 2,000 shoppers, the same ones for every model."""
+        random = np.random.default_rng([self.seed, 7])
+        some: list[Shopper] = [self.shoppers[int(i)] for i in random.choice(len(self.shoppers), JURY)]
+        asked = [
+            Trigger(schema_version=1, event_id="", ts=0, request_id="", user_id=shopper.user_id,
+                    item_id=shopper.trigger(self.truth, random))
+            for shopper in some
+        ]  # fmt: skip
+        clicks = orders = shown = 0.0
+        for shopper, trigger, rows in zip(some, asked, self.rank(version, asked), strict=True):
+            items = [self.known.items[row] for row in rows]
+            chance = self.truth.click_probability(shopper.taste, items, trigger.item_id)
+            clicks += float(chance.sum())
+            orders += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())
+            shown += len(items)
+        return round(clicks / shown, 4), round(orders / clicks, 4)
+
+    def _drift(self) -> None:
+        for shopper in self.shoppers:
+            noise = TURN * self.random.standard_normal(len(shopper.taste)) / len(shopper.taste) ** 0.5
+            moved = shopper.taste + noise
+            shopper.taste = moved / np.linalg.norm(moved)
