@@ -41,7 +41,7 @@ from trainer.evaluation.sequences import BUY_WITHIN_MS
 from trainer.evaluation.splits import Queries, Split, by_time
 from trainer.offline_check import held_probe
 from trainer.preference_rows import preference_rows
-from trainer.sft import evaluate
+from trainer.quality import evaluate
 
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")

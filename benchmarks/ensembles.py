@@ -13,8 +13,8 @@ from trainer.evaluation.ours import Recipe, Trained
 from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import Split
+from trainer.next_item import Scored, learned_states, pasts
 from trainer.ranking import sid_scores
-from trainer.sft import Scored, learned_states, pasts
 from trainer.soft_targets import Soft
 
 _CHUNK = 256

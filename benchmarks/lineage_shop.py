@@ -47,9 +47,10 @@ from trainer.data import Rows, catalogue, hold_out, interactions
 from trainer.generator import GeneratorForCausalLM
 from trainer.offline_check import failing, held_probe
 from trainer.preference_rows import preference_rows
+from trainer.quality import evaluate
 from trainer.ranking import Ranker
 from trainer.settings import TrainerSettings
-from trainer.sft import evaluate, train
+from trainer.sft import train
 from trainer.tokenizer import build_tokenizer
 
 WINDOW_MS, DAY_MS = 86_400_000, 86_400_000

@@ -33,11 +33,11 @@ from streams.errors import SidstreamError
 from trainer.alignment_watch import Probe, Watch
 from trainer.data import Rows
 from trainer.generator import GeneratorForCausalLM
+from trainer.next_item import Replay
 from trainer.preference_losses import LOSSES, DynamicBeta, gaps
 from trainer.preference_rows import PreferenceRow, collate
 from trainer.preference_scores import Head, heads_of
 from trainer.settings import DpoSettings, TrainerSettings
-from trainer.sft import Replay
 
 # Steps between looks at the chosen SID's log-probability.
 _LOOK = 5

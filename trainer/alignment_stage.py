@@ -17,8 +17,8 @@ from trainer.negatives import Siblings
 from trainer.offline_check import failing, held_probe
 from trainer.pair_filter import Withdrawal
 from trainer.preference_rows import Fill, PreferenceRow, preference_rows
+from trainer.quality import Quality, evaluate
 from trainer.settings import DpoSettings, TrainerSettings
-from trainer.sft import Quality, evaluate
 
 if TYPE_CHECKING:
     from trainer.align import DpoResult

@@ -39,9 +39,9 @@ from trainer.material import Material, load_model, only_one, read_material
 from trainer.offline_check import check_finite, failing, failing_first
 from trainer.offpolicy import Explored, judge
 from trainer.pretrain import learn
+from trainer.quality import Quality, evaluate, hr_ndcg
 from trainer.rewards_online import Worth, refine
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality, evaluate, hr_ndcg
 
 if TYPE_CHECKING:
     pass

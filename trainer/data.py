@@ -148,7 +148,7 @@ class Rows:
     ) -> None:  # fmt: skip
         """`answers` are learned beside the log; those of items that nobody touched are left out."""
         self.log, self.split, self.known, self.prompt, self.settings = log, split, known, prompt, settings
-        # An item that nobody touched would only be pushed away (trainer.sft.Scored).
+        # An item that nobody touched would only be pushed away (trainer.next_item.Scored).
         self.answers = answers.of(self.touched) if answers else None
         self.titles = [self._words(title, tokenizer) for title in known.titles]
         self.words = Words(self.titles)

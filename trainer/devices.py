@@ -27,6 +27,18 @@ _NAMES = (
 )  # fmt: skip
 
 
+def device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_bf16(where: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 here (they keep float32 weights)."""
+    if where.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 class Devices:
     """The processes of a training. Made without a group it is one process, and no method asks anybody."""
 

@@ -33,11 +33,12 @@ from trainer.alignment_watch import Health
 from trainer.batches import Row
 from trainer.constrained import SidSet
 from trainer.data import Rows
+from trainer.devices import device
 from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
 from trainer.preference_rows import PreferenceRow
+from trainer.quality import Quality, hr_ndcg
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality, device, hr_ndcg
 
 if TYPE_CHECKING:
     from trainer.align import DpoResult

@@ -12,8 +12,8 @@ from streams.errors import SidstreamError
 from trainer.alignment_watch import Health, Probe
 from trainer.constrained import SidSet
 from trainer.data import Catalogue, Held
+from trainer.quality import Quality, ranked
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality, ranked
 
 
 def check_finite(model: nn.Module) -> None:

@@ -11,8 +11,9 @@ from trainer.constrained import SidSet
 from trainer.data import Rows
 from trainer.devices import Devices
 from trainer.generator import GeneratorForCausalLM
+from trainer.next_item import Teacher
 from trainer.settings import TrainerSettings
-from trainer.sft import Progress, SftResult, Teacher, train
+from trainer.sft import Progress, SftResult, train
 
 
 def learn(

@@ -29,12 +29,14 @@ from trainer.chances import Chances, Floats, chances, rates
 from trainer.checkpoint import restore, snapshot
 from trainer.constrained import SidSet
 from trainer.data import Rows
+from trainer.devices import device
 from trainer.generator import GeneratorForCausalLM
 from trainer.ignored import shown
+from trainer.next_item import Replay, batch_loss, placed
 from trainer.offpolicy import Explored
+from trainer.quality import Quality, evaluate
 from trainer.ranking import Ranker
 from trainer.rewards import UNKNOWN, item_bins, labelled, obtained, tokens
-from trainer.sft import Quality, Replay, batch_loss, device, evaluate, placed
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
 _CLICKS = 5000

@@ -17,9 +17,10 @@ from streams.events import PreferencePair
 from tests.tiny_shop import Shop, shop
 from trainer.align import align, check_trl
 from trainer.alignment_watch import Health
+from trainer.next_item import Replay
 from trainer.preference_rows import preference_rows
 from trainer.settings import DpoSettings
-from trainer.sft import Replay, train
+from trainer.sft import train
 
 CODEBOOK = "c" * 16
 

@@ -24,9 +24,11 @@ from tests.tiny_shop import SIZES, Shop, shop, sid_of
 from trainer.batches import Pieces
 from trainer.export import TOLERANCE, export, parity
 from trainer.generator import GeneratorForCausalLM
+from trainer.next_item import sequence_loss
 from trainer.offpolicy import explored, scores
+from trainer.quality import evaluate
 from trainer.ranking import Ranker
-from trainer.sft import evaluate, sequence_loss, train
+from trainer.sft import train
 
 BOOK = "00000000aaaaaaaa"
 

@@ -17,7 +17,8 @@ from tests.tiny_shop import Shop, shop
 from trainer.devices import Devices
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import read, write
-from trainer.sft import _learning_rate, batch_loss
+from trainer.next_item import batch_loss
+from trainer.sft import _learning_rate
 
 # Two processes import torch at the same time, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)

@@ -9,8 +9,8 @@ from torch import nn
 from registry.ranking import Ranking
 from streams.errors import SidstreamError
 from trainer.offline_check import check_finite, failing, failing_first
+from trainer.quality import Quality
 from trainer.settings import TrainerSettings
-from trainer.sft import Quality
 
 SETTINGS = TrainerSettings.model_validate({"min_validity": 0.9, "max_fall": 0.1})
 

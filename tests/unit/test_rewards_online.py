@@ -16,11 +16,12 @@ from tests.tiny_shop import ITEMS, Shop, sid_of
 from tests.unit.test_rewards_training import OFFERS, rewarded
 from trainer.generator import GeneratorForCausalLM
 from trainer.offpolicy import explored
+from trainer.quality import evaluate
 from trainer.ranking import Ranker
 from trainer.rewards import UNKNOWN, purchased
 from trainer.rewards_online import Stage, Worth, kept, refine, wishes
 from trainer.settings import OffPolicySettings
-from trainer.sft import evaluate, train
+from trainer.sft import train
 
 SURE = {"0": 0.0, "1": 1.0}
 ONLINE = {"rounds": 1, "requests": 800, "steps": 60, "floor": 0.25}

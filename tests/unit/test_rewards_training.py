@@ -25,10 +25,11 @@ from trainer.data import Interactions, Rows, catalogue, held, interactions
 from trainer.export import export
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import read, write
+from trainer.quality import evaluate
 from trainer.ranking import Ranker
 from trainer.rewards import UNKNOWN, learned, obtained, purchased, told
 from trainer.settings import RewardSettings
-from trainer.sft import evaluate, train
+from trainer.sft import train
 
 BOOK = "00000000aaaaaaaa"
 KNOWN = catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))

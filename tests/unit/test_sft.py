@@ -15,8 +15,10 @@ from trainer.constrained import SidSet
 from trainer.curve import draw
 from trainer.data import catalogue, hold_out, interactions
 from trainer.generator import IGNORE
+from trainer.next_item import sequence_loss, token_loss
+from trainer.quality import hr_ndcg
 from trainer.ranking import sid_scores
-from trainer.sft import hr_ndcg, sequence_loss, token_loss, train
+from trainer.sft import train
 
 
 def test_training_learns_which_item_follows() -> None:

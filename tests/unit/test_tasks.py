@@ -18,7 +18,7 @@ from tests.tiny_shop import SIZES, Shop, shop
 from trainer.batches import collate
 from trainer.data import Rows, interactions
 from trainer.evaluation.tasks import prompt_states, say, spell
-from trainer.sft import token_loss
+from trainer.next_item import token_loss
 from trainer.tasks import Words, bought_within, search_prompt, summary_prompt
 
 LEVELS = len(SIZES)

@@ -28,11 +28,11 @@ from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Split
 from trainer.generator import GeneratorForCausalLM
+from trainer.next_item import Teacher
 from trainer.pretrain import learn
 from trainer.ranking import Candidates, Ranker, past
 from trainer.rewards import learned, purchased, told
 from trainer.settings import TrainerSettings
-from trainer.sft import Teacher
 from trainer.tokenizer import build_tokenizer
 
 Float32 = npt.NDArray[np.float32]
