@@ -127,6 +127,7 @@ class Bench:
         if self._path(row).exists():
             return
         began = time.monotonic()
+        extra: list[dict[str, Any]] = []
         if row in ENSEMBLES:
             ensemble = Ensemble([self.trained(name) for name in MEMBERS])
             if row == "ensemble":
@@ -135,16 +136,16 @@ class Bench:
                     for part, queries in self._parts()
                     for key, value in _of_ensemble(ensemble, part, queries).items()
                 }
-                words, extra = f"{len(MEMBERS)} tokenisations, mean of log-probabilities", []
+                words = f"{len(MEMBERS)} tokenisations, mean of log-probabilities"
             else:
                 made = distilled(
                     ensemble, self.recipe("base"), self.split, self.given.seed,
                     lambda text: _tell(f"{row}: {text}"),
                 )  # fmt: skip
-                figures, words, extra = self._figures(made), "the ensemble, distilled into the first row", []
+                figures, words = self._figures(made), "the ensemble, distilled into the first row"
         else:
             made = self.trained(row)
-            figures, words, extra = self._figures(made), ROWS[row][0], []
+            figures, words = self._figures(made), ROWS[row][0]
             if row == "base":
                 extra = self._weights(made)
         seconds = time.monotonic() - began

@@ -103,7 +103,7 @@ def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
         state, name = Open(), str(user)
         events: list[Click | Purchase] = []
         for item, at, when in zip(row.tolist(), ts.tolist(), sold.tolist(), strict=True):
-            shared = {"schema_version": 1, "user_id": name, "item_id": str(item)}
+            shared: dict[str, Any] = {"schema_version": 1, "user_id": name, "item_id": str(item)}
             if at < end:
                 events.append(Click(event_id=f"c{at}-{item}", ts=at, **shared))
             if 0 <= when < end:

@@ -36,7 +36,7 @@ from sidstream.settings import Settings, load
 from sidstream.unattended import Cycle, Turn
 from streams.admin import lag
 from streams.client import Client
-from streams.events import CatalogItem, Click, Event, Purchase, Trigger
+from streams.events import CatalogItem, Click, Event, Purchase, Rollout, Trigger
 from streams.redisdb import client as redis_client
 from streams.replay import past_of, source_of
 from streams.shoppers import Shopper, Truth, population
@@ -180,6 +180,13 @@ def stack(home: Path) -> Iterator[int]:
         run("down", "--purge")
 
 
+def in_service(settings: Settings) -> Rollout:
+    """The newest rollout of a stack that has one."""
+    rollout = current_rollout(settings.kafka, settings.registry.name)
+    assert rollout is not None, "a model is in service"
+    return rollout
+
+
 def told(turn: Turn) -> dict[str, Any]:
     return {"did": turn.did, "sentence": turn.sentence, "trial": turn.trial}
 
@@ -217,7 +224,7 @@ def play(
             if turn.did != "wait":
                 print(json.dumps(told(turn)), flush=True)
             if turn.acted:
-                world.served(current_rollout(settings.kafka, settings.registry.name).trial)
+                world.served(in_service(settings).trial)
             if turn.did == "train":
                 candidates = turn.details["versions"]
                 world.shop(FIRST_SESSIONS if "base" in candidates else BURST)
@@ -232,7 +239,7 @@ def play(
                 rows.append({
                     "cycle": len(rows) + 1, "poisoned": trained - 1 == poison, "did": turn.did,
                     "sentence": turn.sentence, "candidates": candidates,
-                    "champion": current_rollout(settings.kafka, settings.registry.name).arms[0].version,
+                    "champion": in_service(settings).arms[0].version,
                     "decision": turn.record and turn.record["decision"],
                     "true_ctr_cvr_sessions": arms, "sessions": world.sessions - sessions,
                     "seconds": round(time.monotonic() - begun),

@@ -99,12 +99,12 @@ class Answering:
         return self.shop.book(events)
 
 
-class _Late(Future):  # type: ignore[type-arg]
+class _Late(Future[Recommendation]):
     def __init__(self, make: Callable[[], None]) -> None:
         super().__init__()
         self._make = make
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> Recommendation:
         if not self.done():
             self._make()
         return super().result(timeout)
@@ -120,10 +120,10 @@ class Books:
     bought: list[bool] = field(default_factory=list)
 
     def add(self, user: str, item: str, ts: int, bought: bool) -> None:
-        for column, value in zip(
-            (self.users, self.items, self.ts, self.bought), (user, item, ts, bought), strict=True
-        ):
-            column.append(value)
+        self.users.append(user)
+        self.items.append(item)
+        self.ts.append(ts)
+        self.bought.append(bought)
 
 
 class Shop:

@@ -61,19 +61,21 @@ class Drill:
 
     def trial(self, step: float) -> Rollout:
         """Begin a trial of two random versions."""
-        return self.promoters.trial(*self.others()[:2], step)
+        one, two, _ = self.others()
+        return self.promoters.trial(one, two, step)
 
     def step(self, action: str, rollout: Rollout, verdict: str | None = None) -> dict[str, Any]:
         """A step that could come next in the trial `rollout`, which is at step .1."""
         one, two, _ = self.others()
         verdict = verdict or self.random.choice(("promote", "reject", "inconclusive"))
-        return {
+        steps: dict[str, dict[str, Any]] = {
             "trial": {"action": "trial", "sft": one, "dpo": two, "step": 1.0},
             "advance": {"action": "advance", "step": 1.0},
             "conclude": {"action": "conclude", "record": decided(rollout, verdict)},
             "promote": {"action": "promote", "version": one},
             "rollback": {"action": "rollback"},
-        }[action]
+        }
+        return steps[action]
 
     def agreed(self, what: str, check: Callable[[], object]) -> None:
         """Count whether a check holds."""

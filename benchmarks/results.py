@@ -15,7 +15,7 @@ __all__ = ["COMMIT", "RESULTS", "line", "publish_shares", "put_table", "share"]
 COMMIT = commit()
 
 
-def share(count: int, of: int) -> dict[str, float]:
+def share(count: int, of: int) -> dict[str, Any]:
     """A share and its exact 95 % interval (Clopper and Pearson 1934), as fields of a line."""
     interval = stats.binomtest(count, of).proportion_ci(0.95, "exact")
     return {

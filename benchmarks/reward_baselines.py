@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streams.events import Reward
 from trainer.batches import pad_items
 from trainer.evaluation.ours import Trained
-from trainer.evaluation.sequences import Int64
+from trainer.evaluation.sequences import Float64, Int64
 from trainer.generator import GeneratorForCausalLM
 from trainer.losses import softmax_loss
 
@@ -46,8 +47,10 @@ def lesson(made: Trained, histories: list[Int64], targets: Int64) -> Lesson:
     return Lesson(newest, targets, made.ranker.best(newest, made.ranker.states(newest), 20).numpy())
 
 
-def modpo(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], weights: Mapping[str, float], seed: int,
-          next_item: float = 0.0) -> GeneratorForCausalLM:  # fmt: skip
+def modpo(
+    made: Trained, seen: Lesson, rewards: Mapping[str, Float64], weights: Mapping[Reward, float], seed: int,
+    next_item: float = 0.0,
+) -> GeneratorForCausalLM:  # fmt: skip
     """One model for one preference: -log sigmoid(1/w_0 (beta margin - w . (r_chosen - r_rejected))).
 
     `rewards`: bins (I,) over the highest, by name; `weights` of them, which share 1 - RELEVANCE; w_0 is
@@ -77,11 +80,11 @@ def modpo(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], weights: Ma
     return _trained(made.model, loss, len(seen.targets), seed)
 
 
-def soup_parts(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], seed: int
+def soup_parts(made: Trained, seen: Lesson, rewards: Mapping[str, Float64], seed: int
                ) -> dict[str, GeneratorForCausalLM]:  # fmt: skip
     """The model that goes on as it is ("") and one a reward, whose interactions weigh e^(SHARP r)."""
 
-    def part(values: Int64 | None) -> GeneratorForCausalLM:
+    def part(values: Float64 | None) -> GeneratorForCausalLM:
         def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
             _, query, every, places = _logits(made, policy, seen, rows, whole=False)
             target = made.model.model.items.rows(torch.from_numpy(made.known.codes[seen.targets[rows]]))
@@ -95,10 +98,12 @@ def soup_parts(made: Trained, seen: Lesson, rewards: Mapping[str, Int64], seed: 
     return {"": part(None)} | {name: part(values) for name, values in rewards.items()}
 
 
-def soup(parts: Mapping[str, GeneratorForCausalLM], weights: Mapping[str, float]) -> GeneratorForCausalLM:
+def soup(parts: Mapping[str, GeneratorForCausalLM], weights: Mapping[Reward, float]) -> GeneratorForCausalLM:
     """The average of the parts' weights: RELEVANCE of the plain one, the rest by preference."""
     total = sum(weights.values())
-    shares = {name: (1 - RELEVANCE) * weight / total for name, weight in weights.items()} if total else {}
+    shares: dict[str, float] = (
+        {name: (1 - RELEVANCE) * weight / total for name, weight in weights.items()} if total else {}
+    )
     shares[""] = 1.0 - sum(shares.values())
     made = copy.deepcopy(parts[""])
     with torch.no_grad():
