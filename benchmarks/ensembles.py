@@ -37,8 +37,9 @@ class Ensemble:
         )
         state = model.encode(items, lengths)
         rows = model.model.items.rows(torch.from_numpy(member.known.codes))
-        logits = model.model.queries(state) @ model.model.items.vectors(model.model.embed_tokens.weight).T
-        batch, past, more = model.model.again(model.model.items.rows(items), lengths)
+        query = model.model.queries(state)
+        logits = query @ model.model.items.vectors(model.model.embed_tokens.weight).T
+        batch, past, more = model.model.again(query, model.model.items.rows(items), lengths)
         logits = logits.index_put((batch, past), more, accumulate=True)
         return state, logits.log_softmax(-1)[:, rows]
 
@@ -84,9 +85,10 @@ def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progre
             model = member.model.eval()
             rows = model.model.items.rows(torch.from_numpy(member.known.codes))
             every, at, state = learned_states(model, pieces, rows)
-            (query, past), distance = pasts(at, pieces.learned)
-            logits = model.model.queries(state) @ every.T
-            more = model.model.items.again_of(distance)
+            (query, past), when = pasts(at, pieces.learned)
+            asked = model.model.queries(state)
+            logits = asked @ every.T
+            more = model.model.items.again_of(asked, query, when)
             logits = logits.index_put((query, past), more, accumulate=True)
             total += logits.log_softmax(-1)[:, rows]
         if "rows" not in student:

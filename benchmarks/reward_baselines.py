@@ -137,7 +137,7 @@ def _logits(
     codes, lengths = pad_items([seen.histories[row] for row in rows.tolist()], made.known.codes)
     query = model.model.queries(model.encode(codes, lengths))
     every = model.model.items.vectors(model.model.embed_tokens.weight)
-    batch, past, more = model.model.again(model.model.items.rows(codes), lengths)
+    batch, past, more = model.model.again(query, model.model.items.rows(codes), lengths)
     places = ((batch, past), more)
     if not whole:
         return query, query, every, places

@@ -11,6 +11,7 @@ penalty. Sums run in float32, level by level, as in transformers' beam search, s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -106,20 +107,20 @@ def search(
         request, score = request[parent], score[parent] + chosen[kept]
         prefix = np.concatenate((prefix[parent], code[:, None]), axis=1)
     if dense is not None:
-        again = _again(index, dense.items, prompts)
         request, node, score = _mixed(
-            generator, index, dense, state, excluded, again, widths, request, node, score
+            generator, index, dense, prompts, state, excluded, widths, request, node, score
         )
     return [_ranking(r, request, node, score, k[r], invalid[:, r]) for r in range(total)]
 
 
 def _mixed(
-    generator: Generator, index: SidIndex, dense: Dense, state: NDArray[np.generic],
-    excluded: Sequence[Iterable[int]], again: tuple[Ints, Ints, Floats], widths: Sequence[int], request: Ints,
+    generator: Generator, index: SidIndex, dense: Dense, prompts: Sequence[Sequence[Sid]],
+    state: NDArray[np.generic], excluded: Sequence[Iterable[int]], widths: Sequence[int], request: Ints,
     leaf: Ints, score: Floats,
 ) -> tuple[Ints, Ints, Floats]:  # fmt: skip
     """The beam's candidates and the dense head's own, by request and leaf, with the mixture of scores."""
     query, matrix = dense.items.queries(state), dense.items.matrix(index)
+    again = _again(index, dense.items, prompts, query)
     if len(index) > dense.exact:
         logits = np.einsum("nd,nd->n", query[request], matrix[leaf])
         added = {(row, at): value for row, at, value in zip(*again, strict=True)}
@@ -148,16 +149,22 @@ def _mixed(
     return request, leaf, _mixture(dense, score, logs[request, leaf])
 
 
-def _again(index: SidIndex, items: Items, prompts: Sequence[Sequence[Sid]]) -> tuple[Ints, Ints, Floats]:
-    """Request, leaf and what the dense head adds, for every item of a prompt, by its last place."""
+def _again(
+    index: SidIndex, items: Items, prompts: Sequence[Sequence[Sid]], query: Floats
+) -> tuple[Ints, Ints, Floats]:
+    """Request, leaf and what the dense head adds, for every item of a prompt, by its last place and count."""
     last: dict[tuple[int, int], int] = {}
+    often: Counter[tuple[int, int]] = Counter()
     for request, prompt in enumerate(prompts):
         for place, sid in enumerate(prompt):
             leaf = index.leaf_of_sid(sid)
             if leaf is not None:
                 last[request, leaf] = len(prompt) - place
+                often[request, leaf] += 1
     pairs = np.array(list(last), dtype=np.int64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1], items.again(np.array(list(last.values()), dtype=np.int64))
+    distances = np.array(list(last.values()), dtype=np.int64)
+    counts = np.array([often[pair] for pair in last], dtype=np.int64)
+    return pairs[:, 0], pairs[:, 1], items.again(query, pairs[:, 0], distances, counts)
 
 
 def spelled(generator: Generator, index: SidIndex, state: NDArray[np.generic], leaves: Ints) -> Floats:

@@ -19,7 +19,14 @@ from serving.index import Ints, SidIndex
 from streams.errors import SidstreamError
 
 ITEMS = "items.safetensors"
+# Rows of `again` that are for an item's last distance in the past; those for its count come after them.
+DISTANCES = 8
 Floats = NDArray[np.float32]
+
+
+def _bucket(numbers: Ints, buckets: int) -> Ints:
+    """1, 2, 3 to 4, 5 to 8, ... -> 0, 1, 2, 3, ..., the last one for all beyond."""
+    return np.minimum(np.ceil(np.log2(numbers)).astype(np.int64), buckets - 1)
 
 
 class Items:
@@ -39,7 +46,8 @@ class Items:
         except (OSError, SafetensorError) as error:
             raise SidstreamError(f"{path} does not open ({error}); export the bundle again") from error
         self._sizes = tuple(sizes)
-        if self._codes.shape[0] != sum(sizes) or sids.shape != (len(extras), len(sizes)):
+        fits = self._codes.shape[0] == sum(sizes) and sids.shape == (len(extras), len(sizes))
+        if not fits or self._again.ndim != 2 or len(self._again) <= DISTANCES:
             raise SidstreamError(f"{path} does not fit a codebook of {self._sizes}; export the bundle again")
         self._bases = np.cumsum([0, *self._sizes[:-1]])
         keys = self._keys(sids)
@@ -95,10 +103,17 @@ class Items:
         made: Floats = state.astype(np.float32) @ self._query.T
         return made
 
-    def again(self, distances: Ints) -> Floats:
-        """What is added to the logits of a past's items, by distance (n,), 1 for the newest -> (n,)."""
-        bucket = np.minimum(np.ceil(np.log2(distances)).astype(np.int64), len(self._again) - 1)
-        return self._again[bucket]
+    def again(self, query: Floats, owner: Ints, distances: Ints, counts: Ints) -> Floats:
+        """What is added to the logits (n,) of a past's items.
+
+        query (R, D); owner (n,): whose past; distances (n,) from what comes next, 1 for the newest item;
+        counts (n,): how often the item is there.
+        """
+        offered = query @ self._again.T
+        near = _bucket(distances, DISTANCES)
+        often = DISTANCES + _bucket(counts, offered.shape[1] - DISTANCES)
+        made: Floats = offered[owner, near] + offered[owner, often]
+        return made
 
     def matrix(self, index: SidIndex) -> Floats:
         """The vectors of an index's items, (N, D) float32 in leaf order; made once for each tree."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from registry.context import Context, vocabulary
@@ -50,13 +51,22 @@ class Shop:
         return made
 
     def outspoken(self, seed: int = 0) -> GeneratorForCausalLM:
-        """A generator whose two heads rank otherwise, and to which an item's last distance matters."""
+        """A generator whose two heads rank otherwise, and to which it matters where an item's past is."""
         made = self.model(seed)
         with torch.no_grad():
             made.model.items.own.normal_(0, 0.5)
             made.model.items.query_proj.weight.normal_(0, 0.3)
-            made.model.items.again.copy_(torch.linspace(-2, 1, 8))
+            made.model.items.again.normal_(0, 1)
         return made
+
+
+def come_again(model: GeneratorForCausalLM, query: Tensor, past: list[int], item: int) -> float:
+    """What the dense head adds to an item of a past (oldest first) under a query (D,), said by hand."""
+    rows = model.model.items.again
+    distance, count = past[::-1].index(item) + 1, past.count(item)
+    near = next(at for at in range(8) if distance <= 2**at or at == 7)
+    often = next(at for at in range(5) if count <= 2**at or at == 4)
+    return float(query @ rows[near] + query @ rows[8 + often])
 
 
 def sid_of(item: int) -> tuple[int, int, int]:

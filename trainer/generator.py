@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trainer.backbone import DepthLevel, Layer, RMSNorm
 from trainer.context import Modulation
-from trainer.items import ItemTable
+from trainer.items import ItemTable, Past
 
 IGNORE = -100
 # Spread of fresh weights, as in BERT and GPT-2.
@@ -149,17 +149,19 @@ class GeneratorModel(GeneratorPreTrainedModel):
         made: Tensor = self.items.query_proj(states)
         return made
 
-    def again(self, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def again(self, query: Tensor, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the dense head adds to the items of a row's past.
 
-        rows (B, P) of the item table, oldest first, of which `lengths` (B,) are the past; -1 for an unknown
-        item -> row of the batch (M,), row of the table (M,), what is added (M,) float32; no pair comes twice.
+        query (B, D) as of `queries`; rows (B, P) of the item table, oldest first, of which `lengths` (B,) are
+        the past; -1 for an unknown item -> row of the batch (M,), row of the table (M,), what is added (M,)
+        float32; no pair comes twice.
         """
         at = torch.arange(rows.shape[1], device=rows.device)
         real = (at < lengths[:, None]) & (rows >= 0)
-        later = (rows[:, :, None] == rows[:, None]) & (at[:, None] < at) & real[:, None]
-        batch, place = (real & ~later.any(-1)).nonzero(as_tuple=True)
-        return batch, rows[batch, place], self.items.again_of(lengths[batch] - place)
+        same = (rows[:, :, None] == rows[:, None]) & real[:, None]
+        batch, place = (real & ~(same & (at[:, None] < at)).any(-1)).nonzero(as_tuple=True)
+        past = Past(lengths[batch] - place, same.sum(-1)[batch, place])
+        return batch, rows[batch, place], self.items.again_of(query, batch, past)
 
     def conditioned(self, states: Tensor, context: Tensor | None) -> Tensor:
         """States (..., D) under contexts (..., C) of token ids, padded with 0 -> (..., D)."""

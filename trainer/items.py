@@ -10,7 +10,7 @@ Shapes: I items, L levels, D width, T size of a text vector.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,24 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from trainer.generator import GeneratorConfig
 
-# An item's distance in the past, in items: 1, 2, 3 to 4, 5 to 8, ... and all beyond 64.
+# An item's last distance in the past, in items: 1, 2, 3 to 4, 5 to 8, ... and all beyond 64.
 DISTANCES = 8
+# How often it is there: once, twice, 3 to 4 times, 5 to 8, more.
+COUNTS = 5
 # Keys are int64.
 _MOST_SIDS = 2**62
+
+
+class Past(NamedTuple):
+    """Items of histories, each by its last place."""
+
+    distance: Tensor  # (M,) int64 from what comes next, 1 for the newest item
+    times: Tensor  # (M,) int64 how often the item is there, from 1
+
+
+def _bucket(number: Tensor, buckets: int) -> Tensor:
+    """1, 2, 3 to 4, 5 to 8, ... -> 0, 1, 2, 3, ..., the last one for all beyond."""
+    return torch.ceil(torch.log2(number.float())).long().clamp(max=buckets - 1)
 
 
 class ItemTable(nn.Module):
@@ -54,9 +68,10 @@ class ItemTable(nn.Module):
         self.own = nn.Parameter(torch.zeros(count, width), requires_grad=self.has_own)
         self.text_proj = nn.Linear(text, width, bias=False) if text else None
         self.query_proj = nn.Linear(width, width, bias=False)
-        # What the dense head adds to an item of the user's past, by its last distance: whether items come
-        # again is learned, as in RepeatNet (Ren et al. 2019).
-        self.again = nn.Parameter(torch.zeros(DISTANCES))
+        # What an item of the user's past is beside itself to the dense head, by its last distance and by how
+        # often it is there: whether items come again is learned, and for whom, as in RepeatNet (Ren et al.
+        # 2019). A vector, not a number: a number moves by the learning rate a step, and never gets there.
+        self.again = nn.Parameter(torch.zeros(DISTANCES + COUNTS, width))
         self.item_dropout = config.item_dropout
 
     def _key(self, codes: Tensor) -> Tensor:
@@ -105,10 +120,14 @@ class ItemTable(nn.Module):
             made = made + self.text_proj(self.text[at])
         return made * known
 
-    def again_of(self, distance: Tensor) -> Tensor:
-        """Distances (...) int64, 1 for the newest item -> what is added to the item's logit (...)."""
-        bucket = torch.ceil(torch.log2(distance.float())).long().clamp(max=DISTANCES - 1)
-        return self.again[bucket]
+    def again_of(self, query: Tensor, owner: Tensor, past: Past) -> Tensor:
+        """What is added to the logits (M,) of items of the past.
+
+        query (N, D); owner (M,) int64: whose past; past: each item's last distance and count (M,).
+        """
+        offered = (query @ self.again.to(query.dtype).T).float()
+        near = _bucket(past.distance, DISTANCES)
+        return offered[owner, near] + offered[owner, DISTANCES + _bucket(past.times, COUNTS)]
 
     def vectors(self, embeddings: Tensor) -> Tensor:
         """All items' vectors (I, D) from the token embeddings (V, D).

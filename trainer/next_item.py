@@ -13,6 +13,7 @@ from trainer.batches import Batch, Pieces, Row, collate
 from trainer.data import Rows
 from trainer.devices import fast_bf16
 from trainer.generator import IGNORE, GeneratorForCausalLM
+from trainer.items import Past
 from trainer.losses import softmax_loss
 from trainer.settings import TaskWeights, TrainerSettings
 from trainer.soft_targets import Level, Soft, sibling_term, teacher_term
@@ -73,13 +74,13 @@ def sequence_loss(
         each = torch.where(pieces.bought[pieces.learned], weights.purchase, 1.0)
     loss = torch.zeros((), device=rows.device)
     if weights.next_item > 0:
-        (query, past), distance = pasts(rows, pieces.learned)
+        (query, past), when = pasts(rows, pieces.learned)
         wanted = target
         if among is not None:
             every, wanted, past = F.embedding(among.rows, every), among.place[target], among.place[past]
         asked = base.queries(state)
         loss = loss + weights.next_item * softmax_loss(
-            asked, every, wanted, smoothing, (query, past), base.items.again_of(distance), each
+            asked, every, wanted, smoothing, (query, past), base.items.again_of(asked, query, when), each
         )
         if soft is not None:
             loss = loss + weights.next_item * teacher_term(asked, every, wanted, soft, each)
@@ -116,20 +117,22 @@ def learned_states(
     return every, rows, base.conditioned(state, about)
 
 
-def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Past]:
     """The items of every learned position's past, by their last occurrence.
 
-    rows (B, P), -1 where there is none -> (queries (M,) ascending, items (M,)), distances (M,) from 1.
+    rows (B, P), -1 where there is none -> (queries (M,) ascending, items (M,)), where in the past they are.
     """
     length = rows.shape[1]
     at = torch.arange(length, device=rows.device)
     # later[b, q, r]: position r, after q, holds the item of q again; the first such r hides q from then on.
-    same = (rows[:, :, None] == rows[:, None]) & (at[:, None] < at) & (rows >= 0)[:, :, None]
-    until = torch.where(same.any(-1), same.int().argmax(-1), length)
+    same = (rows[:, :, None] == rows[:, None]) & (rows >= 0)[:, :, None]
+    later = same & (at[:, None] < at)
+    until = torch.where(later.any(-1), later.int().argmax(-1), length)
     seen = (at[None, None] < at[None, :, None]) & (at[None, :, None] <= until[:, None]) & learned[..., None]
     number = (learned.flatten().cumsum(0) - 1).view(learned.shape)
     row, place, past = seen.nonzero(as_tuple=True)
-    return (number[row, place], rows[row, past]), place - past
+    count = (same & (at[:, None] >= at)).sum(-1)
+    return (number[row, place], rows[row, past]), Past(place - past, count[row, past])
 
 
 def batch_loss(

@@ -147,8 +147,11 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
         total = sid_scores(model, state, owner, codes)
         if weight > 0:
             vectors = model.model.embed_items(codes)
-            logits = (model.model.queries(state)[owner] * vectors).sum(-1)
-            batch, past, more = model.model.again(model.model.items.rows(items.to(where)), lengths.to(where))
+            query = model.model.queries(state)
+            logits = (query[owner] * vectors).sum(-1)
+            batch, past, more = model.model.again(
+                query, model.model.items.rows(items.to(where)), lengths.to(where)
+            )
             same = (owner[:, None] == batch) & (model.model.items.rows(codes)[:, None] == past)
             total = (1 - weight) * total + weight * (logits + (same * more).sum(-1))
         made[rows] = total.double().cpu().numpy()

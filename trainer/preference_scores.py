@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.generator import GeneratorForCausalLM
+from trainer.items import Past
 from trainer.losses import softmax_loss
 
 
@@ -53,11 +54,13 @@ def _generator_heads(model: GeneratorForCausalLM, batch: dict[str, Tensor], with
     query = model.model.queries(state)
     every = model.model.items.vectors(model.model.embed_tokens.weight)
     past = model.model.items.rows(codes)
-    scores = (query * F.embedding(rows.clamp(min=0), every)).sum(-1) + _again(model, past, lengths, rows)
+    scores = (query * F.embedding(rows.clamp(min=0), every)).sum(-1) + _again(
+        model, query, past, lengths, rows
+    )
     nll = torch.zeros((), device=ids.device)
     if with_nll:
         asked = rows[0] >= 0
-        owner, row, extra = model.model.again(past[asked], lengths[asked])
+        owner, row, extra = model.model.again(query[asked], past[asked], lengths[asked])
         nll = softmax_loss(query[asked], every, rows[0, asked], 0.0, (owner, row), extra)
     return [*heads, Head(scores, known, nll)]
 
@@ -93,12 +96,14 @@ def _spelled(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Ten
     return total
 
 
-def _again(model: GeneratorForCausalLM, past: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+def _again(model: GeneratorForCausalLM, query: Tensor, past: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
     """What the dense head adds to answers (1 + K, B) that are in their prompt's past (B, P)."""
     at = torch.arange(past.shape[1], device=past.device)
     same = (past == rows[..., None]) & (rows >= 0)[..., None] & (at < lengths[:, None])
     last = torch.where(same, at, -1).amax(-1)
-    return torch.where(last >= 0, model.model.items.again_of((lengths - last).clamp(min=1)), 0.0)
+    owner = torch.arange(len(query), device=past.device).expand_as(last)
+    when = Past((lengths - last).clamp(min=1), same.sum(-1).clamp(min=1))
+    return torch.where(last >= 0, model.model.items.again_of(query, owner, when), 0.0)
 
 
 def _language_head(model: Any, batch: dict[str, Tensor]) -> Head:

@@ -114,8 +114,9 @@ def _item_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense head's logits (B, I'), and which of them are of the past: rows (M,), items (M,)."""
     table = model.model.items.vectors(model.model.embed_tokens.weight)
-    batch, past, more = model.model.again(model.model.items.rows(codes), lengths)
-    logits = (model.model.queries(state) @ table.T).index_put((batch, past), more, accumulate=True)
+    query = model.model.queries(state)
+    batch, past, more = model.model.again(query, model.model.items.rows(codes), lengths)
+    logits = (query @ table.T).index_put((batch, past), more, accumulate=True)
     return logits, batch, past
 
 

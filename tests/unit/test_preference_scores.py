@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from registry.prompt import BOS, PAD
-from tests.tiny_shop import Shop, shop
+from tests.tiny_shop import Shop, come_again, shop
 from trainer.generator import GeneratorForCausalLM
 from trainer.preference_rows import PreferenceRow, collate
 from trainer.preference_scores import heads_of
@@ -70,10 +70,10 @@ def liked(model: GeneratorForCausalLM, made: Shop, at: int) -> Tensor:
     state = model.encode(
         padded, torch.tensor([len(history)]), context=torch.tensor([told(made, SAID[at]) or [0]])
     )
-    logits = (model.model.queries(state) @ model.model.embed_items(codes).T)[0]
+    query = model.model.queries(state)
+    logits = (query @ model.model.embed_items(codes).T)[0]
     for item in set(history):
-        distance = history[::-1].index(item) + 1
-        logits[item] += model.model.items.again_of(torch.tensor(distance))
+        logits[item] += come_again(model, query[0], list(history), item)
     return logits.log_softmax(-1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from registry import ranking as kept_ranking
 from registry.ranking import Ranking, Repeats, left_out
 from streams.errors import SidstreamError
-from tests.tiny_shop import ITEMS, Shop, shop
+from tests.tiny_shop import ITEMS, Shop, come_again, shop
 from trainer.data import Held, held
 from trainer.generator import GeneratorForCausalLM
 from trainer.ranking import RULES, Candidates, Ranker, fit, past, ranks, sid_scores
@@ -40,10 +40,10 @@ def brute(made: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> tuple
         state = model.encode(padded, torch.tensor([len(history)]))
         spelled = sid_scores(model, state, torch.zeros(len(codes), dtype=torch.long), codes)
         vectors = model.model.embed_items(codes)
-        logits = (model.model.queries(state) @ vectors.T)[0]
+        query = model.model.queries(state)
+        logits = (query @ vectors.T)[0]
         for item in set(history.tolist()):
-            distance = len(history) - int(np.flatnonzero(history == item)[-1])
-            logits[item] += model.model.items.again[min(int(np.ceil(np.log2(distance))), 7)]
+            logits[item] += come_again(model, query[0], history.tolist(), item)
     return spelled.numpy(), logits.log_softmax(-1).numpy()
 
 
