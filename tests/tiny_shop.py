@@ -74,10 +74,13 @@ def sid_of(item: int) -> tuple[int, int, int]:
     return item % 4, item // 4 % 3, item // 12 % 5
 
 
-def shop(users: int = 40, length: int = 12, scenes: bool = False, **settings: Any) -> Shop:
+def shop(
+    users: int = 40, length: int = 12, scenes: bool = False, back: bool = False, **settings: Any
+) -> Shop:
     """Users who walk through the items one after the other, each from a start of their own.
 
     With `scenes` they go to the next item in the scene `up`, and to the one before in the scene `down`.
+    With `back` they go to and fro between their start and the item seven further.
     """
     torch.set_num_threads(1)
     chosen = TrainerSettings.model_validate(
@@ -103,6 +106,7 @@ def shop(users: int = 40, length: int = 12, scenes: bool = False, **settings: An
             names.append(f"u{user}")
             stamps.append(1_600_000_000_000 + at)
             item = start + int(np.where(up[1 : at + 1], 1, -1).sum())
+            item = start + 7 * (at % 2) if back else item
             items.append(f"i{item % ITEMS:02}")
             places.append("up" if up[at] else "down")
     tokenizer = build_tokenizer(prompt, known.titles, chosen.max_words)

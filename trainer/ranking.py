@@ -8,7 +8,7 @@ Shapes: B rows, C candidates, D width, I items of the table, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,11 +113,17 @@ def _item_logits(
     model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense head's logits (B, I'), and which of them are of the past: rows (M,), items (M,)."""
+    logits, (batch, past, more) = _parts(model, state, codes, lengths)
+    return logits.index_put((batch, past), more, accumulate=True), batch, past
+
+
+def _parts(
+    model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The dense head's logits (B, I') but for what is added to the past: rows, items and addends (M,)."""
     table = model.model.items.vectors(model.model.embed_tokens.weight)
     query = model.model.queries(state)
-    batch, past, more = model.model.again(query, model.model.items.rows(codes), lengths)
-    logits = (query @ table.T).index_put((batch, past), more, accumulate=True)
-    return logits, batch, past
+    return query @ table.T, model.model.again(query, model.model.items.rows(codes), lengths)
 
 
 def _lookup(codes: Tensor, known: Tensor) -> Tensor:
@@ -194,6 +200,18 @@ class Ranker:
             rows = logits.masked_fill(gone, -torch.inf).topk(min(k, len(gone)), dim=1).indices
             parts.append(self._place[rows].cpu())
         return torch.cat(parts[1:] or parts)
+
+    @torch.no_grad()
+    def dense_logits(self, held: Held) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """Held-out targets (B,) as rows of the model's table, the dense head's logits (B, I') without what is
+        added to the past, and that: rows, items and addends (M,). Items not in the catalogue have -inf."""
+        states = self.states(held.histories, held.contexts)
+        gone = self._place < 0
+        for low in range(0, len(held.targets), ROWS):
+            codes, lengths = self._padded(held.histories[low : low + ROWS])
+            logits, added = _parts(self.model, states[low : low + ROWS], codes, lengths)
+            asked = self._known[torch.from_numpy(held.targets[low : low + ROWS]).to(self._where)]
+            yield self.model.model.items.rows(asked), logits.masked_fill(gone, -torch.inf), added
 
     @torch.no_grad()
     def scores(self, histories: Sequence[Int64], states: Tensor, items: Int64, weight: float) -> Tensor:

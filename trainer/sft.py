@@ -18,8 +18,10 @@ from trainer.devices import Devices, device
 from trainer.generator import GeneratorForCausalLM
 from trainer.next_item import Teacher, batch_loss, placed
 from trainer.quality import Quality, evaluate
+from trainer.ranking import Ranker
 from trainer.settings import TrainerSettings
 from trainer.soft_targets import code_tree
+from trainer.strength import strengthen
 
 _WARMUP = 0.05
 _CLIP = 1.0
@@ -165,7 +167,11 @@ def train(
         save()
     if best is not None:
         restore(model, best)
-        if place.stale or quality is None:
+        ranker = Ranker(model, rows.known.codes, sids, settings.beam)
+        factor = strengthen(model, ranker, rows.split.held)
+        if progress and factor != 1:
+            progress(f"items of the past weigh {factor:g} times as much on held-out events")
+        if place.stale or quality is None or factor != 1:
             quality = evaluate(model, rows.split.held, rows.known, sids, settings)
     model.eval()
     return SftResult(
