@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import tempfile
 import time
@@ -27,17 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from agents.pairs import Open, add, close
-from agents.windows import Rules
+from benchmarks.alignment_pairs import clicked_pairs, shown_pairs
 from benchmarks.results import RESULTS, line, put_table
-from streams.events import Click, PreferencePair, Purchase, Scheme
+from streams.events import PreferencePair, Scheme
 from trainer.align import align
+from trainer.batches import Int64
 from trainer.evaluation.bootstrap import intervals
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import hit_ranks
 from trainer.evaluation.ours import Recipe, Trained, default_recipe
-from trainer.evaluation.sequences import BUY_WITHIN_MS
 from trainer.evaluation.splits import Queries, Split, by_time
 from trainer.offline_check import held_probe
 from trainer.preference_rows import preference_rows
@@ -58,10 +59,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 _ALL: dict[str, Any] = {
     "lr": 2e-4, "beta": 0.1, "replay_weight": 1.0, "max_rejected": 3, "max_pairs": 4000, "max_seconds": None,
 }  # fmt: skip
+# A row that learns nothing: the fine-tuned model's candidates, moved by how often each item is bought.
+RATES = "SFT, moved by items' rates of purchase"
+PRIOR, FACTORS = 20.0, (0.0, 0.1, 0.25, 0.5, 1.0)
 METRICS = ("click HR@1", "click HR@10", "purchase HR@1", "purchase HR@10")
-# The attribution window of pairs: ten minutes of a log that has three hours.
-WINDOWS_MS = {"tmall2014": BUY_WITHIN_MS, "rees46": 600_000}
-_SHOWN = 10
 
 
 @dataclass
@@ -91,72 +92,6 @@ def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> Recipe:
     return Recipe(plain.trainer | changes, {"collaborative": 1.0})
 
 
-def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
-    """`purchased_over_clicked`, as the agents decide it when the training part ends."""
-    data = split.data
-    assert data.ts is not None, "the log has times"
-    assert data.bought_ts is not None, "the log has purchases"
-    assert split.starts is not None, "the split is one in time"
-    end = split.starts[0]
-    rules = Rules(WINDOWS_MS[data.name], 0)
-    for user, (row, ts, sold) in enumerate(zip(data.items, data.ts, data.bought_ts, strict=True)):
-        state, name = Open(), str(user)
-        events: list[Click | Purchase] = []
-        for item, at, when in zip(row.tolist(), ts.tolist(), sold.tolist(), strict=True):
-            shared: dict[str, Any] = {"schema_version": 1, "user_id": name, "item_id": str(item)}
-            if at < end:
-                events.append(Click(event_id=f"c{at}-{item}", ts=at, **shared))
-            if 0 <= when < end:
-                events.append(Purchase(event_id=f"p{when}-{item}", ts=when, price=0.0, **shared))
-        for event in sorted(events, key=lambda event: event.ts):
-            add(state, event, rules, None)
-        for decision in close(state, end, rules, 10, lambda _: True):
-            past = row[ts < decision.before]
-            yield _pair(
-                trained, user, decision.scheme, decision.ts, past, int(decision.chosen),
-                [int(item) for item in decision.rejected],
-            )  # fmt: skip
-
-
-def shown_pairs(split: Split, trained: Trained, scheme: Scheme, seed: int) -> Iterator[PreferencePair]:
-    """Chosen steps of the training part over what the fine-tuned model would have shown before them."""
-    data = split.data
-    assert data.ts is not None, "the log has times"
-    assert data.bought is not None, "the log has purchases"
-    assert split.starts is not None, "the split is one in time"
-    wanted = []
-    for user, (ts, bought) in enumerate(zip(data.ts, data.bought, strict=True)):
-        # Only what is known by then: the window of the last steps is still open.
-        known = int(np.searchsorted(ts, split.starts[0] - WINDOWS_MS[data.name]))
-        kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
-        wanted += [(user, int(at)) for at in kept if at]
-    drawn = np.random.default_rng(seed).permutation(len(wanted))[: _ALL["max_pairs"]]
-    some = [wanted[at] for at in sorted(drawn.tolist())]
-    histories = [data.items[user][:at] for user, at in some]
-    shown = trained.rank(histories, _SHOWN, "none", "mixed")
-    for (user, at), items in zip(some, shown.tolist(), strict=True):
-        row, ts = data.items[user], data.ts[user]
-        near = np.abs(ts - ts[at]) <= WINDOWS_MS[data.name]
-        touched = set(row[near].tolist())
-        rejected = [item for item in items if item >= 0 and item not in touched]
-        if rejected:
-            yield _pair(trained, user, scheme, int(ts[at]), row[:at], int(row[at]), rejected)
-
-
-def _pair(
-    trained: Trained, user: int, scheme: Scheme, ts: int, past: np.ndarray, chosen: int, rejected: list[int]
-) -> PreferencePair:
-    def sid(item: int) -> list[int]:
-        return list(map(int, trained.known.sids[item]))
-
-    return PreferencePair(
-        schema_version=1, event_id=f"{scheme}-{user}-{ts}-{chosen}-{len(past)}", ts=ts, user_id=str(user),
-        scheme=scheme, codebook="evaluation", chosen_item=str(chosen), chosen=sid(chosen),
-        rejected_items=[str(item) for item in rejected], rejected=[sid(item) for item in rejected],
-        history=[sid(item) for item in past.tolist()[-trained.settings.max_items :]],
-    )  # fmt: skip
-
-
 def measure(trained: Trained, queries: Queries, note: str) -> Figures:
     """A model's figures on the test queries."""
     assert queries.bought is not None
@@ -167,6 +102,48 @@ def measure(trained: Trained, queries: Queries, note: str) -> Figures:
         trained.model, trained.held, trained.known, trained.set, trained.settings, trained.ranking
     )
     return Figures(hits, queries.bought, queries.users, 1 - quality.validity, note)
+
+
+def by_rates(trained: Trained, split: Split, queries: Queries) -> Figures:
+    """The fine-tuned model's candidates in the order of their score and the log of how often each is bought.
+
+    What can be had without learning: a step on item i of the training part was bought in b_i of n_i cases,
+    the score gets a log((b_i + PRIOR p) / (n_i + PRIOR)), p of all, a by the purchases of validation.
+    """
+    assert split.bought is not None, "the log has purchases"
+    steps, sold = np.zeros(split.data.size), np.zeros(split.data.size)
+    for items, bought in zip(split.train, split.bought, strict=True):
+        np.add.at(steps, items, 1)
+        np.add.at(sold, items, bought)
+    rate = np.log((sold + PRIOR * sold.sum() / steps.sum()) / (steps + PRIOR))
+    best = max(FACTORS, key=lambda factor: _gain(trained, split.valid, rate, factor))
+    return _reordered(trained, queries, rate, best)
+
+
+def _gain(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> float:
+    """NDCG at 10 of what was bought."""
+    assert queries.bought is not None
+    bought = queries.take(np.flatnonzero(queries.bought))
+    ranks = hit_ranks(_by_rate(trained, bought, rate, factor), bought.targets)
+    return float(np.where(ranks >= 0, 1 / np.log2(np.maximum(ranks, 0) + 2), 0.0).mean())
+
+
+def _by_rate(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> Int64:
+    newest = [row[-trained.settings.max_items :] for row in queries.histories]
+    found = trained.ranker.candidates(newest)
+    score = (
+        found.score(trained.ranking.dense_weight) + factor * torch.from_numpy(rate)[found.items.clamp(min=0)]
+    )
+    at = score.argsort(dim=1, descending=True, stable=True)[:, :10]
+    listed = found.items.gather(1, at)
+    return torch.where(score.gather(1, at) > -torch.inf, listed, -1).numpy()
+
+
+def _reordered(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> Figures:
+    assert queries.bought is not None
+    ranks = hit_ranks(_by_rate(trained, queries, rate, factor), queries.targets)
+    hits = {cut: ((ranks >= 0) & (ranks < cut)).astype(np.float64) for cut in (1, 10)}
+    return Figures(hits, queries.bought, queries.users, math.nan, f"factor {factor}")
 
 
 def drawn(queries: Queries, count: int) -> Queries:
@@ -213,6 +190,7 @@ def variants(
     tuned = Trained(shop_recipe(given.dataset, given.max_seconds, given.epochs))
     tuned.fit(split, seed, lambda text: _tell(f"seed {seed}: {text}"))
     yield "SFT", measure(tuned, queries, "")
+    yield RATES, by_rates(tuned, split, queries)
     changes = dict(_value(one) for one in given.set)
     for scheme in SCHEMES:
         if given.scheme and scheme not in given.scheme:
@@ -220,7 +198,7 @@ def variants(
         if scheme == "purchased_over_clicked":
             pairs = list(clicked_pairs(split, tuned))
         else:
-            pairs = list(shown_pairs(split, tuned, scheme, seed))
+            pairs = list(shown_pairs(split, tuned, scheme, seed, _ALL["max_pairs"]))
         for name, dpo in LOSSES.items():
             if (given.loss and name not in given.loss) or (not dpo.get("weight", 1) and scheme != SCHEMES[0]):
                 continue

@@ -6,6 +6,7 @@ import pytest
 from streams.errors import SidstreamError
 from tests.tiny_sequences import chains, sequences
 from trainer.baselines.itemknn import DECAY, LAST, ItemKnn
+from trainer.baselines.own_past import HALF, OwnPast
 from trainer.baselines.popularity import Popularity
 from trainer.baselines.popularity_of_category import PopularityOfCategory
 from trainer.evaluation import splits
@@ -92,3 +93,16 @@ def test_on_a_circle_of_items_only_the_direction_tells_what_is_next():
     split, forward = fitted(ItemKnn(forward=True), chains(users=60))
     listed = forward.rank(split.test.histories, 1, "seen")[:, 0]
     assert (listed == split.test.targets).mean() > 0.9
+
+
+def test_own_past_is_newest_and_most_often_first_then_popular():
+    _, ranker = fitted(OwnPast(), sequences([0, 5, 0, 9, 9], [0, 6, 6, 9, 9], items=10))
+    history = np.array([1, 2, 1, 3, 4])
+    share = {
+        item: sum(2 ** -((4 - at) / HALF) for at in np.flatnonzero(history == item)) for item in (1, 2, 3)
+    }
+    wanted = sorted(share, key=lambda item: -share[item])
+    assert wanted == [1, 3, 2]
+    # 4 is what the user has just had; 0 and 6 are the most popular of the others.
+    assert ranker.rank([history], 6, "none").tolist() == [[*wanted, 4, 0, 6]]
+    assert ranker.rank([history, np.array([], dtype=np.int64)], 2, "seen").tolist() == [[0, 6], [0, 6]]

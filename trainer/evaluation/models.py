@@ -38,6 +38,12 @@ def _popularity_of_category(options: Options) -> Ranker:
     return PopularityOfCategory()
 
 
+def _own_past(options: Options) -> Ranker:
+    from trainer.baselines.own_past import OwnPast
+
+    return OwnPast()
+
+
 def _itemknn(forward: bool) -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.baselines.itemknn import ItemKnn
@@ -76,6 +82,7 @@ def _ours(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
 MODELS: dict[str, Factory] = {
     "popularity": _popularity,
     "popularity-of-category": _popularity_of_category,
+    "own-past": _own_past,
     "itemknn": _itemknn(forward=False),
     "itemknn-forward": _itemknn(forward=True),
     "sasrec": _sasrec("position"),

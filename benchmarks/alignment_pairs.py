@@ -1,0 +1,87 @@
+"""Preference pairs of a real log for `benchmarks.alignment`: by the agents' rule, and over what would be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from agents.pairs import Open, add, close
+from agents.windows import Rules
+from streams.events import Click, PreferencePair, Purchase, Scheme
+from trainer.evaluation.ours import Trained
+from trainer.evaluation.sequences import BUY_WITHIN_MS
+from trainer.evaluation.splits import Split
+
+# The attribution window of pairs: ten minutes of a log that has three hours.
+WINDOWS_MS = {"tmall2014": BUY_WITHIN_MS, "rees46": 600_000}
+_SHOWN = 10
+
+
+def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
+    """`purchased_over_clicked`, as the agents decide it when the training part ends."""
+    data = split.data
+    assert data.ts is not None, "the log has times"
+    assert data.bought_ts is not None, "the log has purchases"
+    assert split.starts is not None, "the split is one in time"
+    end = split.starts[0]
+    rules = Rules(WINDOWS_MS[data.name], 0)
+    for user, (row, ts, sold) in enumerate(zip(data.items, data.ts, data.bought_ts, strict=True)):
+        state, name = Open(), str(user)
+        events: list[Click | Purchase] = []
+        for item, at, when in zip(row.tolist(), ts.tolist(), sold.tolist(), strict=True):
+            shared: dict[str, Any] = {"schema_version": 1, "user_id": name, "item_id": str(item)}
+            if at < end:
+                events.append(Click(event_id=f"c{at}-{item}", ts=at, **shared))
+            if 0 <= when < end:
+                events.append(Purchase(event_id=f"p{when}-{item}", ts=when, price=0.0, **shared))
+        for event in sorted(events, key=lambda event: event.ts):
+            add(state, event, rules, None)
+        for decision in close(state, end, rules, 10, lambda _: True):
+            past = row[ts < decision.before]
+            yield _pair(
+                trained, user, decision.scheme, decision.ts, past, int(decision.chosen),
+                [int(item) for item in decision.rejected],
+            )  # fmt: skip
+
+
+def shown_pairs(
+    split: Split, trained: Trained, scheme: Scheme, seed: int, most: int
+) -> Iterator[PreferencePair]:
+    """Chosen steps of the training part over what the fine-tuned model would have shown before them."""
+    data = split.data
+    assert data.ts is not None, "the log has times"
+    assert data.bought is not None, "the log has purchases"
+    assert split.starts is not None, "the split is one in time"
+    wanted = []
+    for user, (ts, bought) in enumerate(zip(data.ts, data.bought, strict=True)):
+        # Only what is known by then: the window of the last steps is still open.
+        known = int(np.searchsorted(ts, split.starts[0] - WINDOWS_MS[data.name]))
+        kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
+        wanted += [(user, int(at)) for at in kept if at]
+    drawn = np.random.default_rng(seed).permutation(len(wanted))[:most]
+    some = [wanted[at] for at in sorted(drawn.tolist())]
+    histories = [data.items[user][:at] for user, at in some]
+    shown = trained.rank(histories, _SHOWN, "none", "mixed")
+    for (user, at), items in zip(some, shown.tolist(), strict=True):
+        row, ts = data.items[user], data.ts[user]
+        near = np.abs(ts - ts[at]) <= WINDOWS_MS[data.name]
+        touched = set(row[near].tolist())
+        rejected = [item for item in items if item >= 0 and item not in touched]
+        if rejected:
+            yield _pair(trained, user, scheme, int(ts[at]), row[:at], int(row[at]), rejected)
+
+
+def _pair(
+    trained: Trained, user: int, scheme: Scheme, ts: int, past: np.ndarray, chosen: int, rejected: list[int]
+) -> PreferencePair:
+    def sid(item: int) -> list[int]:
+        return list(map(int, trained.known.sids[item]))
+
+    return PreferencePair(
+        schema_version=1, event_id=f"{scheme}-{user}-{ts}-{chosen}-{len(past)}", ts=ts, user_id=str(user),
+        scheme=scheme, codebook="evaluation", chosen_item=str(chosen), chosen=sid(chosen),
+        rejected_items=[str(item) for item in rejected], rejected=[sid(item) for item in rejected],
+        history=[sid(item) for item in past.tolist()[-trained.settings.max_items :]],
+    )  # fmt: skip
