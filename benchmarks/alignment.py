@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import sys
 import tempfile
 import time
@@ -94,17 +93,14 @@ def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> Recipe:
 
 def measure(trained: Trained, queries: Queries, note: str) -> Figures:
     """A model's figures on the test queries."""
-    assert queries.bought is not None
     lists = trained.rank(queries.histories, 10, "none", "mixed")
-    ranks = hit_ranks(lists, queries.targets)
-    hits = {cut: ((ranks >= 0) & (ranks < cut)).astype(np.float64) for cut in (1, 10)}
     quality = evaluate(
         trained.model, trained.held, trained.known, trained.set, trained.settings, trained.ranking
     )
-    return Figures(hits, queries.bought, queries.users, 1 - quality.validity, note)
+    return _figures(lists, queries, 1 - quality.validity, note)
 
 
-def by_rates(trained: Trained, split: Split, queries: Queries) -> Figures:
+def by_rates(trained: Trained, split: Split, queries: Queries, invalid: float) -> Figures:
     """The fine-tuned model's candidates in the order of their score and the log of how often each is bought.
 
     What can be had without learning: a step on item i of the training part was bought in b_i of n_i cases,
@@ -117,7 +113,7 @@ def by_rates(trained: Trained, split: Split, queries: Queries) -> Figures:
         np.add.at(sold, items, bought)
     rate = np.log((sold + PRIOR * sold.sum() / steps.sum()) / (steps + PRIOR))
     best = max(FACTORS, key=lambda factor: _gain(trained, split.valid, rate, factor))
-    return _reordered(trained, queries, rate, best)
+    return _figures(_by_rate(trained, queries, rate, best), queries, invalid, f"factor {best}")
 
 
 def _gain(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> float:
@@ -139,11 +135,11 @@ def _by_rate(trained: Trained, queries: Queries, rate: np.ndarray, factor: float
     return torch.where(score.gather(1, at) > -torch.inf, listed, -1).numpy()
 
 
-def _reordered(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> Figures:
+def _figures(lists: Int64, queries: Queries, invalid: float, note: str) -> Figures:
     assert queries.bought is not None
-    ranks = hit_ranks(_by_rate(trained, queries, rate, factor), queries.targets)
+    ranks = hit_ranks(lists, queries.targets)
     hits = {cut: ((ranks >= 0) & (ranks < cut)).astype(np.float64) for cut in (1, 10)}
-    return Figures(hits, queries.bought, queries.users, math.nan, f"factor {factor}")
+    return Figures(hits, queries.bought, queries.users, invalid, note)
 
 
 def drawn(queries: Queries, count: int) -> Queries:
@@ -189,8 +185,9 @@ def variants(
     """The fine-tuned model of a seed, then everything that is aligned from it."""
     tuned = Trained(shop_recipe(given.dataset, given.max_seconds, given.epochs))
     tuned.fit(split, seed, lambda text: _tell(f"seed {seed}: {text}"))
-    yield "SFT", measure(tuned, queries, "")
-    yield RATES, by_rates(tuned, split, queries)
+    plain = measure(tuned, queries, "")
+    yield "SFT", plain
+    yield RATES, by_rates(tuned, split, queries, plain.invalid)
     changes = dict(_value(one) for one in given.set)
     for scheme in SCHEMES:
         if given.scheme and scheme not in given.scheme:

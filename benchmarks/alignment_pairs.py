@@ -1,4 +1,4 @@
-"""Preference pairs of a real log for `benchmarks.alignment`: by the agents' rule, and over what would be shown."""
+"""Preference pairs of a log for `benchmarks.alignment`: by the agents' rule, and over what would be shown."""
 
 from __future__ import annotations
 
