@@ -123,7 +123,7 @@ def _save_items(model: GeneratorForCausalLM, path: Path) -> None:
             "extras": table.extras(rows).detach().numpy(),
             "codes": base.embed_tokens.weight[config.code_base : end].detach().numpy().copy(),
             "query": table.query_proj.weight.detach().numpy(),
-            "again": table.again.detach().numpy(),
+            "again": (table.again * table.strength).detach().numpy(),
         },
         str(path),
     )

@@ -97,6 +97,7 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ItemTable):
             init.normal_(module.own, mean=0.0, std=_SPREAD if module.has_own else 0.0)
             init.eye_(module.query_proj.weight)
+            init.ones_(module.strength)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)
             # Here: transformers passes over a module of another package that has no weights of its own.
@@ -149,19 +150,21 @@ class GeneratorModel(GeneratorPreTrainedModel):
         made: Tensor = self.items.query_proj(states)
         return made
 
-    def again(self, query: Tensor, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def again(
+        self, query: Tensor, rows: Tensor, lengths: Tensor, learning: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the dense head adds to the items of a row's past.
 
         query (B, D) as of `queries`; rows (B, P) of the item table, oldest first, of which `lengths` (B,) are
         the past; -1 for an unknown item -> row of the batch (M,), row of the table (M,), what is added (M,)
-        float32; no pair comes twice.
+        float32; no pair comes twice. `learning`: without the strength that held-out events gave.
         """
         at = torch.arange(rows.shape[1], device=rows.device)
         real = (at < lengths[:, None]) & (rows >= 0)
         same = (rows[:, :, None] == rows[:, None]) & real[:, None]
         batch, place = (real & ~(same & (at[:, None] < at)).any(-1)).nonzero(as_tuple=True)
         past = Past(lengths[batch] - place, same.sum(-1)[batch, place])
-        return batch, rows[batch, place], self.items.again_of(query, batch, past)
+        return batch, rows[batch, place], self.items.again_of(query, batch, past, learning)
 
     def conditioned(self, states: Tensor, context: Tensor | None) -> Tensor:
         """States (..., D) under contexts (..., C) of token ids, padded with 0 -> (..., D)."""

@@ -72,6 +72,8 @@ class ItemTable(nn.Module):
         # often it is there: whether items come again is learned, and for whom, as in RepeatNet (Ren et al.
         # 2019). A vector, not a number: a number moves by the learning rate a step, and never gets there.
         self.again = nn.Parameter(torch.zeros(DISTANCES + COUNTS, width))
+        # Times this wherever items are ranked or compared, fitted on held-out events (trainer.strength).
+        self.strength = nn.Parameter(torch.ones(()), requires_grad=False)
         self.item_dropout = config.item_dropout
 
     def _key(self, codes: Tensor) -> Tensor:
@@ -120,14 +122,16 @@ class ItemTable(nn.Module):
             made = made + self.text_proj(self.text[at])
         return made * known
 
-    def again_of(self, query: Tensor, owner: Tensor, past: Past) -> Tensor:
+    def again_of(self, query: Tensor, owner: Tensor, past: Past, learning: bool = False) -> Tensor:
         """What is added to the logits (M,) of items of the past.
 
-        query (N, D); owner (M,) int64: whose past; past: each item's last distance and count (M,).
+        query (N, D); owner (M,) int64: whose past; past: each item's last distance and count (M,);
+        `learning`: as the next-item loss has it, without the strength.
         """
         offered = (query @ self.again.to(query.dtype).T).float()
         near = _bucket(past.distance, DISTANCES)
-        return offered[owner, near] + offered[owner, DISTANCES + _bucket(past.times, COUNTS)]
+        made = offered[owner, near] + offered[owner, DISTANCES + _bucket(past.times, COUNTS)]
+        return made if learning else made * self.strength
 
     def vectors(self, embeddings: Tensor) -> Tensor:
         """All items' vectors (I, D) from the token embeddings (V, D).

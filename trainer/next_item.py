@@ -80,8 +80,9 @@ def sequence_loss(
             every, wanted, past = F.embedding(among.rows, every), among.place[target], among.place[past]
         asked = base.queries(state)
         loss = loss + weights.next_item * softmax_loss(
-            asked, every, wanted, smoothing, (query, past), base.items.again_of(asked, query, when), each
-        )
+            asked, every, wanted, smoothing, (query, past),
+            base.items.again_of(asked, query, when, learning=True), each,
+        )  # fmt: skip
         if soft is not None:
             loss = loss + weights.next_item * teacher_term(asked, every, wanted, soft, each)
     if weights.next_sid > 0:

@@ -60,7 +60,7 @@ def _generator_heads(model: GeneratorForCausalLM, batch: dict[str, Tensor], with
     nll = torch.zeros((), device=ids.device)
     if with_nll:
         asked = rows[0] >= 0
-        owner, row, extra = model.model.again(query[asked], past[asked], lengths[asked])
+        owner, row, extra = model.model.again(query[asked], past[asked], lengths[asked], learning=True)
         nll = softmax_loss(query[asked], every, rows[0, asked], 0.0, (owner, row), extra)
     return [*heads, Head(scores, known, nll)]
 

@@ -94,6 +94,7 @@ def train(
         nonlocal best
         if not len(rows.split.held.targets):
             return None
+        strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
         measured = evaluate(model, rows.split.held, rows.known, sids, settings)
         if measured.ndcg10 > place.best_ndcg or best is None:
             place.best_ndcg, place.stale = measured.ndcg10, 0
@@ -167,11 +168,7 @@ def train(
         save()
     if best is not None:
         restore(model, best)
-        ranker = Ranker(model, rows.known.codes, sids, settings.beam)
-        factor = strengthen(model, ranker, rows.split.held)
-        if progress and factor != 1:
-            progress(f"items of the past weigh {factor:g} times as much on held-out events")
-        if place.stale or quality is None or factor != 1:
+        if place.stale or quality is None:
             quality = evaluate(model, rows.split.held, rows.known, sids, settings)
     model.eval()
     return SftResult(

@@ -3,8 +3,8 @@
 What the dense head adds to items of the past (`trainer.items.ItemTable.again`) has a dozen vectors, and is
 learned beside a vector of every item. In a log of few users the latter know by heart what each user went to,
 and say so with a certainty that held-out events do not bear out: what is added, right in training, is too
-little there. On such events one factor is fitted and multiplied into the vectors, so that whatever is
-exported, tuned or aligned has it (a temperature, Guo et al. 2017, arXiv 1706.04599, of a part of the logits).
+little there. On such events one factor is fitted (a temperature, Guo et al. 2017, arXiv 1706.04599, of a part
+of the logits). It is not part of the next-item loss, which would only undo it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _AS_LEARNED = STRENGTHS.index(1.0)
 
 @torch.no_grad()
 def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: Held, k: int = 10) -> float:
-    """Multiply what is added to the past by the factor with the best NDCG at k on held-out events, in place.
+    """Give what is added to the past the strength with the best NDCG at k on held-out events, and return it.
 
-    Returns it. It is 1 unless the best is better by more than two standard errors of their difference.
+    It is 1 unless the best is better by more than two standard errors of their difference.
     """
+    model.model.items.strength.fill_(1.0)
     if not len(held.targets):
         return 1.0
     gains = _gains(ranker, held, k)
@@ -33,7 +34,7 @@ def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: Held, k: int =
     more = gains[best] - gains[_AS_LEARNED]
     if float(more.mean()) <= 2 * float(more.std(correction=0)) / len(more) ** 0.5:
         return 1.0
-    model.model.items.again.mul_(STRENGTHS[best])
+    model.model.items.strength.fill_(STRENGTHS[best])
     return STRENGTHS[best]
 
 

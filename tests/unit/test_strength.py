@@ -9,6 +9,7 @@ import torch
 from tests.tiny_shop import ITEMS, Shop, shop
 from trainer.data import Held
 from trainer.generator import GeneratorForCausalLM
+from trainer.next_item import sequence_loss
 from trainer.ranking import Ranker
 from trainer.sft import train
 from trainer.strength import STRENGTHS, strengthen
@@ -48,22 +49,22 @@ def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made:
     back = [row for row, one in zip(pasts, (query @ before[0]).tolist(), strict=True) if one > 0]
     factor = strengthen(model, ranker, held(np.array([row[2] for row in back]), back))
     assert factor == max(STRENGTHS)
-    assert torch.equal(model.model.items.again, before * factor)
+    assert torch.equal(model.model.items.again, before)
+    assert float(model.model.items.strength) == pytest.approx(factor)
+    # Fitted anew, not on top.
+    assert strengthen(model, ranker, held(np.array([row[2] for row in back]), back)) == factor
 
 
 def test_what_chance_alone_would_show_changes_nothing(made: Shop) -> None:
     rng = np.random.default_rng(1)
     model = made.outspoken(seed=3)
-    before = model.model.items.again.clone()
     ranker = Ranker(model, made.known.codes, made.sids, 10)
-    factors = []
-    for _ in range(10):
-        factors.append(strengthen(model, ranker, held(rng.integers(ITEMS, size=100), histories(rng, 100))))
-        with torch.no_grad():
-            model.model.items.again.copy_(before)
+    factors = [
+        strengthen(model, ranker, held(rng.integers(ITEMS, size=100), histories(rng, 100))) for _ in range(10)
+    ]
     assert factors.count(1.0) >= 7
     assert strengthen(model, ranker, held(np.zeros(0, dtype=np.int64), [])) == 1.0
-    assert torch.equal(model.model.items.again, before)
+    assert float(model.model.items.strength) == 1.0
 
 
 def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
@@ -88,3 +89,20 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
     ranker = Ranker(model, made.known.codes, made.sids, 10)
     best = ranker.best(strange, ranker.states(strange), 1)[:, 0]
     assert best.tolist() == [3, 20, 10]
+
+
+def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(made: Shop) -> None:
+    model = made.outspoken(seed=3)
+    pieces = made.rows.pieces(0)[0]
+    table = model.model.items.rows(torch.from_numpy(made.known.codes))
+    history, targets = [np.array([3, 14, 3, 5])], np.array([14])
+    found = []
+    for strength in (1.0, 3.0):
+        with torch.no_grad():
+            model.model.items.strength.fill_(strength)
+            ranker = Ranker(model, made.known.codes, made.sids, ITEMS)
+            ranked = ranker.scores(history, ranker.states(history), targets, 1.0)
+            found.append((float(ranked), float(sequence_loss(model, pieces, table, made.settings.weights))))
+    (before, loss), (after, same) = found
+    assert before != after
+    assert loss == same
