@@ -54,10 +54,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "beta-DPO": {"loss": "dpo", "dynamic_beta": True},
     "S-DPO + beta": {"loss": "softmax_dpo", "dynamic_beta": True},
 }
-# Settings of all rows: gentle ones, so that what differs is the loss.
-_ALL: dict[str, Any] = {
-    "lr": 2e-4, "beta": 0.1, "replay_weight": 1.0, "max_rejected": 3, "max_pairs": 4000, "max_seconds": None,
-}  # fmt: skip
+# Settings of all rows beside the defaults.
+_ALL: dict[str, Any] = {"max_pairs": 4000, "max_seconds": None}
 # A row that learns nothing: the fine-tuned model's candidates, moved by how often each item is bought.
 RATES = "SFT, moved by items' rates of purchase"
 PRIOR, FACTORS = 20.0, (0.0, 0.1, 0.25, 0.5, 1.0)
