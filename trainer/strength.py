@@ -18,16 +18,18 @@ from trainer.ranking import Ranker
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 _AS_LEARNED = STRENGTHS.index(1.0)
+# Fewer held-out events than this say nothing of eight strengths: their standard error is a guess itself.
+_LEAST = 100
 
 
 @torch.no_grad()
 def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: Held, k: int = 10) -> float:
     """Give what is added to the past the strength with the best NDCG at k on held-out events, and return it.
 
-    It is 1 unless the best is better by more than two standard errors of their difference.
+    It is 1 unless the best of a hundred events and more is better by two standard errors of their difference.
     """
     model.model.items.strength.fill_(1.0)
-    if not len(held.targets):
+    if len(held.targets) < _LEAST:
         return 1.0
     gains = _gains(ranker, held, k)
     best = int(gains.mean(1).argmax())

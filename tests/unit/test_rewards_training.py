@@ -162,7 +162,9 @@ def test_other_processes_get_the_same_rewards(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[Shop, Rewards, GeneratorForCausalLM]:
-    made, rewards = rewarded(users=150, epochs=25, batch_positions=256, lr=1e-2, patience=100)
+    made, rewards = rewarded(
+        users=220, validation_users=70, epochs=25, batch_positions=256, lr=1e-2, patience=100
+    )
     model = made.model()
     train(model, made.rows, made.sids, made.settings)
     return made, rewards, model.eval()

@@ -35,7 +35,7 @@ def liking(made: Shop) -> GeneratorForCausalLM:
     return model
 
 
-def histories(rng: np.random.Generator, rows: int = 200) -> list[np.ndarray]:
+def histories(rng: np.random.Generator, rows: int = 400) -> list[np.ndarray]:
     return [rng.permutation(ITEMS)[:6] for _ in range(rows)]
 
 
@@ -51,6 +51,8 @@ def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made:
     assert factor == max(STRENGTHS)
     assert torch.equal(model.model.items.again, before)
     assert float(model.model.items.strength) == pytest.approx(factor)
+    # Too few tell nothing.
+    assert strengthen(model, ranker, held(np.array([row[2] for row in back[:99]]), back[:99])) == 1.0
     # Fitted anew, not on top.
     assert strengthen(model, ranker, held(np.array([row[2] for row in back]), back)) == factor
 
