@@ -23,6 +23,7 @@ class Place:
     step: int = 0
     seconds: float = 0.0
     best_ndcg: float = -1.0
+    validity: float = -1.0  # of the weights that are kept
     stale: int = 0  # validations since the best one
     loss: float | None = None  # running mean
     stopped: str | None = None  # why the run ended before its last epoch

@@ -27,7 +27,7 @@ Learned = tuple[Shop, GeneratorForCausalLM]
 @pytest.fixture(scope="module")
 def learned() -> Learned:
     """A shop, and a model that knows which item follows."""
-    made = shop(users=60, epochs=12)
+    made = shop(users=60, epochs=12, patience=12)
     model = made.model()
     train(model, made.rows, made.sids, made.settings)
     return made, model

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from registry.prompt import BOS, EOS, ITEM, TITLE, UNK
+from registry.ranking import Ranking
 from tests.tiny_shop import SIZES, come_again, shop
 from trainer.batches import Pieces, collate
+from trainer.checkpoint import Place
 from trainer.constrained import SidSet
 from trainer.curve import draw
 from trainer.data import catalogue, hold_out, interactions
 from trainer.generator import IGNORE
 from trainer.next_item import sequence_loss, token_loss
-from trainer.quality import hr_ndcg
+from trainer.quality import Quality, hr_ndcg
 from trainer.ranking import sid_scores
-from trainer.sft import train
+from trainer.sft import spells_better, train
 
 
 def test_training_learns_which_item_follows() -> None:
@@ -268,3 +270,36 @@ def test_an_item_that_nobody_touched_is_not_pushed_away() -> None:
     own = model.model.items.own[model.model.items.rows(torch.from_numpy(made.known.codes))]
     assert not own[new].any()
     assert own[sorted(touched)].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("ndcg", "validity", "kept", "better"),
+    [
+        (0.50, 0.4, 0.3, True),  # as good, and more of what is spelled is a SID
+        (0.46, 0.4, 0.3, True),  # within a standard error of the best, which is .05
+        (0.44, 0.4, 0.3, False),
+        (0.50, 0.3, 0.3, False),
+        (0.50, 0.9, 0.7, False),  # what is kept can be released: the ranking alone decides
+    ],
+)
+def test_until_a_model_can_be_released_one_that_ranks_as_well_and_spells_more_is_kept(
+    ndcg: float, validity: float, kept: float, better: bool
+) -> None:
+    settings = shop().settings
+    assert settings.min_validity == 0.7
+    measured = Quality(100, 0.5, ndcg, validity, Ranking())
+    assert spells_better(measured, Place(best_ndcg=0.5, validity=kept), settings) is better
+
+
+def test_of_two_models_that_rank_alike_the_one_that_learned_longer_is_kept() -> None:
+    # All walks are alike: the ranking of ten users is perfect after an epoch or two, the SIDs are not yet.
+    made = shop(users=60, epochs=12, patience=12)
+    model = made.model()
+    result = train(model, made.rows, made.sids, made.settings)
+    assert [point["ndcg10"] for point in result.curve[-8:]] == [1.0] * 8
+    codes = torch.from_numpy(made.known.codes)
+    with torch.no_grad():
+        state = model.encode(codes[[3, 4, 5]][None], torch.tensor([3]))
+        spelled = sid_scores(model, state, torch.zeros(len(codes), dtype=torch.long), codes)
+    assert int(spelled.argmax()) == 6
+    assert float(spelled.max()) > -1.0
