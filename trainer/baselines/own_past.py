@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.evaluation.ranker import Mask, Progress, fill_order, in_chunks
+from trainer.baselines.popularity import Popularity
+from trainer.evaluation.ranker import Mask, fill_order, in_chunks
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.splits import Split
 
 # Steps back in the history after which an item counts half. Of 3, 10, 30, 100 and 300 the best or next to it
 # on validation of Tmall and REES46; Online Retail, whose invoices have dozens of lines, would have 300.
 HALF = 30
 
 
-class OwnPast:
+class OwnPast(Popularity):
     """Items of the history by the sum of 2^(-steps back / HALF) over their places; then the most popular.
 
     The newest item itself comes last of the past: to repeat it is no recommendation.
@@ -23,16 +23,6 @@ class OwnPast:
 
     name = "own-past"
     head = "own past"
-    seeded = False
-
-    def fit(self, data: Split, seed: int, progress: Progress) -> None:
-        """Count, for those who have no past."""
-        self._counts = data.train_counts()
-
-    def update(self, histories: Sequence[Int64], fresh: Sequence[Int64]) -> None:
-        """Count on."""
-        for items in fresh:
-            np.add.at(self._counts, items, 1)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) the users' own items, then the most popular ones."""
