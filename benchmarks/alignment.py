@@ -85,7 +85,7 @@ def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> Recipe:
     if name != "tmall2014":
         return plain
     # So few users, each with hundreds of steps, are soon known by heart: dropout as for the Amazon sets.
-    changes = {"text_inputs": False, "max_words": 0, "dropout": 0.5, "lr": 2e-3}
+    changes = {"text_inputs": False, "max_words": 0, "dropout": 0.5, "lr": 2e-3, "fit_strength": True}
     return Recipe(plain.trainer | changes, {"collaborative": 1.0})
 
 

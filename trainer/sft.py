@@ -94,7 +94,8 @@ def train(
         nonlocal best
         if not len(rows.split.held.targets):
             return None
-        strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
+        if settings.fit_strength:
+            strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
         measured = evaluate(model, rows.split.held, rows.known, sids, settings)
         better = best is None or measured.ndcg10 > place.best_ndcg or spells_better(measured, place, settings)
         place.stale = 0 if better else place.stale + 1
