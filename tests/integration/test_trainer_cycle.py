@@ -193,6 +193,7 @@ def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World)
     world.cycle()
     world.walk(range(30), 3, Click, 1000)
     second = world.cycle()
+    print("LINES", world.lines)
     assert set(second.versions) == {"sft"}
     assert second.no_dpo == "0 preference pairs, at least 20 are needed"
     assert world.registry.alias("challenger-dpo") is None
@@ -281,7 +282,8 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
         for n in range(200)
     ]  # fmt: skip
     world.publish(made)
-    sane, explored = world.settings, OffPolicySettings.model_validate({"min_ess": 10})
+    # A model turned round leaves few of the answers that were drawn any weight: five of 1,500 in one run.
+    sane, explored = world.settings, OffPolicySettings.model_validate({"min_ess": 2})
 
     # A refresh whose steps are far too large: it passes the loose checks of these tests, and nothing else.
     # It is worse by a fifth, which 1,500 requests show to be more than 2 %, not to be more than 10 %.
@@ -307,6 +309,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     assert [stage for stage, _ in world.lines] == [
         "window", "sft", "sft-offpolicy", "dpo", "dpo-offpolicy", "export", "register",
     ]  # fmt: skip
+    print("LINES", world.lines)
     assert set(second.versions) == {"sft"}
     assert second.no_dpo is not None
     assert second.no_dpo.startswith("it failed its offline check: veto: CTR 0.")
