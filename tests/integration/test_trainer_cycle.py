@@ -193,7 +193,6 @@ def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World)
     world.cycle()
     world.walk(range(30), 3, Click, 1000)
     second = world.cycle()
-    print("LINES", world.lines)
     assert set(second.versions) == {"sft"}
     assert second.no_dpo == "0 preference pairs, at least 20 are needed"
     assert world.registry.alias("challenger-dpo") is None
@@ -309,7 +308,6 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     assert [stage for stage, _ in world.lines] == [
         "window", "sft", "sft-offpolicy", "dpo", "dpo-offpolicy", "export", "register",
     ]  # fmt: skip
-    print("LINES", world.lines)
     assert set(second.versions) == {"sft"}
     assert second.no_dpo is not None
     assert second.no_dpo.startswith("it failed its offline check: veto: CTR 0.")
