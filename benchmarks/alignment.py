@@ -36,12 +36,13 @@ from trainer.align import align
 from trainer.batches import Int64
 from trainer.evaluation.bootstrap import intervals
 from trainer.evaluation.datasets import load
-from trainer.evaluation.metrics import hit_ranks
+from trainer.evaluation.metrics import accuracy, hit_ranks
 from trainer.evaluation.ours import Recipe, Trained, default_recipe
 from trainer.evaluation.splits import Queries, Split, by_time
 from trainer.offline_check import held_probe
 from trainer.preference_rows import preference_rows
 from trainer.quality import evaluate
+from trainer.ranking import Candidates
 
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")
@@ -110,24 +111,26 @@ def by_rates(trained: Trained, split: Split, queries: Queries, invalid: float) -
         np.add.at(steps, items, 1)
         np.add.at(sold, items, bought)
     rate = np.log((sold + PRIOR * sold.sum() / steps.sum()) / (steps + PRIOR))
-    best = max(FACTORS, key=lambda factor: _gain(trained, split.valid, rate, factor))
-    return _figures(_by_rate(trained, queries, rate, best), queries, invalid, f"factor {best}")
+    weight, moved = trained.ranking.dense_weight, torch.from_numpy(rate)
+    assert split.valid.bought is not None
+    sales = split.valid.take(np.flatnonzero(split.valid.bought))
+    known = _candidates(trained, sales)
+
+    def gain(factor: float) -> float:
+        ranks = hit_ranks(_moved(known, weight, moved, factor), sales.targets)
+        return float(accuracy(ranks)["NDCG@10"].mean())
+
+    best = max(FACTORS, key=gain)
+    lists = _moved(_candidates(trained, queries), weight, moved, best)
+    return _figures(lists, queries, invalid, f"factor {best}")
 
 
-def _gain(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> float:
-    """NDCG at 10 of what was bought."""
-    assert queries.bought is not None
-    bought = queries.take(np.flatnonzero(queries.bought))
-    ranks = hit_ranks(_by_rate(trained, bought, rate, factor), bought.targets)
-    return float(np.where(ranks >= 0, 1 / np.log2(np.maximum(ranks, 0) + 2), 0.0).mean())
+def _candidates(trained: Trained, queries: Queries) -> Candidates:
+    return trained.ranker.candidates([row[-trained.settings.max_items :] for row in queries.histories])
 
 
-def _by_rate(trained: Trained, queries: Queries, rate: np.ndarray, factor: float) -> Int64:
-    newest = [row[-trained.settings.max_items :] for row in queries.histories]
-    found = trained.ranker.candidates(newest)
-    score = (
-        found.score(trained.ranking.dense_weight) + factor * torch.from_numpy(rate)[found.items.clamp(min=0)]
-    )
+def _moved(found: Candidates, weight: float, rate: torch.Tensor, factor: float) -> Int64:
+    score = found.score(weight) + factor * rate[found.items.clamp(min=0)]
     at = score.argsort(dim=1, descending=True, stable=True)[:, :10]
     listed = found.items.gather(1, at)
     return torch.where(score.gather(1, at) > -torch.inf, listed, -1).numpy()
@@ -169,7 +172,13 @@ def main() -> None:
         for name, figures in variants(given, split, queries, seed):
             done.setdefault(name, []).append(figures)
             _tell(f"seed {seed}, {name}: {_short(done['SFT'][-1], figures)}")
-    command = f"python -m benchmarks.alignment {given.dataset} --seeds {given.seeds}"
+    command = (
+        f"python -m benchmarks.alignment {given.dataset} --seeds {given.seeds} --queries {given.queries}"
+    )
+    for name in ("epochs", "max_seconds"):
+        if getattr(given, name) is not None:
+            command += f" --{name.replace('_', '-')} {getattr(given, name):g}"
+    command += "".join(f" --set {one}" for one in given.set)
     made = lines(given.dataset, done, command)
     for one in made:
         print(json.dumps(one), flush=True)

@@ -14,7 +14,7 @@ from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import Split
 from trainer.next_item import Scored, learned_states, pasts
-from trainer.ranking import sid_scores
+from trainer.ranking import item_logits, sid_scores
 from trainer.soft_targets import Soft
 
 _CHUNK = 256
@@ -37,10 +37,7 @@ class Ensemble:
         )
         state = model.encode(items, lengths)
         rows = model.model.items.rows(torch.from_numpy(member.known.codes))
-        query = model.model.queries(state)
-        logits = query @ model.model.items.vectors(model.model.embed_tokens.weight).T
-        batch, past, more = model.model.again(query, model.model.items.rows(items), lengths)
-        logits = logits.index_put((batch, past), more, accumulate=True)
+        logits, _, _ = item_logits(model, state, items, lengths)
         return state, logits.log_softmax(-1)[:, rows]
 
     @torch.no_grad()

@@ -90,7 +90,7 @@ def candidates(
         items = _lookup(found, known)
         gone = ~torch.isfinite(spelled)
         return Candidates(items.masked_fill(gone, -1), spelled, torch.zeros_like(spelled))
-    logits, batch, past = _item_logits(model, state, codes, lengths)
+    logits, batch, past = item_logits(model, state, codes, lengths)
     logs = logits.log_softmax(-1)
     # Its best of all, and its best beside the past: a rule may leave out any number of past items.
     masked = logs.index_put((batch, past), torch.tensor(-torch.inf, device=logs.device))
@@ -109,7 +109,7 @@ def candidates(
     return Candidates(torch.where(there, place[rows.clamp(min=0)], -1), sid, dense)
 
 
-def _item_logits(
+def item_logits(
     model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense head's logits (B, I'), and which of them are of the past: rows (M,), items (M,)."""
@@ -196,7 +196,7 @@ class Ranker:
         gone = self._place < 0
         for low in range(0, len(histories), ROWS):
             codes, lengths = self._padded(histories[low : low + ROWS])
-            logits, _, _ = _item_logits(self.model, states[low : low + ROWS], codes, lengths)
+            logits, _, _ = item_logits(self.model, states[low : low + ROWS], codes, lengths)
             rows = logits.masked_fill(gone, -torch.inf).topk(min(k, len(gone)), dim=1).indices
             parts.append(self._place[rows].cpu())
         return torch.cat(parts[1:] or parts)
@@ -226,7 +226,7 @@ class Ranker:
                 self.model, state, torch.arange(len(codes), device=self._where), codes
             )
             if weight > 0:
-                logits, _, _ = _item_logits(self.model, state, *self._padded(histories[part]))
+                logits, _, _ = item_logits(self.model, state, *self._padded(histories[part]))
                 own = self.model.model.items.rows(codes)[:, None]
                 score = score + weight * logits.log_softmax(-1).gather(1, own)[:, 0]
             parts.append(score.cpu())
