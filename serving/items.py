@@ -48,7 +48,10 @@ class Items:
         self._sizes = tuple(sizes)
         fits = self._codes.shape[0] == sum(sizes) and sids.shape == (len(extras), len(sizes))
         if not fits or self._again.ndim != 2 or len(self._again) <= DISTANCES:
-            raise SidstreamError(f"{path} does not fit a codebook of {self._sizes}; export the bundle again")
+            raise SidstreamError(
+                f"{path} is not of a codebook of {self._sizes}, or of an earlier generator; "
+                "export the bundle again"
+            )
         self._bases = np.cumsum([0, *self._sizes[:-1]])
         keys = self._keys(sids)
         order = np.argsort(keys, kind="stable")

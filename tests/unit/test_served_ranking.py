@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from registry.embedder import title_vectors
 from serving.beam import Dense, search
@@ -142,4 +143,14 @@ def test_a_file_of_another_codebook_is_named(model: GeneratorForCausalLM, tmp_pa
         Items(tmp_path, (4, 3, 9))
     (tmp_path / "items.safetensors").write_bytes(b"no")
     with pytest.raises(SidstreamError, match=r"items\.safetensors"):
+        Items(tmp_path, SIZES)
+
+
+def test_items_of_an_earlier_generator_are_refused_by_name(made: Shop, tmp_path: Path) -> None:
+    export(made.outspoken(), tmp_path)
+    path = tmp_path / "items.safetensors"
+    tensors = load_file(path)
+    # What is added to the past was a number a distance.
+    save_file(tensors | {"again": np.zeros(8, dtype=np.float32)}, path)
+    with pytest.raises(SidstreamError, match=r"items\.safetensors is not .* earlier generator; export"):
         Items(tmp_path, SIZES)
