@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ensembles import Ensemble, distilled
-from benchmarks.results import RESULTS, line, put_table
+from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import accuracy, hit_ranks
 from trainer.evaluation.models import Head
@@ -69,7 +69,7 @@ def main() -> None:
     asked.add_argument("--width", type=int, default=64)
     asked.add_argument("--seed", type=int, default=1)
     asked.add_argument("--users", type=int, default=6000, help="of validation and of test, drawn once")
-    asked.add_argument("--data", type=Path, help="folder of the data sets")
+    asks_for_data(asked)
     asked.add_argument("--work", type=Path, default=Path("ablations"), help="folder of what is done")
     asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
     given = asked.parse_args()

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.alignment_pairs import clicked_pairs, shown_pairs
-from benchmarks.results import RESULTS, line, put_table
+from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from streams.events import PreferencePair, Scheme
 from trainer.align import align
 from trainer.batches import Int64
@@ -154,7 +154,7 @@ def main() -> None:
     """Measure every loss over every scheme with every seed."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("dataset", choices=("tmall2014", "rees46"))
-    asked.add_argument("--data", type=Path, help="folder of the data sets")
+    asks_for_data(asked)
     asked.add_argument("--seeds", type=int, default=3)
     asked.add_argument("--epochs", type=int)
     asked.add_argument("--max-seconds", type=float, help="of the fine-tuning; default: all epochs")

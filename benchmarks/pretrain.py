@@ -13,9 +13,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from benchmarks.results import asks_for_data
 from trainer.evaluation.datasets import load
 from trainer.evaluation.ours import Ours, Recipe, Trained
 from trainer.evaluation.run import evaluate
@@ -58,7 +58,7 @@ def main() -> None:
     """Measure every variant with every seed."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("dataset")
-    asked.add_argument("--data", type=Path)
+    asks_for_data(asked)
     asked.add_argument("--seeds", type=int, default=2)
     asked.add_argument("--epochs", type=int, default=6)
     asked.add_argument("--variant", action="append", help="only this one; may be given again")

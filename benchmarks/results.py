@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
 from trainer.evaluation.results import RESULTS, commit, line, put_table
 
-__all__ = ["COMMIT", "RESULTS", "line", "publish_shares", "put_table", "share"]
+__all__ = ["COMMIT", "RESULTS", "asks_for_data", "line", "publish_shares", "put_table", "share"]
 
 COMMIT = commit()
+
+
+def asks_for_data(asked: argparse.ArgumentParser) -> None:
+    """Add --data, the folder of the data sets that do not ship; the environment's where it is not given."""
+    asked.add_argument(
+        "--data", type=Path, default=os.environ.get("SIDSTREAM_DATA"),
+        help="folder of the data sets; default: SIDSTREAM_DATA",
+    )  # fmt: skip
 
 
 def share(count: int, of: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import RESULTS, line, put_table
+from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import hit_ranks
 from trainer.evaluation.ours import Recipe, Trained
@@ -173,10 +172,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("dataset", choices=("rees46", "online-retail"))
     asked.add_argument("--rows", help=f"with commas between: {', '.join(ROWS)}; default: all")
-    asked.add_argument(
-        "--data", type=Path, default=os.environ.get("SIDSTREAM_DATA"),
-        help="folder of the data sets; default: SIDSTREAM_DATA",
-    )  # fmt: skip
+    asks_for_data(asked)
     asked.add_argument("--epochs", type=int, default=4)
     asked.add_argument("--max-seconds", type=float, help="of each training; default: all epochs")
     asked.add_argument("--queries", type=int, default=1500, help="of the test, drawn once")
