@@ -22,6 +22,7 @@ from tests.tiny_shop import shop
 from trainer import handover
 from trainer.checkpoint import snapshot
 from trainer.devices import Devices, launched
+from trainer.preference_losses import DynamicBeta
 from trainer.pretrain import learn
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
@@ -44,6 +45,19 @@ def averaged(devices: Devices) -> list[list[float] | None]:
         assert model.weight.grad is not None
         made += [model.weight.grad.flatten().tolist(), [shown]]
         made.append(None if model.bias.grad is None else model.bias.grad.tolist())
+    return made
+
+
+# Gaps of preference pairs, a batch for each of two processes in every step.
+GAPS = (((1.0, 2.0), (10.0, 20.0)), ((-3.0, 4.0), (0.0, 7.0)), ((5.0, 5.0), (-6.0, 1.0)))
+
+
+def followed(devices: Devices) -> list[list[float]]:
+    """Mean, deviation and beta of a dynamic beta after each step, over what all processes have."""
+    dynamic, made = DynamicBeta(0.1, gather=accelerate.Accelerator(cpu=True).gather), []
+    for step in GAPS:
+        found = dynamic(torch.tensor(step[devices.rank]), training=True)
+        made.append([dynamic.mean, dynamic.deviation, found.beta])
     return made
 
 
@@ -84,6 +98,7 @@ def main() -> None:
     rank = devices.rank
     if what == "train":
         (folder / f"averaged-{rank}.json").write_text(json.dumps(averaged(devices)))
+        (folder / f"followed-{rank}.json").write_text(json.dumps(followed(devices)))
     if not devices.main:
         names = iter(("one", "two", "cut", "cut", "cut", "resumed"))
 

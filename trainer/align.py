@@ -219,12 +219,14 @@ def _run(
             "there are no preference rows to align to; check trainer.dpo.schemes and the codebook"
         )
     dpo = settings.dpo
+    steps = -(-len(rows) // dpo.batch) * dpo.epochs
     arguments = DPOConfig(
         output_dir=str(folder), seed=settings.seed, num_train_epochs=dpo.epochs, learning_rate=dpo.lr,
         per_device_train_batch_size=dpo.batch, beta=dpo.beta, max_length=None, bf16=False,
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), lr_scheduler_type="cosine",
-        warmup_steps=0.1, max_grad_norm=1.0, logging_steps=_LOOK, save_strategy="no", report_to="none",
-        disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
+        # The rate of the first of them is 0: a stage of a few steps has none.
+        warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_LOOK, save_strategy="no",
+        report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
     )  # fmt: skip
     # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
     arguments._n_gpu = min(arguments.n_gpu, 1)

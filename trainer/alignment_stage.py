@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from registry.context import Context
 from registry.prompt import Sid
 from streams.events import PreferencePair
-from trainer.data import Catalogue, Rows
+from trainer.data import Catalogue, Interactions, Rows
 from trainer.generator import GeneratorForCausalLM
 from trainer.material import Material
 from trainer.negatives import Siblings
 from trainer.offline_check import failing, held_probe
 from trainer.pair_filter import Withdrawal
 from trainer.preference_rows import Fill, PreferenceRow, preference_rows
-from trainer.quality import Quality, evaluate
+from trainer.quality import Quality, evaluate, told_change
 from trainer.settings import DpoSettings, TrainerSettings
 
 if TYPE_CHECKING:
@@ -43,16 +43,23 @@ class Alignment:
         return self
 
 
-def hard_negatives(known: Catalogue, settings: DpoSettings) -> Fill | None:
-    """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled."""
+def hard_negatives(known: Catalogue, log: Interactions, settings: DpoSettings) -> Fill | None:
+    """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled.
+
+    Nothing that the user touched, before the pair or since, nor the item that opened the page: what was never
+    shown is only a guess, and the log must not contradict it.
+    """
     if not settings.hard_negatives:
         return None
     siblings = Siblings(known.sids)
+    group = {user: at for at, user in enumerate(log.users)}
 
     def fill(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
         most = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
-        past = [tuple(sid) for sid in pair.history]
-        return siblings.fill(rejected, tuple(pair.chosen), past, pair.event_id, most)
+        never = [tuple(sid) for sid in (*pair.history, *([pair.trigger] if pair.trigger else []))]
+        if (at := group.get(pair.user_id)) is not None:
+            never += [known.sids[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
+        return siblings.fill(rejected, tuple(pair.chosen), never, pair.event_id, most)
 
     return fill
 
@@ -66,7 +73,7 @@ def window_rows(
     """
     book = material.codebook.id
     found = material.window.pairs(window_ms, book, settings.schemes, settings.max_pairs)
-    fill = hard_negatives(material.known, settings)
+    fill = hard_negatives(material.known, material.log, settings)
     rows = preference_rows(
         found.pairs, book, material.prompt, settings, context, material.profiles, fill
     )  # fmt: skip
@@ -114,9 +121,8 @@ def aligned(
     if tuned is not None and len(held.targets):
         # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
         made.quality = evaluate(better, held, material.known, material.sids, settings, tuned.ranking)
-        shown = f", HR@10 {tuned.hr10:.3f} -> {made.quality.hr10:.3f}"
-        if made.quality.purchases:
-            shown += f", of what was bought {tuned.purchase_hr10:.3f} -> {made.quality.purchase_hr10:.3f}"
+        if change := told_change(tuned, made.quality):
+            shown = f"; {change}"
         failed = failing(made.quality, tuned.hr10, settings)
     if result.drop > dpo.max_drop or not result.kept:
         failed = result.stopped

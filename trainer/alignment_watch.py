@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from trainer.settings import DpoSettings
 
-# One-sided, 5 %: a look at some hundred users must not take noise for a collapse.
-_SURE = 1.645
+# One-sided, 1 %: a look at some hundred users must not take noise for a collapse, and there are several.
+_SURE = 2.326
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Health:
 
 
 def _fell(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_], margin: float) -> bool:
-    """Whether a share is shown to have fallen by more than `margin`: the paired test, user by user."""
+    """Whether a share fell by more than `margin`, and not by chance: the paired test, user by user."""
     fall = before.astype(float) - now
-    return float(fall.mean() - _SURE * fall.std() / len(fall) ** 0.5) > margin
+    least = fall.mean() - _SURE * fall.std() / len(fall) ** 0.5
+    return bool(fall.mean() > margin and least > 0)
 
 
 # Asked with the policy of the moment.
@@ -51,9 +52,9 @@ class Watch(TrainerCallback):
     """Progress, the time budget, and three rules that end the stage.
 
     The chosen answer's log-probability fell more than `max_drop` below the reference; HR@10 of held-out
-    users is shown to have fallen by more than `max_recall_fall` of what it was; more than `max_invalid_rise`
-    more of the unconstrained answers are shown to be no SID. Where one of the last two ends it, the weights
-    go back to the last probe that passed.
+    users fell by more than `max_recall_fall` of what it was; `max_invalid_rise` more of the unconstrained
+    answers are no SID. The last two must be more than noise, and the weights go back to the last probe that
+    passed.
     """
 
     def __init__(self, settings: DpoSettings, probe: Probe | None, progress: Callable[[str], None] | None,

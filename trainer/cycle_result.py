@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainer.offpolicy import OffPolicy
+from trainer.quality import for_json
 from trainer.rewards_online import OnlineResult
 from trainer.sft import SftResult
 
@@ -40,7 +41,7 @@ class CycleResult:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return for_json(self)
 
     def told(self) -> str:
         """What the cycle did, in a sentence."""

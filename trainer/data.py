@@ -96,12 +96,12 @@ class Held(NamedTuple):
     contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
     paid: npt.NDArray[np.bool_] | None = None  # (B,) whether the target was bought; None: nobody knows
 
-    def first(self, count: int) -> Held:
-        """The first `count` of them."""
+    def take(self, at: Int64) -> Held:
+        """Those in the places `at` (N,)."""
         return Held(
-            self.histories[:count], self.targets[:count], self.ages_s[:count], self.bought[:count],
-            None if self.contexts is None else self.contexts[:count],
-            None if self.paid is None else self.paid[:count],
+            [self.histories[place] for place in at], self.targets[at], [self.ages_s[place] for place in at],
+            [self.bought[place] for place in at], None if self.contexts is None else self.contexts[at],
+            None if self.paid is None else self.paid[at],
         )  # fmt: skip
 
 
@@ -182,7 +182,8 @@ class Rows:
     def part(self, users: int) -> Rows:
         """These rows with the first `users` of those held out."""
         made = copy.copy(self)
-        made.split = replace(self.split, held=self.split.held.first(users))
+        held = self.split.held
+        made.split = replace(self.split, held=held.take(np.arange(min(users, len(held.targets)))))
         return made
 
     def sequence(self, start: int, end: int) -> Row:

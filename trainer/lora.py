@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from trainer.devices import device
 from trainer.generator import IGNORE
 from trainer.material import only_one, read_material
 from trainer.preference_rows import PreferenceRow
-from trainer.quality import Quality, hr_ndcg
+from trainer.quality import Quality, for_json, hr_ndcg
 from trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class LoraResult:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return for_json(self)
 
 
 class Translation:
@@ -279,7 +279,8 @@ def align_tuned(
 ) -> LoraResult:
     """Align what `tune` made to preference rows of our token ids, by fresh adapters; kept beside it.
 
-    The embeddings stay: the codes were learned in tuning. Whether they are tied to the head is all one.
+    The embeddings stay: the codes were learned in tuning. Whether they are tied to the head is all one. What
+    a stop rule turned away is not kept: `aligned` stays None, and `dpo.stopped` says why.
     """
     from trainer.align import align_language_model
 
@@ -292,12 +293,14 @@ def align_tuned(
         rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
         return Health(rank < 10, valid)
 
-    folder = Path(f"{tuned.folder}-dpo")
+    folder, dpo = Path(f"{tuned.folder}-dpo"), settings.dpo
     made, result = align_language_model(
         model, theirs, [translation.preference(row) for row in pairs], settings, folder / "run",
         _adapters(model, settings), probe=probe if len(few.split.held.targets) else None, progress=progress,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
+    if result.drop > dpo.max_drop or not result.kept:
+        return replace(tuned, dpo=result)
     made.save_pretrained(folder)
     theirs.save_pretrained(folder)
     quality = rank_held(made.to(device()), translation, rows, sids, settings)

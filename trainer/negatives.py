@@ -31,14 +31,14 @@ class Siblings:
         self._codes: npt.NDArray[np.int64] = np.ascontiguousarray(ordered.T)
 
     def fill(
-        self, rejected: Sequence[Sid], chosen: Sid, history: Sequence[Sid], seed: str, k: int
+        self, rejected: Sequence[Sid], chosen: Sid, known: Sequence[Sid], seed: str, k: int
     ) -> list[Sid]:
         """Up to `k` SIDs to hold against `chosen`, each once, and all of them SIDs that exist.
 
         First come those of `rejected`, in order. Then others are drawn, those that share most leading codes
-        with `chosen` before all that share fewer; none of them is `chosen`, of `rejected` or of `history`.
-        `seed` (a pair's event_id) and the SIDs decide the draw. Raises SidstreamError where `k` is negative
-        or `chosen` has another number of codes.
+        with `chosen` before all that share fewer; none of them is `chosen`, of `rejected` or `known` to the
+        user. `seed` (a pair's event_id) and the SIDs decide the draw. Raises SidstreamError where `k` is
+        negative or `chosen` has another number of codes.
         """
         if k < 0:
             raise SidstreamError(f"k is {k}: ask for 0 or more negatives")
@@ -50,7 +50,7 @@ class Siblings:
         best = tuple(chosen)
         shown = [sid for sid in dict.fromkeys(map(tuple, rejected)) if sid != best and self._exists(sid)]
         found: list[Sid] = shown[:k]
-        never = {best, *shown, *map(tuple, history)}
+        never = {best, *shown, *map(tuple, known)}
         random = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
         ranges = self._ranges(best)
         # From the chosen SID itself, a range of one, outwards; the last holds all.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,11 +54,18 @@ def failing_first(quality: Quality, popularity: float, settings: TrainerSettings
 def held_probe(
     held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
 ) -> Probe | None:
-    """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none."""
-    count = min(settings.dpo.probe_users, len(held.targets))
-    if not count:
+    """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none.
+
+    Of those who clicked, where they are as many as the others: what is bought more often must not hide the
+    clicks that are lost. A log of purchases alone has no others.
+    """
+    at = np.arange(len(held.targets))
+    if held.paid is not None and 2 * held.paid.sum() <= len(at):
+        at = at[~held.paid]
+    at = at[: settings.dpo.probe_users]
+    if not len(at):
         return None
-    some = held.first(count)
+    some = held.take(at)
 
     def probe(model: Any) -> Health:
         rank, valid, _ = ranked(model, some, known, sids, settings, ranking)

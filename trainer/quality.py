@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,6 +18,14 @@ from trainer.data import Catalogue, Held
 from trainer.generator import GeneratorForCausalLM
 from trainer.ranking import ROWS, Ranker, fit, ranks
 from trainer.settings import TrainerSettings
+
+# Two-sided, 95 %.
+_SURE = 1.96
+Mask = npt.NDArray[np.bool_]
+
+
+def _nobody() -> Mask:
+    return np.zeros(0, dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,43 @@ class Quality:
     ranking: Ranking  # how the two heads were mixed
     purchases: int = 0  # users whose held-out item was bought
     purchase_hr10: float = 0.0  # of these alone
+    # (users,) of each, for comparisons: whether the item is among the ten best, and whether it was bought.
+    hits: Mask = field(default_factory=_nobody, repr=False, compare=False)
+    paid: Mask = field(default_factory=_nobody, repr=False, compare=False)
+
+
+def for_json(result: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary for JSON, without what single users did in the qualities in it."""
+
+    def numbers(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        return {
+            name: msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else value
+            for name, value in pairs
+            if not isinstance(value, np.ndarray)
+        }
+
+    return asdict(result, dict_factory=numbers)
+
+
+def told_change(before: Quality, now: Quality) -> str:
+    """How HR@10 went from one model to another over the same held-out users, in words.
+
+    Of what was clicked and of what was bought, each with the 95 % interval of the relative change, from the
+    users' paired differences. A group without users or hits is left out.
+    """
+    said = []
+    for what, of in (("clicked", ~before.paid), ("bought", before.paid)):
+        old, new = before.hits[of].astype(float), now.hits[of].astype(float)
+        if not len(old) or not old.any():
+            continue
+        change = new - old
+        base, spread = old.mean(), _SURE * change.std() / len(change) ** 0.5
+        low, high = (change.mean() - spread) / base, (change.mean() + spread) / base
+        said.append(
+            f"of what was {what} {base:.3f} -> {new.mean():.3f} ({change.mean() / base:+.1%}, "
+            f"{low:+.1%} to {high:+.1%})"
+        )
+    return f"HR@10 {', '.join(said)}" if said else ""
 
 
 def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
@@ -70,5 +119,5 @@ def evaluate(
     paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
     return Quality(
         len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
-        int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0],
+        int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,
     )  # fmt: skip

@@ -80,7 +80,7 @@ class DpoSettings(Section):
         0.1, ge=0, description="weight of the next-item loss on the log's sequences, which keeps the clicks"
     )
     # Of both heads: docs/decisions/0010 has what it buys and costs.
-    lr: float = Field(4e-4, gt=0, description="learning rate; a tenth of SFT's or less")
+    lr: float = Field(4e-4, gt=0, description="learning rate; not above that of the refresh before it")
     epochs: int = Field(1, ge=1, description="passes over the pairs; more than one was published as harmful")
     batch: int = Field(64, ge=1, description="pairs a step")
     # Alignment starts anew in each cycle: as many pairs each time is as strong a pull each time.
@@ -114,10 +114,13 @@ class DpoSettings(Section):
         0.05,
         gt=0,
         le=1,
-        description="stop when the held-out HR@10 is shown to have fallen by more than this share of it",
+        description="stop when the held-out HR@10 fell by more than this share of it, and not by chance",
     )
     max_invalid_rise: float = Field(
-        0.05, gt=0, le=1, description="stop when so much more of what is spelled freely is shown to be no SID"
+        0.05,
+        gt=0,
+        le=1,
+        description="stop when so much more of what is spelled freely is no SID, and not by chance",
     )
     max_seconds: float | None = Field(60.0, gt=0, description="time budget of the stage; empty: all pairs")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import torch
 import trl
 
 from registry.context import Context
-from registry.prompt import BOS
+from registry.prompt import BOS, PAD
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from tests.tiny_shop import Shop, shop
 from trainer.align import align, check_trl
 from trainer.alignment_watch import Health
 from trainer.next_item import Replay
-from trainer.preference_rows import preference_rows
+from trainer.preference_rows import collate, preference_rows
+from trainer.preference_scores import heads_of
 from trainer.settings import DpoSettings
 from trainer.sft import train
 
@@ -182,6 +185,22 @@ def test_the_weights_go_back_to_the_last_look_that_passed(tmp_path: Path) -> Non
     assert not all(torch.equal(value, seen[3][name]) for name, value in aligned.named_parameters())
 
 
+@pytest.mark.parametrize(("users", "stops"), [(1000, True), (50, False)])
+def test_a_fall_beyond_the_margin_ends_it_as_soon_as_it_is_more_than_noise(
+    users: int, stops: bool, tmp_path: Path
+) -> None:
+    made = shop()
+    settings = settings_of(made, probe_steps=2, batch=8, max_recall_fall=0.1)
+    rows = preference_rows([pair(n) for n in range(16)], CODEBOOK, made.prompt, settings.dpo)
+    # A fall of .06 where .05 may be: of 1,000 users the 1 % bound is .043 and up, of 50 it is below 0.
+    answers = iter([0.5, 0.44])
+    _, result = align(
+        made.model(), made.tokenizer, rows, settings, tmp_path,
+        probe=lambda _: shares(next(answers), 1.0, users),
+    )  # fmt: skip
+    assert (result.kept, "fell from 0.500 to 0.440" in result.stopped) == ((0, True) if stops else (2, False))
+
+
 def test_it_stops_when_more_of_the_unconstrained_answers_are_no_sids(tmp_path: Path) -> None:
     made = shop()
     settings = settings_of(made, probe_steps=1, batch=8, max_invalid_rise=0.05)
@@ -234,6 +253,66 @@ def test_the_logs_own_sequences_hold_what_was_learned_from_them(tmp_path: Path) 
         before = float(Replay(model, made.rows).loss(model))
     assert losses[0] > before + 1
     assert losses[1] < before + (losses[0] - before) / 2
+
+
+@pytest.mark.parametrize("loss", ["dpo", "softmax_dpo"])
+def test_the_joint_loss_of_two_steps_is_the_one_said_by_hand(loss: str, tmp_path: Path) -> None:
+    made = shop()
+    model = made.outspoken(seed=2)
+    pairs = [
+        pair(n, rejected=[[1, 0, 0], [2, 0, 0], [3, 0, 0]][: 1 + n % 3], history=[[n % 4, n % 3, 0]])
+        for n in range(12)
+    ]
+    given = {
+        "loss": loss,
+        "beta": 0.7,
+        "weight": 0.8,
+        "sft_weight": 0.3,
+        "replay_weight": 0.2,
+        "max_drop": 50,
+    }
+    settings = settings_of(made, **given)
+    rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
+    batch = collate(rows, PAD)
+
+    def by_hand(policy: Any, replayed: float) -> float:
+        total = 0.2 * replayed
+        for head, before in zip(heads_of(policy, batch), heads_of(model, batch), strict=True):
+            total += 0.3 * float(head.nll)
+            risen, costs = head.scores - before.scores, []
+            for at in range(12):
+                down = [-0.7 * float(risen[0, at] - risen[1 + k, at]) for k in range(1 + at % 3)]
+                costs.append(
+                    sum(math.log1p(math.exp(one)) for one in down) / len(down)
+                    if loss == "dpo" else math.log1p(sum(map(math.exp, down)))
+                )  # fmt: skip
+            total += 0.8 * sum(costs) / 12
+        return total
+
+    def run(epochs: int) -> tuple[Any, float]:
+        chosen = settings_of(made, **given, epochs=epochs)
+        aligned, result = align(model, made.tokenizer, rows, chosen, tmp_path, sequences=made.rows)
+        assert result.steps == epochs
+        return aligned, result.loss
+
+    moved, first = run(1)
+    _, both = run(2)
+    with torch.no_grad():
+        replay = Replay(copy.deepcopy(model), made.rows)
+        wanted = by_hand(model, float(replay.loss(model)))
+        assert first == pytest.approx(wanted, rel=1e-4)
+        # The second step begins where the run of one step ended.
+        wanted += by_hand(moved, float(replay.loss(moved)))
+    assert both == pytest.approx(wanted / 2, rel=1e-4)
+
+
+def test_a_stage_of_a_single_step_has_no_warm_up_to_lose_it_in(tmp_path: Path) -> None:
+    made = shop()
+    model, settings = made.model(), settings_of(made, batch=64)
+    rows = preference_rows([pair(n) for n in range(8)], CODEBOOK, made.prompt, settings.dpo)
+    aligned, result = align(model, made.tokenizer, rows, settings, tmp_path)
+    assert result.steps == 1
+    assert not torch.equal(aligned.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 def test_without_rows_there_is_nothing_to_align_to(tmp_path: Path) -> None:

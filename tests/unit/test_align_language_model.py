@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
         assert torch.equal(at, before.get_input_embeddings().weight)
     else:
         assert margins(model, rows[3]) == pytest.approx(then)
+
+
+def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path) -> None:
+    made = shop(
+        users=20, epochs=1, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0}, max_items=5,
+        validation_users=0, dpo={"batch": 8, "lr": 3e-2, "max_drop": 1e-4, "sft_weight": 0.0, "epochs": 3},
+    )  # fmt: skip
+    name = foreign(tmp_path / "foreign", "llama")
+    tuned = tune(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
+    # One answer is both: whatever rises over it, it falls as well.
+    rows = [one | {"chosen_ids": made.known.codes[n % 24].tolist()} for n, one in enumerate(ours(made, 160))]
+    result = align_tuned(tuned, rows, made.rows, made.tokenizer, made.sids, made.settings)
+    assert result.dpo is not None
+    assert "nats below the reference" in result.dpo.stopped
+    assert (result.aligned, result.aligned_quality) == (None, None)
+    assert not (tmp_path / "tuned-dpo").exists()
+    json.dumps(result.as_dict())
 
 
 def test_a_tuned_model_is_aligned_beside_it_and_ranked_under_the_same_constraint(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.devices_worker import SHOP
+from tests.devices_worker import GAPS, SHOP
 from tests.tiny_shop import Shop, shop
 from trainer.devices import Devices
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import read, write
 from trainer.next_item import batch_loss
+from trainer.preference_losses import DynamicBeta
 from trainer.sft import _learning_rate
 
 # Two processes import torch at the same time, on a machine that may be busy.
@@ -48,6 +49,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done, said = launch(folder / "logs", "tests.devices_worker", str(folder), "train")
     assert done.returncode == 0, (done.stderr, said)
     return folder
+
+
+def test_a_dynamic_beta_follows_the_gaps_of_all_processes_as_of_one_batch(trained: Path) -> None:
+    alone, wanted = DynamicBeta(0.1), []
+    for step in GAPS:
+        found = alone(torch.tensor([gap for part in step for gap in part]), training=True)
+        wanted += [alone.mean, alone.deviation, found.beta]
+    for rank in (0, 1):
+        seen = json.loads((trained / f"followed-{rank}.json").read_text())
+        assert [number for step in seen for number in step] == pytest.approx(wanted)
 
 
 def weights(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from registry.prompt import Sid
 from streams.errors import SidstreamError
+from streams.events import PreferencePair
+from tests.tiny_shop import shop
+from trainer.alignment_stage import hard_negatives
 from trainer.negatives import Siblings
+from trainer.settings import DpoSettings
 
 ALL: list[Sid] = list(itertools.product(range(3), range(3), range(4)))
 
@@ -57,6 +61,24 @@ def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_use
     assert again.fill(rejected, chosen, history, seed, k) == filled
 
 
+def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
+    made = shop(users=10, length=20)
+    fill = hard_negatives(made.known, made.log, DpoSettings(hard_negatives=9, max_rejected=9))
+    assert fill is not None
+    for at, user in enumerate(made.log.users):
+        touched = {made.known.sids[item] for item in made.log.items[made.log.starts[at] :][:20]}
+        left = set(made.known.sids) - touched
+        assert 0 < len(left) < 9
+        trigger = min(left)
+        pair = PreferencePair.new(
+            event_id=user, ts=1_600_000_000_000, user_id=user, codebook="c" * 16,
+            scheme="purchased_over_shown", chosen_item="i", chosen=list(made.known.sids[0]),
+            rejected_items=["j"], rejected=[[1, 1, 0]],
+            history=[], trigger=list(trigger),
+        )  # fmt: skip
+        assert set(fill(pair, [])) == left - {trigger, made.known.sids[0]}
+
+
 def test_every_item_of_a_level_is_drawn_equally_often() -> None:
     siblings = Siblings(ALL)
     counts: dict[Sid, int] = {}
@@ -85,6 +107,6 @@ def test_a_large_level_is_drawn_from_without_listing_it() -> None:
     ],
 )
 def test_what_cannot_be_filled_is_named(sids: list[Sid], arguments: dict[str, Any], said: str) -> None:
-    given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "history": [], "seed": "", "k": 1} | arguments
+    given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "known": [], "seed": "", "k": 1} | arguments
     with pytest.raises(SidstreamError, match=said):
         Siblings(sids).fill(**given_)

@@ -7,10 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from registry.prompt import BOS, PAD
-from tests.tiny_shop import Shop, come_again, shop
+from tests.tiny_shop import ITEMS, Shop, come_again, shop
 from trainer.generator import GeneratorForCausalLM
 from trainer.preference_rows import PreferenceRow, collate
 from trainer.preference_scores import heads_of
@@ -165,6 +167,34 @@ def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
     first = policy.config.code_range(2)[0]
     wanted = float(last[codes[0, 2] - first] - last[codes[12, 2] - first])
     assert float(margin.detach()) == pytest.approx(wanted, abs=1e-5)
+
+
+ITEM = st.integers(0, ITEMS - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ITEM, max_size=4), ITEM, ITEM)
+@torch.no_grad()
+def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
+    made: Shop, model: GeneratorForCausalLM, history: list[int], chosen: int, rejected: int
+) -> None:
+    codes = made.known.codes
+    one = PreferenceRow(
+        prompt_ids=[BOS, *codes[history].flatten().tolist()], chosen_ids=codes[chosen].tolist(),
+        rejected_ids=[codes[rejected].tolist()],
+    )  # fmt: skip
+    batch = collate([one], PAD)
+    other = _Uniform(int(codes.max()) + 1)
+    same = next((at for at in range(3) if codes[chosen, at] != codes[rejected, at]), 3)
+    for asked in (model, other):
+        wanted = 0.0
+        for sign, item in ((1, chosen), (-1, rejected)):
+            ids = torch.tensor([one["prompt_ids"] + codes[item].tolist()])
+            logs = asked(ids, torch.ones_like(ids), use_cache=False).logits[0].log_softmax(-1)
+            begin = len(one["prompt_ids"]) - 1
+            wanted += sign * sum(float(logs[begin + at, codes[item, at]]) for at in range(same, 3))
+        head = heads_of(asked, batch)[0]
+        assert float(head.scores[0] - head.scores[1]) == pytest.approx(wanted, abs=1e-4)
 
 
 class _Uniform(nn.Module):
