@@ -7,12 +7,12 @@ One model learns with rewards, one without, in equal passes over the training pa
 
 - control: a single bin of a price or a commission is asked for, every bin for every history. Spearman's
   correlation of the bin that was asked for with the mean bin of the ten items, over all (history, bin) pairs
-  and over the means of the bins.
+  and over the means of the bins; and the same of users of whom training has seen nothing.
 - cost: HR@10 of requests that ask for nothing, beside the model without rewards; interval over users.
 - front: HR@10, mean price bin and mean commission bin of the answers under several preferences, in shares of
   the highest bin, beside the model without rewards whose candidates are scored anew: log p + s * (weighted
   mean of the bins), s from 1 to 16, and beside MODPO, as published and with a next-item loss, and Reward
-  Soups (benchmarks.reward_baselines), of the first seed. The volume that each set of points dominates above
+  Soups (benchmarks.reward_baselines). The volume that each set of points dominates above
   (0, 0, 0) (hypervolume, Zitzler and Thiele 1999).
 
 The model with rewards is asked as SFT left it and after a round of the online stage
@@ -92,7 +92,7 @@ def main() -> None:
     fronts: dict[str, list[Point]] = {}
     for seed in map(int, given.seeds.split(",")):
         bench = Bench(split, recipe, seed, given.targets, given.histories)
-        for claim, model, metric, value, low, high in bench.figures(not fronts and not given.no_baselines):
+        for claim, model, metric, value, low, high in bench.figures(not given.no_baselines):
             one = line(claim, given.dataset, model, metric, value, seed, command, low, high, "none")
             print(json.dumps(one), flush=True)
             lines.append(one)
@@ -126,6 +126,8 @@ class Bench:
         self.top = max(len(edges) for edges in self.rewards.edges[PRICE].values())
         self.queries = drawn(split.test, targets)
         self.few = drawn(self.queries, histories, seed=1)
+        unseen = np.flatnonzero([not len(split.train[user]) for user in split.test.users])
+        self.strangers = drawn(split.test.take(unseen), histories, seed=1)
         self.fronts: dict[str, list[Point]] = {}
         self.online = self._online()
 
@@ -154,14 +156,18 @@ class Bench:
         """Every bin of each field, asked for every history."""
         for name, bins in self.bins.items():
             values = range(self.top + 1)
-            lists = [self.asked({name: value}) for value in values]
-            got = np.array([bins[one].mean(1) for one in lists])
-            wanted = np.broadcast_to(np.arange(len(got))[:, None], got.shape)
-            exact = np.mean([(bins[one] == value).mean() for value, one in zip(values, lists, strict=True)])
             about = f"items follow the {name} that is asked for", "sidstream-rewards"
-            yield *about, f"spearman {name}, (history, bin) pairs", _rho(wanted, got), None, None
-            yield *about, f"spearman {name}, bin means", _rho(wanted[:, 0], got.mean(1)), None, None
-            yield *about, f"share in the {name} bin asked for @{K}", float(exact), None, None
+            for queries, who in ((self.few, ""), (self.strangers, ", users that training has not seen")):
+                if not len(queries):
+                    continue
+                lists = [self.asked({name: value}, of=queries) for value in values]
+                got = np.array([bins[one].mean(1) for one in lists])
+                wanted = np.broadcast_to(np.arange(len(got))[:, None], got.shape)
+                yield *about, f"spearman {name}, (history, bin) pairs{who}", _rho(wanted, got), None, None
+                yield *about, f"spearman {name}, bin means{who}", _rho(wanted[:, 0], got.mean(1)), None, None
+                exact = [(bins[one] == value).mean() for value, one in zip(values, lists, strict=True)]
+                share = float(np.mean(exact))
+                yield *about, f"share in the {name} bin asked for @{K}{who}", share, None, None
 
     def cost(self) -> Iterator[Line]:
         """Requests that ask for nothing."""
@@ -225,12 +231,14 @@ class Bench:
         order = candidates(other, self.few, other.profiles[self.few.users]).order(other.ranking.dense_weight)
         return self._point(order[:, :K].numpy())
 
-    def asked(self, conditions: Mapping[str, int], made: Trained | None = None) -> Int64:
-        """(B, K) items for the few histories under conditions, of a model with rewards."""
-        made = made or self.with_
-        row = np.array([made.context.row(said(conditions))], dtype=np.int32).repeat(len(self.few), axis=0)
-        contexts = np.concatenate((made.profiles[self.few.users], row), axis=1)
-        lists: Int64 = candidates(made, self.few, contexts).order(made.ranking.dense_weight)[:, :K].numpy()
+    def asked(
+        self, conditions: Mapping[str, int], made: Trained | None = None, of: Queries | None = None
+    ) -> Int64:
+        """(B, K) items for the few histories, or those of other queries, under conditions, of a model."""
+        made, of = made or self.with_, of or self.few
+        row = np.array([made.context.row(said(conditions))], dtype=np.int32).repeat(len(of), axis=0)
+        contexts = np.concatenate((made.profiles[of.users], row), axis=1)
+        lists: Int64 = candidates(made, of, contexts).order(made.ranking.dense_weight)[:, :K].numpy()
         return lists
 
     def _point(self, lists: Int64) -> Point:
