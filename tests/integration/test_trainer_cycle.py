@@ -27,8 +27,10 @@ from tests.conftest import FreshStack
 from tests.registry_support import local_mlflow
 from tests.tiny_explorations import explore
 from tests.tiny_shop import ITEMS, SIZES, sid_of
+from tests.unit.test_lora import foreign
 from trainer.cycle import run_cycle
 from trainer.cycle_result import CycleResult
+from trainer.lora import tune_window
 from trainer.material import load_model
 from trainer.settings import DpoSettings, OffPolicySettings, RewardSettings, TrainerSettings
 
@@ -83,6 +85,20 @@ class World:
                 item = f"i{(start + at) % ITEMS:02}"
                 made.append(kind.new(user_id=f"u{user}", item_id=item, ts=T0 + since + at, **fields))
         self.publish(made)
+
+    def prefer(self, count: int) -> None:
+        """Pairs of long after what their users bought: no purchase contradicts them."""
+        pairs: list[Event] = [
+            PreferencePair.new(
+                event_id=f"p{n}", ts=T0 + HORIZON + n, user_id=f"u{n}", scheme="purchased_over_clicked",
+                codebook=self.codebook.id, chosen_item=f"i{(n + 1) % ITEMS:02}",
+                chosen=list(sid_of((n + 1) % ITEMS)),
+                rejected_items=[f"i{(n + 5) % ITEMS:02}"], rejected=[list(sid_of((n + 5) % ITEMS))],
+                history=[list(sid_of(n % ITEMS))],
+            )
+            for n in range(count)
+        ]  # fmt: skip
+        self.publish(pairs)
 
     def cycle(self, **options: Any) -> CycleResult:
         @contextlib.contextmanager
@@ -144,18 +160,7 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert not idle.versions
 
     world.walk(range(20), 4, Click, 1000)
-    # Long after what these users bought: no purchase contradicts them.
-    pairs: list[Event] = [
-        PreferencePair.new(
-            event_id=f"p{n}", ts=T0 + HORIZON + n, user_id=f"u{n}", scheme="purchased_over_clicked",
-            codebook=world.codebook.id, chosen_item=f"i{(n + 1) % ITEMS:02}",
-            chosen=list(sid_of((n + 1) % ITEMS)),
-            rejected_items=[f"i{(n + 5) % ITEMS:02}"], rejected=[list(sid_of((n + 5) % ITEMS))],
-            history=[list(sid_of(n % ITEMS))],
-        )
-        for n in range(48)
-    ]  # fmt: skip
-    world.publish(pairs)
+    world.prefer(48)
     second = world.cycle()
     assert (second.action, set(second.versions), second.events) == ("trial", {"sft", "dpo"}, 80)
     assert (second.pairs, second.no_dpo) == (48, None)
@@ -186,6 +191,30 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert world.registry.fetch(fourth.versions["sft"]).manifest.lineage.parent == sft.id
     assert world.registry.tuned_from(world.registry.fetch("champion")).id == sft.id
     assert world.registry.tuned_from(sft).id == sft.id
+
+
+def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
+    world: World, tmp_path: Path
+) -> None:
+    world.walk(range(30), 8, Purchase, 0)
+    world.prefer(48)
+    name = foreign(tmp_path / "foreign", "llama")
+    chosen = TrainerSettings.model_validate(
+        world.settings.model_dump()
+        | {"hf_model": name, "epochs": 2, "max_items": 5, "lora": {"batch_tokens": 256, "rank": 4}}
+    )
+    told: list[str] = []
+    result = tune_window(
+        chosen, world.kafka, world.registry, horizon_ms=HORIZON, window_ms=HORIZON // 2,
+        progress=lambda stage, text, last: told.append(stage) if last else None,
+    )  # fmt: skip
+    assert told == ["lora", "dpo"]
+    assert result.dpo is not None
+    assert (result.dpo.pairs, result.quality.users) == (48, 10)
+    # Its answers are trainer files: nothing is in service, and the window is there for the next cycle.
+    assert Path(result.folder).parent == chosen.home / "hf"
+    assert (result.aligned is None) == (result.aligned_quality is None)
+    assert not world.registry.versions()
 
 
 def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World) -> None:
