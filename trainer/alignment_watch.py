@@ -17,6 +17,8 @@ from trainer.settings import DpoSettings
 
 # One-sided, 1 %: a look at some hundred users must not take noise for a collapse, and there are several.
 _SURE = 2.326
+# A stage of any length has about so many looks at held-out users, so many steps apart at least.
+_LOOKS, _LEAST = 6, 5
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,12 @@ class Watch(TrainerCallback):
         elif self.stop is not None and self.stop():
             self.stopped = "interrupted"
             control.should_training_stop = True
-        elif self.before is not None and state.global_step % self.settings.probe_steps == 0:
+        elif self.before is not None and state.global_step % self._every(state.max_steps) == 0:
             control.should_training_stop = not self._look(model, state.global_step)
+
+    def _every(self, steps: int) -> int:
+        """Steps between two looks: a short stage has several, too, or there is nothing to go back to."""
+        return min(self.settings.probe_steps, max(_LEAST, steps // _LOOKS))
 
     def _look(self, model: Any, step: int) -> bool:
         """Whether the policy passes; where it does not, it gets the weights of the last look back."""

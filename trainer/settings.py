@@ -107,7 +107,10 @@ class DpoSettings(Section):
         1.0, gt=0, description="stop when the chosen SID's log-probability fell so many nats"
     )
     probe_steps: int = Field(
-        20, ge=1, description="steps between looks at the held-out users, which stop a model that collapses"
+        20,
+        ge=1,
+        description="steps between looks at the held-out users, which stop a model that collapses; fewer in a "
+        "short stage",
     )
     probe_users: int = Field(500, ge=0, description="held-out users of such a look; 0: no look")
     max_recall_fall: float = Field(

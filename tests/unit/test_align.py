@@ -201,6 +201,17 @@ def test_a_fall_beyond_the_margin_ends_it_as_soon_as_it_is_more_than_noise(
     assert (result.kept, "fell from 0.500 to 0.440" in result.stopped) == ((0, True) if stops else (2, False))
 
 
+def test_a_short_stage_is_looked_at_several_times(tmp_path: Path) -> None:
+    made = shop()
+    settings = settings_of(made, probe_steps=100, batch=8)
+    rows = preference_rows([pair(n) for n in range(320)], CODEBOOK, made.prompt, settings.dpo)
+    _, result = align(
+        made.model(), made.tokenizer, rows, settings, tmp_path, probe=lambda _: shares(0.5, 1.0)
+    )
+    assert result.steps == 40
+    assert [point["step"] for point in result.curve if "hr10" in point] == [6, 12, 18, 24, 30, 36, 40]
+
+
 def test_it_stops_when_more_of_the_unconstrained_answers_are_no_sids(tmp_path: Path) -> None:
     made = shop()
     settings = settings_of(made, probe_steps=1, batch=8, max_invalid_rise=0.05)
