@@ -109,8 +109,8 @@ class DpoSettings(Section):
     probe_steps: int = Field(
         20,
         ge=1,
-        description="steps between looks at the held-out users, which stop a model that collapses; fewer in a "
-        "short stage",
+        description="steps between looks at the held-out users, which stop a model that collapses; a short "
+        "stage has fewer between them",
     )
     probe_users: int = Field(500, ge=0, description="held-out users of such a look; 0: no look")
     max_recall_fall: float = Field(
