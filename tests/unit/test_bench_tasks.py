@@ -11,7 +11,7 @@ import pytest
 from benchmarks.tasks import BEGIN, END, ROWS, figures, publish, table, weights
 from tests.tiny_sequences import sequences
 from trainer.evaluation import splits
-from trainer.evaluation.ours import Recipe, Trained
+from trainer.evaluation.ours import Recipe, Trained, default_recipe
 from trainer.settings import TaskWeights
 
 
@@ -73,3 +73,9 @@ def test_figures_are_of_every_target_of_the_bought_ones_of_searches_and_of_summa
     assert found["next item HR@10"].mean() > 0.5
     assert found["search HR@10"].mean() > 0.5
     assert set(np.round(found["summary words"] * 4, 6)) <= {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+def test_a_default_model_of_so_many_epochs_has_no_budget_in_seconds() -> None:
+    assert default_recipe(epochs=3).trainer == {"epochs": 3, "max_seconds": None}
+    assert default_recipe(20.0, 3).trainer == {"epochs": 3, "max_seconds": 20.0}
+    assert default_recipe().trainer == {}

@@ -63,9 +63,16 @@ def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recip
 def default_recipe(
     max_seconds: float | None = None, epochs: int | None = None, context: bool = True
 ) -> Recipe:
-    """What `sidstream train` makes where nothing is set, in the demo, too; or that without a context."""
-    given = {"max_seconds": max_seconds, "epochs": epochs, "context": None if context else {"max_fields": 0}}
-    return Recipe(trainer={name: value for name, value in given.items() if value is not None})
+    """What `sidstream train` makes where nothing is set, in the demo, too; or that without a context.
+
+    So many epochs are whole ones: the default budget in seconds holds only where neither is given.
+    """
+    given: dict[str, Any] = {} if context else {"context": {"max_fields": 0}}
+    if epochs is not None:
+        given |= {"epochs": epochs, "max_seconds": None}
+    if max_seconds is not None:
+        given["max_seconds"] = max_seconds
+    return Recipe(trainer=given)
 
 
 class Trained:
