@@ -10,7 +10,8 @@ of what is spelled without a constraint is no SID.
 
 Logs say what was clicked and bought, not what was shown. `purchased_over_clicked` pairs are the agents' own
 rule over the log (`agents.pairs`). For the two schemes over what was shown, the fine-tuned model's own ten
-best items stand in: of those, what the user neither clicked nor bought within the window.
+best items stand in, at those steps whose item is among them: of those, what the user neither clicked nor
+bought within the window.
 """
 
 from __future__ import annotations

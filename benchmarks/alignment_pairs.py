@@ -49,7 +49,12 @@ def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
 def shown_pairs(
     split: Split, trained: Trained, scheme: Scheme, seed: int, most: int
 ) -> Iterator[PreferencePair]:
-    """Chosen steps of the training part over what the fine-tuned model would have shown before them."""
+    """Chosen steps of the training part over what the fine-tuned model would have shown before them.
+
+    Of steps whose item it would have shown: the agents make a pair of what was taken from a slate, and a log
+    says what would be taken from another one only where they agree (replay: Li et al. 2011, arXiv 1003.5956).
+    Up to `most` pairs, of steps drawn by `seed`.
+    """
     data = split.data
     assert data.ts is not None, "the log has times"
     assert data.bought is not None, "the log has purchases"
@@ -60,17 +65,21 @@ def shown_pairs(
         known = int(np.searchsorted(ts, split.starts[0] - WINDOWS_MS[data.name]))
         kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
         wanted += [(user, int(at)) for at in kept if at]
-    drawn = np.random.default_rng(seed).permutation(len(wanted))[:most]
-    some = [wanted[at] for at in sorted(drawn.tolist())]
-    histories = [data.items[user][:at] for user, at in some]
-    shown = trained.rank(histories, _SHOWN, "none", "mixed")
-    for (user, at), items in zip(some, shown.tolist(), strict=True):
-        row, ts = data.items[user], data.ts[user]
-        near = np.abs(ts - ts[at]) <= WINDOWS_MS[data.name]
-        touched = set(row[near].tolist())
-        rejected = [item for item in items if item >= 0 and item not in touched]
-        if rejected:
-            yield _pair(trained, user, scheme, int(ts[at]), row[:at], int(row[at]), rejected)
+    drawn = np.random.default_rng(seed).permutation(len(wanted)).tolist()
+    count = 0
+    for begin in range(0, len(drawn), most):
+        some = [wanted[at] for at in drawn[begin : begin + most]]
+        shown = trained.rank([data.items[user][:at] for user, at in some], _SHOWN, "none", "mixed")
+        for (user, at), items in zip(some, shown.tolist(), strict=True):
+            row, ts = data.items[user], data.ts[user]
+            near = np.abs(ts - ts[at]) <= WINDOWS_MS[data.name]
+            touched = set(row[near].tolist())
+            rejected = [item for item in items if item >= 0 and item not in touched]
+            if rejected and int(row[at]) in items:
+                yield _pair(trained, user, scheme, int(ts[at]), row[:at], int(row[at]), rejected)
+                count += 1
+                if count == most:
+                    return
 
 
 def _pair(
