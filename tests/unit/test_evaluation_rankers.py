@@ -6,11 +6,21 @@ import pytest
 from tests.tiny_sequences import chains
 from trainer.evaluation import splits
 from trainer.evaluation.models import MODELS, Options, chosen
+from trainer.evaluation.ours import Ours, Recipe, Trained
 from trainer.evaluation.ranker import MASKS, Learner, top_k
 
 SPLIT = splits.leave_one_out(chains())
 SIZE = SPLIT.data.size
 SEED = 5
+TINY = {
+    "width": 16,
+    "heads": 2,
+    "layers": 1,
+    "epochs": 2,
+    "max_words": 0,
+    "max_seconds": None,
+    "refresh_lr": 0.01,
+}
 HISTORIES = [
     np.array([3, 4, 5]), np.array([], np.int64), np.array([0]), np.arange(12).repeat(8), np.array([SIZE - 1]),
 ]  # fmt: skip
@@ -94,16 +104,36 @@ def test_a_model_that_no_seed_changes_says_so_truly(ranker):
 def test_what_is_learned_later_equals_what_is_learned_at_once(ranker):
     if not isinstance(ranker, Learner):
         pytest.skip(f"{ranker.name} does not learn after fit")
+    if getattr(ranker, "seeded", True):
+        pytest.skip(f"{ranker.name} is trained: it learns what is new, and not the same")
     data = chains()
     early, late = splits.by_time(data, 300, 600), splits.by_time(data, 600, 600)
     step, whole = (MODELS[ranker.name](Options(epochs=2)) for _ in range(2))
     step.fit(early, SEED, quiet)
     before = step.rank(HISTORIES, SIZE, "none").tolist()
     shard = splits.stretch(data, 300, 600)
-    step.update(shard.histories, shard.fresh)
+    step.update(shard)
     whole.fit(late, SEED, quiet)
     assert step.rank(HISTORIES, SIZE, "none").tolist() == whole.rank(HISTORIES, SIZE, "none").tolist()
     assert before != whole.rank(HISTORIES, SIZE, "none").tolist()
+
+
+def test_a_trained_model_learns_a_shard_once_for_all_of_its_heads_and_forgets_it_for_the_next():
+    data = chains()
+    split, shard = splits.by_time(data, 300, 600), splits.stretch(data, 300, 600)
+    trained = Trained(Recipe(TINY, {"levels": 2, "size": 8}, 8))
+    first, second = (Ours(head, trained, head) for head in ("dense", "beam"))
+    first.fit(split, SEED, quiet)
+    before = {head.name: head.rank(HISTORIES, SIZE, "none").tolist() for head in (first, second)}
+    first.update(shard)
+    learned, model = first.rank(HISTORIES, SIZE, "none").tolist(), trained.model
+    assert learned != before["dense"]
+    # The other head begins where the first began, and comes to where it came without a training.
+    second.fit(split, SEED, quiet)
+    assert second.rank(HISTORIES, SIZE, "none").tolist() == before["beam"]
+    second.update(shard)
+    assert trained.model is model
+    assert first.rank(HISTORIES, SIZE, "none").tolist() == learned
 
 
 def test_the_best_scores_are_listed_in_their_order():

@@ -32,8 +32,8 @@ class Ordered:
         self.parameters = 7
         self.invalid_rate = 0.25
 
-    def update(self, histories, fresh):
-        self.learned.append([row.tolist() for row in fresh])
+    def update(self, shard):
+        self.learned.append([row.tolist() for row in shard.fresh])
 
     def rank(self, histories, k, mask):
         self.learned.append(len(histories))
@@ -79,7 +79,8 @@ def test_prequential_scores_a_shard_before_it_is_learned():
     found = evaluate(split, ranker, 0, ["none"], quiet, shard_count=3)[0]
     assert len(found.users) == len(split.test)
     shards = list(splits.shards(data, 400, 3))
-    expected = [[row.tolist() for row in splits.stretch(data, 200, 400).fresh]]
+    # First the cost of an answer is taken, of at most half of the targets.
+    expected = [(len(split.test) + 1) // 2, [row.tolist() for row in splits.stretch(data, 200, 400).fresh]]
     for shard in shards:
         expected += [len(shard.queries), [row.tolist() for row in shard.fresh]]
     assert ranker.learned == expected

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from trainer.evaluation.ranker import Mask, Progress, fill_order, in_chunks
 from trainer.evaluation.sequences import Float64, Int64, flatten
-from trainer.evaluation.splits import Split
+from trainer.evaluation.splits import Shard, Split
 
 # Weight of one step back in the history, and how many of its last items count.
 DECAY = 0.8
@@ -44,11 +44,11 @@ class ItemKnn:
         self._together = self._pairs([np.zeros(0, np.int64)] * len(data.train), data.train)
         self._similarities = self._cosine()
 
-    def update(self, histories: Sequence[Int64], fresh: Sequence[Int64]) -> None:
+    def update(self, shard: Shard) -> None:
         """Add the pairs that the new items make, among themselves and with the old ones of their users."""
-        for items in fresh:
+        for items in shard.fresh:
             np.add.at(self._counts, items, 1)
-        self._together = (self._together + self._pairs(histories, fresh)).tocsr()
+        self._together = (self._together + self._pairs(shard.histories, shard.fresh)).tocsr()
         self._similarities = self._cosine()
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:

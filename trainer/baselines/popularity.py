@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.evaluation.ranker import Mask, Progress, fill_order, in_chunks
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.splits import Split
+from trainer.evaluation.splits import Shard, Split
 
 
 class Popularity:
@@ -22,9 +22,9 @@ class Popularity:
         """Count."""
         self._counts = data.train_counts()
 
-    def update(self, histories: Sequence[Int64], fresh: Sequence[Int64]) -> None:
+    def update(self, shard: Shard) -> None:
         """Count on."""
-        for items in fresh:
+        for items in shard.fresh:
             np.add.at(self._counts, items, 1)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:

@@ -9,7 +9,7 @@ import numpy as np
 from streams.errors import SidstreamError
 from trainer.evaluation.ranker import Mask, Progress, fill_order, in_chunks
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.splits import Split
+from trainer.evaluation.splits import Shard, Split
 
 # The user's last items whose categories count.
 LAST = 20
@@ -35,9 +35,9 @@ class PopularityOfCategory:
         self._named = names != ""  # items without a category share nothing
         self._counts = data.train_counts()
 
-    def update(self, histories: Sequence[Int64], fresh: Sequence[Int64]) -> None:
+    def update(self, shard: Shard) -> None:
         """Count on."""
-        for items in fresh:
+        for items in shard.fresh:
             np.add.at(self._counts, items, 1)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,14 @@ from trainer.data import Split as Cut
 from trainer.evaluation.models import Head
 from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import flatten
-from trainer.evaluation.splits import Split
+from trainer.evaluation.splits import Shard, Split
 from trainer.generator import GeneratorForCausalLM
 from trainer.next_item import Teacher
 from trainer.pretrain import learn
 from trainer.ranking import Candidates, Ranker, past
 from trainer.rewards import learned, purchased, told
 from trainer.settings import TrainerSettings
+from trainer.sft import train
 from trainer.tokenizer import build_tokenizer
 
 Float32 = npt.NDArray[np.float32]
@@ -87,20 +90,21 @@ class Trained:
     def fit(self, data: Split, seed: int, progress: Progress, teacher: Teacher | None = None) -> None:
         """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: see `train`."""
         if self._seed == seed and self._of is data:
+            self._stand(0)
             return
+        began = time.monotonic()
         settings = TrainerSettings.model_validate(
             {"beat_popularity": False, **self.recipe.trainer, "seed": seed}
         )
         self.settings = settings
         codebook = CodebookSettings.model_validate(self.recipe.codebook)
         texts = _texts(data, progress)
-        vectors = texts
-        dim = codebook.collaborative_dim if codebook.collaborative else 0
+        # Without texts there is nothing but what users did to make SIDs of.
+        dim = codebook.collaborative_dim if codebook.collaborative or texts is None else 0
         if dim:
-            together = collaborative(data.train, data.data.size, dim)
-            vectors = together if texts is None else fuse(texts, together, codebook.collaborative)
-        if vectors is None:
-            raise ValueError("the data set has no texts: give the codebook a collaborative share")
+            vectors = collaborative(data.train, data.data.size, dim)
+        if texts is not None:
+            vectors = fuse(texts, vectors, codebook.collaborative) if dim else texts
         progress("codebook")
         # Without texts every dimension is collaborative, and there is no other part to tell them from.
         made = fit_vectors(vectors, "evaluation", codebook, 0 if texts is None else dim)
@@ -143,6 +147,46 @@ class Trained:
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
         self.invalid_rate = 1.0 - quality.validity if quality else None
         self._seed, self._of, self._lists = seed, data, {}
+        self._stages, self._stage, self._lengths = [self.model], 0, [len(row) for row in data.train]
+        self.trained_s = time.monotonic() - began
+
+    def update(self, shard: Shard) -> None:
+        """Go on learning, as a refresh of the update cycle does: the new events in one pass, with older ones.
+
+        Several heads are taken through the same shards one after the other: each shard is learned once.
+        """
+        if self._stage + 1 == len(self._stages):
+            self._stages.append(self._refreshed(shard))
+        self._stand(self._stage + 1)
+
+    def _stand(self, stage: int) -> None:
+        """Rank as after so many shards."""
+        if self._stage != stage:
+            self._stage = stage
+            self.use(self._stages[stage])
+
+    def _refreshed(self, shard: Shard) -> GeneratorForCausalLM:
+        data = self._of
+        assert data is not None, "fit comes first"
+        before = list(self._lengths)
+        for user, known, fresh in zip(shard.users.tolist(), shard.histories, shard.fresh, strict=True):
+            self._lengths[user] = len(known) + len(fresh)
+        log, cut = _log(data.until(self._lengths), self.settings, self.profiles)
+        pairs = zip(self._lengths, before, strict=True)
+        log = replace(log, fresh=np.concatenate([np.arange(now) >= then for now, then in pairs]))
+        log = told(log, data.data.offers or [], purchased(log, 0), self.rewards, self.context)
+        chosen = self.settings.model_copy(
+            update={
+                "lr": self.settings.refresh_lr, "epochs": 1, "max_seconds": None,
+                "seed": self.settings.seed + len(self._stages),
+            }
+        )  # fmt: skip
+        nobody = cut.held.take(np.zeros(0, np.int64))
+        after = Cut(log.starts[1:].copy(), nobody)
+        rows = Rows(log, after, self.known, self.tokenizer, self.set.prompt, chosen)
+        model = copy.deepcopy(self.model)
+        train(model, rows, self.set, chosen)
+        return model
 
     def use(self, model: GeneratorForCausalLM) -> None:
         """Rank with another model of the same codebook, catalogue and weight of the heads."""
@@ -162,18 +206,18 @@ class Trained:
     ) -> Int64:  # fmt: skip
         """As `rank`, by a weight of the dense head."""
         contexts = None if users is None else self.profiles[users]
-        if weight == 1 and mask == "none" and not beam_only and not self._lists:
-            newest = [row[-self.settings.max_items :] for row in histories]
-            return self.ranker.best(newest, self.ranker.states(newest, contexts), k).numpy()
         about = () if contexts is None else tuple(contexts.ravel().tolist())
         key = hash((about, *((len(row), int(row[-1]) if len(row) else -1) for row in histories)))
-        if key not in self._lists:
-            longest = self.settings.max_items
-            # One set of histories at a time: every head and mask asks for the same ones.
-            newest = [row[-longest:] for row in histories]
+        found = self._lists.get(key)
+        if found is None:
+            newest = [row[-self.settings.max_items :] for row in histories]
             states = self.ranker.states(newest, contexts)
-            self._lists = {key: self.ranker.candidates(newest, states)}
-        found = self._lists[key]
+            if weight == 1 and mask == "none" and not beam_only:
+                return self.ranker.best(newest, states, k).numpy()
+            found = self.ranker.candidates(newest, states)
+            # One set of histories, the largest: every head and mask asks for the same ones.
+            if all(len(histories) >= len(kept.items) for kept in self._lists.values()):
+                self._lists = {key: found}
         left = torch.ones(found.items.shape, dtype=torch.bool)
         if beam_only:
             left[:, self.recipe.candidates :] = False
@@ -199,8 +243,12 @@ class Ours:
         self._trained.fit(data, seed, progress)
         model: GeneratorForCausalLM = self._trained.model
         self.parameters = sum(value.numel() for value in model.parameters())
-        self.sids = self._trained.sids
+        self.sids, self.trained_s = self._trained.sids, self._trained.trained_s
         self.invalid_rate = self._trained.invalid_rate
+
+    def update(self, shard: Shard) -> None:
+        """Learn a shard, or take what another head learned of it."""
+        self._trained.update(shard)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) item rows, best first."""

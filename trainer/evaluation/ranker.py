@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.evaluation.sequences import Int64, flatten
-from trainer.evaluation.splits import Split
+from trainer.evaluation.splits import Shard, Split
 
 # What may be listed: every item, or every item but those of the user's own past.
 Mask = Literal["none", "seen"]
@@ -24,8 +24,9 @@ class Ranker(Protocol):
 
     It may also have `update` (see `Learner`), `rank_for` (see `Personal`) and, after `fit`, these attributes:
     `parameters` (trained numbers), `invalid_rate` (share of answers spelled without the constraint that are
-    no item), `sids` ((I, L) int64, its own SIDs, by which its lists are counted too); and `seeded`, False
-    where `seed` changes nothing, so that one run says it all.
+    no item), `sids` ((I, L) int64, its own SIDs, by which its lists are counted too), `trained_s` (seconds of
+    training, where several models share one); and `seeded`, False where `seed` changes nothing, so that one
+    run says it all.
     """
 
     name: str
@@ -48,9 +49,9 @@ class Personal(Protocol):
 
 @runtime_checkable
 class Learner(Protocol):
-    """A ranker that goes on learning after `fit`, without the old training data."""
+    """A ranker that goes on learning after `fit`."""
 
-    def update(self, histories: Sequence[Int64], fresh: Sequence[Int64]) -> None:
+    def update(self, shard: Shard) -> None:
         """Learn what users did since: `fresh` of each, after `histories`, which are known already."""
 
 

@@ -21,9 +21,10 @@ BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 _COLUMNS = (
     ("HR@10", "HR@10", ".4f"), ("NDCG@10", "NDCG@10", ".4f"), ("HR@10 by SID", f"HR@10{BY_SID}", ".4f"),
     ("HR@10 new items", f"HR@10{NEW_ITEMS}", ".4f"), ("coverage@10", "coverage@10", ".3f"),
-    ("parameters", "parameters", ",.0f"), ("ms/answer", "ms per answer", ".2f"),
+    ("invalid", "invalid rate", ".3f"), ("parameters", "parameters", ",.0f"),
+    ("ms/answer", "ms per answer", ".2f"),
 )  # fmt: skip
-_WITH_INTERVAL = ("HR@10", "NDCG@10")
+_WITH_INTERVAL = ("HR@10", "NDCG@10", f"HR@10{NEW_ITEMS}")
 _HEADINGS = ("model", "ordered by", "mask", "seed", *(column[0] for column in _COLUMNS))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,14 +50,21 @@ class Split:
         """(I,) how often each item occurs in training."""
         return np.bincount(np.concatenate([*self.train, np.zeros(0, np.int64)]), minlength=self.data.size)
 
+    def until(self, lengths: Sequence[int]) -> Split:
+        """This split of a log with times, with so many of each user's items as its training part."""
+        train = [row[:length] for row, length in zip(self.data.items, lengths, strict=True)]
+        end = max((int(ts[n - 1]) for ts, n in zip(_times(self.data), lengths, strict=True) if n), default=0)
+        return replace(self, train=train, bought=_bought_before(self.data, train, end + 1))
+
 
 @dataclass(frozen=True)
 class Shard:
     """A stretch of time: first its queries are answered, then what happened in it may be learned."""
 
     queries: Queries
-    histories: list[Int64]  # of the users who did something in it: what they did before
-    fresh: list[Int64]  # of the same users: what they did in it
+    users: Int64  # (U',) who did something in it, rows of Sequences.users
+    histories: list[Int64]  # what each of them did before
+    fresh: list[Int64]  # and what in it
 
 
 def leave_one_out(data: Sequences) -> Split:
@@ -112,13 +119,14 @@ def _bought_before(data: Sequences, train: list[Int64], end: int) -> list[Bool] 
 
 def stretch(data: Sequences, low: int, high: int | None) -> Shard:
     """What happened from `low` to before `high` (None: to the end)."""
-    histories, fresh = [], []
-    for row, ts in zip(data.items, _times(data), strict=True):
+    users, histories, fresh = [], [], []
+    for user, (row, ts) in enumerate(zip(data.items, _times(data), strict=True)):
         begin, end = _span(ts, low, high)
         if end > begin:
+            users.append(user)
             histories.append(row[:begin])
             fresh.append(row[begin:end])
-    return Shard(_between(data, low, high), histories, fresh)
+    return Shard(_between(data, low, high), np.array(users, np.int64), histories, fresh)
 
 
 def shards(data: Sequences, start: int, count: int) -> Iterator[Shard]:
