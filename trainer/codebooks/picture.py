@@ -13,18 +13,27 @@ def draw(found: Report) -> bytes:
     figure = Figure(figsize=(11, 4), layout="constrained")
     spread, shares = figure.subplots(1, 2)
     for at, level in enumerate(found.levels, start=1):
-        label = f"level {at}: {level.used} of {level.size} codes, Gini {level.gini:.2f}"
+        label = (
+            f"level {at}: {level.used} of {level.size} codes, perplexity {level.perplexity:.0f}, "
+            f"Gini {level.gini:.2f}"
+        )
         spread.plot([code / level.size for code in range(level.size)], level.counts, label=label)
     spread.set(xlabel="codes, fullest first (share of all)", ylabel="items", yscale="symlog", ylim=(0, None))
-    spread.legend()
+    spread.legend(loc="lower left", fontsize="small")
     bars: dict[str, float] = {}
     if found.greedy:
-        bars |= {"items in a collision": found.greedy.collided, "items moved": found.greedy.moved}
+        bars |= {
+            "SIDs lost to collisions": found.greedy.collision_rate,
+            "items in a collision": found.greedy.collided, "items moved": found.greedy.moved,
+        }  # fmt: skip
     for name, shared in (("nearest", found.neighbours), ("touched together", found.together)):
         if shared:
             bars |= {f"{name}: first code": shared.first, f"{name}: first two": shared.two}
     shares.barh(list(bars), list(bars.values()))
     shares.set(xlim=(0, 1), xlabel="share of items")
     shares.invert_yaxis()
-    figure.suptitle(f"codebook {found.codebook}: {found.items} items")
+    figure.suptitle(
+        f"codebook {found.codebook}: {found.items} items, {found.largest_prefix} below the fullest prefix, "
+        f"{found.headroom:.1f} times as many codes in the last level"
+    )
     return png(figure)
