@@ -23,7 +23,7 @@ from trainer.build import fresh_generator
 from trainer.codebooks.fit import assign_keeping, fit_vectors
 from trainer.collaborative import collaborative, fuse
 from trainer.constrained import SidSet
-from trainer.data import Held, Interactions, Rows, catalogue
+from trainer.data import Held, Interactions, Rows, catalogue, hold_out
 from trainer.data import Split as Cut
 from trainer.evaluation.models import Head
 from trainer.evaluation.ranker import Mask, Progress
@@ -151,7 +151,7 @@ class Trained:
         self.trained_s = time.monotonic() - began
 
     def update(self, shard: Shard) -> None:
-        """Go on learning, as a refresh of the update cycle does: the new events in one pass, with older ones.
+        """Go on learning, as a refresh of the update cycle does.
 
         Several heads are taken through the same shards one after the other: each shard is learned once.
         """
@@ -171,18 +171,14 @@ class Trained:
         before = list(self._lengths)
         for user, known, fresh in zip(shard.users.tolist(), shard.histories, shard.fresh, strict=True):
             self._lengths[user] = len(known) + len(fresh)
-        log, cut = _log(data.until(self._lengths), self.settings, self.profiles)
+        log, _ = _log(data.until(self._lengths), self.settings, self.profiles)
         pairs = zip(self._lengths, before, strict=True)
         log = replace(log, fresh=np.concatenate([np.arange(now) >= then for now, then in pairs]))
         log = told(log, data.data.offers or [], purchased(log, 0), self.rewards, self.context)
         chosen = self.settings.model_copy(
-            update={
-                "lr": self.settings.refresh_lr, "epochs": 1, "max_seconds": None,
-                "seed": self.settings.seed + len(self._stages),
-            }
-        )  # fmt: skip
-        nobody = cut.held.take(np.zeros(0, np.int64))
-        after = Cut(log.starts[1:].copy(), nobody)
+            update={"lr": self.settings.refresh_lr, "seed": self.settings.seed + len(self._stages)}
+        )
+        after = hold_out(log, chosen, np.random.default_rng(chosen.seed))
         rows = Rows(log, after, self.known, self.tokenizer, self.set.prompt, chosen)
         model = copy.deepcopy(self.model)
         train(model, rows, self.set, chosen)
