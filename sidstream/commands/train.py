@@ -132,6 +132,8 @@ def _tune(
     shown = f"{result.folder}: HR@10 {result.quality.hr10:.3f} on {result.quality.users} users"
     if result.aligned_quality:
         shown += f"; {result.aligned}: HR@10 {result.aligned_quality.hr10:.3f}"
+    elif result.dpo:
+        shown += f"; no aligned model: {result.dpo.stopped}"
     emit(result.as_dict(), as_json, f"{shown}; the serving agent answers from the small generator only")
 
 
