@@ -133,7 +133,7 @@ def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder
     third = len(arriving) // 3
     options = {
         "attribution_window_s": WINDOW_S, "allowed_lateness_s": LATENESS_S, "cohort_s": COHORT_S,
-        "session_timeout_s": 6, "batch_size": 25, "group": "restarted",
+        "session_timeout_s": 6, "batch_size": 5, "group": "restarted",
     }  # fmt: skip
     publish_all(kafka, arriving[:third])
     with redis.Redis.from_url(url) as store:
