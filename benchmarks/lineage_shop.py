@@ -306,7 +306,7 @@ class Shop:
                 )
             after = evaluate(better, split.held, self.known, self.sids, chosen, quality.ranking)
             said += f"; {len(pairs)} pairs, {dpo.steps} steps, HR@10 {after.hr10:.3f}, {dpo.stopped}"
-            if failing(after, quality.hr10, chosen) is None and dpo.drop <= chosen.dpo.max_drop and dpo.kept:
+            if not failing(after, quality.hr10, chosen) and not dpo.failed(chosen.dpo.max_drop):
                 self.versions += 1
                 made.append(Version(self.versions, "dpo", better, model, quality.ranking))
         self.tell(said)

@@ -34,12 +34,15 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
-def wait_until(condition: Callable[[], object], timeout: float, what: str) -> None:
-    """Poll until `condition()` is true; AssertionError that names `what` after `timeout` seconds."""
+def wait_until(condition: Callable[[], object], timeout: float, what: str, pause: float = 0.05) -> None:
+    """Poll until `condition()` is true; AssertionError that names `what` after `timeout` seconds.
+
+    `pause`: seconds between two polls; 0 where what is waited for is over in a moment.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def kafka_settings(bootstrap: str) -> KafkaSettings:

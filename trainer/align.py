@@ -62,6 +62,10 @@ class DpoResult:
     # A point for each look: step, loss, margin, accuracy, drop, and what a probe found.
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    def failed(self, max_drop: float) -> str | None:
+        """Why a stop rule leaves nothing to be used; None: there is something."""
+        return self.stopped if self.drop > max_drop or not self.kept else None
+
 
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer with losses over 1 + K answers, for rows that are token ids already."""

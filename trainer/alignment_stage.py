@@ -124,8 +124,7 @@ def aligned(
         if change := told_change(tuned, made.quality):
             shown = f"; {change}"
         failed = failing(made.quality, tuned.hr10, settings)
-    if result.drop > dpo.max_drop or not result.kept:
-        failed = result.stopped
+    failed = result.failed(dpo.max_drop) or failed
     if failed:
         return made.refuse(f"it failed its offline check: {failed}", failed + said)
     made.model = better

@@ -293,13 +293,13 @@ def align_tuned(
         rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
         return Health(rank < 10, valid)
 
-    folder, dpo = Path(f"{tuned.folder}-dpo"), settings.dpo
+    folder = Path(f"{tuned.folder}-dpo")
     made, result = align_language_model(
         model, theirs, [translation.preference(row) for row in pairs], settings, folder / "run",
         _adapters(model, settings), probe=probe if len(few.split.held.targets) else None, progress=progress,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
-    if result.drop > dpo.max_drop or not result.kept:
+    if result.failed(settings.dpo.max_drop):
         return replace(tuned, dpo=result)
     made.save_pretrained(folder)
     theirs.save_pretrained(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -208,10 +207,8 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
         try:
             wait_until(lambda: told(store) == users, WAIT_S, "the old histories")
             publish_all(kafka, assigned(NEW, ITEMS))
-            # A few of them, without a pause: all are brought over in a moment.
-            deadline = time.monotonic() + WAIT_S
-            while not begun(store, NEW, range(0, users, 40)):
-                assert time.monotonic() < deadline, "the first of the new ones"
+            some = range(0, users, 40)
+            wait_until(lambda: begun(store, NEW, some), WAIT_S, "the first of the new ones", pause=0)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()

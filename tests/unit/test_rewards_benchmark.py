@@ -39,6 +39,8 @@ def test_what_is_dominated_adds_nothing() -> None:
 
 def test_every_figure_is_made_of_both_models() -> None:
     data = chains()
+    assert data.ts is not None
+    data.ts[0] += 2000  # a user of whom training has seen nothing
     offers = [Offer("", 1.0 + item, 0.1 if item % 2 else 0.05) for item in range(data.size)]
     shape = {
         "width": 16, "heads": 2, "layers": 1, "epochs": 1, "max_words": 0, "max_seconds": None,
@@ -49,7 +51,7 @@ def test_every_figure_is_made_of_both_models() -> None:
     made = list(bench.figures())
     assert bench.without.rewards is None
     found = {(model, metric): value for _, model, metric, value, _, _ in made}
-    assert len(found) == len(made) == 17 + 6 * bool(len(bench.strangers))
+    assert len(found) == len(made) == 23
     hits = [found[name, "HR@10"] for name in bench.models]
     assert found["sidstream-rewards", "HR@10 less that without rewards"] == pytest.approx(hits[0] - hits[1])
     assert all(-1 <= value <= 1 for value in found.values())
@@ -62,6 +64,6 @@ def test_every_figure_is_made_of_both_models() -> None:
         for seed in (0, 2) for _, model, metric, value, low, high in made
     ]  # fmt: skip
     rows = table(lines)
-    assert len(rows) == 2 + len(made)
+    assert len(rows) == 2 + 23
     _, model, metric, value, *_ = made[0]
     assert rows[2].startswith(f"| {model} | {metric} | {value + 1:.4f} | {value:.4f}, {value + 2:.4f} |")

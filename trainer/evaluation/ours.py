@@ -129,7 +129,8 @@ class Trained:
         self.profiles = self.context.rows(
             [None] * len(about), data.data.users, dict(zip(data.data.users, about, strict=True))
         )
-        log, cut = _log(data, settings, self.profiles)
+        log = _log(data, self.profiles)
+        self.held = _held(data, settings, self.profiles)
         # All that these logs say of a purchase is that it happened: the time of a window does not matter.
         offers, bought = data.data.offers or [], purchased(log, 0)
         self.rewards = learned(offers, log, bought, 0, settings.rewards) if offers else None
@@ -139,8 +140,8 @@ class Trained:
             known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings,
             self.context.size,
         )  # fmt: skip
+        cut = Cut(log.starts[1:].copy(), self.held)
         self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
-        self.held = cut.held
         self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
@@ -171,7 +172,7 @@ class Trained:
         before = list(self._lengths)
         for user, known, fresh in zip(shard.users.tolist(), shard.histories, shard.fresh, strict=True):
             self._lengths[user] = len(known) + len(fresh)
-        log, _ = _log(data.until(self._lengths), self.settings, self.profiles)
+        log = _log(data.until(self._lengths), self.profiles)
         pairs = zip(self._lengths, before, strict=True)
         log = replace(log, fresh=np.concatenate([np.arange(now) >= then for now, then in pairs]))
         log = told(log, data.data.offers or [], purchased(log, 0), self.rewards, self.context)
@@ -262,18 +263,8 @@ def _texts(data: Split, progress: Progress) -> Float32 | None:
     return title_vectors(data.data.texts)
 
 
-def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Interactions, Cut]:
-    """Training histories and validation targets as the trainer's log.
-
-    A validation target is its user's row after the training part; up to `validation_users` of them are used.
-    Times are 0 where the data set has none.
-    """
-    users = np.arange(len(data.train))
-    last: dict[int, tuple[Int64, int]] = {}
-    for user, history, target in zip(
-        data.valid.users.tolist(), data.valid.histories, data.valid.targets.tolist(), strict=True
-    ):
-        last.setdefault(user, (history, target))
+def _log(data: Split, profiles: Int32) -> Interactions:
+    """The training histories as the trainer's log. Times are 0 where the data set has none."""
     items, starts = flatten(data.train)
     count = len(items)
     ts = np.zeros(count, dtype=np.int64)
@@ -282,11 +273,20 @@ def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Inter
     bought = np.zeros(count, dtype=bool)
     if data.bought is not None:
         bought = np.concatenate([*data.bought, bought[:0]])
-    log = Interactions(
-        [str(user) for user in users], starts, items, ts,
+    return Interactions(
+        [str(user) for user in range(len(data.train))], starts, items, ts,
         np.ones(count, dtype=bool), bought, np.repeat(profiles, np.diff(starts), axis=0),
         np.zeros((count, 0), dtype=np.int32),
     )  # fmt: skip
+
+
+def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> Held:
+    """Validation targets: each its user's row after the training part, up to `validation_users` of them."""
+    last: dict[int, tuple[Int64, int]] = {}
+    for user, history, target in zip(
+        data.valid.users.tolist(), data.valid.histories, data.valid.targets.tolist(), strict=True
+    ):
+        last.setdefault(user, (history, target))
     rng = np.random.default_rng(settings.seed)
     drawn = rng.permutation(sorted(last))[: settings.validation_users]
     size = settings.max_items
@@ -294,4 +294,4 @@ def _log(data: Split, settings: TrainerSettings, profiles: Int32) -> tuple[Inter
     targets = np.array([last[int(user)][1] for user in drawn], dtype=np.int64)
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
     unbought = [row.astype(bool) for row in none]
-    return log, Cut(starts[1:].copy(), Held(histories, targets, none, unbought, profiles[drawn]))
+    return Held(histories, targets, none, unbought, profiles[drawn])
