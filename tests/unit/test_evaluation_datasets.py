@@ -4,7 +4,6 @@ import numpy as np
 
 from tests.tiny_sequences import sequences
 from trainer.evaluation import datasets, ours, splits
-from trainer.settings import TrainerSettings
 
 REES46 = """event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session
 2019-10-01 00:00:00 UTC,view,1,77,electronics.smartphone,samsung,131.5,u1,s
@@ -49,9 +48,9 @@ def test_the_trainers_log_knows_what_was_bought_before_the_cut():
     data = sequences([1, 2, 3], [4, 5, 6], ts=[[1, 10, 20], [2, 3, 20]], bought_ts=[[1, 22, -1], [-1, 4, 20]])
     split = splits.by_time(data, 15, 21)
     nobody = np.zeros((2, 0), dtype=np.int32)
-    log, _ = ours._log(split, TrainerSettings.model_validate({}), nobody)
+    log = ours.training_log(split, nobody)
     assert log.items.tolist() == [1, 2, 4, 5]
     # The second item of user 0 was bought after the cut.
     assert log.bought.tolist() == [True, False, False, True]
     plain = splits.by_time(sequences([1, 2, 3], ts=[[1, 10, 20]]), 15, 21)
-    assert not ours._log(plain, TrainerSettings.model_validate({}), nobody[:1])[0].bought.any()
+    assert not ours.training_log(plain, nobody[:1]).bought.any()

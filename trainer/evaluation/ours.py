@@ -129,7 +129,7 @@ class Trained:
         self.profiles = self.context.rows(
             [None] * len(about), data.data.users, dict(zip(data.data.users, about, strict=True))
         )
-        log = _log(data, self.profiles)
+        log = training_log(data, self.profiles)
         self.held = _held(data, settings, self.profiles)
         # All that these logs say of a purchase is that it happened: the time of a window does not matter.
         offers, bought = data.data.offers or [], purchased(log, 0)
@@ -172,7 +172,7 @@ class Trained:
         before = list(self._lengths)
         for user, known, fresh in zip(shard.users.tolist(), shard.histories, shard.fresh, strict=True):
             self._lengths[user] = len(known) + len(fresh)
-        log = _log(data.until(self._lengths), self.profiles)
+        log = training_log(data.until(self._lengths), self.profiles)
         pairs = zip(self._lengths, before, strict=True)
         log = replace(log, fresh=np.concatenate([np.arange(now) >= then for now, then in pairs]))
         log = told(log, data.data.offers or [], purchased(log, 0), self.rewards, self.context)
@@ -263,7 +263,7 @@ def _texts(data: Split, progress: Progress) -> Float32 | None:
     return title_vectors(data.data.texts)
 
 
-def _log(data: Split, profiles: Int32) -> Interactions:
+def training_log(data: Split, profiles: Int32) -> Interactions:
     """The training histories as the trainer's log. Times are 0 where the data set has none."""
     items, starts = flatten(data.train)
     count = len(items)
