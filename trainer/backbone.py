@@ -17,16 +17,24 @@ if TYPE_CHECKING:
 
 # Not torch's own: that one has no export to opset 18, and rounds to bfloat16 where this one gives float32.
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a gain (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalisation with a gain (Zhang and Sennrich 2019), of `groups` equal parts alone."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, groups: int = 1) -> None:
         super().__init__()
+        self.groups = groups
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-        return x * scale.to(x.dtype) * self.weight
+        if self.groups > 1:
+            # Not unflatten: the exporter takes the sizes that it sees there for constants.
+            parts = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+            return _normed(parts).reshape(x.shape) * self.weight
+        return _normed(x) * self.weight
+
+
+def _normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:
@@ -47,7 +55,7 @@ class Layer(nn.Module):
         width = config.hidden_size
         self.heads, self.theta, self.dropout = config.num_attention_heads, config.rope_theta, config.dropout
         self.kernel = config.kernel_size
-        self.mix_norm, self.ffn_norm = RMSNorm(width), RMSNorm(width)
+        self.mix_norm, self.ffn_norm = (RMSNorm(width, config.norm_groups) for _ in range(2))
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.conv = nn.Conv1d(width, width, self.kernel, groups=width, bias=False)
@@ -78,7 +86,7 @@ class DepthLevel(nn.Module):
         self.state_proj = nn.Linear(width, config.depth_size, bias=False)
         self.prefix_proj = nn.Linear(width, config.depth_size, bias=False) if level else None
         self.out_proj = nn.Linear(config.depth_size, width, bias=False)
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, config.norm_groups)
 
     def forward(self, state: Tensor, prefix: Tensor | None) -> Tensor:
         """state (N, D); prefix (N, D) = sum of the chosen codes' embeddings, None at level 0 -> (N, D)."""

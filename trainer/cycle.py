@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +36,12 @@ from trainer.export import export, parity
 from trainer.generator import GeneratorForCausalLM
 from trainer.handover import write
 from trainer.material import Material, load_model, only_one, read_material
+from trainer.members import learn_members
 from trainer.offline_check import check_finite, failing, failing_first
 from trainer.offpolicy import Explored, judge
-from trainer.pretrain import learn
 from trainer.quality import Quality, evaluate, hr_ndcg
 from trainer.rewards_online import Worth, refine
 from trainer.settings import TrainerSettings
-
-if TYPE_CHECKING:
-    pass
 
 Promoting = Callable[[], contextlib.AbstractContextManager[release.Publisher]]
 # Real histories in the parity check, beside the random ones.
@@ -150,34 +147,40 @@ def _sft(
     stop: Callable[[], bool] | None, devices: Devices,
 ) -> tuple[GeneratorForCausalLM, Rows]:  # fmt: skip
     """The fine-tuned model, and the rows that it learned from."""
-    tokenizer = material.tokenizer
-    if material.start is None:
-        model = fresh_generator(
-            material.known, material.text, material.prompt, len(tokenizer), settings, material.context.size
-        )
-    else:
-        model, _ = load_model(material.start.model)
+    tokenizer, start = material.tokenizer, None
+    if material.start is not None:
+        start, _ = load_model(material.start.model)
         text = None if material.text is None else torch.from_numpy(material.text)
-        model.know(torch.from_numpy(material.known.codes), text)
+        start.know(torch.from_numpy(material.known.codes), text)
         settings = settings.model_copy(
             update={
                 "lr": settings.refresh_lr, "max_items": material.prompt.max_items,
+                "members": 1,
                 # A champion has seen the whole log: a refresh is the stage after pretraining.
                 "pretrain": settings.pretrain.model_copy(update={"share": 0.0}),
             }
         )  # fmt: skip
         if len(material.split.held.targets):
             ranking = read_ranking(material.start.path)
-            before = evaluate(model, material.split.held, material.known, material.sids, settings, ranking)
+            before = evaluate(start, material.split.held, material.known, material.sids, settings, ranking)
             result.metrics |= _named("parent", before)
     rows = Rows(
         material.log, material.split, material.known, tokenizer, material.prompt, settings, material.ignored
     )
-    if devices.count > 1:
-        write(run, model, tokenizer, rows, settings)
-        devices.send(run)
-    result.sft = learn(
-        model, rows, material.sids, settings, folder=run, stop=stop, devices=devices,
+
+    def begin(own: TrainerSettings, part: Rows, folder: Path | None) -> GeneratorForCausalLM:
+        model = start
+        if model is None:
+            model = fresh_generator(
+                material.known, material.text, material.prompt, len(tokenizer), own, material.context.size
+            )
+        if folder and devices.count > 1:
+            write(folder, model, tokenizer, part, own)
+            devices.send(folder)
+        return model
+
+    model, result.sft = learn_members(
+        begin, rows, material.sids, settings, run, stop=stop, devices=devices,
         progress=lambda text: stages.tell("sft", text),
     )  # fmt: skip
     devices.leave()
@@ -336,7 +339,11 @@ def _publish(
         result.bundles[name] = bundle.id
         result.versions[name] = registry.register(bundle, result.metrics, params)
     first_stage = result.sft.pretraining if result.sft else None
-    curves = (("pretrain", kind, first_stage), (kind, kind, result.sft), ("dpo", "dpo", result.dpo))
+    members = result.sft.members if result.sft else []
+    curves = (
+        ("pretrain", kind, first_stage), (kind, kind, result.sft), ("dpo", "dpo", result.dpo),
+        *((f"{kind}-member-{number}", kind, one) for number, one in enumerate(members, 1)),
+    )  # fmt: skip
     for stage, of, run_of in curves:
         if of in result.versions and run_of is not None and run_of.curve:
             registry.store_training(result.versions[of], stage, run_of.curve, draw(stage, run_of.curve))
@@ -353,7 +360,18 @@ def _publish(
 
 
 def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
-    names = ("seed", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay")
+    names = (
+        "seed",
+        "members",
+        "width",
+        "layers",
+        "heads",
+        "dropout",
+        "lr",
+        "epochs",
+        "batch_positions",
+        "replay",
+    )
     params: dict[str, Any] = {name: getattr(settings, name) for name in names}
     for part in ("pretrain", "dpo"):
         values = getattr(settings, part).model_dump(mode="json")

@@ -175,8 +175,14 @@ class Rows:
         spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
         ts = np.sort(np.concatenate([self.log.ts[low:high] for low, high in spans]))
         since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
+        made = self.under(settings)
+        made.log = replace(self.log, fresh=self.log.ts >= since)
+        return made
+
+    def under(self, settings: TrainerSettings) -> Rows:
+        """These rows in the order, and cut at the places, of another seed."""
         made = copy.copy(self)
-        made.log, made.settings = replace(self.log, fresh=self.log.ts >= since), settings
+        made.settings = settings
         return made
 
     def part(self, users: int) -> Rows:

@@ -49,6 +49,7 @@ class GeneratorConfig(PreTrainedConfig):
     intermediate_size: int = 256
     depth_size: int = 128
     kernel_size: int = 5
+    norm_groups: int = 1  # a merged generator normalises each of its members by itself (trainer.merge)
     dropout: float = 0.2
     rope_theta: float = 10_000.0
     max_items: int = 50
@@ -116,9 +117,9 @@ class GeneratorModel(GeneratorPreTrainedModel):
         self.start = nn.Parameter(torch.zeros(config.hidden_size))
         self.items = ItemTable(config)
         # A position is a sum of several small vectors: scaled, it is of the size that the layers add.
-        self.position_norm = RMSNorm(config.hidden_size)
+        self.position_norm = RMSNorm(config.hidden_size, config.norm_groups)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size)
+        self.norm = RMSNorm(config.hidden_size, config.norm_groups)
         self.depth = nn.ModuleList(DepthLevel(config, level) for level in range(config.levels))
         # Without context tokens it is not there: weights from before there were any load as they are.
         self.modulation = Modulation(config) if config.num_context else None

@@ -248,6 +248,13 @@ class TrainerSettings(Section):
     heads: int = Field(4, ge=1, description="attention heads of a layer")
     ffn_factor: int = Field(2, ge=1, le=8, description="inner size of a feed-forward part over the width")
     depth_factor: int = Field(1, ge=1, le=8, description="inner size of a level's depth head over the width")
+    members: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="generators made from scratch, each from its own seed, that become one as wide as all of "
+        "them; they share `max_seconds`",
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="share of activations left out in training")
     item_dropout: float = Field(
         0.0,

@@ -43,6 +43,7 @@ class SftResult:
     # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where somebody was held out.
     curve: list[dict[str, float]] = field(default_factory=list)
     pretraining: SftResult | None = None  # what the stage before this one did (trainer.pretrain)
+    members: list[SftResult] = field(default_factory=list)  # of a merged generator (trainer.members)
 
 
 def _learning_rate(fraction: float) -> float:
@@ -92,11 +93,9 @@ def train(
 
     def validate() -> Quality | None:
         nonlocal best
-        if not len(rows.split.held.targets):
+        measured = validated(model, rows, sids, settings)
+        if measured is None:
             return None
-        if settings.fit_strength:
-            strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
-        measured = evaluate(model, rows.split.held, rows.known, sids, settings)
         better = best is None or measured.ndcg10 > place.best_ndcg or spells_better(measured, place, settings)
         place.stale = 0 if better else place.stale + 1
         # Of equals the later one: the dense head may have nothing left to learn, and the SIDs have.
@@ -177,6 +176,17 @@ def train(
         place.step, place.curve[-1]["epoch"] if place.curve else 0.0, place.seconds, running, quality,
         place.stopped or "all epochs done", place.curve,
     )  # fmt: skip
+
+
+def validated(
+    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, settings: TrainerSettings
+) -> Quality | None:
+    """How the model ranks what is held out, its strength fitted where that is asked; None: nothing is."""
+    if not len(rows.split.held.targets):
+        return None
+    if settings.fit_strength:
+        strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
+    return evaluate(model, rows.split.held, rows.known, sids, settings)
 
 
 def spells_better(measured: Quality, place: Place, settings: TrainerSettings) -> bool:

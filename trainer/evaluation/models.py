@@ -21,9 +21,10 @@ Factory = Callable[[Options], Ranker]
 # What orders a list of the generator: the beam alone, the beam's items by the dense head, the dense head, or
 # both, mixed with the weight that validation chose.
 Head = Literal["beam", "reordered", "dense", "mixed"]
-# By which settings the generator is trained: those found for Amazon Beauty, the defaults, or the defaults
-# without what is known of users.
-Kind = Literal["tuned", "default", "no-context"]
+# By which settings the generator is trained: those found for Amazon Beauty, the same of several that are
+# merged, the defaults, or the defaults without what is known of users.
+Kind = Literal["tuned", "merged", "default", "no-context"]
+_MEMBERS = 3
 
 
 def _popularity(options: Options) -> Ranker:
@@ -72,8 +73,15 @@ def _ours(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
         from trainer.evaluation.ours import Ours, Trained, default_recipe, recipe
 
         given = (options.max_seconds, options.epochs)
-        chosen = recipe(*given) if kind == "tuned" else default_recipe(*given, kind == "default")
-        trained = _TRAINED.setdefault((options, kind), Trained(chosen))
+        if kind == "merged":
+            # Its first member is the generator that has no others: trained once for both.
+            first = _TRAINED.setdefault((options, "tuned"), Trained(recipe(*given)))
+            made = Trained(recipe(*given, members=_MEMBERS), first)
+        elif kind == "tuned":
+            made = Trained(recipe(*given))
+        else:
+            made = Trained(default_recipe(*given, kind == "default"))
+        trained = _TRAINED.setdefault((options, kind), made)
         return Ours(f"sidstream-{variant}", trained, head)
 
     return make
@@ -91,6 +99,9 @@ MODELS: dict[str, Factory] = {
     "sidstream-reordered": _ours("reordered", "reordered"),
     "sidstream-dense": _ours("dense", "dense"),
     "sidstream-mixed": _ours("mixed", "mixed"),
+    "sidstream-merged-beam": _ours("merged-beam", "beam", "merged"),
+    "sidstream-merged-dense": _ours("merged-dense", "dense", "merged"),
+    "sidstream-merged-mixed": _ours("merged-mixed", "mixed", "merged"),
     "sidstream-default": _ours("default", "mixed", "default"),
     "sidstream-default-no-context": _ours("default-no-context", "mixed", "no-context"),
 }

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,12 @@ from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Shard, Split
 from trainer.generator import GeneratorForCausalLM
+from trainer.members import learn_members
 from trainer.next_item import Teacher
-from trainer.pretrain import learn
 from trainer.ranking import Candidates, Ranker, past
 from trainer.rewards import learned, purchased, told
 from trainer.settings import TrainerSettings
-from trainer.sft import train
+from trainer.sft import SftResult, train
 from trainer.tokenizer import build_tokenizer
 
 Float32 = npt.NDArray[np.float32]
@@ -50,10 +51,11 @@ class Recipe:
     candidates: int = 50  # of each head
 
 
-def recipe(max_seconds: float | None = None, epochs: int | None = None) -> Recipe:
+def recipe(max_seconds: float | None = None, epochs: int | None = None, members: int = 1) -> Recipe:
     """What `sidstream evaluate` trains: found on the validation part of Amazon Beauty, used for every set."""
     return Recipe(
         trainer={
+            "members": members,
             "width": 128, "layers": 2, "heads": 2, "ffn_factor": 4, "depth_factor": 2, "dropout": 0.5,
             "lr": 1e-3, "weight_decay": 0.0, "epochs": 20 if epochs is None else epochs, "patience": 5,
             "max_seconds": max_seconds, "validation_users": 3000, "max_words": 0,
@@ -81,8 +83,11 @@ def default_recipe(
 class Trained:
     """One trained generator, which several heads rank with."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, first: Trained | None = None) -> None:
+        """`first`: a generator of the same recipe but for its `members`; it becomes the first of them."""
+        self.recipe, self._first = recipe, first
+        self.result: SftResult
+        self.trained_s = 0.0
         self._seed: int | None = None
         self._of: Split | None = None
         self._lists: dict[int, Candidates] = {}
@@ -92,6 +97,8 @@ class Trained:
         if self._seed == seed and self._of is data:
             self._stand(0)
             return
+        if self._first:
+            self._first.fit(data, seed, progress)
         began = time.monotonic()
         settings = TrainerSettings.model_validate(
             {"beat_popularity": False, **self.recipe.trainer, "seed": seed}
@@ -136,20 +143,25 @@ class Trained:
         self.rewards = learned(offers, log, bought, 0, settings.rewards) if offers else None
         self.context = with_rewards(self.context, self.rewards)
         log = told(log, offers, bought, self.rewards, self.context)
-        self.model = fresh_generator(
-            known, texts if settings.text_inputs else None, prompt, len(tokenizer), settings,
-            self.context.size,
-        )  # fmt: skip
         cut = Cut(log.starts[1:].copy(), self.held)
         self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
-        self.result = learn(self.model, rows, self.set, settings, progress=progress, teacher=teacher)
+
+        def begin(own: TrainerSettings, part: Rows, folder: Path | None) -> GeneratorForCausalLM:
+            seen = texts if settings.text_inputs else None
+            self.model = fresh_generator(known, seen, prompt, len(tokenizer), own, self.context.size)
+            return self.model
+
+        self.model, self.result = learn_members(
+            begin, rows, self.set, settings, progress=progress, teacher=teacher,
+            first=(self._first.model, self._first.result) if self._first else None,
+        )  # fmt: skip
         self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
         self.invalid_rate = 1.0 - quality.validity if quality else None
         self._seed, self._of, self._lists = seed, data, {}
         self._stages, self._stage, self._lengths = [self.model], 0, [len(row) for row in data.train]
-        self.trained_s = time.monotonic() - began
+        self.trained_s = time.monotonic() - began + (self._first.trained_s if self._first else 0.0)
 
     def update(self, shard: Shard) -> None:
         """Go on learning, as a refresh of the update cycle does.
