@@ -52,6 +52,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "codes-only": ("input: codes alone", {"item_vectors": False, "text_inputs": False}, {}),
     "codes-text": ("input: codes and texts", {"item_vectors": False}, {}),
     "codes-own": ("input: codes and own vectors", {"text_inputs": False}, {}),
+    "members": ("3 seeds, merged into one generator", {"members": 3}, {}),
     "smoothing-.1": (".1 label smoothing, along the code tree", {"smoothing": 0.1}, {}),
     "no-sid": ("no loss of the SID", {"weights": {"next_sid": 0.0} | _NO_TITLES}, {}),
     "no-dense": ("no loss of the dense head", {"weights": {"next_item": 0.0} | _NO_TITLES}, {}),

@@ -217,6 +217,24 @@ def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
     assert not world.registry.versions()
 
 
+def test_merged_members_are_registered_refreshed_and_aligned_as_one_generator(world: World) -> None:
+    world.settings = world.settings.model_copy(update={"members": 2, "epochs": 2})
+    world.walk(range(40), 10, Purchase, 0)
+    first = world.cycle()
+    assert first.sft is not None
+    assert [one.epochs for one in first.sft.members] == [2.0, 2.0]
+    (version,) = world.registry.versions()
+    assert {"base-member-1/curve/loss", "base-member-2/curve/loss"} <= version.metrics.keys()
+    world.walk(range(20), 4, Click, 1000)
+    world.prefer(48)
+    second = world.cycle()
+    assert second.sft is not None
+    assert (set(second.versions), second.sft.members) == ({"sft", "dpo"}, [])
+    for name in ("champion", "challenger-sft", "challenger-dpo"):
+        model, _ = load_model(world.registry.fetch(name).model)
+        assert (model.config.hidden_size, model.config.norm_groups) == (2 * 32, 2)
+
+
 def test_without_enough_pairs_there_is_one_challenger_and_a_reason(world: World) -> None:
     world.walk(range(30), 8, Purchase, 0)
     world.cycle()
