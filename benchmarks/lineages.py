@@ -28,7 +28,7 @@ from benchmarks.results import RESULTS, line, put_table
 from sidstream.commands.train import prepare
 from trainer.settings import TrainerSettings
 
-BEGIN, END = "<!-- lineages -->\n", "<!-- end of lineages -->\n"
+END = "<!-- end of lineages -->\n"
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
                 rows += there if done else run(seed, lineage, settings, given)
     if given.publish:
         command = "python -m benchmarks.lineages --seeds " + " ".join(map(str, given.seeds))
-        publish(rows, command, RESULTS)
+        publish(rows, command, given.set, RESULTS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -86,8 +86,12 @@ def run(
     return rows
 
 
-def publish(rows: list[dict[str, Any]], command: str, folder: Path) -> None:
-    """The last cycle's rates of both lineages, seed by seed, and what the first gained."""
+def publish(rows: list[dict[str, Any]], command: str, chosen: list[str], folder: Path) -> None:
+    """The last cycle's rates of both lineages, seed by seed, and what the first gained.
+
+    `chosen`: what was set otherwise than it is by default; such a run has a table and lines of its own.
+    """
+    command += "".join(f" --set {one}" for one in chosen)
     last: dict[tuple[int, str], dict[str, Any]] = {(row["seed"], row["lineage"]): row for row in rows}
     promotions: dict[tuple[int, str], int] = defaultdict(int)
     for row in rows:
@@ -124,8 +128,10 @@ def publish(rows: list[dict[str, Any]], command: str, folder: Path) -> None:
     for cycle in range(cycles):
         found = [of[seed, lineage, cycle] for seed in seeds for lineage in ("aligned", "sft")]
         table.append(f"| {cycle} | {' | '.join(map(_cell, found))} |")
-    (folder / "lineages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    put_table(folder / "lineages.md", BEGIN, END, table)
+    others = [one for one in _read(folder / "lineages.jsonl") if one["command"] != command]
+    (folder / "lineages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*others, *lines]))
+    begin = f"<!-- {' '.join(['lineages', *chosen])} -->\n"
+    put_table(folder / "lineages.md", begin, END, table)
 
 
 def _cell(row: dict[str, Any]) -> str:
