@@ -17,6 +17,8 @@ Int64 = npt.NDArray[np.int64]
 WINDOW = 5
 # What counts as more than chance; of no great effect (7.4 % with 1).
 SHIFT = 5.0
+# Items of a catalogue whose matrix is decomposed as a whole, which takes a second at most.
+_DENSE = 1000
 
 
 def collaborative(
@@ -40,8 +42,13 @@ def collaborative(
     kept = information > 0
     matrix = sparse.csr_matrix((information[kept], (pairs.row[kept], pairs.col[kept])), shape=counts.shape)
     rank = min(dim, items - 1)
-    # A fixed start: the default one is drawn anew in every process.
-    left, values, _ = svds(matrix, k=rank, v0=np.full(items, items**-0.5))
+    if items <= _DENSE:
+        # With nearly as many vectors as items ARPACK runs out of directions, and goes on from drawn ones.
+        left, values, _ = np.linalg.svd(matrix.toarray())
+        left, values = left[:, :rank], values[:rank]
+    else:
+        # A fixed start: the default one is drawn anew in every process.
+        left, values, _ = svds(matrix, k=rank, v0=np.full(items, items**-0.5))
     order = np.argsort(-values, kind="stable")
     rows = left[:, order] * np.sqrt(values[order])
     length = np.linalg.norm(rows, axis=1, keepdims=True)
