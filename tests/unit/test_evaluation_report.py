@@ -199,3 +199,15 @@ def test_a_model_that_looks_at_users_is_told_whose_histories_it_ranks():
     found = evaluate(split, Knowing(), 0, ["none"], quiet)[0]
     wanted = [user % 16 == target for user, target in zip(split.test.users, split.test.targets, strict=True)]
     assert found.rows["HR@1"].tolist() == wanted
+
+
+def test_what_one_seed_was_measured_for_stands_beside_the_means():
+    line = {"model": "m", "head": "dense", "mask": "none", "low": None, "high": None}
+    rows = [line | {"seed": seed, "metric": "HR@10", "value": 0.1 * seed} for seed in (1, 2)]
+    rows += [line | {"seed": 1, "metric": "ms per answer", "value": 3.0}]
+    rows += [line | {"seed": None, "metric": "HR@10", "value": 0.15}]
+    headings, cells = report.table(rows)
+    assert dict(zip(headings, cells, strict=True)) == {
+        "model": "m", "ordered by": "dense", "mask": "none", "seed": "mean of 2", "HR@10": "0.1500",
+        "ms/answer": "3.00",
+    }  # fmt: skip

@@ -98,7 +98,8 @@ def table(rows: Sequence[Line]) -> list[list[str]]:
     for (model, head, mask), by_seed in runs.items():
         seed = None if None in by_seed else next(iter(by_seed))
         shown = str(seed) if seed is not None else f"mean of {len(by_seed) - 1}"
-        found = by_seed[seed]
+        # What was measured with one seed only, such as a cost, stands beside the means of the others.
+        found = next(iter(by_seed.values())) | by_seed[seed]
         cells.append(
             [
                 model,
