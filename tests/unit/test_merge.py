@@ -114,6 +114,7 @@ def test_generators_of_another_shape_are_refused(other):
 
 def test_generators_of_other_items_are_refused():
     other = copy.deepcopy(member(1))
-    other.know(ITEMS[1:], torch.zeros(len(ITEMS) - 1, 5))
+    elsewhere = torch.tensor([PROMPT.tokens(sid) for sid in product(*map(range, SIZES))][1::2])
+    other.know(elsewhere, other.model.items.text.clone())
     with pytest.raises(ValueError, match="one shape, vocabulary and catalogue"):
         merged([member(0), other])
