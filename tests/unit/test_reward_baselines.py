@@ -19,7 +19,7 @@ from trainer.evaluation.splits import by_time
 @pytest.fixture(scope="module")
 def made() -> Trained:
     shape = {
-        "width": 16, "heads": 2, "layers": 1, "epochs": 1, "max_words": 0, "max_seconds": None,
+        "width": 16, "heads": 2, "layers": 1, "epochs": 3, "max_words": 0, "max_seconds": None,
         "text_inputs": False,
     }  # fmt: skip
     trained = Trained(Recipe(shape, {"levels": 2, "size": 8, "collaborative": 0.5}, 8))
@@ -52,7 +52,7 @@ def test_both_bring_more_of_what_is_preferred(
     assert mean_worth(made, asked, seen, worth) > mean_worth(made, none, seen, worth) + 0.015
     parts = soup_parts(made, seen, rewards, 1)
     plain, mixed = (mean_worth(made, soup(parts, w), seen, worth) for w in ({}, {"price": 1.0}))
-    assert mixed > plain + 0.015
+    assert mixed > plain + 0.05
 
 
 def test_with_the_next_item_it_also_learns_what_came_next(
