@@ -28,7 +28,7 @@ from benchmarks.results import RESULTS, line, put_table
 from sidstream.commands.train import prepare
 from trainer.settings import TrainerSettings
 
-END = "<!-- end of lineages -->\n"
+BEGIN, END = "<!-- lineages -->\n", "<!-- end of lineages -->\n"
 
 
 def main() -> None:
@@ -47,6 +47,8 @@ def main() -> None:
     )
     asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
     given = asked.parse_args()
+    if given.publish and given.set:
+        asked.error("the table is of the default settings: leave out --set, or --publish")
     prepare()
     dpo = {name: json.loads(value) for name, _, value in (one.partition("=") for one in given.set)}
     settings = TrainerSettings.model_validate({"dpo": dpo, "beat_popularity": False})
@@ -60,7 +62,7 @@ def main() -> None:
                 rows += there if done else run(seed, lineage, settings, given)
     if given.publish:
         command = "python -m benchmarks.lineages --seeds " + " ".join(map(str, given.seeds))
-        publish(rows, command, given.set, RESULTS)
+        publish(rows, command, RESULTS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -86,12 +88,8 @@ def run(
     return rows
 
 
-def publish(rows: list[dict[str, Any]], command: str, chosen: list[str], folder: Path) -> None:
-    """The last cycle's rates of both lineages, seed by seed, and what the first gained.
-
-    `chosen`: what was set otherwise than it is by default; such a run has a table and lines of its own.
-    """
-    command += "".join(f" --set {one}" for one in chosen)
+def publish(rows: list[dict[str, Any]], command: str, folder: Path) -> None:
+    """The last cycle's rates of both lineages, seed by seed, and what the first gained."""
     last: dict[tuple[int, str], dict[str, Any]] = {(row["seed"], row["lineage"]): row for row in rows}
     promotions: dict[tuple[int, str], int] = defaultdict(int)
     for row in rows:
@@ -128,10 +126,8 @@ def publish(rows: list[dict[str, Any]], command: str, chosen: list[str], folder:
     for cycle in range(cycles):
         found = [of[seed, lineage, cycle] for seed in seeds for lineage in ("aligned", "sft")]
         table.append(f"| {cycle} | {' | '.join(map(_cell, found))} |")
-    others = [one for one in _read(folder / "lineages.jsonl") if one["command"] != command]
-    (folder / "lineages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*others, *lines]))
-    begin = f"<!-- {' '.join(['lineages', *chosen])} -->\n"
-    put_table(folder / "lineages.md", begin, END, table)
+    (folder / "lineages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    put_table(folder / "lineages.md", BEGIN, END, table)
 
 
 def _cell(row: dict[str, Any]) -> str:
