@@ -361,17 +361,8 @@ def _publish(
 
 def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
     names = (
-        "seed",
-        "members",
-        "width",
-        "layers",
-        "heads",
-        "dropout",
-        "lr",
-        "epochs",
-        "batch_positions",
-        "replay",
-    )
+        "seed", "members", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay",
+    )  # fmt: skip
     params: dict[str, Any] = {name: getattr(settings, name) for name in names}
     for part in ("pretrain", "dpo"):
         values = getattr(settings, part).model_dump(mode="json")
