@@ -39,7 +39,10 @@ def report(
         str | None,
         typer.Option(help="a data set of `sidstream evaluate`: its codebook is fitted"),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="the folder that data sets are in")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="SIDSTREAM_DATA", help="folder of the data sets that do not ship"),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw it into this PNG file")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -129,3 +129,10 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(arguments, said):
 
 def test_a_picture_shows_shares_only_where_they_were_measured():
     assert draw(report(book(), [(0, 0), (1, 1)])).startswith(b"\x89PNG")
+
+
+def test_data_sets_are_looked_for_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDSTREAM_DATA", str(tmp_path / "empty"))
+    done = CliRunner().invoke(app, ["sids", "report", "--dataset", "amazon14-beauty"])
+    assert done.exit_code != 0
+    assert str(tmp_path / "empty") in str(done.exception)
