@@ -20,21 +20,16 @@ from faust.app.base import BootStrategy
 from mode import Service
 from prometheus_client import start_http_server
 
+from agents.attribution.clock import PartitionClock
+from agents.attribution.outcomes import OutcomeRules, Outcomes, tell_rules
+from agents.attribution.preferences import Preferences
 from agents.catalogue import Catalogue, Codebooks
-from agents.clock import PartitionClock
 from agents.histories import Histories
-from agents.outcomes import OutcomeRules, Outcomes, tell_rules
 from agents.parking import Parking
-from agents.preferences import Preferences
 from agents.profiles import Profiles
 from agents.recoding import Recoding
 from agents.settings import AgentsSettings
 from agents.sids import Sids
-from streams import keys, redisdb
-from streams.admin import end_offsets, incarnations, missing
-from streams.batches import BatchLoop, BatchOptions, Hooks, Incoming
-from streams.connect import bootstrap, client_options
-from streams.dead_letters import Refusal
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -46,6 +41,11 @@ from streams.events import (
     UserProfile,
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
+from streams.state import keys, redisdb
+from streams.wire.admin import end_offsets, incarnations, missing
+from streams.wire.batches import BatchLoop, BatchOptions, Hooks, Incoming
+from streams.wire.connect import bootstrap, client_options
+from streams.wire.dead_letters import Refusal
 
 log = logging.getLogger(__name__)
 

@@ -20,17 +20,17 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 
 from agents.metrics import SIDS
 from agents.sids import Sids, as_list
-from registry.codebook import Codebook
-from registry.embedder import Embedder, embedder_of, item_text
-from streams import keys
-from streams.batches import Hooks, Incoming
-from streams.dead_letters import Refusal
+from registry.bundles.codebook import Codebook
+from registry.bundles.embedder import Embedder, embedder_of, item_text
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, SidAssignment, encode
-from streams.history import pack_sid
-from streams.records import partition_of
 from streams.settings import KafkaSettings
-from streams.tables import TopicTable
+from streams.state import keys
+from streams.state.history import pack_sid
+from streams.wire.batches import Hooks, Incoming
+from streams.wire.dead_letters import Refusal
+from streams.wire.records import partition_of
+from streams.wire.tables import TopicTable
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from redis.exceptions import NoScriptError
 from agents.parking import Parking
 from agents.recoding import Recoding
 from agents.sids import Sids
-from streams import history, keys
-from streams.batches import EVENTS, Incoming
-from streams.dead_letters import Refusal
 from streams.events import Click
-from streams.redisdb import run_pipeline
 from streams.settings import HistorySettings
+from streams.state import history, keys
+from streams.state.redisdb import run_pipeline
+from streams.wire.batches import EVENTS, Incoming
+from streams.wire.dead_letters import Refusal
 
 # Scripts in one write: enough to hide the round trip, small against the server's and our buffers.
 _AT_ONCE: Final = 500

@@ -11,11 +11,11 @@ import redis.asyncio
 
 from agents.metrics import PARKED
 from agents.sids import Sids
-from streams import keys
-from streams.batches import EVENTS, Incoming
-from streams.dead_letters import Refusal
 from streams.events import BY_TOPIC, decode
-from streams.redisdb import run_pipeline
+from streams.state import keys
+from streams.state.redisdb import run_pipeline
+from streams.wire.batches import EVENTS, Incoming
+from streams.wire.dead_letters import Refusal
 
 # How often the parked items are looked at while no new SID came.
 _LOOK_EVERY_S: Final = 1.0

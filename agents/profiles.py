@@ -8,11 +8,11 @@ from typing import Any, Final
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
-from streams import keys, profile
-from streams.batches import EVENTS, Incoming
-from streams.dead_letters import Refusal
 from streams.events import UserProfile
-from streams.redisdb import run_pipeline
+from streams.state import keys, profile
+from streams.state.redisdb import run_pipeline
+from streams.wire.batches import EVENTS, Incoming
+from streams.wire.dead_letters import Refusal
 
 # Scripts in one write: enough to hide the round trip, small against the server's and our buffers.
 _AT_ONCE: Final = 500

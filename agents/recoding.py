@@ -3,9 +3,9 @@
 A write compares the bytes that were read with those that stand: a history that somebody else changed in
 between is read again. So it is brought over once, wherever a worker dies, and whoever else is writing.
 
-Entries whose items have no SID under the new codebook wait in their history (streams.translation). The items
-are remembered here, and the histories are brought over again when one of them gets its SID. That memory is
-rebuilt by the scan, which runs after a start, an assignment and a new codebook.
+Entries whose items have no SID under the new codebook wait in their history (streams.state.translation). The
+items are remembered here, and the histories are brought over again when one of them gets its SID. That memory
+is rebuilt by the scan, which runs after a start, an assignment and a new codebook.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from redis.exceptions import NoScriptError
 
 from agents.metrics import RECODED
 from agents.sids import Sids
-from streams import keys
 from streams.errors import SidstreamError
-from streams.history import cut
-from streams.records import partition_of
-from streams.redisdb import run_pipeline
 from streams.settings import HistorySettings
-from streams.translation import REPLACE, foreign, recode
+from streams.state import keys
+from streams.state.history import cut
+from streams.state.redisdb import run_pipeline
+from streams.state.translation import REPLACE, foreign, recode
+from streams.wire.records import partition_of
 
 log = logging.getLogger(__name__)
 

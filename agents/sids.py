@@ -15,12 +15,12 @@ from typing import Final
 
 import redis.asyncio
 
-from streams import keys
-from streams.codebooks import Newest
 from streams.events import SidAssignment
-from streams.history import pack_sid, tag_of
 from streams.settings import KafkaSettings
-from streams.tables import TopicTable
+from streams.state import keys
+from streams.state.codebooks import Newest
+from streams.state.history import pack_sid, tag_of
+from streams.wire.tables import TopicTable
 
 log = logging.getLogger(__name__)
 

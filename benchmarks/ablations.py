@@ -26,11 +26,11 @@ from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import accuracy, hit_ranks
 from trainer.evaluation.models import Head
-from trainer.evaluation.ours import Recipe, Trained, recipe
 from trainer.evaluation.ranker import MASKS, Mask
 from trainer.evaluation.sequences import Int64
+from trainer.evaluation.sidstream_ranker import Recipe, Trained, recipe
 from trainer.evaluation.splits import Queries, Split, leave_one_out
-from trainer.ranking import WEIGHTS
+from trainer.offline.ranking import WEIGHTS
 
 BEGIN, END = "<!-- ablations -->\n", "<!-- end of ablations -->\n"
 Figures = dict[tuple[str, str, Mask], dict[str, np.ndarray]]

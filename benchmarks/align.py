@@ -21,28 +21,28 @@ from typing import Any, get_args
 import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 
-from registry.bundle import Bundle
-from registry.context import Context
-from registry.context import read as read_context
-from registry.current import read_newest
-from registry.prompt import Sid, prompt_sids
-from registry.ranking import read as read_ranking
-from registry.store import Registry
+from registry.bundles.bundle import Bundle
+from registry.bundles.context import Context
+from registry.bundles.context import read as read_context
+from registry.bundles.prompt import Sid, prompt_sids
+from registry.bundles.ranking import read as read_ranking
+from registry.bundles.store import Registry
+from registry.releases.current import read_newest
 from sidstream.settings import Settings, load
-from streams import history, keys
-from streams.connect import client_options
 from streams.errors import SidstreamError
 from streams.events import PreferencePair, Scheme, SidAssignment, UserProfile, decode
-from streams.redisdb import client
 from streams.replay import past_of, source_of
-from streams.shoppers import Shopper, Truth, population
-from trainer.align import align
-from trainer.constrained import SidSet
-from trainer.data import Rows
-from trainer.generator import GeneratorForCausalLM
-from trainer.material import load_model, read_material
-from trainer.preference_rows import preference_rows
-from trainer.ranking import Ranker
+from streams.simulation.shoppers import Shopper, Truth, population
+from streams.state import history, keys
+from streams.state.redisdb import client
+from streams.wire.connect import client_options
+from trainer.alignment.dpo import align
+from trainer.alignment.rows import preference_rows
+from trainer.cycle_inputs import load_model, read_material
+from trainer.generator.constrained import SidSet
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline.ranking import Ranker
+from trainer.sequences.rows import Rows
 
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (

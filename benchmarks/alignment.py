@@ -9,9 +9,9 @@ to the fine-tuned model and its interval (users are drawn again, `trainer.evalua
 of what is spelled without a constraint is no SID.
 
 Logs say what was clicked and bought, not what was shown. `purchased_over_clicked` pairs are the agents' own
-rule over the log (`agents.pairs`). For the two schemes over what was shown, the fine-tuned model's own ten
-best items stand in, at those steps whose item is among them: of those, what the user neither clicked nor
-bought within the window.
+rule over the log (`agents.attribution.pairs`). For the two schemes over what was shown, the fine-tuned
+model's own ten best items stand in, at those steps whose item is among them: of those, what the user neither
+clicked nor bought within the window.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import torch
 from benchmarks.alignment_pairs import clicked_pairs, shown_pairs
 from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from streams.events import PreferencePair, Scheme
-from trainer.align import align
-from trainer.batches import Int64
+from trainer.alignment.dpo import align
+from trainer.alignment.rows import preference_rows
 from trainer.evaluation.bootstrap import intervals
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import accuracy, hit_ranks
-from trainer.evaluation.ours import Recipe, Trained, default_recipe
+from trainer.evaluation.sidstream_ranker import Recipe, Trained, default_recipe
 from trainer.evaluation.splits import Queries, Split, by_time
-from trainer.offline_check import held_probe
-from trainer.preference_rows import preference_rows
-from trainer.quality import evaluate
-from trainer.ranking import Candidates
+from trainer.offline.offline_check import held_probe
+from trainer.offline.quality import evaluate
+from trainer.offline.ranking import Candidates
+from trainer.sequences.batches import Int64
 
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")

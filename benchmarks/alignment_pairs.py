@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from agents.pairs import Open, add, close
-from agents.windows import Rules
+from agents.attribution.pairs import Open, add, close
+from agents.attribution.windows import Rules
 from streams.events import Click, PreferencePair, Purchase, Scheme
-from trainer.evaluation.ours import Trained
 from trainer.evaluation.sequences import BUY_WITHIN_MS
+from trainer.evaluation.sidstream_ranker import Trained
 from trainer.evaluation.splits import Split
 
 # The attribution window of pairs: ten minutes of a log that has three hours.

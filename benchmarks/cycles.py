@@ -28,19 +28,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import line
-from registry.current import current_rollout
-from registry.store import Registry
+from registry.bundles.store import Registry
+from registry.releases.current import current_rollout
 from sidstream.commands.registry import promoting
 from sidstream.commands.train import one_cycle, prepare
 from sidstream.settings import Settings, load
 from sidstream.unattended import Cycle, Turn
-from streams.admin import lag
-from streams.client import Client
 from streams.events import CatalogItem, Click, Event, Purchase, Rollout, Trigger
-from streams.redisdb import client as redis_client
 from streams.replay import past_of, source_of
-from streams.shoppers import Shopper, Truth, population
-from streams.shopping import ShoppingTrip, Tally
+from streams.simulation.shoppers import Shopper, Truth, population
+from streams.simulation.shopping import ShoppingTrip, Tally
+from streams.state.redisdb import client as redis_client
+from streams.wire.admin import lag
+from streams.wire.client import Client
 
 # What a machine of two cores does in about two minutes a cycle. The ramp is steeper than the default, and
 # more answers are explored, for want of traffic.

@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from registry.bundle import load_bundle
-from registry.embedder import WordLlamaEmbedder
-from registry.prompt import BOS, FIRST_CODE, PAD, Prompt, prompt_sids
+from registry.bundles.bundle import load_bundle
+from registry.bundles.embedder import WordLlamaEmbedder
+from registry.bundles.prompt import BOS, FIRST_CODE, PAD, Prompt, prompt_sids
 from registry.settings import CodebookSettings
-from serving.beam import search
-from serving.index import SidIndex
-from serving.onnx_generator import OnnxGenerator
+from serving.decoding.beam import search
+from serving.decoding.index import SidIndex
+from serving.decoding.onnx_generator import OnnxGenerator
 from streams.replay import OnlineRetail, past_of
 from trainer.codebooks.fit import fit_codebook
-from trainer.export import export
-from trainer.generator import GeneratorForCausalLM, new_generator
+from trainer.generator.export import export
+from trainer.generator.model import GeneratorForCausalLM, new_generator
 
 Sid = tuple[int, ...]
 Ranked = list[tuple[Sid, float]]  # best first

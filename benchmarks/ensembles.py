@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.batches import Pieces, pad_items
-from trainer.evaluation.ours import Recipe, Trained
 from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import Int64
+from trainer.evaluation.sidstream_ranker import Recipe, Trained
 from trainer.evaluation.splits import Split
-from trainer.next_item import Scored, learned_states, pasts
-from trainer.ranking import item_logits, sid_scores
-from trainer.soft_targets import Soft
+from trainer.offline.ranking import item_logits, sid_scores
+from trainer.sequences.batches import Pieces, pad_items
+from trainer.tuning.next_item import Scored, learned_states, pasts
+from trainer.tuning.soft_targets import Soft
 
 _CHUNK = 256
 # Items that a teacher names at a position, and the share of a target's weight that they get.

@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.results import line, publish_shares, share
-from registry.gate import MODES, compare
-from registry.plan import Expected, users_needed
+from registry.experiment.gate import MODES, compare
+from registry.experiment.plan import Expected, users_needed
+from registry.experiment.statistics import Sums
 from registry.settings import GateSettings
-from registry.statistics import Sums
 
 LOOKS = 20
 SEED = 20

@@ -1,10 +1,10 @@
 """Claim: a hold-out of 2 % ends a ratchet near the margin, and hardly ever a series of good models.
 
-The gate alone (registry.decision.judge) on simulated users, 10 trials in a row, 200 times for each size of
-the hold-out: shoppers, arms and candidates as in benchmarks.ratchet, seven looks a trial, sums drawn in place
-of events. In the series `ratchet` every candidate has 5 % less CTR than its champion and 4 to 6 % more CVR,
-in the series `good` it has only the latter. The held-out users are the same in all trials of a series, so
-what sets them apart by chance stays.
+The gate alone (registry.experiment.decision.judge) on simulated users, 10 trials in a row, 200 times for each
+size of the hold-out: shoppers, arms and candidates as in benchmarks.ratchet, seven looks a trial, sums drawn
+in place of events. In the series `ratchet` every candidate has 5 % less CTR than its champion and 4 to 6 %
+more CVR, in the series `good` it has only the latter. The held-out users are the same in all trials of a
+series, so what sets them apart by chance stays.
 
 Prints one line of JSON a figure; --out puts them into that file, and the table into docs/results/cycles.md.
 
@@ -28,9 +28,9 @@ import numpy as np
 from benchmarks.ratchet import Ratchet, publish
 from benchmarks.rated_shop import Crowd, Rates
 from benchmarks.results import line, share
-from registry.decision import ANCHOR, CHAMPION, DPO, SFT, judge
+from registry.experiment.decision import ANCHOR, CHAMPION, DPO, SFT, judge
+from registry.experiment.statistics import sums
 from registry.settings import GateSettings, RolloutSettings
-from registry.statistics import sums
 
 COMMAND = "python -m benchmarks.holdout"
 SERIES = {"ratchet": Ratchet(), "good": Ratchet(ctr=1.0)}

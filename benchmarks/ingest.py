@@ -21,13 +21,13 @@ from pathlib import Path
 
 import redis
 
-from streams import history, keys
-from streams.admin import create_topics, end_offsets, incarnations
+from harness.agents_worker import worker, write_codebook
+from harness.pure_histories import pure_histories
+from harness.servers import PARTITIONS, free_port, kafka_settings, local_kafka, local_redis, wait_until
 from streams.replay import OnlineRetail
 from streams.replay.engine import replay
-from tests.agents_worker import worker, write_codebook
-from tests.pure_histories import pure_histories
-from tests.support import PARTITIONS, free_port, kafka_settings, local_kafka, local_redis, wait_until
+from streams.state import history, keys
+from streams.wire.admin import create_topics, end_offsets, incarnations
 
 _APPLIED = re.compile(r'^sidstream_events_total{outcome="in_history",topic="purchases"} (\S+)', re.M)
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from agents.pairs import Decision, Open, add, close
-from agents.windows import Rules
-from registry.decision import CHAMPION, DPO, SFT, judge
-from registry.embedder import title_vectors
-from registry.prompt import Prompt
-from registry.ranking import Ranking
+from agents.attribution.pairs import Decision, Open, add, close
+from agents.attribution.windows import Rules
+from registry.bundles.embedder import title_vectors
+from registry.bundles.prompt import Prompt
+from registry.bundles.ranking import Ranking
+from registry.experiment.decision import CHAMPION, DPO, SFT, judge
+from registry.experiment.statistics import sums
 from registry.settings import CodebookSettings, GateSettings, RolloutSettings
-from registry.statistics import sums
 from streams.events import (
     Click,
     Event,
@@ -37,21 +37,21 @@ from streams.events import (
 )
 from streams.replay import past_of, source_of
 from streams.settings import ShoppersSettings
-from streams.shoppers import Shopper, Truth, population
-from streams.shopping import ShoppingTrip
-from trainer.align import align
-from trainer.build import fresh_generator
+from streams.simulation.shoppers import Shopper, Truth, population
+from streams.simulation.shopping import ShoppingTrip
+from trainer.alignment.dpo import align
+from trainer.alignment.rows import preference_rows
 from trainer.codebooks.fit import assign_keeping, fit_vectors
-from trainer.constrained import SidSet
-from trainer.data import Rows, catalogue, hold_out, interactions
-from trainer.generator import GeneratorForCausalLM
-from trainer.offline_check import failing, held_probe
-from trainer.preference_rows import preference_rows
-from trainer.quality import evaluate
-from trainer.ranking import Ranker
+from trainer.generator.build import fresh_generator
+from trainer.generator.constrained import SidSet
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline.offline_check import failing, held_probe
+from trainer.offline.quality import evaluate
+from trainer.offline.ranking import Ranker
+from trainer.sequences.rows import Rows, catalogue, hold_out, interactions
+from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
-from trainer.sft import train
-from trainer.tokenizer import build_tokenizer
+from trainer.tuning.sft import train
 
 WINDOW_MS, DAY_MS = 86_400_000, 86_400_000
 TURN = 0.2

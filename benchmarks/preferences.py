@@ -18,13 +18,13 @@ import uuid
 import numpy as np
 
 from benchmarks.results import line
-from registry.current import read_newest
-from registry.rewards import Offer, value_of
+from registry.bundles.rewards import Offer, value_of
+from registry.releases.current import read_newest
 from sidstream.settings import load
-from streams.client import Client
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Recommendation, SidAssignment, Trigger
 from streams.replay import past_of, source_of
+from streams.wire.client import Client
 from trainer.evaluation.bootstrap import intervals
 
 

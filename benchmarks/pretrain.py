@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.results import asks_for_data
 from trainer.evaluation.datasets import load
-from trainer.evaluation.ours import Ours, Recipe, Trained
 from trainer.evaluation.run import evaluate
+from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained
 from trainer.evaluation.splits import Split, by_time
 
 # What is compared: (name, changes of the settings `trainer.pretrain`).

@@ -8,9 +8,9 @@ Promoters are processes that take release steps under the lease, on a real MLflo
 - stops: for each step and every single write, SIGSTOP after the check of the lease and before the write,
   until the lease has ended and another promoter took a step; then SIGCONT, and a third promoter finishes.
 
-After each, record, aliases, tags and traffic are compared (tests.promoter_worker.agree). Prints one line of
-JSON a figure, with the 95 % binomial interval (Clopper and Pearson), and writes docs/results/promoters.jsonl
-and the table of docs/results/promoters.md.
+After each, record, aliases, tags and traffic are compared (harness.promoter_worker.agree). Prints
+one line of JSON a figure, with the 95 % binomial interval (Clopper and Pearson), and writes
+docs/results/promoters.jsonl and the table of docs/results/promoters.md.
 
     python -m benchmarks.promoters
     python -m benchmarks.promoters --quick     # a twentieth; writes nothing
@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import line, publish_shares, share
+from harness.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
+from harness.registry_support import bundle
+from harness.servers import kafka_settings, local_kafka, local_mlflow, local_redis
+from registry.bundles.store import Registry
 from registry.settings import RegistrySettings
-from registry.store import Registry
-from streams.admin import create_topics
 from streams.errors import SidstreamError
 from streams.events import Rollout
-from tests.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
-from tests.registry_support import bundle, local_mlflow
-from tests.support import kafka_settings, local_kafka, local_redis
+from streams.wire.admin import create_topics
 
 SEED = 4
 VERSIONS = ("1", "2", "3", "4")

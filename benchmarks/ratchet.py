@@ -34,14 +34,14 @@ import numpy as np
 
 from benchmarks.rated_shop import Crowd, Rates, Shop
 from benchmarks.results import RESULTS, line, put_table
-from registry import lease, release
-from registry.bundle import Kind
-from registry.store import CHAMPION, Registry
+from harness.registry_support import Outbox, bundle
+from harness.servers import local_mlflow, local_redis
+from registry.bundles.bundle import Kind
+from registry.bundles.store import CHAMPION, Registry
+from registry.releases import lease, release
 from sidstream.settings import Settings
 from sidstream.unattended import Cycle, Turn
 from streams.events import Rollout
-from tests.registry_support import Outbox, bundle, local_mlflow
-from tests.support import local_redis
 from trainer.cycle_result import CycleResult
 
 COMMAND = "python -m benchmarks.ratchet"

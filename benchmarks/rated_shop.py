@@ -18,14 +18,14 @@ import redis
 import redis.asyncio
 
 from agents.app import CLOCK_TOPICS
-from agents.clock import PartitionClock
-from agents.outcomes import OutcomeRules, Outcomes, tell_rules
-from registry.rollout import arm_of
-from registry.store import DPO, SFT
+from agents.attribution.clock import PartitionClock
+from agents.attribution.outcomes import OutcomeRules, Outcomes, tell_rules
+from registry.bundles.store import DPO, SFT
+from registry.releases.rollout import arm_of
 from sidstream.settings import Settings
-from streams import keys
-from streams.batches import Incoming
 from streams.events import Arm, Click, Event, Impression, Purchase, RankedItem, Recommendation, Rollout
+from streams.state import keys
+from streams.wire.batches import Incoming
 
 _DAY_MS = 24 * 3600 * 1000
 _BEGIN_MS = 1_600_000_000_000 // _DAY_MS * _DAY_MS

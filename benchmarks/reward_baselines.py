@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streams.events import Reward
-from trainer.batches import pad_items
-from trainer.evaluation.ours import Trained
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.generator import GeneratorForCausalLM
-from trainer.losses import softmax_loss
+from trainer.evaluation.sidstream_ranker import Trained
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.sequences.batches import pad_items
+from trainer.tuning.losses import softmax_loss
 
 STEPS, BATCH, LR = 120, 64, 5e-4
 # Strength of the pull to the reference, in MODPO; weight of the next-item loss beside it, where it has one.

@@ -16,7 +16,7 @@ One model learns with rewards, one without, in equal passes over the training pa
   (0, 0, 0) (hypervolume, Zitzler and Thiele 1999).
 
 The model with rewards is asked as SFT left it and after a round of the online stage
-(trainer.rewards_online).
+(trainer.rewards.online).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from scipy.stats import spearmanr
 
 from benchmarks.results import RESULTS, line, put_table
 from benchmarks.reward_baselines import NEXT_ITEM, lesson, modpo, soup, soup_parts
-from registry.rewards import COMMISSION, PRICE, Rewards, said
+from registry.bundles.rewards import COMMISSION, PRICE, Rewards, said
 from streams.events import Reward
 from trainer.evaluation.bootstrap import differences, intervals
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import hit_ranks
-from trainer.evaluation.ours import Recipe, Trained, default_recipe
 from trainer.evaluation.sequences import Float64, Int64
+from trainer.evaluation.sidstream_ranker import Recipe, Trained, default_recipe
 from trainer.evaluation.splits import Queries, Split, by_time
-from trainer.generator import GeneratorForCausalLM
-from trainer.png import png
-from trainer.ranking import Candidates
-from trainer.rewards import item_bins, purchased
-from trainer.rewards_online import Worth, refine
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline.ranking import Candidates
+from trainer.plots.png import png
+from trainer.rewards.labels import item_bins, purchased
+from trainer.rewards.online import Worth, refine
 
 K = 10
 ONLINE = "sidstream-rewards, online stage"

@@ -24,11 +24,11 @@ import numpy as np
 from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import hit_ranks
-from trainer.evaluation.ours import Recipe, Trained
 from trainer.evaluation.sequences import Float64
+from trainer.evaluation.sidstream_ranker import Recipe, Trained
 from trainer.evaluation.splits import Queries, Split, by_time
 from trainer.evaluation.tasks import say, spell
-from trainer.tasks import search_prompt, summary_prompt
+from trainer.sequences.tasks import search_prompt, summary_prompt
 
 BEGIN, END = "<!-- tasks -->\n", "<!-- end of tasks -->\n"
 K = 10

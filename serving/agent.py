@@ -28,8 +28,6 @@ from serving.outbox import Outbox
 from serving.recommender import Answer, Recommender, Request
 from serving.settings import ServingSettings
 from serving.shadow import Shadow
-from streams.connect import bootstrap
-from streams.dead_letters import Refusal
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -42,9 +40,11 @@ from streams.events import (
     decode,
     encode,
 )
-from streams.records import Record, record
 from streams.settings import KafkaSettings, RedisSettings
-from streams.tables import TopicTable
+from streams.wire.connect import bootstrap
+from streams.wire.dead_letters import Refusal
+from streams.wire.records import Record, record
+from streams.wire.tables import TopicTable
 
 log = logging.getLogger(__name__)
 

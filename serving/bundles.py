@@ -14,15 +14,15 @@ from typing import Protocol
 
 import numpy as np
 
-from registry import context, ranking, rewards
-from registry.bundle import Bundle
-from registry.context import Context
-from registry.ranking import Ranking
-from registry.rewards import Rewards
-from registry.rollout import arm_of
-from serving.beam import Generator
-from serving.items import Items
-from serving.onnx_generator import OnnxGenerator
+from registry.bundles import context, ranking, rewards
+from registry.bundles.bundle import Bundle
+from registry.bundles.context import Context
+from registry.bundles.ranking import Ranking
+from registry.bundles.rewards import Rewards
+from registry.releases.rollout import arm_of
+from serving.decoding.beam import Generator
+from serving.decoding.items import Items
+from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout
 
@@ -33,7 +33,7 @@ _FIRST_RETRY_S = 0.5
 
 
 class Source(Protocol):
-    """Where bundles come from: registry.store.Registry."""
+    """Where bundles come from: registry.bundles.store.Registry."""
 
     def fetch(self, version_or_alias: str) -> Bundle:
         """A verified bundle. Raises SidstreamError."""

@@ -17,11 +17,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.index import SidIndex
-from streams.codebooks import Newest
+from serving.decoding.index import SidIndex
 from streams.events import CatalogItem, Event, SidAssignment
-from streams.history import pack_sid, tag_of, unpack_sid
-from streams.translation import Translate
+from streams.state.codebooks import Newest
+from streams.state.history import pack_sid, tag_of, unpack_sid
+from streams.state.translation import Translate
 
 log = logging.getLogger(__name__)
 

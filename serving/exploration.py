@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.rollout import share
+from registry.releases.rollout import share
 
 # Salts of the two hashes. They differ, or the requests that are explored would all draw the first candidates.
 _WHETHER, _WHICH = "explore", "explore-draw"

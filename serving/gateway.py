@@ -37,7 +37,7 @@ _FILLED_IN = ("schema_version", "event_id", "ts", "request_id")
 
 
 class Asker(Protocol):
-    """What puts a trigger on Kafka and waits for its answer: streams.client.Client."""
+    """What puts a trigger on Kafka and waits for its answer: streams.wire.client.Client."""
 
     def submit(self, trigger: Trigger, timeout: float = ...) -> Any:
         """A concurrent.futures.Future of the Recommendation."""

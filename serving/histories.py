@@ -11,9 +11,9 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from streams import keys
-from streams.redisdb import OUTAGES, url
 from streams.settings import RedisSettings
+from streams.state import keys
+from streams.state.redisdb import OUTAGES, url
 
 log = logging.getLogger(__name__)
 

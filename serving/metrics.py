@@ -9,7 +9,7 @@ from time import perf_counter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.bundles import Service
-from streams.dead_letters import DEAD_LETTERS
+from streams.wire.dead_letters import DEAD_LETTERS
 
 # From a tenth of a millisecond (a read of histories) to a broker that is away.
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)

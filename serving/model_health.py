@@ -19,11 +19,11 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from registry.health import BOUNDS_MS, MASS_UNIT
+from registry.experiment.health import BOUNDS_MS, MASS_UNIT
 from serving.recommender import Answer
-from streams import keys
-from streams.redisdb import url
 from streams.settings import RedisSettings
+from streams.state import keys
+from streams.state.redisdb import url
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _KEPT_S: Final = 30 * 24 * 3600
 # Nobody waits for a write, and one that is given up but was done is counted twice: be patient.
 _TIMEOUT_S: Final = 10.0
 
-# Of each trial, by field of its hash (streams.keys.health).
+# Of each trial, by field of its hash (streams.state.keys.health).
 Counts = dict[str, Counter[str]]
 
 

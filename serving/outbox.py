@@ -10,14 +10,14 @@ from collections.abc import Collection, Sequence
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
-from streams import dead_letters
-from streams.admin import missing
-from streams.connect import client_options
-from streams.dead_letters import Refusal
 from streams.errors import SidstreamError
-from streams.records import Record
 from streams.settings import KafkaSettings
-from streams.topics import topics
+from streams.wire import dead_letters
+from streams.wire.admin import missing
+from streams.wire.connect import client_options
+from streams.wire.dead_letters import Refusal
+from streams.wire.records import Record
+from streams.wire.topics import topics
 
 log = logging.getLogger(__name__)
 

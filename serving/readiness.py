@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from kafka.errors import GroupIdNotFoundError, KafkaError
 
-from streams.admin import admin
 from streams.errors import SidstreamError
 from streams.events import Recommendation, Trigger
 from streams.settings import KafkaSettings
+from streams.wire.admin import admin
 
 
 def waiting_for(kafka: KafkaSettings, group: str) -> str | None:

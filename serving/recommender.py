@@ -25,21 +25,21 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from registry.context import told
-from registry.prompt import prompt_sids
-from registry.ranking import Repeats, left_out
-from registry.rewards import said
-from registry.rollout import arm_of
-from serving.beam import Dense, Ranking, search
+from registry.bundles.context import told
+from registry.bundles.prompt import prompt_sids
+from registry.bundles.ranking import Repeats, left_out
+from registry.bundles.rewards import said
+from registry.releases.rollout import arm_of
 from serving.bundles import LoadedBundle, Service
+from serving.decoding.beam import Dense, Ranking, search
+from serving.decoding.index import SidIndex
 from serving.exploration import Explorer, draw
-from serving.index import SidIndex
-from streams import profile
 from streams.errors import SidstreamError
 from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
-from streams.history import PURCHASE, Entry
-from streams.keys import hashed
-from streams.translation import Translate, under
+from streams.state import profile
+from streams.state.history import PURCHASE, Entry
+from streams.state.keys import hashed
+from streams.state.translation import Translate, under
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
-from registry.ranking import Repeats
+from registry.bundles.ranking import Repeats
 from streams.settings import Section
 
 

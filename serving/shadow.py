@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from registry.rollout import share
+from registry.releases.rollout import share
 from serving.bundles import Service
 from serving.model_health import ModelHealth
 from serving.recommender import Recommender, Request

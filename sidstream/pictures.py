@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from registry.outcomes import Seen
+from registry.bundles.store import Registry
+from registry.experiment.outcomes import Seen
 from registry.settings import GateSettings
-from registry.store import Registry
 from streams.errors import SidstreamError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def keep_picture(
     if record["mode"] == "guard":
         return None
     try:
-        from trainer.picture import save_picture
+        from trainer.plots.figure import save_picture
 
         return save_picture(registry, record, seen, settings)
     except (ModuleNotFoundError, SidstreamError) as error:

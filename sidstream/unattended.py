@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from registry import release
-from registry.health import read_health
-from registry.outcomes import cohort_ms, read_all_outcomes
-from registry.store import Registry
-from registry.trial import Move, Sight, next_move
+from registry.bundles.store import Registry
+from registry.experiment.health import read_health
+from registry.experiment.outcomes import cohort_ms, read_all_outcomes
+from registry.experiment.trial import Move, Sight, next_move
+from registry.releases import release
 from sidstream.pictures import keep_picture
 from streams.errors import SidstreamError
 from streams.events import Rollout

@@ -13,7 +13,7 @@ import msgspec
 
 from streams.events import EVENTS, SCHEMA_VERSION, Event
 from streams.settings import KafkaSettings
-from streams.topics import Topic, topics
+from streams.wire.topics import Topic, topics
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # What an application around the recommender writes; everything else it reads.

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 import pytest
 import redis
 
-from streams.admin import create_topics, delete_topics
+from harness import servers
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
+from streams.wire.admin import create_topics, delete_topics
 from tests import support
 
 FreshStack = Callable[[], tuple[KafkaSettings, str]]
@@ -30,11 +31,11 @@ def kafka(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ka
             bootstrap = running.enter_context(support.container_kafka())
         else:
             try:
-                cluster = running.enter_context(support.local_kafka(tmp_path_factory.mktemp("kafka")))
+                cluster = running.enter_context(servers.local_kafka(tmp_path_factory.mktemp("kafka")))
             except SidstreamError as error:
                 support.unavailable("Kafka", error)
             bootstrap = cluster.bootstrap
-        yield support.kafka_settings(bootstrap)
+        yield servers.kafka_settings(bootstrap)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ def redis_url(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             url = running.enter_context(support.container_redis())
         else:
             try:
-                url = running.enter_context(support.local_redis(tmp_path_factory.mktemp("redis")))
+                url = running.enter_context(servers.local_redis(tmp_path_factory.mktemp("redis")))
             except SidstreamError as error:
                 support.unavailable("Redis", error)
         yield url

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from streams.errors import SidstreamError
 from tests.tiny_shop import shop
-from trainer import handover
-from trainer.checkpoint import snapshot
-from trainer.devices import Devices, launched
-from trainer.preference_losses import DynamicBeta
-from trainer.pretrain import learn
+from trainer.alignment.losses import DynamicBeta
+from trainer.tuning import broadcast
+from trainer.tuning.checkpoint import snapshot
+from trainer.tuning.devices import Devices, launched
+from trainer.tuning.pretrain import learn
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
 SHOP: dict[str, Any] = {
@@ -67,7 +67,7 @@ def lead(devices: Devices, folder: Path) -> None:
     def run(name: str, within: Path, dropout: float, stages: dict[str, Any], until: int | None = None) -> int:
         made = shop(**SHOP | stages)
         model = made.model(dropout=dropout)
-        handover.write(within, model, made.tokenizer, made.rows, made.settings)
+        broadcast.write(within, model, made.tokenizer, made.rows, made.settings)
         devices.send(within)
         calls = iter(range(1000))
         result = learn(
@@ -107,8 +107,8 @@ def main() -> None:
             save_file(snapshot(model), folder / f"{next(names)}-{rank}.safetensors")
             return result
 
-        handover.learn = kept
-        handover.follow(devices)
+        broadcast.learn = kept
+        broadcast.follow(devices)
     elif what == "lost":
         devices.send(folder / "nowhere")
         devices.told([0.0])

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from streams import kafka_jars
+from sidstream.stack import kafka_jars
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first-event.md"

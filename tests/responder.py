@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from streams.connect import client_options
 from streams.events import Recommendation, Trigger, decode, encode
 from streams.settings import KafkaSettings
+from streams.wire.connect import client_options
 
 
 def read_new(

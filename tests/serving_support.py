@@ -8,11 +8,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from harness.servers import wait_until
 from serving.agent import ServingAgent
 from serving.settings import ServingSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings, RedisSettings
-from tests.support import wait_until
 
 # Below the timeout of a test, above what a busy machine needs for a first answer.
 PATIENCE_S = 60

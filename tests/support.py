@@ -5,69 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
-from kafka import KafkaConsumer, TopicPartition
 
-from sidstream.stack.servers import redis_answers, redis_command
-from streams import kafka_jars
-from streams.admin import end_offsets
-from streams.broker import LocalKafka, free_ports
-from streams.children import spawn
-from streams.connect import client_options
-from streams.settings import KafkaSettings
+from harness.servers import START_S, kafka_settings, wait_until
+from sidstream.stack.broker import free_ports
+from sidstream.stack.servers import redis_answers
 
 KAFKA_IMAGE = "apache/kafka:4.4.0"
 REDIS_IMAGE = "redis:7.2-alpine"
-# Partitions of the tests' topics: more than one, so that order over partitions is never relied on.
-PARTITIONS = 4
-_START_S = 90.0
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    return free_ports(1)[0]
-
-
-def wait_until(condition: Callable[[], object], timeout: float, what: str, pause: float = 0.05) -> None:
-    """Poll until `condition()` is true; AssertionError that names `what` after `timeout` seconds.
-
-    `pause`: seconds between two polls; 0 where what is waited for is over in a moment.
-    """
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
-        time.sleep(pause)
-
-
-def kafka_settings(bootstrap: str) -> KafkaSettings:
-    """Settings for a broker of the tests."""
-    return KafkaSettings.model_validate({"bootstrap": bootstrap, "partitions": PARTITIONS})
-
-
-def read_all(kafka: KafkaSettings, *topics: str) -> list[Any]:
-    """Every record that the topics hold now, in order within a partition."""
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        ends = {
-            TopicPartition(topic, part): end
-            for topic in topics
-            for part, end in end_offsets(kafka, topic).items()
-        }
-        consumer.assign(list(ends))
-        consumer.seek_to_beginning(*ends)
-        found: list[Any] = []
-        while any(consumer.position(part) < end for part, end in ends.items()):
-            for records in consumer.poll(timeout_ms=500).values():
-                found += records
-        return found
-    finally:
-        consumer.close()
 
 
 def docker_answers() -> bool:
@@ -79,30 +28,6 @@ def docker_answers() -> bool:
     except subprocess.TimeoutExpired:
         return False
     return asked.returncode == 0
-
-
-@contextmanager
-def local_kafka(folder: Path, brokers: int = 1) -> Iterator[LocalKafka]:
-    """Apache Kafka in `folder`, running; it ends with the block, or with this process."""
-    cluster = LocalKafka.plan(folder, kafka_jars.fetch(), brokers, heap_mb=512 if brokers == 1 else 384)
-    cluster.start_all(_START_S)
-    try:
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-@contextmanager
-def local_redis(folder: Path, port: int | None = None) -> Iterator[str]:
-    """A Redis in `folder`, running; its URL. It ends with the block, or with this process."""
-    port = port or free_port()
-    child = spawn("redis", redis_command(folder, port), folder / "redis.log")
-    try:
-        wait_until(lambda: redis_answers(port) or not child.alive, _START_S, "Redis")
-        assert child.alive, f"Redis ended with exit code {child.exit_code}: see {child.log}"
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        child.stop(grace=10)
 
 
 @contextmanager
@@ -132,7 +57,7 @@ def container_kafka() -> Iterator[str]:
     )
     with container:
         bootstrap = f"127.0.0.1:{port}"
-        wait_until(lambda: kafka_answers(bootstrap), _START_S, "Kafka in its container")
+        wait_until(lambda: kafka_answers(bootstrap), START_S, "Kafka in its container")
         yield bootstrap
 
 
@@ -140,9 +65,9 @@ def kafka_answers(bootstrap: str) -> bool:
     """True when a broker there tells about its cluster."""
     from kafka.errors import KafkaError
 
-    from streams.admin import admin
-    from streams.broker import listening
+    from sidstream.stack.broker import listening
     from streams.errors import SidstreamError
+    from streams.wire.admin import admin
 
     if not listening(int(bootstrap.rpartition(":")[2])):
         return False
@@ -160,7 +85,7 @@ def container_redis() -> Iterator[str]:
 
     with DockerContainer(REDIS_IMAGE).with_exposed_ports(6379) as container:
         host, port = container.get_container_host_ip(), int(container.get_exposed_port(6379))
-        wait_until(lambda: redis_answers(port, host), _START_S, "Redis in its container")
+        wait_until(lambda: redis_answers(port, host), START_S, "Redis in its container")
         yield f"redis://{host}:{port}/0"
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from registry.bundle import Bundle, write_bundle
-from registry.codebook import Codebook
-from registry.context import Context
-from registry.context import write as write_context
-from registry.prompt import Prompt
-from registry.rewards import Rewards
-from registry.rewards import write as write_rewards
+from registry.bundles.bundle import Bundle, write_bundle
+from registry.bundles.codebook import Codebook
+from registry.bundles.context import Context
+from registry.bundles.context import write as write_context
+from registry.bundles.prompt import Prompt
+from registry.bundles.rewards import Rewards
+from registry.bundles.rewards import write as write_rewards
 
 WIDTH = 8
 

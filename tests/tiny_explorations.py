@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from registry.prompt import Prompt
+from registry.bundles.prompt import Prompt
 from streams.events import Exploration
 from tests.tiny_shop import ITEMS, sid_of
-from trainer.constrained import SidSet, beam
-from trainer.generator import GeneratorForCausalLM
+from trainer.generator.constrained import SidSet, beam
+from trainer.generator.model import GeneratorForCausalLM
 
 T0 = 1_600_000_000_000
 

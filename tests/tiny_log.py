@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from streams.events import Event, Exploration, encode
 from tests.tiny_explorations import T0
-from trainer.log import INTERACTIONS, VALUES, Log
-from trainer.window import TOPICS, Window
+from trainer.log.log import INTERACTIONS, VALUES, Log
+from trainer.log.window import TOPICS, Window
 
 
 class Logged:

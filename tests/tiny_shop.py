@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from registry.context import Context, vocabulary
-from registry.prompt import Prompt
-from trainer.constrained import SidSet
-from trainer.data import Catalogue, Interactions, Rows, Split, catalogue, hold_out, interactions
-from trainer.generator import GeneratorForCausalLM, new_generator
+from registry.bundles.context import Context, vocabulary
+from registry.bundles.prompt import Prompt
+from trainer.generator.constrained import SidSet
+from trainer.generator.model import GeneratorForCausalLM, new_generator
+from trainer.sequences.rows import Catalogue, Interactions, Rows, Split, catalogue, hold_out, interactions
+from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
-from trainer.tokenizer import build_tokenizer
 
 SIZES = (4, 3, 5)
 ITEMS = 24

@@ -14,34 +14,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from registry import release
-from registry.bundle import Bundle, Kind, write_bundle
-from registry.context import write as write_context
-from registry.prompt import Sid
-from registry.ranking import Ranking
-from registry.ranking import read as read_ranking
-from registry.ranking import write as write_ranking
-from registry.rewards import write as write_rewards
+from registry.bundles.bundle import Bundle, Kind, write_bundle
+from registry.bundles.context import write as write_context
+from registry.bundles.prompt import Sid
+from registry.bundles.ranking import Ranking
+from registry.bundles.ranking import read as read_ranking
+from registry.bundles.ranking import write as write_ranking
+from registry.bundles.rewards import write as write_rewards
+from registry.bundles.store import CHAMPION, SFT, Registry
+from registry.releases import release
 from registry.settings import RolloutSettings
-from registry.store import CHAMPION, SFT, Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from trainer.alignment_stage import aligned
-from trainer.build import fresh_generator
-from trainer.curve import draw
+from trainer.alignment.stage import aligned
+from trainer.cycle_inputs import Material, load_model, only_one, read_material
 from trainer.cycle_result import CycleResult, Progress, Stages
-from trainer.data import Rows, popular
-from trainer.devices import Devices
-from trainer.export import export, parity
-from trainer.generator import GeneratorForCausalLM
-from trainer.handover import write
-from trainer.material import Material, load_model, only_one, read_material
-from trainer.members import learn_members
-from trainer.offline_check import check_finite, failing, failing_first
-from trainer.offpolicy import Explored, judge
-from trainer.quality import Quality, evaluate, hr_ndcg
-from trainer.rewards_online import Worth, refine
+from trainer.generator.build import fresh_generator
+from trainer.generator.export import export, parity
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline.offline_check import check_finite, failing, failing_first
+from trainer.offline.offpolicy import Explored, judge
+from trainer.offline.quality import Quality, evaluate, hr_ndcg
+from trainer.plots.curve import draw
+from trainer.rewards.online import Worth, refine
+from trainer.sequences.rows import Rows, popular
 from trainer.settings import TrainerSettings
+from trainer.tuning.broadcast import write
+from trainer.tuning.devices import Devices
+from trainer.tuning.ensemble import learn_members
 
 Promoting = Callable[[], contextlib.AbstractContextManager[release.Publisher]]
 # Real histories in the parity check, beside the random ones.

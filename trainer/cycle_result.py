@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.offpolicy import OffPolicy
-from trainer.quality import for_json
-from trainer.rewards_online import OnlineResult
-from trainer.sft import SftResult
+from trainer.offline.offpolicy import OffPolicy
+from trainer.offline.quality import for_json
+from trainer.rewards.online import OnlineResult
+from trainer.tuning.sft import SftResult
 
 if TYPE_CHECKING:
-    from trainer.align import DpoResult
+    from trainer.alignment.dpo import DpoResult
 
 # progress(stage, text, last): `last` marks the one line that stays of a stage.
 Progress = Callable[[str, str, bool], None]

@@ -169,7 +169,7 @@ class OnlineRewardSettings(Section):
 
 
 class RewardSettings(Section):
-    """Rewards that requests may ask for (registry.rewards), learned by a model made from scratch."""
+    """Rewards that requests may ask for, learned by a model made from scratch."""
 
     enabled: bool = Field(True, description="whether events are told with the rewards that they brought")
     bins: int = Field(8, ge=2, le=64, description="quantile bins of prices and of commissions")

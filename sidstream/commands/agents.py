@@ -9,7 +9,7 @@ def agents() -> None:
     Example: sidstream agents
     """
     from agents.app import check, create_app, run_worker
-    from registry.store import Registry
+    from registry.bundles.store import Registry
     from sidstream.settings import load
 
     settings = load()

@@ -16,7 +16,7 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     import threading
 
-    from registry.store import Version
+    from registry.bundles.store import Version
     from sidstream.settings import Settings
     from sidstream.unattended import Cycle, Turn
 
@@ -67,12 +67,12 @@ def cycle(
 
 @contextmanager
 def _working(settings: Settings, ended: threading.Event) -> Iterator[Cycle]:
-    from registry.current import current_rollout
-    from registry.store import Registry
+    from registry.bundles.store import Registry
+    from registry.releases.current import current_rollout
     from sidstream.commands.registry import promoting
     from sidstream.commands.train import lines, one_cycle
     from sidstream.unattended import Cycle
-    from streams.redisdb import client as redis_client
+    from streams.state.redisdb import client as redis_client
 
     with redis_client(settings.redis) as redis, lines() as line:
         yield Cycle(
@@ -102,9 +102,9 @@ def history(
 
     Example: sidstream history
     """
-    from registry import release
-    from registry.current import current_rollout
-    from registry.store import Registry
+    from registry.bundles.store import Registry
+    from registry.releases import release
+    from registry.releases.current import current_rollout
     from sidstream.settings import load
 
     settings = load()

@@ -12,8 +12,8 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from sidstream.demo import Runner
     from sidstream.settings import Settings
-    from streams.client import Client
     from streams.events import CatalogItem, Recommendation
+    from streams.wire.client import Client
 
 # A folder with this file was made by an earlier demo, which a new one may clear.
 _MARK = "made-by-demo"
@@ -65,8 +65,8 @@ def demo(
         first = runner.command("train", "--max-seconds", str(train_seconds))
         stage.detail = _trained(first)
 
-    from streams.client import Client
     from streams.replay import past_of, source_of
+    from streams.wire.client import Client
 
     log = source_of("online-retail")
     titles = {item.item_id: item for item in log.catalogue()}
@@ -243,7 +243,7 @@ def _show(answer: Recommendation, titles: dict[str, CatalogItem]) -> None:
 
 def _drain(runner: Runner, settings: Settings) -> None:
     """Wait until the agents have applied every event."""
-    from streams.admin import lag
+    from streams.wire.admin import lag
 
     runner.until(
         lambda: "done" if lag(settings.kafka, settings.agents.group) == 0 else None,
@@ -252,13 +252,13 @@ def _drain(runner: Runner, settings: Settings) -> None:
 
 
 def _count(settings: Settings, pattern: str) -> int:
-    from streams.redisdb import client
+    from streams.state.redisdb import client
 
     with client(settings.redis) as server:
         return sum(1 for _ in server.scan_iter(match=pattern, count=1000))
 
 
 def _pairs(settings: Settings) -> int:
-    from streams.admin import end_offsets
+    from streams.wire.admin import end_offsets
 
     return sum(end_offsets(settings.kafka, "preferences").values())

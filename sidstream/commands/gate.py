@@ -52,14 +52,14 @@ def _bare(
 
 def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_json: bool = False) -> None:
     """Judge the running trial, and end it where that is asked for."""
-    from registry import release
-    from registry.current import current_rollout
-    from registry.decision import decide
-    from registry.outcomes import read_outcomes
+    from registry.experiment.decision import decide
+    from registry.experiment.outcomes import read_outcomes
+    from registry.releases import release
+    from registry.releases.current import current_rollout
     from sidstream.commands.registry import promoting
     from sidstream.pictures import keep_picture
     from sidstream.settings import load
-    from streams.redisdb import client as redis_client
+    from streams.state.redisdb import client as redis_client
 
     _check(mode)
     settings = load()
@@ -92,8 +92,8 @@ def aa(as_json: AsJson = False) -> None:
 
     Example: sidstream gate aa
     """
-    from registry import release
-    from registry.store import CHAMPION
+    from registry.bundles.store import CHAMPION
+    from registry.releases import release
     from sidstream.commands.registry import promoting
     from sidstream.settings import load
 
@@ -136,7 +136,7 @@ def plan(
     """
     import math
 
-    from registry import plan as planner
+    from registry.experiment import plan as planner
     from sidstream.settings import read
 
     settings = read()
@@ -190,7 +190,7 @@ def recompute(
 
     Example: sidstream gate recompute 3
     """
-    from registry.decision import rejudge
+    from registry.experiment.decision import rejudge
 
     stored = _read(record)
     made = rejudge(stored)
@@ -218,7 +218,7 @@ def _read(record: str) -> dict[str, Any]:
     elif path.suffix == ".json" or path.parent != Path("."):
         raise SidstreamError(f"there is no file {record}; name a decision record or a model version")
     else:
-        from registry.store import Registry
+        from registry.bundles.store import Registry
         from sidstream.settings import load
 
         return Registry(load().registry).decision(record)
@@ -235,7 +235,7 @@ def _read(record: str) -> dict[str, Any]:
 
 
 def _check(mode: str | None) -> None:
-    from registry.gate import MODES
+    from registry.experiment.gate import MODES
 
     if mode not in (None, *MODES):
         raise SidstreamError(f"mode is {mode!r}: use {', '.join(MODES[:-1])} or {MODES[-1]}")

@@ -14,8 +14,8 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from sidstream.settings import Settings
     from streams.events import PreferencePair
-    from trainer.pair_filter import Withdrawal
-    from trainer.pairs_report import Counts, Group, PairsReport
+    from trainer.alignment.pairs_report import Counts, Group, PairsReport
+    from trainer.log.pair_filter import Withdrawal
 
 app = typer.Typer(help="The preference pairs that alignment learns from.", no_args_is_help=True)
 
@@ -39,10 +39,10 @@ def report(
 
     Example: sidstream pairs report --plots pairs
     """
-    from registry.current import read_all
+    from registry.releases.current import read_all
     from sidstream.settings import load
     from streams.events import PreferencePair
-    from trainer.pairs_report import pairs_report
+    from trainer.alignment.pairs_report import pairs_report
 
     settings = load()
     pairs = [pair for _, pair in read_all(settings.kafka, PreferencePair) if pair is not None]
@@ -54,8 +54,8 @@ def report(
 
 def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Withdrawal | None:
     """What the trainer's log contradicts; None where none was written on this machine."""
-    from trainer.log import Log
-    from trainer.pair_filter import withdraw
+    from trainer.log.log import Log
+    from trainer.log.pair_filter import withdraw
 
     log = Log.open(settings.trainer.home / "log")
     if not {"purchases", "clicks"} & {file.topic for file in log.files}:
@@ -66,7 +66,7 @@ def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Wi
 
 def _draw(found: PairsReport, folder: Path) -> None:
     try:
-        from trainer.pairs_picture import draw
+        from trainer.alignment.pairs_plot import draw
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
     try:

@@ -12,10 +12,10 @@ from sidstream.console import emit, progress, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
-    from registry.store import Registry
+    from registry.bundles.store import Registry
     from sidstream.settings import Settings
-    from streams.client import Client
     from streams.events import Rollout
+    from streams.wire.client import Client
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
@@ -34,17 +34,17 @@ def codebook_fit(
 
     Example: sidstream codebook fit
     """
-    from registry.current import read_newest
-    from registry.store import Registry
+    from registry.bundles.store import Registry
+    from registry.releases.current import read_newest
     from sidstream.settings import load
-    from streams.client import Client
     from streams.events import CatalogItem, SidAssignment
+    from streams.wire.client import Client
 
     try:
+        from trainer.codebooks.co_interactions import touched
+        from trainer.codebooks.embedders import encoder_folder, open_embedder
         from trainer.codebooks.fit import Old, fit_codebook
         from trainer.codebooks.report import report
-        from trainer.embedders import encoder_folder, open_embedder
-        from trainer.touched import touched
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
 
@@ -118,7 +118,7 @@ def promote(
 
     Example: sidstream promote 3
     """
-    from registry import release
+    from registry.releases import release
     from sidstream.settings import load
 
     settings = load()
@@ -132,7 +132,7 @@ def rollback(as_json: AsJson = False) -> None:
 
     Example: sidstream rollback
     """
-    from registry import release
+    from registry.releases import release
     from sidstream.settings import load
 
     settings = load()
@@ -157,8 +157,8 @@ def arm(
 
     Example: sidstream arm 17850
     """
-    from registry.current import current_rollout
-    from registry.rollout import arm_of
+    from registry.releases.current import current_rollout
+    from registry.releases.rollout import arm_of
     from sidstream.settings import load
 
     settings = load()
@@ -178,7 +178,7 @@ def models(as_json: AsJson = False) -> None:
 
     Example: sidstream models
     """
-    from registry.store import Registry
+    from registry.bundles.store import Registry
     from sidstream.settings import load
 
     versions = Registry(load().registry).versions()
@@ -202,10 +202,10 @@ def models(as_json: AsJson = False) -> None:
 @contextmanager
 def promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
     """The registry and a client, while this process alone may change what is in service."""
-    from registry.lease import promoter
-    from registry.store import Registry
-    from streams.client import Client
-    from streams.redisdb import client as redis_client
+    from registry.bundles.store import Registry
+    from registry.releases.lease import promoter
+    from streams.state.redisdb import client as redis_client
+    from streams.wire.client import Client
 
     with (
         redis_client(settings.redis) as redis,

@@ -24,7 +24,7 @@ def serving() -> None:
 
     Example: sidstream serving
     """
-    from registry.store import Registry
+    from registry.bundles.store import Registry
     from serving.agent import ServingAgent
     from serving.worker import run_worker
     from sidstream.settings import load
@@ -48,7 +48,7 @@ def gateway() -> None:
     from serving.gateway import gateway as make
     from serving.readiness import waiting_for
     from sidstream.settings import load
-    from streams.client import Client
+    from streams.wire.client import Client
 
     settings = load()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -89,8 +89,8 @@ def recommend(
     Example: sidstream recommend --user 17850 --item 85123A -k 5 --prefer commission
     """
     from sidstream.settings import load
-    from streams.client import Client
     from streams.events import EventError, Trigger
+    from streams.wire.client import Client
 
     settings = load()
     try:
@@ -126,8 +126,8 @@ def _listed(kafka: KafkaSettings, wanted: Collection[str]) -> dict[str, CatalogI
     """The catalogue's newest records of the wanted items; only theirs are decoded."""
     from kafka import KafkaConsumer, TopicPartition
 
-    from streams.connect import client_options
     from streams.events import CatalogItem, EventError, decode
+    from streams.wire.connect import client_options
 
     found: dict[str, CatalogItem] = {}
     keys = {name.encode() for name in wanted}

@@ -28,10 +28,10 @@ def shoppers(
     import time
 
     from sidstream.settings import load
-    from streams.client import Client
     from streams.replay import past_of, source_of
-    from streams.shoppers import Truth, population
-    from streams.shopping import ShoppingTrip
+    from streams.simulation.shoppers import Truth, population
+    from streams.simulation.shopping import ShoppingTrip
+    from streams.wire.client import Client
 
     settings = load()
     if seed is not None:

@@ -72,7 +72,7 @@ def report(
     else:
         found = _current(settings)
     if plot:
-        from trainer.codebooks.picture import draw
+        from trainer.codebooks.codes_plot import draw
 
         plot.write_bytes(draw(found))
     emit(found.as_dict(), as_json, _text(found))
@@ -82,13 +82,13 @@ def _current(settings: Settings) -> Report:
     """The current codebook with the SIDs that were given, on Kafka's catalogue and clicks."""
     import numpy as np
 
-    from registry.current import read_newest
-    from registry.embedder import embedder_of, item_text
-    from registry.store import Registry
+    from registry.bundles.embedder import embedder_of, item_text
+    from registry.bundles.store import Registry
+    from registry.releases.current import read_newest
     from streams.events import CatalogItem, SidAssignment
+    from trainer.codebooks.co_interactions import touched
+    from trainer.codebooks.embedding_cache import CachedEmbedder
     from trainer.codebooks.report import report
-    from trainer.embedding_cache import CachedEmbedder
-    from trainer.touched import touched
 
     registry = Registry(settings.registry)
     codebook = registry.codebook()
@@ -114,11 +114,11 @@ def _current(settings: Settings) -> Report:
 
 def _of_file(settings: Settings, path: Path | None, catalogue: Path) -> Report:
     """A codebook's file on a file of items; without the codebook, the one that the settings make of them."""
-    from registry.codebook import Codebook
-    from registry.embedder import item_text
+    from registry.bundles.codebook import Codebook
+    from registry.bundles.embedder import item_text
     from streams.replay.jsonl import JsonLines
+    from trainer.codebooks.embedders import open_embedder
     from trainer.codebooks.report import report
-    from trainer.embedders import open_embedder
 
     items = list(JsonLines(catalogue, "catalog").catalogue())
     if path is None:
@@ -154,9 +154,9 @@ def _of_dataset(settings: Settings, name: str, folder: Path | None) -> Report:
 def _fitted(settings: Settings, items: list[CatalogItem], sequences: Sequence[Sequence[str]]) -> Report:
     import numpy as np
 
+    from trainer.codebooks.embedders import open_embedder
     from trainer.codebooks.fit import fit_codebook
     from trainer.codebooks.report import report
-    from trainer.embedders import open_embedder
 
     embedder = open_embedder(settings.codebook.embedder, settings.registry.cache_folder)
     with progress("fitting the codebook", settings.codebook.levels) as advance:

@@ -13,11 +13,11 @@ from sidstream.console import emit, err, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
-    from registry.release import Publisher
+    from registry.releases.release import Publisher
     from sidstream.settings import Settings
     from trainer.cycle_result import CycleResult
-    from trainer.devices import Devices
     from trainer.settings import TrainerSettings
+    from trainer.tuning.devices import Devices
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
@@ -40,11 +40,11 @@ def train(
     from sidstream.settings import load
 
     prepare()
-    from trainer.devices import launched
+    from trainer.tuning.devices import launched
 
     devices = launched()
     if not devices.main:
-        from trainer.handover import follow
+        from trainer.tuning.broadcast import follow
 
         follow(devices)
         return
@@ -103,7 +103,7 @@ def one_cycle(
     devices: Devices | None = None,
 ) -> CycleResult:  # fmt: skip
     """Run one update cycle; its trial begins at `step` of the challengers' full weights."""
-    from registry.store import Registry
+    from registry.bundles.store import Registry
     from sidstream.commands.registry import promoting
     from trainer.cycle import run_cycle
 
@@ -122,8 +122,8 @@ def one_cycle(
 def _tune(
     settings: Settings, chosen: TrainerSettings, line: Callable[[str, str, bool], None], as_json: bool
 ) -> None:
-    from registry.store import Registry
-    from trainer.lora import tune_window
+    from registry.bundles.store import Registry
+    from trainer.language_model.lora import tune_window
 
     result = tune_window(
         chosen, settings.kafka, Registry(settings.registry), horizon_ms=settings.agents.horizon_ms,

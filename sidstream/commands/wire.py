@@ -36,10 +36,10 @@ def replay(
     Example: sidstream replay online-retail --from 2011-11-01 --speed max
     """
     from sidstream.settings import load
-    from streams.admin import create_topics
     from streams.replay import JsonLines, source_of
     from streams.replay.engine import Replayed, parse_speed, parse_time, replay_raw
     from streams.replay.engine import replay as run
+    from streams.wire.admin import create_topics
 
     if only not in (None, "catalog", "events"):
         raise SidstreamError(f"--only is {only!r}: give catalog or events, or leave it out")
@@ -91,8 +91,8 @@ def publish(
     import sys
 
     from sidstream.settings import load
-    from streams.client import Client
     from streams.events import BY_TOPIC, EventError
+    from streams.wire.client import Client
 
     kind = BY_TOPIC.get(topic)
     if kind is None:
@@ -124,7 +124,7 @@ def topics_create(as_json: Json = False) -> None:
     Example: sidstream topics create
     """
     from sidstream.settings import load
-    from streams.admin import create_topics
+    from streams.wire.admin import create_topics
 
     made = create_topics(load().kafka)
     emit({"created": made}, as_json, f"created: {', '.join(made)}" if made else "every topic stands already")
@@ -136,8 +136,8 @@ def topics_list(as_json: Json = False) -> None:
     Example: sidstream topics list
     """
     from sidstream.settings import load
-    from streams.admin import spans
-    from streams.topics import topics
+    from streams.wire.admin import spans
+    from streams.wire.topics import topics
 
     kafka = load().kafka
     standing = spans(kafka)
@@ -175,7 +175,7 @@ def topics_delete(
     Example: sidstream topics delete --yes
     """
     from sidstream.settings import load
-    from streams.admin import delete_topics
+    from streams.wire.admin import delete_topics
 
     if not yes:
         raise SidstreamError("topics delete loses every event of every topic: say so with --yes")

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sidstream.stack.children import born, end_session
 from sidstream.stack.settings import StackSettings
 from sidstream.stack.state import LOCK_FILE, STATE_FILE, StackState, living, locked, read_state, write_state
-from streams.children import born, end_session
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidstream.stack import servers
+from sidstream.stack import kafka_jars, servers
+from sidstream.stack.broker import HOST, free_ports, java, listening
 from sidstream.stack.settings import StackSettings
 from sidstream.stack.state import StackState, living, read_state
-from streams import kafka_jars
-from streams.broker import HOST, free_ports, java, listening
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ def kafka(given: KafkaSettings, live: StackState | None, startable: bool) -> Che
         return _startable("kafka", startable, "mend what fails above")
     from kafka.errors import KafkaError
 
-    from streams.admin import admin
+    from streams.wire.admin import admin
 
     if not any(_listens(broker) for broker in address.split(",")):
         return Check("kafka", False, f"nothing listens at {address}", remedy)
@@ -224,7 +223,8 @@ def data() -> Check:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(kafka_jars.__file__).with_name("data") / "online_retail.parquet"
+    from streams.replay.online_retail import FILE as path
+
     try:
         rows = pq.ParquetFile(path).metadata.num_rows
     except (OSError, pa.ArrowException) as error:

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from streams.broker import HOST
+from sidstream.stack.broker import HOST
 from streams.errors import SidstreamError
 
 # MLflow's extras that a local registry does not need: usage reports, its job runner (a process of its own).

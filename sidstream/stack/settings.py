@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from streams.kafka_jars import MAVEN_CENTRAL
+from sidstream.stack.kafka_jars import MAVEN_CENTRAL
 from streams.settings import Section
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from sidstream.stack.children import born
 from sidstream.stack.settings import StackSettings
-from streams.children import born
 from streams.errors import SidstreamError
 
 STATE_FILE = "stack.json"

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sidstream.stack import servers
+from sidstream.stack import kafka_jars, servers
+from sidstream.stack.broker import HOST, LocalKafka, Node, free_ports, listening
+from sidstream.stack.children import born, end_session, spawn
 from sidstream.stack.state import ServiceState, StackState, read_state, write_state
 from sidstream.stack.units import Unit
-from streams import kafka_jars
-from streams.broker import HOST, LocalKafka, Node, free_ports, listening
-from streams.children import born, end_session, spawn
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 
@@ -115,7 +114,7 @@ class Supervisor:
             if self.stack.brokers == 3 and "replication" not in self.kafka.model_fields_set:
                 update["replication"] = 3
             self.kafka = self.kafka.model_copy(update=update)
-        from streams.admin import create_topics
+        from streams.wire.admin import create_topics
 
         made = create_topics(self.kafka)
         log.info("created %d topics", len(made))

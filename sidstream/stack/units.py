@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidstream.stack.children import Child, born
 from sidstream.stack.settings import StackSettings
 from sidstream.stack.state import ServiceState
-from streams.children import Child, born
 from streams.errors import SidstreamError
 
 log = logging.getLogger(__name__)

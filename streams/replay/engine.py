@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
 
-from streams.bulk import BulkWriter
 from streams.errors import SidstreamError
 from streams.events import Event
-from streams.records import Record, fitting, record
 from streams.replay.source import Source
 from streams.settings import KafkaSettings
+from streams.wire.bulk import BulkWriter
+from streams.wire.records import Record, fitting, record
 
 # A shorter wait costs more in flushing than it gives in evenness.
 _SHORTEST_WAIT_S = 0.01

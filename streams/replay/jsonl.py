@@ -10,8 +10,8 @@ import msgspec
 
 from streams.errors import SidstreamError
 from streams.events import BY_TOPIC, CatalogItem, Event, EventError, UserProfile, decode
-from streams.records import Record
 from streams.replay.source import inside
+from streams.wire.records import Record
 
 
 class _Line(msgspec.Struct):

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import redis
 
-from streams import history, keys
-from streams.admin import end_offsets
+from harness.agents_worker import start, worker, write_codebook
+from harness.pure_histories import replayed_histories
+from harness.servers import free_port, wait_until
 from streams.replay import OnlineRetail
 from streams.replay.engine import parse_time, replay
-from tests.agents_worker import start, worker, write_codebook
+from streams.state import history, keys
+from streams.wire.admin import end_offsets
 from tests.conftest import FreshStack
-from tests.pure_histories import replayed_histories
-from tests.support import free_port, wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 

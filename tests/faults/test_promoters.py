@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from registry import release
-from registry.lease import lease_key, promoter
+from harness.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
+from harness.registry_support import bundle
+from harness.servers import local_mlflow
+from registry.bundles.store import CHAMPION, DPO, STATE, Registry
+from registry.releases import release
+from registry.releases.lease import lease_key, promoter
 from registry.settings import RegistrySettings, RolloutSettings
-from registry.store import CHAMPION, DPO, STATE, Registry
-from streams.admin import create_topics, delete_topics
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from tests.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
-from tests.registry_support import bundle, local_mlflow
+from streams.wire.admin import create_topics, delete_topics
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 

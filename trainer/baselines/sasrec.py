@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.devices import device, fast_bf16
 from trainer.evaluation.ranker import CHUNK, Mask, Progress, in_chunks
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import Queries, Split
-from trainer.losses import softmax_loss
+from trainer.tuning.devices import device, fast_bf16
+from trainer.tuning.losses import softmax_loss
 
 # Of more validation targets than this, as many are drawn: NDCG@10 then has a standard error near .002.
 _VALIDATE = 10_000

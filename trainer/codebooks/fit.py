@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from registry.codebook import MAX_CODES, Codebook
-from registry.embedder import Embedder, item_text
-from registry.prompt import Sid
+from registry.bundles.codebook import MAX_CODES, Codebook
+from registry.bundles.embedder import Embedder, item_text
+from registry.bundles.prompt import Sid
 from registry.settings import CodebookSettings
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
+from trainer.codebooks.collaborative import collaborative, fuse
 from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest, residual_kmeans
-from trainer.collaborative import collaborative, fuse
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from registry.codebook import Codebook, unit
-from registry.prompt import Sid
-from trainer.collaborative import WINDOW, cooccurrence
+from registry.bundles.codebook import Codebook, unit
+from registry.bundles.prompt import Sid
+from trainer.codebooks.collaborative import WINDOW, cooccurrence
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

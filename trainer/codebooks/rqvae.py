@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from registry.codebook import Layer
+from registry.bundles.codebook import Layer
 from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest
 
 Float32 = npt.NDArray[np.float32]

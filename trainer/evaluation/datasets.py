@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from registry.rewards import Offer
+from registry.bundles.rewards import Offer
 from streams.errors import SidstreamError
 from streams.events import Purchase
 from streams.replay.online_retail import OnlineRetail

@@ -70,7 +70,7 @@ _TRAINED: dict[tuple[Options, Kind], Any] = {}
 
 def _ours(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
-        from trainer.evaluation.ours import Ours, Trained, default_recipe, recipe
+        from trainer.evaluation.sidstream_ranker import Ours, Trained, default_recipe, recipe
 
         given = (options.max_seconds, options.epochs)
         if kind == "merged":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from registry.rewards import Offer
+from registry.bundles.rewards import Offer
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]

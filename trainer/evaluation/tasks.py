@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from registry.prompt import PAD
-from trainer.constrained import SidSet, beam
-from trainer.data import Catalogue
+from registry.bundles.prompt import PAD
 from trainer.evaluation.sequences import Int64
-from trainer.generator import GeneratorForCausalLM
+from trainer.generator.constrained import SidSet, beam
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.sequences.rows import Catalogue
 
 _ROWS = 128
 

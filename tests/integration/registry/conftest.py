@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.registry_support import Outbox, bundle
+from harness.servers import local_mlflow
+from registry.bundles.store import Registry
 from registry.settings import RegistrySettings
-from registry.store import Registry
-from tests.registry_support import Outbox, bundle, local_mlflow
 
 
 @pytest.fixture(scope="session")

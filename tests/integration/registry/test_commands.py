@@ -7,20 +7,20 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from registry import release
-from registry.current import current_rollout, read_newest
-from registry.decision import recompute
-from registry.embedder import WordLlamaEmbedder
-from registry.rollout import assign
+from registry.bundles.embedder import WordLlamaEmbedder
+from registry.bundles.store import CHAMPION, DPO, SFT
+from registry.experiment.decision import recompute
+from registry.releases import release
+from registry.releases.current import current_rollout, read_newest
+from registry.releases.rollout import assign
 from registry.settings import RolloutSettings
-from registry.store import CHAMPION, DPO, SFT
 from sidstream.cli import app
 from sidstream.commands import registry as commands
 from sidstream.commands.gate import gate
-from streams import keys
-from streams.client import Client
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, SidAssignment
+from streams.state import keys
+from streams.wire.client import Client
 
 pytestmark = pytest.mark.integration
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from registry import release
-from registry.decision import decide, recompute
-from registry.rollout import arm_of
+from harness.registry_support import arm_seen, bundle
+from registry.bundles.store import ANCHOR, CHAMPION, DPO, SFT
+from registry.experiment.decision import decide, recompute
+from registry.releases import release
+from registry.releases.rollout import arm_of
 from registry.settings import GateSettings, RolloutSettings
-from registry.store import ANCHOR, CHAMPION, DPO, SFT
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
-from tests.registry_support import arm_seen, bundle
 
 pytestmark = pytest.mark.integration
 

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from registry.bundle import load_bundle
+from harness.registry_support import bundle, codebook
+from harness.servers import free_port
+from registry.bundles.bundle import load_bundle
+from registry.bundles.store import CHAMPION, Registry
 from registry.settings import RegistrySettings
-from registry.store import CHAMPION, Registry
 from streams.errors import SidstreamError
-from tests.registry_support import bundle, codebook
-from tests.support import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -33,9 +33,9 @@ def test_a_process_that_uses_the_store_prints_nothing(registry, tmp_path):
     made = bundle(tmp_path, 8)
     script = f"""
 from pathlib import Path
-from registry.bundle import load_bundle
+from registry.bundles.bundle import load_bundle
 from registry.settings import RegistrySettings
-from registry.store import Registry
+from registry.bundles.store import Registry
 cache = {str(tmp_path / "c")!r}
 settings = RegistrySettings(tracking_uri={registry.tracking_uri!r}, name={registry.name!r}, cache=cache)
 store = Registry(settings)

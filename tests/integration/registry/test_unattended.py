@@ -11,19 +11,19 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from registry import release
-from registry.current import current_rollout
-from registry.decision import recompute
-from registry.rollout import arm_of
+from harness.registry_support import bundle
+from registry.bundles.store import CHAMPION, DPO, SFT
+from registry.experiment.decision import recompute
+from registry.releases import release
+from registry.releases.current import current_rollout
+from registry.releases.rollout import arm_of
 from registry.settings import RolloutSettings
-from registry.store import CHAMPION, DPO, SFT
 from sidstream.cli import app
 from sidstream.settings import load
 from sidstream.unattended import Cycle
-from streams import keys
-from streams.client import Client
 from streams.errors import SidstreamError
-from tests.registry_support import bundle
+from streams.state import keys
+from streams.wire.client import Client
 from trainer.cycle_result import CycleResult
 
 pytestmark = pytest.mark.integration

@@ -1,0 +1,131 @@
+"""Per-user state in Redis with open windows: read, advance in event time, compare-and-set, never lost.
+
+A value is 8 random bytes (the token that a writer must name to replace it) and a msgpack body. The sorted set
+`due:<stage>:{partition}` says which users have something that matures, so that a restart resumes. A writer
+that was overtaken (two workers during a rebalance) writes nothing and starts over from what stands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+from streams.state import keys
+from streams.state.redisdb import run_pipeline
+
+# KEYS state, sums ... | ARGV expected token ('' = absent), new value ('' = delete), then per sums key:
+# arm, bundle, cohort, impressions, clicks, orders to add. All or nothing: sums, state and fences agree. A
+# field that comes to 0 goes, and with the last of them the hash: what moved away leaves nothing behind.
+SWAP: Final = """
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return 0 end
+if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
+for k = 2, #KEYS do
+  local a = 3 + (k - 2) * 6
+  redis.call('HSET', KEYS[k], 'arm', ARGV[a], 'bundle', ARGV[a + 1])
+  for n, kind in ipairs({'i', 'c', 'o'}) do
+    local field = ARGV[a + 2] .. ':' .. kind
+    if redis.call('HINCRBY', KEYS[k], field, ARGV[a + 2 + n]) == 0 then redis.call('HDEL', KEYS[k], field) end
+  end
+  if redis.call('HLEN', KEYS[k]) == 2 then redis.call('DEL', KEYS[k]) end
+end
+return 1
+"""
+# KEYS clock | ARGV stage, watermark. Never backwards.
+_ADVANCE: Final = """
+local stored = redis.call('HGET', KEYS[1], ARGV[1])
+if not stored or tonumber(stored) < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+return redis.status_reply('OK')
+"""
+# Users matured in one go; more are found by the next round.
+DUE_AT_ONCE: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """What to add to one cohort's sums of one trial of a user."""
+
+    trial: str
+    arm: str
+    bundle: str
+    cohort: int
+    impressions: int
+    clicks: int
+    orders: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One user's new state; body None: nothing is open, forget the user. `due` in ms of event time."""
+
+    user: str
+    partition: int
+    token: bytes
+    body: bytes | None
+    due: int | None
+    sums: Sequence[Sum] = ()
+
+
+class States:
+    """The states of one stage ('preferences' or 'outcomes')."""
+
+    def __init__(self, store: redis.asyncio.Redis, stage: str) -> None:
+        self._store = store
+        self._stage = stage
+        self._key = {"preferences": keys.preferences, "outcomes": keys.outcomes}[stage]
+        self._swap: str | None = None
+
+    async def read(self, users: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
+        """(token, body) of each user that has a state."""
+        if not users:
+            return {}
+        values = await run_pipeline(self._store, [("GET", self._key(user)) for user in users])
+        return {user: (value[:8], value[8:]) for user, value in zip(users, values, strict=True) if value}
+
+    async def due(self, partition: int, watermark: int) -> list[str]:
+        """Users with something that matures at or before `watermark`, at most DUE_AT_ONCE."""
+        found: list[Any] = await self._store.zrangebyscore(
+            keys.due(self._stage, partition), "-inf", watermark, start=0, num=DUE_AT_ONCE
+        )
+        return [user.decode() for user in found]
+
+    async def write(self, writes: Sequence[Write]) -> list[str]:
+        """Replace states; return the users whose state was changed by somebody else meanwhile."""
+        if not writes:
+            return []
+        if self._swap is None:
+            self._swap = await self._store.script_load(SWAP)
+        commands: list[tuple[Any, ...]] = []
+        for write in writes:
+            # The index first: an entry without a state is harmless, a state without an entry never matures.
+            index = keys.due(self._stage, write.partition)
+            if write.due is None:
+                commands.append(("ZREM", index, write.user))
+            else:
+                commands.append(("ZADD", index, write.due, write.user))
+            value = b"" if write.body is None else os.urandom(8) + write.body
+            sums = [keys.sums(s.trial, write.user) for s in write.sums]
+            arguments: list[Any] = [write.token, value]
+            for s in write.sums:
+                arguments += (s.arm, s.bundle, s.cohort, s.impressions, s.clicks, s.orders)
+            commands.append(("EVALSHA", self._swap, 1 + len(sums), self._key(write.user), *sums, *arguments))
+        try:
+            results = await run_pipeline(self._store, commands)
+        except NoScriptError:
+            # A restarted server has no scripts; what was written in part is seen as overtaken and redone.
+            self._swap = None
+            return [write.user for write in writes]
+        return [write.user for write, done in zip(writes, results[1::2], strict=True) if not done]
+
+    async def watermark(self, partition: int) -> int | None:
+        """The watermark (ms) up to which this stage matured the partition."""
+        stored = await self._store.hget(keys.clock(partition), self._stage)
+        return None if stored is None else int(stored)
+
+    async def set_watermark(self, partition: int, watermark: int) -> None:
+        """Store it; a smaller one than stands changes nothing."""
+        await self._store.eval(_ADVANCE, 1, keys.clock(partition), self._stage, watermark)

@@ -1,0 +1,125 @@
+"""An agents worker as a process of its own, with a codebook from a file in place of the registry's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from registry.bundles.codebook import Codebook
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+
+DIM = 16
+
+
+class WordEmbedder:
+    """The sum of one fixed random vector a word, scaled to length 1: instant, and the same everywhere."""
+
+    id = "words-16"
+    dim = DIM
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """float32 (N, 16)."""
+        rows = np.stack([sum((_word(word) for word in text.split()), np.zeros(DIM)) for text in texts])
+        return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+def _word(word: str) -> np.ndarray:
+    seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+    return np.random.default_rng(seed).standard_normal(DIM)
+
+
+class FileCodebooks:
+    """The registry, as far as the agents ask: the codebook in one file, once it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def current_codebook(self) -> str | None:
+        return self.codebook().id if self._path.exists() else None
+
+    def codebook(self, id: str | None = None) -> Codebook:
+        return Codebook.load(self._path)
+
+    def encoder(self, codebook: str) -> Path:
+        raise SidstreamError(f"codebook {codebook} has no encoder")
+
+
+def words_of(codebook: Codebook, _encoder: object) -> WordEmbedder:
+    """The tests' embedder, in the place of registry.bundles.embedder.embedder_of."""
+    if codebook.embedder != WordEmbedder.id:
+        raise SidstreamError(f"codebook {codebook.id} was fitted with embedder {codebook.embedder}")
+    return WordEmbedder()
+
+
+def write_codebook(path: Path, sizes: Sequence[int] = (8, 8, 256), seed: int = 0) -> Codebook:
+    """Random centroids; the file appears whole."""
+    rng = np.random.default_rng(seed)
+    centroids = tuple((rng.standard_normal((size, DIM)) / DIM**0.5).astype(np.float32) for size in sizes)
+    codebook = Codebook(WordEmbedder.id, centroids)
+    codebook.save(path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    return codebook
+
+
+@contextlib.contextmanager
+def worker(
+    kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One worker; stopped by SIGTERM at the end, where it must leave without an error."""
+    process = start(kafka, redis_url, codebook, log, **agents)
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        left = process.wait(60)
+        assert left == 0, f"the worker ended with exit code {left}:\n{log.read_text()[-3000:]}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def start(
+    kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents: Any
+) -> subprocess.Popen[bytes]:
+    """One worker, for tests that kill it."""
+    told = {"kafka": kafka.model_dump(mode="json"), "redis": redis_url, "codebook": str(codebook)}
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "harness.agents_worker", json.dumps({**told, "agents": agents})],
+            stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent, env=os.environ,
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Run the worker that the argument describes."""
+    from agents import catalogue
+    from agents.app import create_app, run_worker
+    from agents.settings import AgentsSettings
+    from streams.settings import HistorySettings, RedisSettings
+
+    catalogue.embedder_of = words_of  # type: ignore[assignment,attr-defined]
+    told = json.loads(sys.argv[1])
+    run_worker(
+        lambda: create_app(
+            KafkaSettings.model_validate(told["kafka"]),
+            RedisSettings.model_validate({"url": told["redis"]}),
+            HistorySettings(),
+            AgentsSettings.model_validate(told["agents"]),
+            FileCodebooks(Path(told["codebook"])),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The histories that events make, by the pure function alone: no Redis, no agents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from harness.servers import read_all
+from streams.events import Click, Purchase, decode
+from streams.replay import OnlineRetail
+from streams.settings import HistorySettings, KafkaSettings
+from streams.state import history
+from streams.state.history import Change, pack_entry
+from streams.wire.admin import incarnations
+from streams.wire.records import partition_of
+
+
+def pure_histories(
+    shop: OnlineRetail, sids: Mapping[str, bytes], codebook: str, levels: int,
+    lives: Mapping[str, int], partitions: int,
+) -> dict[str, bytes]:  # fmt: skip
+    """{user: packed history}. `sids` are packed; `lives` the incarnations of the topics.
+
+    Offsets are counted, not asked for: on a new topic the n-th purchase of a partition has offset n.
+    """
+    written: Counter[int] = Counter()
+    changes: dict[str, list[Change]] = {}
+    for event in shop.events():
+        partition = partition_of(event.key, partitions)
+        entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
+        changes.setdefault(event.user_id, []).append(Change("purchases", written[partition], entry))
+        written[partition] += 1
+    return _applied(changes, codebook, levels, lives)
+
+
+def replayed_histories(
+    kafka: KafkaSettings, sids: Mapping[str, bytes], codebook: str, levels: int
+) -> dict[str, bytes]:
+    """{user: packed history} of all clicks and purchases that are on Kafka. `sids` are packed."""
+    changes: dict[str, list[Change]] = {}
+    for kind in (Click, Purchase):
+        for record in read_all(kafka, kind.topic):
+            event: Any = decode(kind, record.value)
+            code = history.KINDS[event.kind] if isinstance(event, Click) else history.PURCHASE
+            entry = pack_entry(event.ts, code, event.event_id, sids[event.item_id])
+            changes.setdefault(event.user_id, []).append(Change(kind.topic, record.offset, entry))
+    known = incarnations(kafka)
+    return _applied(changes, codebook, levels, {source: known[source] for source in history.SOURCES})
+
+
+def _applied(
+    changes: Mapping[str, list[Change]], codebook: str, levels: int, lives: Mapping[str, int]
+) -> dict[str, bytes]:
+    made = {}
+    for user, mine in changes.items():
+        value, _, _ = history.apply(
+            None, mine, codebook=codebook, levels=levels, incarnations=lives, bounds=HistorySettings()
+        )
+        assert value is not None
+        made[user] = value
+    return made

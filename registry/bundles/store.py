@@ -1,0 +1,396 @@
+"""Bundles and codebooks in MLflow: artifacts with a version, aliases and tags; nothing is pickled.
+
+A bundle is uploaded as plain files below a run, and a model version points at it. What comes back is checked
+digest by digest and kept in a folder named by its content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from registry.bundles.bundle import Bundle, load_bundle
+from registry.bundles.codebook import Codebook
+from registry.bundles.tracking import Tracking
+from registry.settings import RegistrySettings
+from streams.errors import SidstreamError
+
+CHAMPION, SFT, DPO, ANCHOR = "champion", "challenger-sft", "challenger-dpo", "anchor"
+ALIASES = (CHAMPION, SFT, DPO, ANCHOR)
+PREVIOUS = "previous-champion"
+# Tag of a version: candidate -> shadow -> canary -> trial -> promoted, rejected, inconclusive; rolled-back.
+STATE = "state"
+CURRENT = "current"
+_BUNDLE = "bundle"
+_CODEBOOK = "codebook.safetensors"
+_ENCODER = "encoder"
+_JOURNAL = "sidstream.journal"
+# What MLflow keeps of a tag of a run.
+_LONGEST = 5000
+# Metrics of one request to MLflow, which takes no more.
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Version:
+    """One model version as the registry lists it; `created` in milliseconds."""
+
+    version: str
+    bundle: str
+    kind: str
+    created: int
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+class Registry:
+    """The store. Every method that asks MLflow raises SidstreamError when it does not answer."""
+
+    def __init__(self, settings: RegistrySettings) -> None:
+        self._mlflow = Tracking(settings)
+        self.name = settings.name
+        self.tracking_uri = self._mlflow.uri
+        self.cache = settings.cache_folder
+        self.codebooks = f"{settings.name}-codebook"
+
+    # Codebooks
+
+    def publish_codebook(self, codebook: Codebook, encoder: Path | None = None) -> str:
+        """Store a codebook and make it the current one; storing it again only moves the alias. Its id.
+
+        `encoder`: the folder of its sentence encoder, for those who give new items their SIDs.
+        """
+        with tempfile.TemporaryDirectory() as folder, self._mlflow.asking("store the codebook") as client:
+            version = self._mlflow.version_with(self.codebooks, "codebook", codebook.id)
+            if version is None:
+                codebook.save(Path(folder) / _CODEBOOK)
+                run = self._mlflow.new_run(self.name, f"codebook-{codebook.id}")
+                client.log_artifact(run, str(Path(folder) / _CODEBOOK))
+                if encoder is not None:
+                    client.log_artifacts(run, str(encoder), _ENCODER)
+                tags = {"codebook": codebook.id, "embedder": codebook.embedder}
+                version = self._mlflow.add_version(self.codebooks, run, _CODEBOOK, tags)
+                client.set_terminated(run)
+            client.set_registered_model_alias(self.codebooks, CURRENT, version)
+        return codebook.id
+
+    def codebook(self, id: str | None = None) -> Codebook:
+        """The codebook with this id, or the current one. Raises SidstreamError where there is none."""
+        if id is not None:
+            kept = self._codebook_file(id)
+            if kept.is_file():
+                with contextlib.suppress(SidstreamError):
+                    return Codebook.load(kept)
+        with self._mlflow.asking("find the codebook") as client:
+            if id is None:
+                found = self._mlflow.by_alias(self.codebooks, CURRENT)
+            else:
+                number = self._mlflow.version_with(self.codebooks, "codebook", id)
+                found = client.get_model_version(self.codebooks, number) if number else None
+        if found is None:
+            which = f"codebook {id}" if id else "codebook"
+            raise SidstreamError(f"the registry has no {which}: make one with `sidstream codebook fit`")
+        wanted = found.tags["codebook"]
+        kept = self._codebook_file(wanted)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            with self._mlflow.asking(f"fetch codebook {wanted}") as client:
+                path = Path(client.download_artifacts(found.run_id, _CODEBOOK, folder))
+            codebook = Codebook.load(path)
+            if codebook.id != wanted:
+                raise SidstreamError(
+                    f"the registry's file of codebook {wanted} is codebook {codebook.id}; store it again"
+                )
+            path.replace(kept)
+        return codebook
+
+    def encoder(self, codebook: str) -> Path:
+        """The folder of a codebook's sentence encoder, from the cache or downloaded.
+
+        Its content is verified where it is opened. Raises SidstreamError where the registry has none.
+        """
+        with self._mlflow.asking(f"find codebook {codebook}") as client:
+            number = self._mlflow.version_with(self.codebooks, "codebook", codebook)
+            found = client.get_model_version(self.codebooks, number) if number else None
+        if found is None:
+            raise SidstreamError(
+                f"the registry has no codebook {codebook}: make one with `sidstream codebook fit`"
+            )
+        final = self.cache / "encoders" / str(found.tags["embedder"])
+        if not final.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as folder:
+                with self._mlflow.asking(f"fetch the encoder of codebook {codebook}") as client:
+                    path = Path(client.download_artifacts(found.run_id, _ENCODER, folder))
+                # Another process may have been faster; the folder's name says that the content is the same.
+                with contextlib.suppress(OSError):
+                    path.rename(final)
+        return final
+
+    def current_codebook(self) -> str | None:
+        """The id of the current codebook, or None."""
+        with self._mlflow.asking("find the codebook"):
+            found = self._mlflow.by_alias(self.codebooks, CURRENT)
+        return None if found is None else str(found.tags["codebook"])
+
+    # Bundles
+
+    def register(
+        self,
+        bundle: Bundle,
+        run_metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload a bundle as a new model version; one that is there already is not uploaded again.
+
+        Returns the version. The bundle is verified first.
+        """
+        manifest = load_bundle(bundle.path).manifest
+        with self._mlflow.asking(f"store bundle {manifest.bundle}") as client:
+            known = self._mlflow.version_with(self.name, "bundle", manifest.bundle)
+            if known is not None:
+                return known
+            run = self._mlflow.new_run(self.name, f"{manifest.kind}-{manifest.bundle}")
+            for key, number in (run_metrics or {}).items():
+                client.log_metric(run, key, float(number))
+            for key, value in (params or {}).items():
+                client.log_param(run, key, value)
+            client.log_artifacts(run, str(bundle.path), _BUNDLE)
+            tags = {
+                "bundle": manifest.bundle,
+                "kind": manifest.kind,
+                "codebook": manifest.codebook,
+                "parent": manifest.lineage.parent or "",
+                "reference": manifest.lineage.reference or "",
+                STATE: "candidate",
+            }
+            # The version comes last: a crash before it leaves a run that nothing points at.
+            version = self._mlflow.add_version(self.name, run, _BUNDLE, tags)
+            client.set_terminated(run)
+        return version
+
+    def fetch(self, version_or_alias: str) -> Bundle:
+        """The bundle of a version or alias, from the cache or downloaded; every digest is verified."""
+        found = self._find(version_or_alias)
+        wanted = found.tags["bundle"]
+        cache = self.cache
+        final = cache / wanted
+        if final.is_dir():
+            try:
+                return _verified(final, wanted)
+            except SidstreamError:
+                # Damaged on this disk: the registry still has it.
+                shutil.rmtree(final, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
+            with self._mlflow.asking(f"fetch bundle {wanted}") as client:
+                path = Path(client.download_artifacts(found.run_id, _BUNDLE, folder))
+            _verified(path, wanted)
+            # Another process may have been faster; the folder's name says that the content is the same.
+            with contextlib.suppress(OSError):
+                path.rename(final)
+        return _verified(final, wanted)
+
+    def tuned_from(self, bundle: Bundle) -> Bundle:
+        """The fine-tuned bundle that an aligned one was aligned from; any other one is its own.
+
+        An aligned bundle whose reference is not registered any more is its own, too.
+        """
+        reference = bundle.manifest.lineage.reference
+        if reference is None:
+            return bundle
+        with self._mlflow.asking(f"find bundle {reference}"):
+            version = self._mlflow.version_with(self.name, "bundle", reference)
+        return bundle if version is None else self.fetch(version)
+
+    def versions(self) -> list[Version]:
+        """Every model version, newest first."""
+        with self._mlflow.asking("list the models") as client:
+            model = self._mlflow.model(self.name)
+            if model is None:
+                return []
+            by_version: dict[str, list[str]] = {}
+            for alias, version in model.aliases.items():
+                by_version.setdefault(str(version), []).append(alias)
+            return [
+                Version(
+                    version=str(row.version),
+                    bundle=row.tags.get("bundle", ""), kind=row.tags.get("kind", ""),
+                    created=row.creation_timestamp, tags=dict(row.tags),
+                    aliases=tuple(sorted(by_version.get(str(row.version), []))),
+                    metrics=dict(client.get_run(row.run_id).data.metrics),
+                )
+                for row in sorted(self._mlflow.versions(self.name), key=lambda row: -int(row.version))
+            ]  # fmt: skip
+
+    # Aliases, tags and records
+
+    def alias(self, name: str) -> str | None:
+        """The version that an alias names, or None."""
+        with self._mlflow.asking(f"read alias {name}"):
+            found = self._mlflow.by_alias(self.name, name)
+        return None if found is None else str(found.version)
+
+    def version(self, version_or_alias: str) -> str:
+        """The version that a version or alias names. Raises SidstreamError where there is none."""
+        return str(self._find(version_or_alias).version)
+
+    def set_alias(self, name: str, version: str) -> None:
+        """Point an alias at a version."""
+        with self._mlflow.asking(f"set alias {name}") as client:
+            client.set_registered_model_alias(self.name, name, version)
+
+    def drop_alias(self, name: str) -> None:
+        """Remove an alias; one that is not set is no error."""
+        if self.alias(name) is not None:
+            with self._mlflow.asking(f"remove alias {name}") as client:
+                client.delete_registered_model_alias(self.name, name)
+
+    def tag(self, version: str, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        with self._mlflow.asking(f"tag version {version}") as client:
+            client.set_model_version_tag(self.name, version, key, value)
+
+    def tags(self, version: str) -> dict[str, str]:
+        """The tags of a version."""
+        return dict(self._find(version).tags)
+
+    def store_decision(self, version: str, record: Mapping[str, Any]) -> None:
+        """Store a decision record with the run of a version.
+
+        It counts once the version's tag `decision` names it.
+        """
+        found = self._find(version)
+        with self._mlflow.asking(f"store decision {record['decision']}") as client:
+            client.log_dict(found.run_id, dict(record), f"decisions/{record['decision']}.json")
+
+    def decision(self, version: str, id: str | None = None) -> dict[str, Any]:
+        """A decision record stored with a version (default: the newest)."""
+        import json
+
+        found = self._find(version)
+        wanted = id or found.tags.get("decision")
+        if not wanted:
+            raise SidstreamError(f"version {version} has no decision record: no trial of it was ended yet")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._mlflow.asking(f"read decision {wanted}") as client,
+        ):
+            path = client.download_artifacts(found.run_id, f"decisions/{wanted}.json", folder)
+            made: dict[str, Any] = json.loads(Path(path).read_text())
+        return made
+
+    def store_picture(self, version: str, decision: str, picture: bytes) -> None:
+        """Store the picture (PNG) of a decision beside its record."""
+        found = self._find(version)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._mlflow.asking(f"store decision {decision}") as client,
+        ):
+            path = Path(folder) / f"{decision}.png"
+            path.write_bytes(picture)
+            client.log_artifact(found.run_id, str(path), "decisions")
+
+    def store_training(
+        self, version: str, stage: str, curve: Sequence[Mapping[str, float]], picture: bytes
+    ) -> None:
+        """Keep how a stage of training went: its points as metrics over steps, and drawn (PNG)."""
+        from mlflow.entities import Metric
+
+        found, now = self._find(version), time.time_ns() // 1_000_000
+        metrics = [
+            Metric(f"{stage}/curve/{name}", value, now, int(point["step"]))
+            for point in curve
+            for name, value in point.items()
+            if name != "step"
+        ]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._mlflow.asking(f"store how version {version} was trained") as client,
+        ):
+            for low in range(0, len(metrics), _BATCH):
+                client.log_batch(found.run_id, metrics[low : low + _BATCH])
+            path = Path(folder) / f"{stage}.png"
+            path.write_bytes(picture)
+            client.log_artifact(found.run_id, str(path), "training")
+
+    def decisions(self, version: str) -> list[dict[str, Any]]:
+        """Every decision record that was stored with a version, oldest first."""
+        found = self._find(version)
+        with self._mlflow.asking(f"list the decisions of version {version}") as client:
+            names = [Path(file.path).name for file in client.list_artifacts(found.run_id, "decisions")]
+        records = [self.decision(version, name[:-5]) for name in names if name.endswith(".json")]
+        return sorted(records, key=lambda record: int(record["ts"]))
+
+    def journal(self, sentence: str, about: Mapping[str, Any]) -> None:
+        """Keep what a cycle did that led to no version: a run of its own, with the reason."""
+        with self._mlflow.asking("keep the journal") as client:
+            run = self._mlflow.new_run(self.name, "cycle")
+            client.set_tag(run, _JOURNAL, sentence[:_LONGEST])
+            client.log_dict(run, dict(about), "cycle.json")
+            client.set_terminated(run)
+
+    def journalled(self) -> list[tuple[int, str]]:
+        """(time in ms, sentence) of every entry of the journal, oldest first."""
+        with self._mlflow.asking("read the journal") as client:
+            experiment = client.get_experiment_by_name(self.name)
+            if experiment is None:
+                return []
+            found: list[tuple[int, str]] = []
+            token = None
+            while True:
+                page = client.search_runs(
+                    [experiment.experiment_id],
+                    f"tags.`{_JOURNAL}` LIKE '%'",
+                    max_results=1000,
+                    page_token=token,
+                )
+                found.extend((run.info.start_time, run.data.tags[_JOURNAL]) for run in page)
+                token = page.token
+                if not token:
+                    return sorted(found)
+
+    def note(self, key: str, value: str | None) -> None:
+        """Set a tag of the recommender itself, or remove it (None)."""
+        with self._mlflow.asking(f"note {key}") as client:
+            if value is not None:
+                client.set_registered_model_tag(self.name, key, value)
+            elif self.noted(key) is not None:
+                client.delete_registered_model_tag(self.name, key)
+
+    def noted(self, key: str) -> str | None:
+        """A tag of the recommender itself."""
+        with self._mlflow.asking(f"read {key}"):
+            model = self._mlflow.model(self.name)
+        value: str | None = None if model is None else model.tags.get(key)
+        return value
+
+    def _codebook_file(self, id: str) -> Path:
+        return self.cache / "codebooks" / f"{id}.safetensors"
+
+    def _find(self, version_or_alias: str) -> Any:
+        with self._mlflow.asking(f"find {version_or_alias}"):
+            if version_or_alias.isdecimal():
+                found = self._mlflow.version(self.name, version_or_alias)
+            else:
+                found = self._mlflow.by_alias(self.name, version_or_alias)
+        if found is None:
+            raise SidstreamError(
+                f"the registry has no version or alias {version_or_alias!r} of {self.name}; "
+                "see `sidstream models`"
+            )
+        return found
+
+
+def _verified(folder: Path, wanted: str) -> Bundle:
+    bundle = load_bundle(folder)
+    if bundle.id != wanted:
+        raise SidstreamError(f"{folder} holds bundle {bundle.id} in place of {wanted}; register it again")
+    return bundle

@@ -1,0 +1,393 @@
+"""An at-least-once loop over batches: read, apply, write what was refused, commit, in this order.
+
+A record is committed only when every stage has applied it or its bytes stand in dead letters. A stage must
+therefore be idempotent: after a crash, a rebalance or a failed commit it sees records again.
+
+What may go wrong, and what follows:
+- a record that breaks the contract: dead letter; its neighbours go on.
+- a record in a partition that its key does not belong to (a producer without murmur2): sent again with the
+  right key, since all events of a user must meet in one worker.
+- a stage fails: tried again `attempts` times, then the batch is halved until the failing record stands alone
+  and is dead-lettered.
+- Redis or Kafka is away: tried again for ever; nothing is refused for that, nothing is committed meanwhile.
+- partitions are taken away: the batch in work is finished and committed first; where it cannot be, because
+  something is away, it is abandoned, and the next owner reads it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RebalanceInProgressError,
+)
+from mode import Service
+from prometheus_client import Counter, Gauge, Histogram
+
+from streams.events import Event, EventError, decode
+from streams.settings import KafkaSettings
+from streams.state import redisdb
+from streams.wire.connect import client_options
+from streams.wire.dead_letters import Refusal, write
+from streams.wire.records import partition_of
+
+log = logging.getLogger(__name__)
+
+EVENTS: Final = Counter(
+    "sidstream_events_total", "Records read, by what became of them", ["topic", "outcome"]
+)
+LAG: Final = Gauge("sidstream_consumer_lag_records", "Records not yet applied", ["topic", "partition"])
+# A batch takes from some milliseconds (a few events) to seconds (a full one on a busy machine).
+BATCH_SECONDS: Final = Histogram(
+    "sidstream_batch_seconds", "Time to apply one batch", ["stage"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)  # fmt: skip
+FAILURES: Final = Counter(
+    "sidstream_batch_failures_total",
+    "Tries that failed: outage (retried for ever) or error",
+    ["stage", "kind"],
+)
+
+# A fetch that finds nothing returns after this; it bounds how late ticks and a stop are noticed.
+_POLL_MS: Final = 200
+_LAG_EVERY_S: Final = 1.0
+# First wait after a failure and the longest one: an outage of minutes is noticed within seconds of its end.
+_BACKOFF_S: Final = (0.1, 5.0)
+# Kafka's errors that lie with the record or with us, not with a broker that is away.
+_NOT_OUTAGES: Final = (MessageSizeTooLargeError, IllegalStateError)
+
+
+class Incoming(NamedTuple):
+    """A Kafka record and its event; event None: the key was deleted (compacted topics only)."""
+
+    record: Any
+    event: Any
+
+
+class Stage(Protocol):
+    """One idempotent step. It may raise: the loop retries, isolates and dead-letters."""
+
+    @property
+    def name(self) -> str:
+        """Stands in dead letters and metrics."""
+        ...
+
+    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+        """Apply the batch wholly; return the records that can never be applied."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """How a loop reads: see agents.settings.AgentsSettings for the meanings."""
+
+    group: str
+    batch_size: int
+    deadline_s: float
+    attempts: int
+    session_timeout_s: float
+
+
+class Abandoned(Exception):
+    """The batch must be let go uncommitted: its partitions go elsewhere, or the worker stops."""
+
+
+class Hooks:
+    """What else happens in the loop's own task, between batches."""
+
+    async def started(self) -> None:
+        """Before the first fetch."""
+
+    async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+        """The partitions that are this worker's from now on."""
+
+    async def rewound(self) -> None:
+        """A partition gave an offset that was seen already: the topic may have been made anew."""
+
+    async def observed(self, partition: TopicPartition, lag: int) -> None:
+        """About once a second: how many records of the partition are not yet read."""
+
+    async def tick(self) -> Sequence[Refusal]:
+        """After each fetch, also an empty one. Returned records are dead-lettered."""
+        return ()
+
+    async def buried(self, refused: Sequence[Refusal]) -> None:
+        """What `tick` returned stands in dead letters."""
+
+
+class BatchLoop(Service):
+    """Reads `kinds` in one consumer group, with equal partitions of all topics at one worker."""
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        kinds: Sequence[type[Event]],
+        stages: Sequence[Stage],
+        options: BatchOptions,
+        hooks: Hooks | None = None,
+        *,
+        tombstones: bool = False,
+        **service: Any,
+    ) -> None:
+        super().__init__(**service)
+        self._kafka = kafka
+        self._kinds = {kind.topic: kind for kind in kinds}
+        self._stages = stages
+        self._options = options
+        self._hooks = hooks or Hooks()
+        self._tombstones = tombstones
+        self._working = asyncio.Lock()
+        self._let_go = asyncio.Event()
+        self._next: dict[TopicPartition, int] = {}
+        self._lag_at = 0.0
+        self._epoch = 0  # counts rebalances
+        self._assigned: frozenset[TopicPartition] | None = None
+        self._consumer: Any = None
+        self._producer: Any = None
+
+    async def on_start(self) -> None:
+        """Connect and join the group."""
+        # Few records go out here (refused ones, ones in the wrong partition): bytes matter more than time.
+        self._producer = AIOKafkaProducer(
+            **client_options(self._kafka),
+            enable_idempotence=True,
+            compression_type="gzip",
+            max_request_size=2 * self._kafka.max_event_bytes + 65_536,
+        )
+        self._consumer = AIOKafkaConsumer(
+            **client_options(self._kafka),
+            group_id=self._options.group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            # Equal partitions of all topics at one worker: all events of a user meet there.
+            partition_assignment_strategy=(RangePartitionAssignor,),
+            session_timeout_ms=int(self._options.session_timeout_s * 1000),
+            heartbeat_interval_ms=int(self._options.session_timeout_s * 1000 / 4),
+            max_partition_fetch_bytes=max(1_048_576, 2 * self._kafka.max_event_bytes),
+            isolation_level="read_committed",
+        )
+        await self._producer.start()
+        await self._hooks.started()
+        await self._consumer.start()
+        self._consumer.subscribe(topics=sorted(self._kinds), listener=_Listener(self))
+
+    async def on_stop(self) -> None:
+        """Finish the batch in work, commit it and leave the group."""
+        self._let_go.set()
+        async with self._working:
+            pass
+        await self._consumer.stop()
+        await self._producer.stop()
+
+    @Service.task
+    async def _run(self) -> None:
+        while not self.should_stop:
+            try:
+                # Not under the lock: during a rebalance this waits until `release` has had it.
+                fetched = await self._consumer.getmany(
+                    timeout_ms=_POLL_MS, max_records=self._options.batch_size
+                )
+                epoch = self._epoch
+                async with self._working:
+                    # Partitions went away while the lock was taken: the next owner reads these records.
+                    if epoch == self._epoch and not self.should_stop:
+                        await self._turn(fetched)
+            except Abandoned:
+                log.warning("a batch was abandoned; its records are read again")
+            except KafkaError as error:
+                log.warning("reading failed, trying again: %s", error)
+                await asyncio.sleep(_BACKOFF_S[0])
+
+    async def _turn(self, fetched: dict[TopicPartition, list[Any]]) -> None:
+        assigned = frozenset(self._consumer.assignment())
+        if assigned != self._assigned:
+            await self._persist("assignment", lambda: self._hooks.assigned(assigned))
+            self._assigned = assigned
+        await self._watch_offsets(fetched)
+        if fetched:
+            await self._apply(fetched)
+        await self._measure_lag()
+        refused = await self._persist("tick", self._hooks.tick)
+        if refused:
+            await self._persist("dead letters", lambda: write(self._producer, refused))
+            await self._persist("tick", lambda: self._hooks.buried(refused))
+
+    async def _watch_offsets(self, fetched: dict[TopicPartition, list[Any]]) -> None:
+        for partition, records in fetched.items():
+            if records[0].offset < self._next.get(partition, 0):
+                await self._persist("rewound", self._hooks.rewound)
+            self._next[partition] = records[-1].offset + 1
+
+    async def _apply(self, fetched: dict[TopicPartition, list[Any]]) -> None:
+        batch, refused, misplaced = self._read(fetched)
+        for stage in self._stages:
+            if batch:
+                began = time.perf_counter()
+                refused += await self._isolate(stage, batch, self._options.attempts)
+                BATCH_SECONDS.labels(stage.name).observe(time.perf_counter() - began)
+        if misplaced:
+            await self._persist("reroute", lambda: self._reroute(misplaced))
+        if refused:
+            await self._persist("dead letters", lambda: write(self._producer, refused))
+        offsets = {partition: records[-1].offset + 1 for partition, records in fetched.items()}
+        await self._persist("commit", lambda: self._commit(offsets))
+        self._count(fetched, refused, misplaced)
+
+    def _read(
+        self, fetched: dict[TopicPartition, list[Any]]
+    ) -> tuple[list[Incoming], list[Refusal], list[Incoming]]:
+        """Events to apply, records that break the contract, events in a partition that is not theirs."""
+        now = time.time_ns() // 1_000_000
+        batch: list[Incoming] = []
+        refused: list[Refusal] = []
+        misplaced: list[Incoming] = []
+        for partition, records in fetched.items():
+            kind = self._kinds[partition.topic]
+            known = self._consumer.partitions_for_topic(partition.topic)
+            count = len(known) if known else self._kafka.partitions
+            for record in records:
+                if record.value is None and self._tombstones:
+                    batch.append(Incoming(record, None))
+                    continue
+                try:
+                    event = decode(kind, record.value, now)
+                except EventError as error:
+                    refused.append(Refusal(record, "decode", error.reason, error.detail))
+                    continue
+                right = partition_of(event.key, count) == partition.partition
+                (batch if right else misplaced).append(Incoming(record, event))
+        return batch, refused, misplaced
+
+    async def _reroute(self, misplaced: Sequence[Incoming]) -> None:
+        await asyncio.gather(
+            *[
+                self._producer.send_and_wait(record.topic, record.value, key=event.key)
+                for record, event in misplaced
+            ]
+        )
+
+    async def _commit(self, offsets: dict[TopicPartition, int]) -> None:
+        try:
+            await self._consumer.commit(offsets)
+        except (CommitFailedError, IllegalStateError, RebalanceInProgressError) as error:
+            # The group moved on: the next owner reads these records again, and its stages know them.
+            log.warning("a commit came too late, records will be seen twice: %s", error)
+            raise Abandoned from error
+
+    async def _isolate(self, stage: Stage, batch: Sequence[Incoming], attempts: int) -> list[Refusal]:
+        """Apply the batch; halve it where it fails until the failing record stands alone."""
+        failure = None
+        for attempt in range(1, attempts + 1):
+            try:
+                return list(
+                    await self._persist(stage.name, lambda: stage.apply(batch), self._options.deadline_s)
+                )
+            except Abandoned:
+                raise
+            except Exception as error:
+                failure = error
+                FAILURES.labels(stage.name, "error").inc()
+                log.warning(
+                    "%s failed on %d records (try %d of %d)", stage.name, len(batch), attempt, attempts,
+                    exc_info=error,
+                )  # fmt: skip
+            if attempt < attempts:
+                await self._wait(attempt)
+        if len(batch) == 1:
+            reason = "timeout" if isinstance(failure, TimeoutError) else "failed"
+            detail = f"{type(failure).__name__}: {failure}"
+            return [Refusal(batch[0].record, stage.name, reason, detail, attempts)]
+        middle = len(batch) // 2
+        refused = []
+        for half in (batch[:middle], batch[middle:]):
+            # Only the record that stands alone is worth every attempt.
+            refused += await self._isolate(stage, half, self._options.attempts if len(half) == 1 else 1)
+        return refused
+
+    async def _persist(
+        self, what: str, action: Callable[[], Awaitable[Any]], deadline_s: float | None = None
+    ) -> Any:
+        """Do it, again and again while Redis or Kafka is away. Other errors pass; TimeoutError: too long."""
+        attempt = 0
+        while True:
+            try:
+                async with asyncio.timeout(deadline_s) as limit:
+                    return await action()
+            except _NOT_OUTAGES:
+                raise
+            except (KafkaError, OSError, TimeoutError, *redisdb.OUTAGES) as error:
+                if limit.expired():
+                    raise
+                attempt += 1
+                FAILURES.labels(what, "outage").inc()
+                log.warning("%s waits (try %d): %s: %s", what, attempt, type(error).__name__, error)
+            await self._wait(attempt)
+
+    async def _wait(self, attempt: int) -> None:
+        """Back off. Raises Abandoned when the partitions must be let go."""
+        delay = min(_BACKOFF_S[0] * 2 ** min(attempt - 1, 10), _BACKOFF_S[1])
+        try:
+            await asyncio.wait_for(self._let_go.wait(), delay)
+        except TimeoutError:
+            return
+        raise Abandoned
+
+    async def _measure_lag(self) -> None:
+        now = time.monotonic()
+        if now - self._lag_at < _LAG_EVERY_S:
+            return
+        self._lag_at = now
+        for partition in self._consumer.assignment():
+            end = self._consumer.highwater(partition)
+            if end is None:  # nothing was fetched yet
+                continue
+            position = await self._consumer.position(partition)
+            LAG.labels(partition.topic, partition.partition).set(max(0, end - position))
+            await self._hooks.observed(partition, max(0, end - position))
+
+    def _count(
+        self, fetched: dict[TopicPartition, list[Any]], refused: Sequence[Refusal],
+        misplaced: Sequence[Incoming],
+    ) -> None:  # fmt: skip
+        for partition, records in fetched.items():
+            EVENTS.labels(partition.topic, "read").inc(len(records))
+        for refusal in refused:
+            EVENTS.labels(refusal.record.topic, "dead_letter").inc()
+        for record, _ in misplaced:
+            EVENTS.labels(record.topic, "rerouted").inc()
+
+    async def release(self) -> None:
+        """Called before partitions go: returns when no record of them is in work."""
+        self._let_go.set()
+        async with self._working:
+            self._epoch += 1
+            self._assigned = None
+            self._next.clear()
+            LAG.clear()
+
+    def take_over(self) -> None:
+        """Called when partitions are this worker's."""
+        if not self.should_stop:
+            self._let_go.clear()
+
+
+class _Listener(ConsumerRebalanceListener):
+    def __init__(self, loop: BatchLoop) -> None:
+        self._loop = loop
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        await self._loop.release()
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        self._loop.take_over()

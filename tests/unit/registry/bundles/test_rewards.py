@@ -1,0 +1,141 @@
+"""What preferences ask a model for, and the frozen bins of prices and commissions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.bundles.context import Context
+from registry.bundles.rewards import (
+    NAMES,
+    Offer,
+    Rewards,
+    quantile_edges,
+    read,
+    said,
+    value_of,
+    with_rewards,
+    without_rewards,
+    write,
+)
+from streams.errors import SidstreamError
+
+MASSES = st.lists(st.integers(0, 50), min_size=8, max_size=8).filter(any)
+
+
+def shares(counts: list[int]) -> dict[str, float]:
+    return {str(value): count / sum(counts) for value, count in enumerate(counts)}
+
+
+@st.composite
+def bundles(draw: st.DrawFn) -> Rewards:
+    """Masses of prices and commissions; clicks and purchases among conversions are all 1."""
+    sure = {"0": 0.0, "1": 1.0}
+    mass = {
+        "price": shares(draw(MASSES)),
+        "commission": shares(draw(MASSES)),
+        "click": sure,
+        "purchase": sure,
+    }
+    return Rewards({}, {name: mass[name] for name in draw(st.sets(st.sampled_from(NAMES), min_size=1))})
+
+
+WEIGHT = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
+WEIGHTS = st.dictionaries(st.sampled_from(NAMES), WEIGHT, min_size=1).filter(
+    lambda given: any(given.values())
+)
+EVEN = Rewards({}, {name: shares([1] * 8) for name in ("price", "commission")})
+
+
+def test_the_highest_weight_asks_for_the_most_and_the_others_for_their_share_of_it() -> None:
+    # Of eight equal bins, nine tenths are reached in bin 7, a half in bin 3.
+    assert EVEN.wanted({"price": 3}) == {"price": 7}
+    assert EVEN.wanted({"price": 3, "commission": 0}) == {"price": 7}
+    assert EVEN.wanted({"price": 2, "commission": 2}) == {"price": 7, "commission": 7}
+    assert EVEN.wanted({"price": 3, "commission": 1}) == {"price": 7, "commission": 5}
+    assert EVEN.wanted({"price": 1e6, "commission": 1e-6}) == {"price": 7, "commission": 3}
+    assert EVEN.wanted({"click": 1, "commission": 1}) == {"commission": 7}
+    assert EVEN.wanted({"click": 1}) == {}
+
+
+@given(bundles(), WEIGHTS, st.sampled_from(NAMES), st.floats(1, 1e3))
+def test_more_weight_never_asks_for_less_of_it(
+    rewards: Rewards, weights: dict[str, float], name: str, more: float
+) -> None:
+    before = rewards.wanted(weights).get(name, -1)
+    raised = weights | {name: more * weights.get(name, 0) or 1.0}
+    assert rewards.wanted(raised).get(name, -1) >= before
+
+
+@given(bundles(), WEIGHTS, st.integers(-9, 9))
+def test_only_the_proportions_of_weights_count(
+    rewards: Rewards, weights: dict[str, float], power: int
+) -> None:
+    # Powers of two change no digit of a number.
+    assert rewards.wanted({name: weight * 2.0**power for name, weight in weights.items()}) == (
+        rewards.wanted(weights)
+    )
+
+
+@given(bundles(), WEIGHTS)
+def test_what_is_asked_for_was_seen_often_enough_and_zero_asks_for_nothing(
+    rewards: Rewards, weights: dict[str, float]
+) -> None:
+    made = rewards.wanted(weights)
+    assert set(made) == {name for name, weight in weights.items() if weight > 0 and name in rewards.mass}
+    for name, value in made.items():
+        assert rewards.mass[name][str(value)] >= 0.01
+    assert {made[name] for name in ("click", "purchase") if name in made} <= {1}
+
+
+def test_a_rare_bin_gives_way_to_the_nearest_that_enough_conversions_have() -> None:
+    rare = Rewards({}, {"price": shares([300, 300, 300, 0, 0, 4, 96, 0])})
+    assert rare.wanted({"price": 1}) == {"price": 2}
+    rarer = Rewards({}, {"price": shares([300, 300, 290, 0, 0, 8, 7, 95])})
+    assert rarer.wanted({"price": 1}) == {"price": 7}
+
+
+def test_bins_are_of_the_category_where_it_has_enough_items_and_of_all_items_elsewhere() -> None:
+    cheap = [Offer("pens", price) for price in range(1, 9)]
+    dear = [Offer("cars", 1000.0 * price) for price in range(1, 9)]
+    few = [Offer("maps", 5.0)]
+    edges = quantile_edges("price", [*cheap, *dear, *few, Offer("pens")], 4, 8)
+    assert sorted(edges) == ["", "cars", "pens"]
+    rewards = Rewards({"price": edges}, {})
+    assert [rewards.bin_of("price", item) for item in cheap] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [rewards.bin_of("price", item) for item in dear] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rewards.bin_of("price", few[0]) == 1
+    assert rewards.bin_of("price", Offer("boats", 1e9)) == 3
+    assert rewards.bin_of("price", Offer("pens")) is None
+    assert rewards.bin_of("commission", cheap[0]) is None
+    assert value_of("commission", Offer("pens", 2.0)) is None
+    assert value_of("commission", Offer("pens", 2.0, 0.5)) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_bundle_keeps_its_bins_and_one_without_has_none(tmp_path: Path) -> None:
+    made = Rewards({"price": {"": [0.5, 1.25]}}, {"price": {"0": 0.5, "1": 0.25, "2": 0.25}})
+    assert read(tmp_path) is None
+    write(None, tmp_path)
+    assert read(tmp_path) is None
+    write(made, tmp_path)
+    assert read(tmp_path) == made
+    (tmp_path / "rewards.json").write_text('{"edges": {}}')
+    with pytest.raises(SidstreamError, match="fetch the bundle again"):
+        read(tmp_path)
+
+
+def test_reward_fields_stand_behind_a_context_and_change_none_of_its_tokens() -> None:
+    plain = Context(50, {"scene": ["home", "cart"]})
+    whole = with_rewards(plain, Rewards({}, {"price": {"0": 0.5, "1": 0.5}}))
+    assert whole.row({"scene": "cart"} | said({"price": 1, "click": 0})) == [51, 52, 0, 57]
+    assert without_rewards(whole) == plain
+    assert with_rewards(plain, None) == plain
+
+
+def test_clicks_and_purchases_have_tokens_before_anything_can_be_asked_of_them() -> None:
+    none = Rewards({}, {})
+    assert none.fields == {"click": ["0", "1"], "purchase": ["0", "1"]}
+    assert none.wanted({"click": 1, "price": 2}) == {}

@@ -1,0 +1,200 @@
+"""A history under another codebook is brought over without loss; doing it twice is doing it once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.errors import SidstreamError
+from streams.settings import HistorySettings
+from streams.state.history import (
+    CLICK,
+    PURCHASE,
+    Change,
+    apply,
+    cut,
+    decode,
+    event_hash,
+    pack_entry,
+    pack_sid,
+    unpack_entry,
+)
+from streams.state.translation import foreign, recode, under
+
+OLD, NEW, NEWER = "00000000aaaaaaaa", "11111111bbbbbbbb", "22222222cccccccc"
+LEVELS = {OLD: 2, NEW: 3, NEWER: 1}
+LIVES = {"clicks": 7, "purchases": 9}
+T0 = 1_600_000_000_000
+ITEMS = range(8)
+
+# What an item's SID is under each codebook: other codes, another length, another order.
+SIDS = {
+    OLD: {item: (item // 2, item % 2) for item in ITEMS},
+    NEW: {item: (9, 7 - item, item) for item in ITEMS},
+    NEWER: {item: ((item * 5) % 8,) for item in ITEMS},
+}
+
+
+def bounds(length=50, days=400):
+    return HistorySettings(max_length=length, max_age_days=days)
+
+
+def translator(codebook, known=ITEMS):
+    """Into `codebook`, under which only `known` items have a SID."""
+    held = {
+        (book[:8], pack_sid(sid)): item for book, sids in SIDS.items() for item, sid in sids.items()
+    }  # fmt: skip
+
+    def translate(tag, packed):
+        item = held.get((tag, packed))
+        return pack_sid(SIDS[codebook][item]) if item in known else None
+
+    return translate
+
+
+def packed(minute, kind, item, codebook):
+    return pack_entry(
+        T0 + minute * 60_000, kind, f"e{minute}-{kind}-{item}", pack_sid(SIDS[codebook][item])
+    )  # fmt: skip
+
+
+def made(events, codebook, limits=None, value=None):
+    """The history of (minute, kind, item) events; offsets in the order in which they come."""
+    changes = [
+        Change("purchases" if kind == PURCHASE else "clicks", at, packed(minute, kind, item, codebook))
+        for at, (minute, kind, item) in enumerate(events)
+    ]
+    return apply(
+        value, changes, codebook=codebook, levels=LEVELS[codebook], incarnations=LIVES,
+        bounds=limits or bounds(),
+    )[0]  # fmt: skip
+
+
+def moved(value, codebook, known=ITEMS, limits=None):
+    return recode(
+        value, translator(codebook, known), codebook=codebook, levels=LEVELS[codebook],
+        bounds=limits or bounds(),
+    )  # fmt: skip
+
+
+def told(history):
+    return [(e.ts, e.kind, e.event_hash) for e in history]
+
+
+events = st.lists(
+    st.tuples(st.integers(0, 40), st.sampled_from([CLICK, PURCHASE]), st.sampled_from(ITEMS)),
+    min_size=1, max_size=30,
+)  # fmt: skip
+some_items = st.sets(st.sampled_from(ITEMS))
+
+
+@given(events, st.integers(1, 30))
+def test_a_history_brought_over_is_the_one_that_the_new_codebook_would_have_made(log, length) -> None:
+    limits = bounds(length)
+    assert moved(made(log, OLD, limits), NEW, limits=limits) == made(log, NEW, limits)
+
+
+@given(events, some_items)
+def test_bringing_over_twice_is_bringing_over_once(log, known) -> None:
+    once = moved(made(log, OLD), NEW, known)
+    assert moved(once, NEW, known) == once
+
+
+@given(events, some_items)
+def test_order_kinds_times_and_events_are_kept_and_only_what_has_no_sid_waits(log, known) -> None:
+    before = decode(made(log, OLD))
+    after = decode(moved(made(log, OLD), NEW, known))
+    assert sorted(told([*after.entries, *(entry for _, entry in after.waiting)])) == told(before.entries)
+    assert told(after.entries) == sorted(told(after.entries))
+    assert {entry.sid for entry in after.entries} <= {SIDS[NEW][item] for item in known}
+    assert {entry.sid for _, entry in after.waiting} <= {SIDS[OLD][item] for item in set(ITEMS) - known}
+    assert {tag for tag, _ in after.waiting} <= {OLD[:8]}
+    assert (after.codebook_tag, after.fences) == (NEW[:8], before.fences)
+
+
+@given(events, some_items, events, some_items)
+def test_what_waited_takes_its_place_when_its_sids_come_whatever_happened_meanwhile(
+    log, known, later, by_then
+) -> None:
+    # An event whose item has no SID under the new codebook is not in the history, but parked.
+    seen = [event for event in later if event[2] in known]
+    value = moved(made(log, OLD), NEW, known)
+    if seen:
+        value = made([(minute + 50, *rest) for minute, *rest in seen], NEW, value=_fenceless(value))
+    value = moved(moved(value, NEW, known | by_then), NEW)
+    assert decode(value).waiting == []
+    everything = [*log, *((minute + 50, *rest) for minute, *rest in seen)]
+    assert decode(value).entries == decode(made(everything, NEW)).entries
+
+
+def _fenceless(value):
+    """The same history with nothing seen of any topic, so that offsets may start again."""
+    return value[:6] + bytes(20) + value[26:]
+
+
+@given(events, some_items, some_items)
+def test_there_and_back_gives_the_same_history(log, known, known_newer) -> None:
+    value = made(log, OLD)
+    assert moved(moved(value, NEW, known), OLD) == value
+    assert moved(moved(moved(value, NEW, known), NEWER, known_newer), OLD) == value
+
+
+@given(events, some_items)
+def test_a_reader_of_either_codebook_sees_the_same_events_without_a_change(log, known) -> None:
+    value = moved(made(log, OLD), NEW, known)
+    assert under(value, OLD, translator(OLD)) == decode(made(log, OLD)).entries
+    seen = under(value, NEW, translator(NEW, known))
+    assert [entry.sid for entry in seen] == [
+        SIDS[NEW][item] for item in map(_item_of, decode(made(log, OLD)).entries) if item in known
+    ]
+
+
+def _item_of(entry):
+    (item,) = [item for item, sid in SIDS[OLD].items() if sid == entry.sid]
+    return item
+
+
+def test_what_waits_is_bounded_apart_so_that_it_pushes_nothing_out() -> None:
+    log = [(minute, CLICK, minute % 8) for minute in range(40)]
+    limits = bounds(5)
+    both = moved(made(log, OLD, bounds(40)), NEW, {0, 1}, limits)
+    assert [e.ts for e in decode(both).entries] == [T0 + m * 60_000 for m in range(40) if m % 8 < 2][-5:]
+    assert [e.ts for _, e in decode(both).waiting] == [T0 + m * 60_000 for m in range(40) if m % 8 > 1][-5:]
+
+
+def test_the_same_event_told_under_two_codebooks_is_one() -> None:
+    value = moved(made([(1, CLICK, 3)], OLD), NEW, set())
+    again = made([(1, CLICK, 3)], NEW, value=_fenceless(value))
+    assert len(decode(again).entries) == len(decode(again).waiting) == 1
+    assert len(under(again, NEW, translator(NEW))) == 1
+    assert moved(again, NEW) == again[:6].replace(b"\x02", b"\x01", 1) + again[6:26] + cut(again).entries[0]
+
+
+def test_the_sids_of_a_codebook_that_nobody_knows_any_more_are_kept() -> None:
+    value = made([(1, CLICK, 3), (2, PURCHASE, 4)], OLD)
+    kept = recode(value, lambda _tag, _sid: None, codebook=NEW, levels=3, bounds=bounds())
+    assert decode(kept).entries == []
+    assert [entry for _, entry in decode(kept).waiting] == decode(value).entries
+    assert under(kept, NEW, lambda _tag, _sid: None) == []
+
+
+def test_only_histories_with_something_to_bring_over_are_foreign() -> None:
+    old = made([(1, CLICK, 3)], OLD)
+    assert not foreign(old[:6], OLD)
+    assert foreign(old[:6], NEW)
+    assert foreign(moved(old, NEW, set())[:6], NEW)
+    assert not foreign(moved(old, NEW)[:6], NEW)
+    assert not foreign(b"", NEW)
+    assert not foreign(b"\x09" + old[1:6], NEW)
+
+
+def test_no_history_has_no_entries_and_another_layout_is_refused() -> None:
+    assert under(None, NEW, translator(NEW)) == []
+    with pytest.raises(SidstreamError, match=r"layout 9.*replay"):
+        under(b"\x09" + bytes(30), NEW, translator(NEW))
+
+
+def test_an_entry_unpacks_to_what_it_was_packed_from() -> None:
+    entry = unpack_entry(pack_entry(T0, PURCHASE, "e", pack_sid((1, 65535))))
+    assert entry == (T0, PURCHASE, int.from_bytes(event_hash("e"), "big"), (1, 65535))

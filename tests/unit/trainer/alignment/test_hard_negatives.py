@@ -1,0 +1,112 @@
+"""Hard negatives: those that were shown first, then the nearest in codes, the same for the same pair."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from registry.bundles.prompt import Sid
+from streams.errors import SidstreamError
+from streams.events import PreferencePair
+from tests.tiny_shop import shop
+from trainer.alignment.hard_negatives import Siblings
+from trainer.alignment.stage import hard_negatives
+from trainer.settings import DpoSettings
+
+ALL: list[Sid] = list(itertools.product(range(3), range(3), range(4)))
+
+
+def shared(one: Sid, other: Sid) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+def test_what_was_shown_comes_first_then_siblings_then_cousins() -> None:
+    filled = Siblings(ALL).fill([(2, 2, 2), (2, 2, 1)], (0, 0, 0), [], "pair", 8)
+    assert filled[:2] == [(2, 2, 2), (2, 2, 1)]
+    assert {sid[:2] for sid in filled[2:5]} == {(0, 0)}
+    assert {sid[0] for sid in filled[5:]} == {0}
+    assert {sid[1] for sid in filled[5:]} <= {1, 2}
+
+
+sid = st.sampled_from(ALL)
+some = st.lists(sid, max_size=6)
+
+
+@given(
+    known=st.lists(sid, min_size=1, max_size=36), rejected=some, chosen=sid, history=some, seed=st.text(),
+    k=st.integers(0, 40),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_user(
+    known: list[Sid], rejected: list[Sid], chosen: Sid, history: list[Sid], seed: str, k: int
+) -> None:
+    filled = Siblings(known).fill(rejected, chosen, history, seed, k)
+    shown = [one for one in dict.fromkeys(rejected) if one in known and one != chosen]
+    assert filled[: len(shown)] == shown[:k]
+    hard = filled[len(shown) :]
+    allowed = set(known) - {chosen, *rejected, *history}
+    assert set(hard) <= allowed
+    assert len(filled) == len(set(filled)) == min(k, len(shown) + len(allowed))
+    near = [shared(one, chosen) for one in hard]
+    assert near == sorted(near, reverse=True)
+    # Nothing that is left is nearer than what was taken.
+    rest = [shared(one, chosen) for one in allowed - set(hard)]
+    assert not hard or max(rest, default=0) <= near[-1]
+    again = Siblings(np.array(known[::-1] * 2))
+    assert again.fill(rejected, chosen, history, seed, k) == filled
+
+
+def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
+    made = shop(users=10, length=20)
+    fill = hard_negatives(made.known, made.log, DpoSettings(hard_negatives=9, max_rejected=9))
+    assert fill is not None
+    for at, user in enumerate(made.log.users):
+        touched = {made.known.sids[item] for item in made.log.items[made.log.starts[at] :][:20]}
+        left = set(made.known.sids) - touched
+        assert 0 < len(left) < 9
+        trigger = min(left)
+        pair = PreferencePair.new(
+            event_id=user, ts=1_600_000_000_000, user_id=user, codebook="c" * 16,
+            scheme="purchased_over_shown", chosen_item="i", chosen=list(made.known.sids[0]),
+            rejected_items=["j"], rejected=[[1, 1, 0]],
+            history=[], trigger=list(trigger),
+        )  # fmt: skip
+        assert set(fill(pair, [])) == left - {trigger, made.known.sids[0]}
+
+
+def test_every_item_of_a_level_is_drawn_equally_often() -> None:
+    siblings = Siblings(ALL)
+    counts: dict[Sid, int] = {}
+    for pair in range(1200):
+        (one,) = siblings.fill([], (1, 1, 1), [(1, 1, 0)], f"pair {pair}", 1)
+        counts[one] = counts.get(one, 0) + 1
+    assert set(counts) == {(1, 1, 2), (1, 1, 3)}
+    # 600 are expected; five standard deviations are 87.
+    assert all(abs(count - 600) < 87 for count in counts.values())
+
+
+def test_a_large_level_is_drawn_from_without_listing_it() -> None:
+    many = np.stack([np.repeat(np.arange(200), 200), np.tile(np.arange(200), 200)], axis=1)
+    filled = Siblings(many).fill([], (7, 300), [(7, at) for at in range(200)], "pair", 5)
+    assert len(set(filled)) == 5
+    assert all(first != 7 for first, _ in filled)
+
+
+@pytest.mark.parametrize(
+    ("sids", "arguments", "said"),
+    [
+        ([], {}, "at least one SID"),
+        ([(1, 2), (1, 2, 3)], {}, "one common number of codes"),
+        ([(1, 2)], {"chosen": (1,)}, r"chosen is \(1,\)"),
+        ([(1, 2)], {"k": -1}, "k is -1"),
+    ],
+)
+def test_what_cannot_be_filled_is_named(sids: list[Sid], arguments: dict[str, Any], said: str) -> None:
+    given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "known": [], "seed": "", "k": 1} | arguments
+    with pytest.raises(SidstreamError, match=said):
+        Siblings(sids).fill(**given_)

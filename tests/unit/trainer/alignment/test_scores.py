@@ -1,0 +1,221 @@
+"""What each head says of the answers of a batch, against the same said by hand; what cancels in a margin."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from registry.bundles.prompt import BOS, PAD
+from tests.tiny_shop import ITEMS, Shop, come_again, shop
+from trainer.alignment.rows import PreferenceRow, collate
+from trainer.alignment.scores import heads_of
+from trainer.generator.model import GeneratorForCausalLM
+
+# The last history holds answers: what the dense head adds to items of the past counts.
+HISTORIES = [[3, 4], [], [7, 1, 1, 9], [2, 5, 8, 5, 6]]
+# What is said beside each history: places among the tokens of the context; once as many as an item has codes.
+SAID = [[1, 0, 1, 1], [0], [], [1]]
+CHOSEN, REJECTED = [5, 0, 2, 5], [[6], [11, 1], [3, 9, 14], [2, 6]]
+
+
+@pytest.fixture(scope="module")
+def made() -> Shop:
+    return shop(scenes=True)
+
+
+@pytest.fixture(scope="module")
+def model(made: Shop) -> GeneratorForCausalLM:
+    policy = made.outspoken(seed=1)
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[made.context.first :].normal_(0, 1)
+        for parameter in policy.model.modulation.parameters():
+            parameter.normal_(0, 0.2)
+    return policy
+
+
+def told(made: Shop, said: list[int]) -> list[int]:
+    return [made.context.first + at for at in said]
+
+
+def row(made: Shop, at: int) -> PreferenceRow:
+    def tokens(item: int) -> list[int]:
+        codes: list[int] = made.known.codes[item].tolist()
+        return codes
+
+    prompt = [BOS, *(token for item in HISTORIES[at] for token in tokens(item)), *told(made, SAID[at])]
+    return PreferenceRow(
+        prompt_ids=prompt, chosen_ids=tokens(CHOSEN[at]), rejected_ids=[tokens(i) for i in REJECTED[at]]
+    )
+
+
+def batch_of(made: Shop) -> dict[str, Tensor]:
+    return collate([row(made, at) for at in range(len(HISTORIES))], PAD)
+
+
+def spelled(model: GeneratorForCausalLM, prompt: list[int], answer: list[int]) -> float:
+    """Log-probability of a SID, by the flat tokens' way."""
+    logs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(answer))
+
+
+def liked(model: GeneratorForCausalLM, made: Shop, at: int) -> Tensor:
+    """Log-probabilities of all items by the dense head, in the order of the catalogue."""
+    history = HISTORIES[at]
+    codes = torch.from_numpy(made.known.codes)
+    padded = codes[history][None] if history else codes[:1][None]
+    state = model.encode(
+        padded, torch.tensor([len(history)]), context=torch.tensor([told(made, SAID[at]) or [0]])
+    )
+    query = model.model.queries(state)
+    logits = (query @ model.model.embed_items(codes).T)[0]
+    for item in set(history):
+        logits[item] += come_again(model, query[0], list(history), item)
+    return logits.log_softmax(-1)
+
+
+def test_a_batch_is_all_chosen_answers_then_all_first_rejected_ones(made: Shop) -> None:
+    batch = batch_of(made)
+    assert batch["input_ids"].shape[0] == 4 * 4
+    assert batch["real"].tolist() == [
+        [True, False, False], [True, True, False], [True, True, True], [True, True, False]
+    ]  # fmt: skip
+    for k in range(4):
+        for at in range(4):
+            one, place = row(made, at), 4 * k + at
+            answers = [one["chosen_ids"], *one["rejected_ids"]]
+            answer = answers[k] if k < len(answers) else one["chosen_ids"]
+            inside = batch["attention_mask"][place].bool()
+            assert batch["input_ids"][place][inside].tolist() == one["prompt_ids"] + answer
+            marked = batch["completion_mask"][place].bool()
+            assert batch["input_ids"][place][marked].tolist() == answer
+            assert bool((batch["input_ids"][place][~inside] == PAD).all())
+
+
+@torch.no_grad()
+def test_the_sids_head_says_what_the_flat_model_says(made: Shop, model: GeneratorForCausalLM) -> None:
+    head = heads_of(model, batch_of(made))[0]
+    losses = []
+    for at in range(4):
+        one = row(made, at)
+        for k, answer in enumerate([one["chosen_ids"], *one["rejected_ids"]]):
+            wanted = spelled(model, one["prompt_ids"], answer)
+            assert float(head.scores[k, at]) == pytest.approx(wanted, abs=1e-4)
+        losses.append(-spelled(model, one["prompt_ids"], one["chosen_ids"]) / 3)
+    assert float(head.nll) == pytest.approx(sum(losses) / 4, abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_dense_head_says_log_probabilities_of_items_less_one_number_a_prompt(
+    made: Shop, model: GeneratorForCausalLM
+) -> None:
+    head = heads_of(model, batch_of(made))[1]
+    losses = []
+    for at in range(4):
+        logs = liked(model, made, at)
+        losses.append(-float(logs[CHOSEN[at]]))
+        for k, item in enumerate(REJECTED[at], 1):
+            wanted = float(logs[CHOSEN[at]] - logs[item])
+            assert float(head.scores[0, at] - head.scores[k, at]) == pytest.approx(wanted, abs=1e-4)
+    assert float(head.nll) == pytest.approx(sum(losses) / 4, abs=1e-4)
+
+
+def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
+    made: Shop, model: GeneratorForCausalLM
+) -> None:
+    few = copy.deepcopy(model)
+    kept = [item for item in range(len(made.known.codes)) if item not in (0, 9)]
+    few.know(torch.from_numpy(made.known.codes[kept]))
+    batch = batch_of(made)
+    # Item 0 is chosen in the second row, item 9 rejected in the third.
+    assert heads_of(few, batch)[1].real.tolist() == [
+        [True, False, False], [False, False, False], [True, False, True], [True, True, False]
+    ]  # fmt: skip
+    few.know(torch.zeros(0, 3, dtype=torch.long))
+    assert len(heads_of(few, batch)) == 1
+
+
+def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
+    made: Shop, model: GeneratorForCausalLM
+) -> None:
+    # Items 0 and 12 of the shop differ in their last code alone.
+    codes = made.known.codes
+    assert codes[0, :2].tolist() == codes[12, :2].tolist()
+    one = PreferenceRow(
+        prompt_ids=[BOS, *codes[3].tolist()], chosen_ids=codes[0].tolist(), rejected_ids=[codes[12].tolist()]
+    )
+    policy = copy.deepcopy(model)
+    head = heads_of(policy, collate([one], PAD))[0]
+    margin = head.scores[0] - head.scores[1]
+    margin.sum().backward()
+    for level in (0, 1):
+        for parameter in policy.model.depth[level].parameters():
+            if parameter.grad is not None:
+                assert float(parameter.grad.abs().max()) < 1e-6
+    assert (
+        max(float(p.grad.abs().max()) for p in policy.model.depth[2].parameters() if p.grad is not None)
+        > 1e-4
+    )
+    with torch.no_grad():
+        state = policy.encode(torch.from_numpy(codes[3][None, None]), torch.tensor([1]))
+        last = policy.step(2, state, torch.from_numpy(codes[0][None, :2]))[0]
+    first = policy.config.code_range(2)[0]
+    wanted = float(last[codes[0, 2] - first] - last[codes[12, 2] - first])
+    assert float(margin.detach()) == pytest.approx(wanted, abs=1e-5)
+
+
+ITEM = st.integers(0, ITEMS - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ITEM, max_size=4), ITEM, ITEM)
+@torch.no_grad()
+def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
+    made: Shop, model: GeneratorForCausalLM, history: list[int], chosen: int, rejected: int
+) -> None:
+    codes = made.known.codes
+    one = PreferenceRow(
+        prompt_ids=[BOS, *codes[history].flatten().tolist()], chosen_ids=codes[chosen].tolist(),
+        rejected_ids=[codes[rejected].tolist()],
+    )  # fmt: skip
+    batch = collate([one], PAD)
+    other = _Uniform(int(codes.max()) + 1)
+    same = next((at for at in range(3) if codes[chosen, at] != codes[rejected, at]), 3)
+    for asked in (model, other):
+        wanted = 0.0
+        for sign, item in ((1, chosen), (-1, rejected)):
+            ids = torch.tensor([one["prompt_ids"] + codes[item].tolist()])
+            logs = asked(ids, torch.ones_like(ids), use_cache=False).logits[0].log_softmax(-1)
+            begin = len(one["prompt_ids"]) - 1
+            wanted += sign * sum(float(logs[begin + at, codes[item, at]]) for at in range(same, 3))
+        head = heads_of(asked, batch)[0]
+        assert float(head.scores[0] - head.scores[1]) == pytest.approx(wanted, abs=1e-4)
+
+
+class _Uniform(nn.Module):
+    """A language model whose next token depends on the last one through a fixed table."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> object:
+        return type("Out", (), {"logits": self.table[input_ids]})()
+
+
+def test_another_language_model_is_asked_for_its_answers_tokens(made: Shop) -> None:
+    tokens = int(batch_of(made)["input_ids"].max()) + 1
+    other = _Uniform(tokens)
+    (head,) = heads_of(other, batch_of(made))
+    logs = other.table.detach().log_softmax(-1)
+    for at in range(4):
+        one = row(made, at)
+        for k, answer in enumerate([one["chosen_ids"], *one["rejected_ids"]]):
+            path = [one["prompt_ids"][-1], *answer]
+            wanted = sum(float(logs[a, b]) for a, b in pairwise(path))
+            assert float(head.scores[k, at].detach()) == pytest.approx(wanted, abs=1e-4)

@@ -1,0 +1,69 @@
+"""A window's pairs are held against the whole log, and the stage tells what was withdrawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from registry.bundles.context import Context
+from registry.bundles.prompt import Prompt
+from tests.tiny_log import Logged
+from tests.unit.trainer.log.test_pair_filter import W, pair
+from trainer.alignment.stage import aligned
+from trainer.settings import TrainerSettings
+
+BOTH = ("purchased_over_clicked", "clicked_over_shown")
+
+
+def test_a_window_withdraws_pairs_by_the_whole_log_and_keeps_the_newest(tmp_path: Path) -> None:
+    logged = Logged(tmp_path)
+    logged.purchases(("u", "b", 5))
+    logged.clicks(("r", "u", "c", 7))
+    logged.events(pair("b", name="old"))
+    logged.window()
+    logged.events(pair("bd", name="new"), pair("c", scheme="clicked_over_shown", request="r", name="gone"))
+    window = logged.window()
+    found = window.pairs(W, "book", BOTH, 9)
+    assert {one.event_id: one.rejected_items for one in found.pairs} == {"new": ["d"]}
+    assert (found.bought, found.clicked, found.gone) == (2, 1, 2)
+    assert window.pairs(W, "another", BOTH, 9).pairs == []
+    assert found.unasked == 0
+    other = window.pairs(W, "book", ("purchased_over_shown",), 9)
+    assert (other.pairs, other.unasked) == ([], 3)
+    assert window.pairs(W, "another", ("purchased_over_shown",), 9).unasked == 0
+
+
+def test_the_newest_pairs_are_taken_from_all_windows(tmp_path: Path) -> None:
+    logged = Logged(tmp_path)
+    logged.events(*(pair("d", name=f"p{n}", ts=n) for n in range(4)))
+    logged.window()
+    logged.events(pair("d", name="p4", ts=4))
+    found = logged.window().pairs(W, "book", BOTH, 3)
+    assert sorted(one.event_id for one in found.pairs) == ["p2", "p3", "p4"]
+
+
+def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path) -> None:
+    logged = Logged(tmp_path)
+    logged.purchases(("u", "b", 5))
+    logged.events(pair("b", name="gone"), pair("d", name="kept"))
+    material: Any = SimpleNamespace(
+        window=logged.window(), codebook=SimpleNamespace(id="book"), prompt=Prompt((2, 2), 4),
+        context=Context(), profiles={}, log=SimpleNamespace(users=[]),
+        known=SimpleNamespace(sids=[(0, 0), (0, 1), (1, 0)]),
+    )  # fmt: skip
+    none: Any = None
+    both = {"min_pairs": 2, "schemes": BOTH}
+    trainer = TrainerSettings.model_validate({"dpo": both})
+    made = aligned(material, trainer, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    assert (made.model, made.pairs, made.withdrawn) == (None, 1, 1)
+    assert made.refused == "1 preference pairs, at least 2 are needed"
+    assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.told
+
+    # Pairs that are there, and are not asked for, are the first thing to know.
+    one = TrainerSettings.model_validate({"dpo": both | {"schemes": ["clicked_over_shown"]}})
+    made = aligned(material, one, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    assert made.refused == (
+        "0 preference pairs, at least 2 are needed "
+        "(2 are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+    )

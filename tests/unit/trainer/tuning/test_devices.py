@@ -1,0 +1,159 @@
+"""Processes that train together end alike, as one process would that takes all their batches, or end all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.devices_worker import GAPS, SHOP
+from tests.tiny_shop import Shop, shop
+from trainer.alignment.losses import DynamicBeta
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.tuning.broadcast import read, write
+from trainer.tuning.devices import Devices
+from trainer.tuning.next_item import batch_loss
+from trainer.tuning.sft import _learning_rate
+
+# Two processes import torch at the same time, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(900)
+ROOT = Path(__file__).resolve().parents[4]
+# Processes of this test find one another on the loopback address only.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(
+    logs: Path, *command: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], dict[int, str]]:
+    """Two processes by torchrun -> how the launcher ended, and what each process wrote to stderr."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+            "--nproc-per-node", "2", "--log-dir", str(logs), "--redirects", "3", "-m", *command,
+        ],
+        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=800,
+    )  # fmt: skip
+    said = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
+    return done, said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("devices")
+    done, said = launch(folder / "logs", "tests.devices_worker", str(folder), "train")
+    assert done.returncode == 0, (done.stderr, said)
+    return folder
+
+
+def test_a_dynamic_beta_follows_the_gaps_of_all_processes_as_of_one_batch(trained: Path) -> None:
+    alone, wanted = DynamicBeta(0.1), []
+    for step in GAPS:
+        found = alone(torch.tensor([gap for part in step for gap in part]), training=True)
+        wanted += [alone.mean, alone.deviation, found.beta]
+    for rank in (0, 1):
+        seen = json.loads((trained / f"followed-{rank}.json").read_text())
+        assert [number for step in seen for number in step] == pytest.approx(wanted)
+
+
+def weights(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}-{rank}.safetensors")
+
+
+def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
+    """A training in which every step takes the mean gradient of so many batches."""
+    model, settings = made.model(), made.settings
+    table = model.model.items.rows(torch.from_numpy(made.known.codes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    model.train()
+    for epoch in range(settings.epochs):
+        pieces = made.rows.pieces(epoch)
+        assert len(pieces) % batches, "the last step of an epoch is one with fewer batches"
+        for low in range(0, len(pieces), batches):
+            group = pieces[low : low + batches]
+            losses = [batch_loss(model, piece, [], table, None, settings) for piece in group]
+            optimizer.zero_grad()
+            torch.stack(losses).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            done = (epoch + low / len(pieces)) / settings.epochs
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = settings.lr * _learning_rate(done)
+            optimizer.step()
+    return model
+
+
+def test_gradients_are_averaged_over_the_processes_that_have_a_batch(trained: Path) -> None:
+    for rank in (0, 1):
+        found = json.loads((trained / f"averaged-{rank}.json").read_text())
+        # Nothing reached the bias: it has no gradient, and so no decay.
+        assert found == [[1.5, 1.5], [1.5], None, [5.0, 5.0], [5.0], None]
+
+
+def test_two_processes_end_in_the_weights_of_one_that_takes_the_batches_of_both(trained: Path) -> None:
+    first, second = (weights(trained, "one", rank) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The optimizer divides by the size of a gradient: rounding shows in the fourth place.
+    for name, value in by_one_process(shop(**SHOP), 2).named_parameters():
+        torch.testing.assert_close(first[name], value.detach(), rtol=1e-3, atol=4e-4)
+
+
+def test_two_processes_go_on_in_their_stage_and_end_as_if_unbroken(trained: Path) -> None:
+    seen = json.loads((trained / "seen.json").read_text())
+    # Twice in pretraining, then in the stage after it.
+    assert seen["cuts"][0] == 3
+    assert seen["cuts"][1] == 6
+    whole = weights(trained, "two", 0)
+    for name in ("two", "resumed"):
+        for rank in (0, 1):
+            found = weights(trained, name, rank)
+            assert all(torch.equal(whole[key], found[key]) for key in whole), (name, rank)
+
+
+def test_after_the_shared_part_the_main_process_stands_alone(trained: Path) -> None:
+    seen = json.loads((trained / "seen.json").read_text())
+    assert (seen["left"], seen["processes"], seen["joined"]) == ([], 1, False)
+
+
+def test_an_error_of_the_main_process_ends_all_with_one_line(tmp_path: Path) -> None:
+    done, said = launch(tmp_path / "logs", "sidstream", "train", SIDSTREAM_TRAINER__LR="-1")
+    assert done.returncode != 0
+    lines = [line for line in said[0].splitlines() if line.strip()]
+    assert [line for line in lines if line.startswith("error: ")] == [lines[0]]
+    assert "trainer.lr is '-1'" in lines[0]
+    assert not any("Traceback" in text for text in said.values())
+
+
+def test_an_error_of_another_process_ends_all_with_its_line(tmp_path: Path) -> None:
+    done, said = launch(tmp_path / "logs", "tests.devices_worker", str(tmp_path), "lost")
+    assert done.returncode != 0
+    assert "nowhere" in said[1]
+    assert "SIDSTREAM_TRAINER__HOME" in said[1]
+    assert not any("Traceback" in text for text in said.values())
+
+
+def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
+    made = shop(max_items=6)
+    write(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
+    model, rows, settings = read(tmp_path)
+    assert settings == made.settings
+    for wanted, found in zip(made.rows.pieces(1), rows.pieces(1), strict=True):
+        assert torch.equal(wanted.items, found.items)
+        assert torch.equal(wanted.learned, found.learned)
+    texts = ([row.ids.tolist() for row in of.texts(1)] for of in (made.rows, rows))
+    assert next(texts) == next(texts)
+    for name, value in made.model().named_parameters():
+        assert torch.equal(value, model.get_parameter(name))
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+def test_one_process_needs_no_launcher() -> None:
+    alone = Devices()
+    assert (alone.main, alone.count, alone.told([1.5])) == (True, 1, [1.5])
+    assert alone.receive() is None
+    alone.leave()

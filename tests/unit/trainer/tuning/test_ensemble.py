@@ -1,0 +1,107 @@
+"""Members of a generator learn one by one, share the time, and go on in the one that was broken off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_shop import Shop, shop
+from trainer.generator.merge import merged
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline.ranking import item_logits
+from trainer.sequences.rows import Rows
+from trainer.settings import TrainerSettings
+from trainer.tuning.ensemble import learn_members, member_settings
+from trainer.tuning.pretrain import learn
+
+
+def fresh(made: Shop, begun: list[int] | None = None):
+    """How a member of a shop begins; `begun` is told of their seeds."""
+
+    def begin(own: TrainerSettings, rows: Rows, folder: Path | None) -> GeneratorForCausalLM:
+        if begun is not None:
+            begun.append(own.seed)
+        return made.model(own.seed, dropout=0.2)
+
+    return begin
+
+
+def same(one: GeneratorForCausalLM, other: GeneratorForCausalLM) -> bool:
+    pairs = zip(one.named_parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for (_, a), b in pairs)
+
+
+def test_one_member_is_the_training_that_there_was() -> None:
+    made = shop(epochs=1)
+    alone, _ = learn_members(fresh(made), made.rows, made.sids, made.settings)
+    plain = made.model(made.settings.seed, dropout=0.2)
+    learn(plain, made.rows, made.sids, made.settings)
+    assert same(alone, plain)
+
+
+def test_members_begin_and_learn_otherwise_and_answer_together() -> None:
+    made = shop(epochs=1, members=3)
+    model, result = learn_members(fresh(made), made.rows, made.sids, made.settings)
+    alone = []
+    for own in member_settings(made.settings):
+        one = made.model(own.seed, dropout=0.2)
+        learn(one, made.rows.under(own), made.sids, own)
+        alone.append(one)
+    assert not any(same(alone[0], other) for other in alone[1:])
+    assert same(model, merged(alone))
+    assert model.config.hidden_size == 3 * 32
+    codes, lengths = torch.from_numpy(made.known.codes[None, :4]), torch.tensor([4])
+    with torch.no_grad():
+        logits = [item_logits(one, one.encode(codes, lengths), codes, lengths)[0] for one in (model, *alone)]
+    torch.testing.assert_close(logits[0], torch.stack(logits[1:]).mean(0), atol=1e-4, rtol=1e-4)
+    assert result.steps == sum(one.steps for one in result.members) > 0
+    assert result.quality is not None
+    assert all(one.curve for one in result.members)
+
+
+def test_the_order_of_the_rows_is_each_members_own() -> None:
+    made = shop(members=2)
+    first, second = (made.rows.under(own).pieces(0) for own in member_settings(made.settings))
+    assert [piece.items.tolist() for piece in first] != [piece.items.tolist() for piece in second]
+
+
+def test_members_share_the_time_budget() -> None:
+    assert [own.max_seconds for own in member_settings(shop(members=4, max_seconds=60.0).settings)] == [
+        15.0
+    ] * 4
+    assert member_settings(shop(members=4).settings)[3].max_seconds is None
+
+
+@pytest.mark.parametrize("part", [0.2, 0.7])
+def test_a_broken_run_goes_on_in_its_member_and_ends_as_an_unbroken_one(part: float, tmp_path: Path) -> None:
+    made = shop(epochs=2, members=2)
+    whole, unbroken = learn_members(fresh(made), made.rows, made.sids, made.settings, tmp_path / "whole")
+    calls = iter(range(1000))
+    _, cut = learn_members(
+        fresh(made), made.rows, made.sids, made.settings, tmp_path / "broken",
+        stop=lambda: next(calls) == round(part * unbroken.steps),
+    )  # fmt: skip
+    assert (cut.stopped, cut.members) == ("interrupted", [])
+    begun: list[int] = []
+    again, resumed = learn_members(
+        fresh(made, begun), made.rows, made.sids, made.settings, tmp_path / "broken"
+    )
+    assert same(whole, again)
+    assert resumed.steps == unbroken.steps
+    assert begun == [own.seed for own in member_settings(made.settings)]
+
+
+def test_a_first_member_that_has_learned_is_not_trained_again() -> None:
+    made = shop(epochs=1, members=2)
+    first = made.model(made.settings.seed, dropout=0.2)
+    done = learn(first, made.rows, made.sids, member_settings(made.settings)[0])
+    begun: list[int] = []
+    model, result = learn_members(
+        fresh(made, begun), made.rows, made.sids, made.settings, first=(first, done)
+    )
+    assert begun == [made.settings.seed + 1000]
+    assert result.members[0] is done
+    whole, _ = learn_members(fresh(made), made.rows, made.sids, made.settings)
+    assert same(model, whole)

@@ -1,0 +1,61 @@
+"""The fused softmax gives the loss and the gradients of the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from trainer.tuning.losses import softmax_loss
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 600),
+    st.integers(2, 40),
+    st.sampled_from([0.0, 0.1]),
+    st.integers(0, 50),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(
+    count: int, items: int, smoothing: float, pairs: int, weighted: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    queries = torch.randn(count, 6, requires_grad=True)
+    table = torch.randn(items, 6, requires_grad=True)
+    targets = torch.randint(0, items, (count,))
+    place = torch.randint(0, count * items, (pairs,)).unique() if not smoothing else torch.zeros(0).long()
+    places = (place // items, place % items)
+    extra = torch.randn(len(place), requires_grad=True)
+    inputs = (queries, table, extra) if len(place) else (queries, table)
+    given_extra = (places, extra) if len(place) else (None, None)
+    weights = torch.rand(count) + 0.1 if weighted else None
+    found = softmax_loss(queries, table, targets, smoothing, *given_extra, weights)
+    logits = (queries @ table.T).index_put(places, extra, accumulate=True)
+    each = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    wanted = each.mean() if weights is None else (each * weights).sum() / weights.sum()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    ours, plain = torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * wanted, inputs)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_large_logits_stay_finite() -> None:
+    queries = torch.full((3, 2), 1e4, requires_grad=True)
+    loss = softmax_loss(queries, torch.tensor([[1.0, 1.0], [-1.0, 1.0]]), torch.tensor([0, 1, 0]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert queries.grad is not None
+    assert torch.isfinite(queries.grad).all()
+
+
+def test_under_autocast_the_loss_is_near_the_one_in_full_precision() -> None:
+    torch.manual_seed(0)
+    queries, table = torch.randn(64, 32), torch.randn(100, 32)
+    targets = torch.randint(0, 100, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = softmax_loss(queries, table, targets)
+    assert float(found) == pytest.approx(float(F.cross_entropy(queries @ table.T, targets)), rel=0.02)

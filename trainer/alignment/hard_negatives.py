@@ -1,0 +1,86 @@
+"""Hard negatives of a preference pair: SIDs that share the longest prefix of codes with the chosen one.
+
+Under one prompt the codes of a shared prefix have the same log-probability for both, so that they cancel in
+the difference that DPO learns from: such a negative teaches the codes in which it differs, and these alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from registry.bundles.prompt import Sid
+from streams.errors import SidstreamError
+
+
+class Siblings:
+    """The SIDs of a catalogue in the order of their codes: those that share a prefix stand together."""
+
+    def __init__(self, sids: Sequence[Sid] | npt.NDArray[np.int64]) -> None:
+        """`sids`: codes (I, L), each counts once. Raises SidstreamError for none or uneven ones."""
+        if len({len(sid) for sid in sids}) != 1:
+            raise SidstreamError(
+                f"sids: {len(sids)} SIDs without one common number of codes; give at least one SID, and the "
+                "SIDs of one codebook only"
+            )
+        # np.unique sorts rows by their first code, then the second, and so on. Kept level by level (L, I).
+        ordered = np.unique(np.asarray(sids, dtype=np.int64), axis=0)
+        self._codes: npt.NDArray[np.int64] = np.ascontiguousarray(ordered.T)
+
+    def fill(
+        self, rejected: Sequence[Sid], chosen: Sid, known: Sequence[Sid], seed: str, k: int
+    ) -> list[Sid]:
+        """Up to `k` SIDs to hold against `chosen`, each once, and all of them SIDs that exist.
+
+        First come those of `rejected`, in order. Then others are drawn, those that share most leading codes
+        with `chosen` before all that share fewer; none of them is `chosen`, of `rejected` or `known` to the
+        user. `seed` (a pair's event_id) and the SIDs decide the draw. Raises SidstreamError where `k` is
+        negative or `chosen` has another number of codes.
+        """
+        if k < 0:
+            raise SidstreamError(f"k is {k}: ask for 0 or more negatives")
+        if len(chosen) != len(self._codes):
+            raise SidstreamError(
+                f"chosen is {tuple(chosen)}, {len(chosen)} codes, and these SIDs have {len(self._codes)}; "
+                "give a SID of the same codebook"
+            )
+        best = tuple(chosen)
+        shown = [sid for sid in dict.fromkeys(map(tuple, rejected)) if sid != best and self._exists(sid)]
+        found: list[Sid] = shown[:k]
+        never = {best, *shown, *map(tuple, known)}
+        random = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
+        ranges = self._ranges(best)
+        # From the chosen SID itself, a range of one, outwards; the last holds all.
+        for (near, near_end), (begin, end) in zip(ranges[::-1], ranges[-2::-1], strict=False):
+            wanted = k - len(found)
+            if not wanted:
+                break
+            inner = near_end - near
+            others = end - begin - inner
+            drawn = random.choice(others, min(others, wanted + len(never)), replace=False) if others else ()
+            rows = (begin + at + (inner if begin + at >= near else 0) for at in drawn)
+            some = (tuple(self._codes[:, row].tolist()) for row in rows)
+            found += [sid for sid in some if sid not in never][:wanted]
+        return found
+
+    def _exists(self, sid: Sid) -> bool:
+        if len(sid) != len(self._codes):
+            return False
+        begin, end = self._ranges(sid)[-1]
+        return end > begin
+
+    def _ranges(self, sid: Sid) -> list[tuple[int, int]]:
+        """Rows [begin, end) that share the first 0, 1, .. L codes of `sid`."""
+        begin, end = 0, self._codes.shape[1]
+        found = [(begin, end)]
+        for level, code in enumerate(sid):
+            column = self._codes[level, begin:end]
+            begin, end = (
+                begin + int(np.searchsorted(column, code, "left")),
+                begin + int(np.searchsorted(column, code, "right")),
+            )
+            found.append((begin, end))
+        return found

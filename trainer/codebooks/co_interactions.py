@@ -1,0 +1,30 @@
+"""What users touched, read from Kafka before there is any SID, in order of event time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from streams.settings import KafkaSettings
+from trainer.log.log import Log
+from trainer.log.window import read_window
+from trainer.sequences.rows import Catalogue
+
+
+def touched(
+    kafka: KafkaSettings, items: list[str], advance: Callable[[int], None] | None = None
+) -> list[list[str]]:
+    """The item_ids of each user's clicks and purchases of `items`, oldest first; one list a user.
+
+    Raises SidstreamError when the broker does not answer or a topic is missing.
+    """
+    known = Catalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
+    # The trainer's own log is its cycle's, which may be running.
+    with tempfile.TemporaryDirectory() as folder:
+        log = read_window(kafka, Log.open(Path(folder)), advance=advance).interactions(known)
+    rows = log.items.tolist()
+    return [[items[row] for row in rows[begin:end]] for begin, end in pairwise(log.starts.tolist())]

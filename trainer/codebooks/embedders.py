@@ -1,0 +1,152 @@
+"""What turns texts into vectors at a fit: the embedder that the settings name, exported for the agents."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from registry.bundles.embedder import WordLlamaEmbedder
+from registry.bundles.encoder import GRAPH, PREFIX, TOKENIZER, SentenceEmbedder, write_about
+from streams.errors import SidstreamError
+from trainer.codebooks.embedding_cache import CachedEmbedder
+
+SENTENCES = "sentence-transformers:"
+# Float32 sums in another order differ by some 1e-6; 1e-4 is another function.
+TOLERANCE = 1e-4
+_OPSET = 18
+
+
+def open_embedder(wanted: str, cache: Path) -> CachedEmbedder:
+    """The embedder that SIDSTREAM_CODEBOOK__EMBEDDER names, with its vectors kept below `cache`.
+
+    A sentence encoder is exported there as well.
+    Raises SidstreamError for another name, or for a model that cannot be loaded or exported.
+    """
+    if wanted == "wordllama":
+        return CachedEmbedder(WordLlamaEmbedder(), cache / "embeddings")
+    if not wanted.startswith(SENTENCES):
+        raise SidstreamError(
+            f"codebook.embedder is {wanted!r}; set SIDSTREAM_CODEBOOK__EMBEDDER to wordllama or to "
+            f"{SENTENCES}<folder or model id>"
+        )
+    exported = SentenceEmbedder(export_encoder(wanted.removeprefix(SENTENCES), cache / "encoders"))
+    return CachedEmbedder(exported, cache / "embeddings")
+
+
+def encoder_folder(embedder: CachedEmbedder) -> Path | None:
+    """Where the exported encoder is, which agents need; None where they have the embedder themselves."""
+    return embedder.embedder.folder if isinstance(embedder.embedder, SentenceEmbedder) else None
+
+
+class _Encoder(nn.Module):
+    """Every module of a sentence-transformers model but the tokenizer: ids (B, T) -> vectors (B, D)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        made = {"input_ids": input_ids, "attention_mask": attention_mask}
+        for part in self.model:
+            made = part(made)
+        return made["sentence_embedding"]
+
+
+def export_encoder(source: str, folder: Path) -> Path:
+    """The folder below `folder` with the ONNX graph of a sentence-transformers folder or model id.
+
+    Its name is a hash of the weights, the tokenizer and the modules, so the same model is exported once. The
+    graph is held against torch. Raises SidstreamError where the model cannot be loaded, or the graph differs.
+    """
+    model = _load(source)
+    id = f"{PREFIX}{_dim(model)}-{_content(model)}"
+    final = folder / id
+    if final.is_dir():
+        with contextlib.suppress(SidstreamError):
+            SentenceEmbedder(final)
+            return final
+        shutil.rmtree(final, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as part:
+        made = Path(part)
+        model.tokenizer.backend_tokenizer.save(str(made / TOKENIZER))
+        _export(model, made / GRAPH)
+        write_about(made, id, _dim(model), int(model.max_seq_length))
+        _check(model, SentenceEmbedder(made))
+        # Another process may have been faster; the folder's name says that the content is the same.
+        with contextlib.suppress(OSError):
+            made.rename(final)
+            made.mkdir()
+    return final
+
+
+def _load(source: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError as error:
+        raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
+    for name in ("sentence_transformers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return SentenceTransformer(source, device="cpu").eval()
+    except Exception as error:  # what a damaged folder or an absent model raises is not of one kind
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SidstreamError(
+            f"codebook.embedder: {source!r} is no sentence-transformers model that can be loaded ({first}); "
+            f"set SIDSTREAM_CODEBOOK__EMBEDDER to {SENTENCES}<folder with modules.json, or model id>"
+        ) from error
+
+
+def _dim(model: Any) -> int:
+    return int(model.get_embedding_dimension())
+
+
+def _content(model: Any) -> str:
+    digest = hashlib.sha256(json.dumps([repr(model), int(model.max_seq_length)]).encode())
+    digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _export(model: Any, path: Path) -> None:
+    from trainer.generator.export import quiet
+
+    ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    with quiet(), torch.no_grad():
+        torch.onnx.export(
+            _Encoder(model), (ids, torch.ones_like(ids)), str(path),
+            input_names=["input_ids", "attention_mask"], output_names=["embedding"],
+            dynamic_axes={
+                "input_ids": {0: "B", 1: "T"}, "attention_mask": {0: "B", 1: "T"}, "embedding": {0: "B"},
+            },
+            opset_version=_OPSET, dynamo=False, external_data=False,
+        )  # fmt: skip
+
+
+def _check(model: Any, exported: SentenceEmbedder) -> None:
+    texts = [
+        "white metal lantern",
+        "a",
+        "red retrospot tea towel " * 40,
+        "\U0001f9f8 1 2 3",
+    ]
+    wanted = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    worst = float(np.abs(exported.embed(texts) - wanted).max())
+    # A NaN compares false: written so that it fails too.
+    if not worst < TOLERANCE:
+        raise SidstreamError(
+            f"the exported encoder differs from sentence-transformers by {worst:.2g} (at most {TOLERANCE} is "
+            "accepted); use wordllama, and report the model and the version of torch"
+        )

@@ -1,0 +1,168 @@
+"""What one cycle works with: the champion to go on from, the window, its sequences, and what is held out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from registry.bundles.bundle import Bundle
+from registry.bundles.codebook import Codebook
+from registry.bundles.context import Attributes, Context, vocabulary
+from registry.bundles.context import read as read_context
+from registry.bundles.embedder import title_vectors
+from registry.bundles.prompt import Prompt
+from registry.bundles.rewards import Rewards, with_rewards, without_rewards
+from registry.bundles.rewards import read as read_rewards
+from registry.bundles.store import CHAMPION, Registry
+from streams.errors import SidstreamError
+from streams.events import CatalogItem
+from streams.settings import KafkaSettings
+from trainer.generator.constrained import SidSet
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.log.log import Log
+from trainer.log.window import Window, read_window
+from trainer.offline.offpolicy import Explored, explored
+from trainer.rewards.labels import grown, learned, purchased, told
+from trainer.rewards.negative_feedback import ignored
+from trainer.sequences.batches import Int64
+from trainer.sequences.labelled_answers import Answers
+from trainer.sequences.rows import Catalogue, Interactions, Split, catalogue, hold_out
+from trainer.sequences.tokenizer import build_tokenizer
+from trainer.settings import TrainerSettings
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a cycle reads, read once."""
+
+    window: Window
+    codebook: Codebook
+    prompt: Prompt
+    parent: Bundle | None  # the champion, after whose window this one begins; None: fresh weights
+    # Whose weights SFT goes on from: the champion's or, where it is aligned, those it was aligned from. SFT
+    # from aligned weights would undo what they learned of preferences, and the pairs be learned twice.
+    start: Bundle | None
+    known: Catalogue
+    log: Interactions
+    split: Split
+    sids: SidSet
+    text: npt.NDArray[np.float32] | None  # (I, T) a vector of each item's text; None: the generator sees none
+    tokenizer: PreTrainedTokenizerFast
+    context: Context  # the parent's; without one, what this window says often enough
+    rewards: Rewards | None  # the parent's; without one, those of this window; None: nothing is known of any
+    profiles: Mapping[str, Attributes]
+    offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
+    bought: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
+    explored: Explored | None  # answers drawn by chance whose click window closed in this window
+    ignored: Answers | None  # those of them that were not clicked, where requests can ask for clicks
+
+
+@contextlib.contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Hold the home folder's lock. Raises SidstreamError when another cycle has it."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SidstreamError(
+                f"another cycle works in {home}: wait for it, "
+                "or set SIDSTREAM_TRAINER__HOME to another folder"
+            ) from error
+        yield
+
+
+def read_material(
+    settings: TrainerSettings,
+    kafka: KafkaSettings,
+    registry: Registry,
+    *,
+    from_scratch: bool,
+    horizon_ms: int,
+    window_ms: int,
+    reading: Callable[[int], None] | None = None,
+) -> Material:
+    """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
+
+    A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
+    item within `window_ms` after it. Raises SidstreamError where no item has a SID, or nobody has touched
+    one.
+    """
+    codebook = registry.codebook()
+    parent = registry.fetch(CHAMPION) if registry.alias(CHAMPION) is not None and not from_scratch else None
+    if parent is not None and parent.manifest.codebook != codebook.id:
+        # Its codes mean other items: nothing of the weights carries over.
+        parent = None
+    read = 0
+
+    def advance(count: int) -> None:
+        nonlocal read
+        read += count
+        if reading:
+            reading(read)
+
+    window = read_window(
+        kafka, Log.open(settings.home / "log"), parent.manifest.window if parent else None, advance
+    )
+    prompt = parent.prompt if parent else Prompt(codebook.sizes, settings.max_items)
+    sids = window.sids(codebook.id)
+    if not sids:
+        raise SidstreamError(
+            f"no item has a SID under codebook {codebook.id}: "
+            "publish a catalogue, then `sidstream codebook fit`"
+        )
+    listed = window.listed()
+    known = catalogue(sids, {item: one.title for item, one in listed.items()}, prompt)
+    profiles = window.profiles()
+    if parent is None:
+        tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
+        limits = settings.context
+        context = vocabulary(
+            window.said(profiles), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
+        )
+    else:
+        # A refresh says nothing that the weights have never heard.
+        tokenizer, context = AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
+    log = window.interactions(known, without_rewards(context), profiles)
+    if not len(log):
+        raise SidstreamError(
+            "there are no clicks or purchases of known items to learn from: "
+            "send some, for example with `sidstream replay online-retail`"
+        )
+    offers, bought = [listed.get(item) for item in known.items], purchased(log, window_ms)
+    found = window.explorations(horizon_ms)
+    unclicked = sum(not clicked for _, clicked in found)
+    if parent is None:
+        rewards = learned(offers, log, bought, unclicked, settings.rewards)
+        said, context = len(context.fields), with_rewards(context, rewards)
+    else:
+        said, rewards = len(without_rewards(context).fields), read_rewards(parent.path)
+        rewards = rewards and grown(rewards, bought, unclicked, settings.rewards, context)
+    log = told(log, offers, bought, rewards, context)
+    logged = explored(found, codebook.id, prompt, settings.offpolicy, context)
+    split = hold_out(log, settings, np.random.default_rng(settings.seed))
+    text = None
+    if settings.text_inputs:
+        text = title_vectors(known.titles)
+    start = registry.tuned_from(parent) if parent else None
+    return Material(
+        window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
+        tokenizer, context, rewards, profiles, offers, bought, logged,
+        ignored(logged, known, offers, rewards, context, said),
+    )  # fmt: skip
+
+
+def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:
+    """Model and tokenizer of a bundle's model/ folder, on the CPU in float32."""
+    transformers_logging.disable_progress_bar()
+    model = GeneratorForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,39 @@
+"""A fresh generator for a catalogue, in the shape that the settings say."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from registry.bundles.prompt import Prompt
+from trainer.generator.model import GeneratorForCausalLM, new_generator
+from trainer.sequences.rows import Catalogue
+from trainer.settings import TrainerSettings
+
+
+def fresh_generator(
+    known: Catalogue,
+    text: npt.NDArray[np.float32] | None,
+    prompt: Prompt,
+    words: int,
+    settings: TrainerSettings,
+    num_context: int = 0,
+) -> GeneratorForCausalLM:
+    """Weights drawn from `settings.seed`, over `words` tokens and then `num_context` of a context; it knows
+    every item of the catalogue.
+
+    text (I, T) float32: a vector of each item's text, None where the generator does not see texts.
+    """
+    torch.manual_seed(settings.seed)
+    model = new_generator(
+        prompt.sizes, prompt.code_base(0), words + num_context, hidden_size=settings.width,
+        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, dropout=settings.dropout,
+        intermediate_size=settings.ffn_factor * settings.width,
+        depth_size=settings.depth_factor * settings.width, max_items=prompt.max_items,
+        item_dropout=settings.item_dropout, item_vectors=settings.item_vectors,
+        text_size=0 if text is None else text.shape[1],
+        num_context=num_context,
+    )  # fmt: skip
+    model.know(torch.from_numpy(known.codes), None if text is None else torch.from_numpy(text))
+    return model

@@ -1,0 +1,114 @@
+"""Several generators as one: as wide as all of them, with logits that are the mean of theirs.
+
+Members of one shape that know the same items by the same codes and tokens stand side by side in the state:
+every matrix is block-diagonal, every norm has a group a member, and both heads' products with concatenated
+vectors are sums of the members' own. So the mean of their logits costs one model and one beam, and whatever
+takes a generator (export, serving, alignment, a refresh) takes this one. An ensemble of networks that differ
+by their seed errs in fewer places than each of them (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+
+Shapes: M members, D width of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.generator.backbone import RMSNorm
+from trainer.generator.items import ItemTable
+from trainer.generator.model import GeneratorForCausalLM, GeneratorModel
+
+# What is M times as large in the merged shape; all else of the shape is the members'.
+_WIDE = ("hidden_size", "num_attention_heads", "intermediate_size", "depth_size", "norm_groups")
+
+
+@torch.no_grad()
+def merged(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
+    """One generator whose logits, of codes, words and items, are the mean of the members'.
+
+    A single member is returned as it is. Raises ValueError where the members differ in shape, vocabulary or
+    items.
+    """
+    first = members[0]
+    if len(members) == 1:
+        return first
+    shape = _shape(first)
+    table = first.model.items
+    for other in members[1:]:
+        theirs = other.model.items
+        same = _shape(other) == shape and all(
+            torch.equal(getattr(table, name), getattr(theirs, name)) for name in ("keys", "codes", "text")
+        )
+        if not same:
+            raise ValueError("only generators of one shape, vocabulary and catalogue can be merged")
+    wide = {name: len(members) * getattr(first.config, name) for name in _WIDE}
+    config = type(first.config).from_dict(first.config.to_dict() | wide)
+    made = GeneratorForCausalLM(config)
+    made.know(table.codes, table.text if config.text_size else None)
+    parts = [dict(member.named_modules()) for member in members]
+    for name, module in made.named_modules():
+        _join(name, module, [part[name] for part in parts])
+    return made.to(next(first.parameters()).device).train(first.training)
+
+
+def _shape(model: GeneratorForCausalLM) -> dict[str, object]:
+    told = model.config.to_dict()
+    return {name: value for name, value in told.items() if name not in ("_name_or_path", "dtype")}
+
+
+def _join(name: str, module: nn.Module, parts: list[Any]) -> None:
+    """Give a module of the merged model what its parts have."""
+    kind = name.rpartition(".")[2]
+
+    def each(of: str = "weight") -> list[Tensor]:
+        return [getattr(part, of) for part in parts]
+
+    def put(value: Tensor, of: str = "weight") -> None:
+        getattr(module, of).copy_(value)
+
+    if kind == "lm_head":
+        return  # the embeddings
+    if isinstance(module, nn.Embedding):
+        put(torch.cat(each(), dim=1))
+    elif isinstance(module, RMSNorm):
+        # The depth head's last word: what is multiplied with the embeddings. Their sum, as a mean.
+        put(torch.cat(each()) / (len(parts) if ".depth." in f".{name}" else 1))
+    elif isinstance(module, nn.Conv1d):
+        put(torch.cat(each()))
+    elif isinstance(module, ItemTable):
+        put(torch.cat(each("own"), dim=1), "own")
+        # One strength for all: each member's is in its own vectors.
+        put(torch.cat([part.again * part.strength for part in parts], dim=1), "again")
+    elif isinstance(module, nn.Linear):
+        put(_JOINS.get(kind, _blocks)(each()))
+    elif isinstance(module, GeneratorModel):
+        put(torch.cat(each("start")), "start")
+
+
+def _blocks(weights: Sequence[Tensor]) -> Tensor:
+    return torch.block_diag(*weights)
+
+
+def _thirds(weights: Sequence[Tensor]) -> Tensor:
+    """Queries, keys and values (3 D, D) of each: all queries first, then all keys, then all values."""
+    return torch.cat([_blocks(part) for part in zip(*(one.chunk(3) for one in weights), strict=True)])
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(weights))
+
+
+def _mean(weights: Sequence[Tensor]) -> Tensor:
+    return _blocks(weights) / len(weights)
+
+
+_JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "qkv_proj": _thirds,
+    # What the dense head multiplies with items' vectors.
+    "query_proj": _mean,
+    # All members read the same text.
+    "text_proj": _stacked,
+}

@@ -1,0 +1,346 @@
+"""A Hugging Face causal LM tuned in the small generator's place, by LoRA, on the same rows.
+
+The codes of SIDs become added tokens, whose embeddings are trained in full; the rest of the network gets
+low-rank adapters (Hu et al. 2021). Ranked under the same constraint through `generate`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from registry.bundles.context import Context
+from registry.bundles.prompt import BOS, EOS, ITEM, LEVELS, PAD, TITLE, UNK, Prompt
+from registry.bundles.ranking import Ranking
+from registry.bundles.store import Registry
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from trainer.alignment.rows import PreferenceRow
+from trainer.alignment.stage import window_rows
+from trainer.alignment.stop_rules import Health
+from trainer.cycle_inputs import only_one, read_material
+from trainer.generator.constrained import SidSet
+from trainer.generator.model import IGNORE
+from trainer.offline.quality import Quality, for_json, hr_ndcg
+from trainer.sequences.batches import Row
+from trainer.sequences.rows import Rows
+from trainer.settings import TrainerSettings
+from trainer.tuning.devices import device
+
+if TYPE_CHECKING:
+    from trainer.alignment.dpo import DpoResult
+
+_MARKS = {TITLE: "<sid_title>", ITEM: "<sid_item>"}
+_EVAL_ROWS = 16
+
+
+@dataclass(frozen=True)
+class LoraResult:
+    """What the tuning did; `folder` holds the merged model and its tokenizer."""
+
+    folder: str
+    steps: int
+    seconds: float
+    loss: float
+    quality: Quality
+    # Of the alignment, where there were pairs enough: its folder, what it did, and what it is worth.
+    aligned: str | None = None
+    dpo: DpoResult | None = None
+    aligned_quality: Quality | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return for_json(self)
+
+
+class Translation:
+    """Our token ids <-> a foreign tokenizer's: codes and marks are added tokens, a word may be several."""
+
+    def __init__(
+        self, prompt: Prompt, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+    ) -> None:
+        self.prompt = prompt
+        codes = [
+            f"<{LEVELS[level]}_{code}>" for level, size in enumerate(prompt.sizes) for code in range(size)
+        ]
+        theirs.add_tokens([*_MARKS.values(), *codes])
+        self.pad = theirs.pad_token_id if theirs.pad_token_id is not None else theirs.eos_token_id
+        self.end = theirs.eos_token_id
+        if self.end is None:
+            raise SidstreamError(
+                f"the tokenizer of {theirs.name_or_path} has no end token; choose a model that has one"
+            )
+        begin = theirs.bos_token_id if theirs.bos_token_id is not None else self.end
+        self.table: list[list[int]] = [[] for _ in range(len(ours))]
+        self.table[BOS], self.table[EOS], self.table[PAD] = [begin], [self.end], []
+        self.table[UNK] = []
+        for token, text in _MARKS.items():
+            self.table[token] = [theirs.convert_tokens_to_ids(text)]
+        first = prompt.code_base(0)
+        for at, foreign in enumerate(theirs.convert_tokens_to_ids(codes)):
+            self.table[first + at] = [foreign]
+        names = ours.convert_ids_to_tokens(list(range(len(ours))))
+        for token in range(prompt.first_word, len(ours)):
+            self.table[token] = theirs(" " + names[token], add_special_tokens=False).input_ids
+        self.back = {self.table[t][0]: t for t in range(first, prompt.first_word)}
+
+    def row(self, row: Row) -> Row:
+        """A row in the foreign vocabulary; every piece of a learned word is learned."""
+        pieces = [self.table[token] for token in row.ids.tolist()]
+        learned = [mark for mark, piece in zip(row.learned.tolist(), pieces, strict=True) for _ in piece]
+        ids = [token for piece in pieces for token in piece]
+        return Row(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
+
+    def ids(self, ours: Sequence[int]) -> list[int]:
+        """Token ids in the foreign vocabulary."""
+        return [token for one in ours for token in self.table[one]]
+
+    def preference(self, row: PreferenceRow) -> PreferenceRow:
+        """A preference row in the foreign vocabulary."""
+        return PreferenceRow(
+            prompt_ids=self.ids(row["prompt_ids"]), chosen_ids=self.ids(row["chosen_ids"]),
+            rejected_ids=[self.ids(answer) for answer in row["rejected_ids"]],
+        )  # fmt: skip
+
+
+def _pad(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    length = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), length), pad)
+    labels = torch.full((len(rows), length), IGNORE)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for at, row in enumerate(rows):
+        part = torch.from_numpy(row.ids)
+        ids[at, : len(part)] = part
+        mask[at, : len(part)] = 1
+        labels[at, : len(part)] = torch.where(torch.from_numpy(row.learned), part, IGNORE)
+    return ids, labels, mask, torch.tensor([row.weight for row in rows])
+
+
+def _adapted(model: Any, settings: TrainerSettings) -> Any:
+    # The new rows of both embeddings are trained, so both are saved in full. A tied head gets its own copy
+    # first: adapters saved over tied weights come apart, or not, by the architecture.
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    names = {id(module): name for name, module in model.named_modules()}
+    saved = [names[id(module)].rsplit(".", 1)[-1] for module in (embedding, head)]
+    return get_peft_model(model, _adapters(model, settings, saved))
+
+
+def _adapters(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
+    return LoraConfig(
+        r=settings.lora.rank, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout,
+        target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM",
+        # GPT-2 keeps its weights transposed.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+    )  # fmt: skip
+
+
+def tune(
+    name: str,
+    rows: Rows,
+    ours: PreTrainedTokenizerBase,
+    sids: SidSet,
+    settings: TrainerSettings,
+    folder: Path,
+    progress: Callable[[str], None] | None = None,
+) -> LoraResult:
+    """Tune the causal LM `name` (id or folder), rank the held-out items, save the merged model in `folder`.
+
+    Raises SidstreamError when the model cannot be loaded.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        theirs = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SidstreamError(f"{name} is no causal LM that can be loaded here: {first}") from error
+    translation = Translation(rows.prompt, ours, theirs)
+    torch.manual_seed(settings.seed)
+    model.resize_token_embeddings(max(len(theirs), model.get_input_embeddings().num_embeddings))
+    where = device()
+    model = _adapted(model, settings).to(where)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+    began = time.monotonic()
+    steps, value = 0, float("nan")
+    model.train()
+    for epoch in range(settings.epochs):
+        for batch in _batches(rows.epoch(epoch), translation, settings, epoch):
+            if settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds:
+                break
+            ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            at = labels[:, 1:] != IGNORE
+            losses = F.cross_entropy(logits[at].float(), labels[:, 1:][at], reduction="none")
+            loss = (losses * weight[:, None].expand_as(at)[at]).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            steps, value = steps + 1, float(loss.detach())
+            if progress:
+                progress(f"epoch {epoch + 1}, step {steps}, loss {value:.3f}")
+    seconds = time.monotonic() - began
+    merged = model.merge_and_unload().eval()
+    quality = rank_held(merged, translation, rows, sids, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(folder)
+    theirs.save_pretrained(folder)
+    return LoraResult(str(folder), steps, seconds, value, quality)
+
+
+def _batches(
+    rows: list[Row], translation: Translation, settings: TrainerSettings, epoch: int
+) -> list[list[Row]]:
+    rng = np.random.default_rng((settings.seed, epoch, 2))
+    translated = sorted((translation.row(row) for row in rows), key=lambda row: len(row.ids))
+    made: list[list[Row]] = [[]]
+    for row in translated:
+        if made[-1] and (len(made[-1]) + 1) * len(row.ids) > settings.lora.batch_tokens:
+            made.append([])
+        made[-1].append(row)
+    return [made[at] for at in rng.permutation(len(made))]
+
+
+@torch.no_grad()
+def rank_held(
+    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
+) -> Quality:
+    """HR@10 and NDCG@10 of held-out items by constrained `generate`; validity of free answers."""
+    rank, valid = ranks_held(model, translation, rows, sids, settings)
+    hr, ndcg = hr_ndcg(torch.from_numpy(rank))
+    return Quality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
+
+
+@torch.no_grad()
+def ranks_held(
+    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Rank (B,) from 0 of each held-out item by constrained `generate`; which (B,) free answers are SIDs."""
+    where = next(model.parameters()).device
+    prompt, held, known = rows.prompt, rows.split.held, rows.known
+    beams = min(max(settings.beam, 10), len(sids))
+    ranks: list[int] = []
+    valid: list[bool] = []
+    for low in range(0, len(held.targets), _EVAL_ROWS):
+        histories = held.histories[low : low + _EVAL_ROWS]
+        flat = [[BOS, *known.codes[history].ravel().tolist()] for history in histories]
+        shown = [[piece for token in ids for piece in translation.table[token]] for ids in flat]
+        length = max(len(ids) for ids in shown)
+        ids = torch.tensor([[translation.pad] * (length - len(row)) + row for row in shown], device=where)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in shown], device=where)
+        levels = len(prompt.sizes)
+
+        def allowed(row: int, tokens: Tensor, length: int = length) -> list[int]:
+            prefix = [translation.back[token] for token in tokens[length:].tolist()]
+            return [translation.table[token][0] for token in sids.allowed(prefix)] or [translation.end]
+
+        shared = {"attention_mask": mask, "max_new_tokens": levels, "do_sample": False,
+                  "pad_token_id": translation.pad, "eos_token_id": None}  # fmt: skip
+        best = model.generate(
+            ids, num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
+            prefix_allowed_tokens_fn=allowed, **shared,
+        )[:, length:]  # fmt: skip
+        sids_of = [prompt.sid([translation.back[token] for token in row]) for row in best.tolist()]
+        for row, target in enumerate(held.targets[low : low + _EVAL_ROWS].tolist()):
+            answers = sids_of[row * beams : (row + 1) * beams]
+            ranks.append(answers.index(known.sids[target]) if known.sids[target] in answers else beams)
+        for row in model.generate(ids, num_beams=1, **shared)[:, length:].tolist():
+            tokens = [translation.back.get(token, PAD) for token in row]
+            valid.append(all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens)))
+    return np.array(ranks, dtype=np.int64), np.array(valid, dtype=bool)
+
+
+def align_tuned(
+    tuned: LoraResult,
+    pairs: Sequence[PreferenceRow],
+    rows: Rows,
+    ours: PreTrainedTokenizerBase,
+    sids: SidSet,
+    settings: TrainerSettings,
+    progress: Callable[[str], None] | None = None,
+) -> LoraResult:
+    """Align what `tune` made to preference rows of our token ids, by fresh adapters; kept beside it.
+
+    The embeddings stay: the codes were learned in tuning. Whether they are tied to the head is all one. What
+    a stop rule turned away is not kept: `aligned` stays None, and `dpo.stopped` says why.
+    """
+    from trainer.alignment.dpo import align_language_model
+
+    theirs = AutoTokenizer.from_pretrained(tuned.folder)
+    model = AutoModelForCausalLM.from_pretrained(tuned.folder, dtype=torch.float32)
+    translation = Translation(rows.prompt, ours, theirs)
+    few = rows.part(settings.dpo.probe_users)
+
+    def probe(policy: Any) -> Health:
+        rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
+        return Health(rank < 10, valid)
+
+    folder = Path(f"{tuned.folder}-dpo")
+    made, result = align_language_model(
+        model, theirs, [translation.preference(row) for row in pairs], settings, folder / "run",
+        _adapters(model, settings), probe=probe if len(few.split.held.targets) else None, progress=progress,
+    )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    if result.failed(settings.dpo.max_drop):
+        return replace(tuned, dpo=result)
+    made.save_pretrained(folder)
+    theirs.save_pretrained(folder)
+    quality = rank_held(made.to(device()), translation, rows, sids, settings)
+    return replace(tuned, aligned=str(folder), dpo=result, aligned_quality=quality)
+
+
+def tune_window(
+    settings: TrainerSettings,
+    kafka: KafkaSettings,
+    registry: Registry,
+    *,
+    horizon_ms: int,
+    window_ms: int,
+    progress: Callable[[str, str, bool], None],
+) -> LoraResult:
+    """Tune `settings.hf_model` on the window, and align it where there are preference pairs enough.
+
+    Nothing is registered: the merged models lie in <home>/hf. `horizon_ms` and `window_ms`: as of
+    `run_cycle`.
+    """
+    if settings.hf_model is None:
+        raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
+    with only_one(settings.home):
+        material = read_material(
+            settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
+        )
+        ours = material.tokenizer
+        rows = Rows(material.log, material.split, material.known, ours, material.prompt, settings)
+        folder = settings.home / "hf" / Path(settings.hf_model).name
+        result = tune(
+            settings.hf_model, rows, ours, material.sids, settings, folder,
+            lambda text: progress("lora", text, False),
+        )  # fmt: skip
+        progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
+        # Without a context: a foreign vocabulary has no tokens of it.
+        pairs, _ = window_rows(material, settings.dpo, window_ms, Context())
+        if len(pairs) >= settings.dpo.min_pairs:
+            result = align_tuned(
+                result, pairs, rows, ours, material.sids, settings,
+                lambda text: progress("dpo", text, False),
+            )  # fmt: skip
+            progress("dpo", f"{len(pairs):,} pairs; {result.dpo.stopped if result.dpo else ''}", True)
+    return result

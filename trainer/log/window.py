@@ -1,0 +1,335 @@
+"""The trainer's window: topics read by offsets into the log, from its end to the ends at this moment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from registry.bundles.context import Attributes, Context, Counts, counted
+from registry.bundles.prompt import Sid
+from streams import events
+from streams.errors import SidstreamError
+from streams.settings import KafkaSettings
+from streams.state import profile
+from streams.wire.admin import incarnations, missing, spans, unreachable
+from streams.wire.connect import client_options
+from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
+from trainer.log.pair_filter import Withdrawal, newest_of_each, withdraw
+from trainer.sequences.rows import Catalogue, Interactions, interactions
+
+TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
+# Compacted topics: a record without a value removes its key.
+_KEYED = ("catalog", "users", "sids")
+# Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
+_FILE_ROWS = 1_000_000
+_FETCH_BYTES = 8 * 1024 * 1024
+# Without a record for so long the broker counts as gone.
+_SILENCE_S = 30.0
+
+
+class _When(msgspec.Struct):
+    ts: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one cycle trains on: everything that was logged, and which part of it is new."""
+
+    log: Log
+    ranges: Ranges  # {topic: {partition: (from, to)}}, from where the parent's window ended
+    incarnations: dict[str, int]
+
+    def _read(self, topic: str) -> tuple[pa.Table, Any]:
+        since = {partition: begin for partition, (begin, _) in self.ranges[topic].items()}
+        return self.log.read(topic, since, self.incarnations[topic])
+
+    def count(self) -> int:
+        """Clicks and purchases that are new, repeats included."""
+        return sum(
+            end - begin for topic in ("clicks", "purchases") for begin, end in self.ranges[topic].values()
+        )
+
+    def interactions(
+        self,
+        known: Catalogue,
+        context: Context | None = None,
+        profiles: Mapping[str, Attributes] | None = None,
+    ) -> Interactions:
+        """Users' sequences in event time over all that was logged; an event that repeats counts once.
+
+        With `context` each has the tokens of its own scene, and of its user's profile among `profiles`.
+        """
+        users: list[str] = []
+        scenes: list[str | None] = []
+        items: list[str] = []
+        stamps: list[int] = []
+        fresh: list[bool] = []
+        bought: list[bool] = []
+        # At one millisecond a purchase follows the click that led to it.
+        for topic in ("clicks", "purchases"):
+            table, new = self._read(topic)
+            seen: set[str] = set()
+            keep = []
+            for at, event_id in enumerate(table["event_id"].to_pylist()):
+                if event_id not in seen:
+                    seen.add(event_id)
+                    keep.append(at)
+            if len(keep) < table.num_rows:
+                table, new = table.take(pa.array(keep, pa.int64())), new[keep]
+            users += table["user_id"].to_pylist()
+            scenes += table["scene"].to_pylist()
+            items += table["item_id"].to_pylist()
+            stamps += table["ts"].to_pylist()
+            fresh += new.tolist()
+            bought += [topic == "purchases"] * table.num_rows
+        said = (context or Context()).rows(scenes, users, profiles or {})
+        return interactions(users, stamps, items, known, fresh, bought, said)
+
+    def profiles(self) -> dict[str, Attributes]:
+        """The attributes of each user: of the newest record by its time, as the agents keep them."""
+        table, _ = self._read("users")
+        decoder = msgspec.json.Decoder(events.UserProfile)
+        newest: dict[str, events.UserProfile] = {}
+        for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
+            if value is None:
+                newest.pop(key.decode(errors="replace"), None)
+                continue
+            one = decoder.decode(value)
+            held = newest.get(one.user_id)
+            if held is None or profile.order(one) >= profile.order(held):
+                newest[one.user_id] = one
+        return {user: one.attributes for user, one in newest.items()}
+
+    def said(self, profiles: Mapping[str, Attributes]) -> Counts:
+        """How often each scene was clicked in, and how many users who did something have each attribute."""
+        clicks, _ = self._read("clicks")
+        bought, _ = self._read("purchases")
+        scenes = {one["values"]: one["counts"] for one in clicks["scene"].value_counts().to_pylist()}
+        scenes.pop(None, None)
+        users = {user for table in (clicks, bought) for user in table["user_id"].unique().to_pylist()}
+        return counted(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
+
+    def bought(self) -> dict[str, int]:
+        """Purchases of each item over all that was logged."""
+        table, _ = self._read("purchases")
+        seen: set[str] = set()
+        counts: dict[str, int] = {}
+        for event_id, item in zip(table["event_id"].to_pylist(), table["item_id"].to_pylist(), strict=True):
+            if event_id not in seen:
+                seen.add(event_id)
+                counts[item] = counts.get(item, 0) + 1
+        return counts
+
+    def pairs(
+        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], most: int
+    ) -> Withdrawal:
+        """The newest `most` preference pairs of a codebook, shared out among `schemes`; older windows' too.
+
+        Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
+        window that the agents made them with.
+        """
+        table, _ = self._read("preferences")
+        decoder = msgspec.json.Decoder(events.PreferencePair)
+        decoded = (decoder.decode(value) for value in table["value"].to_pylist())
+        known = [pair for pair in decoded if pair.codebook == codebook]
+        wanted = [pair for pair in known if pair.scheme in schemes]
+        # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
+        found = withdraw(
+            newest_of_each(wanted, most), self._read("purchases")[0], self._read("clicks")[0], window_ms
+        )
+        return replace(found, unasked=len(known) - len(wanted))
+
+    def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
+        """Explorations whose click window closed in this window, each request once: was its item clicked?
+
+        A click window closes when the newest click is `horizon_ms` or more after the answer; a click that is
+        later than that does not count, so that a reward never changes again. One that was logged before
+        this window, and was open then, is of this window: each counts in one.
+        """
+        clicks, new = self._read("clicks")
+        stamps = clicks["ts"].to_numpy()
+        now, before = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
+        table, fresh = self._read("explorations")
+        when, decoder = msgspec.json.Decoder(_When), msgspec.json.Decoder(events.Exploration)
+        found: dict[str, events.Exploration] = {}
+        for value, is_new in zip(table["value"].to_pylist(), fresh.tolist(), strict=True):
+            closes = when.decode(value).ts + horizon_ms
+            if closes <= now and (is_new or closes > before):
+                one = decoder.decode(value)
+                # An answer may be sent twice. Its draw is the same, its event_id need not be.
+                found.setdefault(one.request_id, one)
+        led = clicks.filter(pc.is_in(clicks["request_id"], value_set=pa.array(list(found), pa.string())))
+        clicked = set()
+        columns = (led[name].to_pylist() for name in ("request_id", "user_id", "item_id", "ts"))
+        for request, user, item, ts in zip(*columns, strict=True):
+            one = found[request]
+            if (user, item) == (one.user_id, one.item_id) and ts <= one.ts + horizon_ms:
+                clicked.add(request)
+        return [(one, request in clicked) for request, one in found.items()]
+
+    def listed(self) -> dict[str, events.CatalogItem]:
+        """The newest record of each item."""
+        decoder = msgspec.json.Decoder(events.CatalogItem)
+        return {item: decoder.decode(value) for item, value in self._newest("catalog").items()}
+
+    def sids(self, codebook: str) -> dict[str, Sid]:
+        """Each item's SID under a codebook; the first one counts, as everywhere."""
+        table, _ = self._read("sids")
+        decoder = msgspec.json.Decoder(events.SidAssignment)
+        found: dict[str, Sid] = {}
+        for value in table["value"].to_pylist():
+            assigned = decoder.decode(value) if value is not None else None
+            if assigned is not None and assigned.codebook == codebook:
+                found.setdefault(assigned.item_id, tuple(assigned.sid))
+        return found
+
+    def _newest(self, topic: str) -> dict[str, bytes]:
+        table, _ = self._read(topic)
+        newest: dict[str, bytes] = {}
+        for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
+            name = key.decode(errors="replace")
+            if value is None:
+                newest.pop(name, None)
+            else:
+                newest[name] = value
+        return newest
+
+
+class _Buffer:
+    """Records of one topic on their way into a file."""
+
+    def __init__(self, topic: str, incarnation: int, begin: Offsets) -> None:
+        self.topic, self.incarnation = topic, incarnation
+        self.kind = events.BY_TOPIC[topic]
+        self.columnar = topic in ("clicks", "purchases")
+        self.schema = INTERACTIONS if self.columnar else VALUES
+        self.begin, self.end = dict(begin), dict(begin)
+        self.columns: list[list[Any]] = [[] for _ in self.schema]
+        self.refused = 0
+
+    def add(self, partition: int, record: Any, now_ms: int) -> None:
+        self.end[partition] = record.offset + 1
+        try:
+            if self.columnar:
+                event: Any = events.decode(self.kind, record.value, now_ms)
+                kind = event.kind if self.topic == "clicks" else "purchase"
+                row = (
+                    partition, record.offset, event.event_id, event.user_id, event.item_id, event.ts, kind,
+                    event.request_id, event.scene if self.topic == "clicks" else None,
+                )  # fmt: skip
+            else:
+                if record.value is not None or self.topic not in _KEYED:
+                    events.decode(self.kind, record.value, now_ms)
+                row = (partition, record.offset, record.key or b"", record.value)  # type: ignore[assignment]
+        except events.EventError:
+            # The agents put such a record into dead letters with its reason; here it is only counted.
+            self.refused += 1
+            return
+        for column, value in zip(self.columns, row, strict=True):
+            column.append(value)
+
+    def flush(self, log: Log) -> None:
+        window = {number: (self.begin[number], self.end[number]) for number in self.begin}
+        if all(begin == end for begin, end in window.values()):
+            return
+        arrays = [pa.array(column, kind.type) for column, kind in zip(self.columns, self.schema, strict=True)]
+        log.append(self.topic, self.incarnation, window, pa.table(arrays, schema=self.schema), self.refused)
+        self.begin = dict(self.end)
+        self.columns = [[] for _ in self.schema]
+        self.refused = 0
+
+
+async def _drain(
+    kafka: KafkaSettings, log: Log, buffers: dict[str, _Buffer], ends: dict[TopicPartition, int],
+    advance: Callable[[int], None] | None,
+) -> None:  # fmt: skip
+    consumer = AIOKafkaConsumer(
+        **client_options(kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest",
+        max_partition_fetch_bytes=_FETCH_BYTES,
+    )  # fmt: skip
+    try:
+        await consumer.start()
+    except KafkaError as error:
+        await consumer.stop()
+        raise unreachable(kafka, error) from error
+    try:
+        consumer.assign(list(ends))
+        for at in ends:
+            consumer.seek(at, buffers[at.topic].begin[at.partition])
+        left = set(ends)
+        heard = time.monotonic()
+        while left:
+            polled = await consumer.getmany(*left, timeout_ms=500)
+            now_ms = time.time_ns() // 1_000_000
+            for at, records in polled.items():
+                buffer = buffers[at.topic]
+                for record in records:
+                    if record.offset < ends[at]:
+                        buffer.add(at.partition, record, now_ms)
+                if advance:
+                    advance(len(records))
+                if len(buffer.columns[0]) >= _FILE_ROWS:
+                    buffer.flush(log)
+            for at in list(left):
+                # Compaction leaves gaps: the position tells how far a partition was read.
+                if await consumer.position(at) >= ends[at]:
+                    buffers[at.topic].end[at.partition] = ends[at]
+                    left.discard(at)
+            if polled:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE_S:
+                names = ", ".join(sorted({at.topic for at in left}))
+                raise SidstreamError(
+                    f"Kafka sent no record of {names} for {_SILENCE_S:.0f} seconds; see `sidstream doctor`"
+                )
+    except KafkaError as error:
+        raise unreachable(kafka, error) from error
+    finally:
+        await consumer.stop()
+    for buffer in buffers.values():
+        buffer.flush(log)
+
+
+def read_window(
+    kafka: KafkaSettings,
+    log: Log,
+    parent: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Window:
+    """Log what Kafka has beyond the log's end, up to the ends at this moment, and say what is new.
+
+    `parent` is the window of the model that training goes on from: what lies before its end is old. A topic
+    that was made again since then is new as a whole. `advance(n)` is called for every n records read. Raises
+    SidstreamError when the broker does not answer or a topic is missing.
+    """
+    now = spans(kafka)
+    lives = incarnations(kafka)
+    buffers: dict[str, _Buffer] = {}
+    ends: dict[TopicPartition, int] = {}
+    ranges: Ranges = {}
+    for topic in TOPICS:
+        if topic not in now:
+            raise missing(topic)
+        logged = log.ends(topic, lives[topic])
+        begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
+        buffers[topic] = _Buffer(topic, lives[topic], begin)
+        for number, span in now[topic].items():
+            if begin[number] < span.end:
+                ends[TopicPartition(topic, number)] = span.end
+        before = (parent or {}).get(topic, {})
+        ranges[topic] = {}
+        for number, span in now[topic].items():
+            old = before.get(number, (0, 0))[1]
+            ranges[topic][number] = (old if old <= span.end else 0, span.end)
+    if ends:
+        asyncio.run(_drain(kafka, log, buffers, ends, advance))
+    return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})

@@ -1,0 +1,97 @@
+"""What a step of training or of ranking reads: rows of tokens, pieces of sequences, padded to one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from registry.bundles.prompt import PAD
+from trainer.generator.model import IGNORE
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+class Row(NamedTuple):
+    """One training row: token ids, which of them are learned, and the weight of its task."""
+
+    ids: Int64  # (T,)
+    learned: npt.NDArray[np.bool_]  # (T,): True where the token is a label
+    weight: float
+
+
+class Pieces(NamedTuple):
+    """Pieces of users' sequences, padded on the right to one length."""
+
+    items: Tensor  # (B, P) int64 rows of `Catalogue.codes`, -1 where there is none
+    learned: Tensor  # (B, P) bool: True where the item is a target
+    context: Tensor | None = None  # (B, P, C) int64 token ids of each item's own event, 0 where there is none
+    bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.tasks)
+
+    def to(self, where: torch.device) -> Pieces:
+        """These pieces on a device."""
+        context, bought = (None if part is None else part.to(where) for part in (self.context, self.bought))
+        return Pieces(self.items.to(where), self.learned.to(where), context, bought)
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right to one length."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64, IGNORE where nothing is learned
+    weights: Tensor  # (B,) float32
+
+
+def by_size(order: Int64, length: Int64, limit: int) -> Iterator[list[int]]:
+    """Rows of ascending `length`, cut where a padded batch would be larger than `limit`."""
+    batch: list[int] = []
+    for at in order.tolist():
+        if batch and (len(batch) + 1) * length[at] > limit:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Pad rows on the right."""
+    length = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), length), PAD, dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row.ids)] = row.ids
+        labels[at, : len(row.ids)] = np.where(row.learned, row.ids, IGNORE)
+    weights = np.array([row.weight for row in rows], dtype=np.float32)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
+
+
+def pad_contexts(contexts: Sequence[Int32], length: int) -> Tensor | None:
+    """B contexts (P, C) -> (B, length, C) int64, padded with 0; None where C is 0."""
+    if not contexts or not contexts[0].shape[1]:
+        return None
+    made = np.zeros((len(contexts), length, contexts[0].shape[1]), dtype=np.int64)
+    for row, context in enumerate(contexts):
+        made[row, : len(context)] = context
+    return torch.from_numpy(made)
+
+
+def context_rows(contexts: Int32 | None, low: int, high: int, where: torch.device) -> Tensor | None:
+    """Rows low to high of contexts (N, C) -> (high - low, C) int64; None where nothing is said at all."""
+    if contexts is None or not contexts.shape[1]:
+        return None
+    return torch.from_numpy(contexts[low:high].astype(np.int64)).to(where)
+
+
+def pad_items(histories: Sequence[Int64], codes: Int64) -> tuple[Tensor, Tensor]:
+    """Histories of item rows -> codes (B, P, L) right-padded with 0 (P >= 1), lengths (B,)."""
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    padded = np.zeros((len(histories), max(1, int(lengths.max(initial=0))), codes.shape[1]), dtype=np.int64)
+    for at, history in enumerate(histories):
+        padded[at, : len(history)] = codes[history]
+    return torch.from_numpy(padded), torch.from_numpy(lengths)

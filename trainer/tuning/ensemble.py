@@ -1,0 +1,72 @@
+"""Generators of the same rows, each from its own seed, merged into one (trainer.generator.merge)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.generator.constrained import SidSet
+from trainer.generator.merge import merged
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.sequences.rows import Rows
+from trainer.settings import TrainerSettings
+from trainer.tuning.devices import Devices
+from trainer.tuning.next_item import Teacher
+from trainer.tuning.pretrain import learn
+from trainer.tuning.sft import Progress, SftResult, validated
+
+# From a member's seed to the next one's: stages and refreshes count on from `seed` by ones.
+_APART = 1000
+# A generator to begin from, of a member's settings, rows and folder.
+Begin = Callable[[TrainerSettings, Rows, Path | None], GeneratorForCausalLM]
+
+
+def learn_members(
+    begin: Begin, rows: Rows, sids: SidSet, settings: TrainerSettings, folder: Path | None = None, *,
+    progress: Progress | None = None, stop: Callable[[], bool] | None = None,
+    devices: Devices | None = None, teacher: Teacher | None = None,
+    first: tuple[GeneratorForCausalLM, SftResult] | None = None,
+) -> tuple[GeneratorForCausalLM, SftResult]:  # fmt: skip
+    """`trainer.pretrain.learn` for each of `settings.members`, and one generator of all of them.
+
+    Members differ in their weights at first, the order of their rows and their dropout, and are held against
+    the same held-out events. Each has its part of `max_seconds` and, below `folder`, its own checkpoint: a
+    broken run goes on in its member. An interrupted member is the result itself. `first`: the first member
+    and its result, where it has learned already.
+    """
+    count, found = settings.members, []
+    for number, own in enumerate(member_settings(settings)):
+        if first and not number:
+            found.append(first)
+            continue
+        name = f"member {number + 1} of {count}: " if count > 1 else ""
+
+        def tell(text: str, name: str = name) -> None:
+            if progress:
+                progress(name + text)
+
+        part = rows.under(own)
+        where = folder / f"member-{number + 1}" if folder and count > 1 else folder
+        model = begin(own, part, where)
+        result = learn(
+            model, part, sids, own, folder=where, progress=tell, stop=stop, devices=devices, teacher=teacher
+        )
+        if count == 1 or result.stopped == "interrupted":
+            return model, result
+        found.append((model, result))
+    results = [result for _, result in found]
+    whole = merged([model for model, _ in found])
+    return whole, SftResult(
+        steps=sum(one.steps for one in results), epochs=sum(one.epochs for one in results),
+        seconds=sum(one.seconds for one in results), loss=sum(one.loss for one in results) / count,
+        quality=validated(whole, rows, sids, settings), stopped=f"{count} members are one", members=results,
+    )  # fmt: skip
+
+
+def member_settings(settings: TrainerSettings) -> list[TrainerSettings]:
+    """The settings of each member: the first one's seed is that of a generator without others."""
+    seconds = settings.max_seconds and settings.max_seconds / settings.members
+    return [
+        settings.model_copy(update={"seed": settings.seed + _APART * number, "max_seconds": seconds})
+        for number in range(settings.members)
+    ]

@@ -1,0 +1,95 @@
+"""Pretraining on the whole log, then SFT on its newest part: two runs of one loop, under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from trainer.generator.constrained import SidSet
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.sequences.rows import Rows
+from trainer.settings import TrainerSettings
+from trainer.tuning.devices import Devices
+from trainer.tuning.next_item import Teacher
+from trainer.tuning.sft import Progress, SftResult, train
+
+
+def learn(
+    model: GeneratorForCausalLM,
+    rows: Rows,
+    sids: SidSet,
+    settings: TrainerSettings,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+    devices: Devices | None = None,
+    teacher: Teacher | None = None,
+) -> SftResult:
+    """`trainer.tuning.sft.train`, after a stage of pretraining where `settings.pretrain` has a share for it.
+
+    Each stage stops by its own held-out figures and keeps its own checkpoint, below `folder` too, so that a
+    broken run goes on in its stage. An interrupted pretraining is the result itself.
+    """
+    if not settings.pretrain.share:
+        return train(
+            model, rows, sids, settings, folder=folder, progress=progress, stop=stop, devices=devices,
+            teacher=teacher,
+        )  # fmt: skip
+
+    def tell(text: str) -> None:
+        if progress:
+            progress(f"pretraining: {text}")
+
+    before = train(
+        model, rows, sids, first_stage(settings), folder=folder and folder / "pretrain", progress=tell,
+        stop=stop, devices=devices, teacher=teacher,
+    )  # fmt: skip
+    if before.stopped == "interrupted":
+        return before
+    recent, after = second_stage(rows, settings, before.seconds)
+    result = train(
+        model, recent, sids, after, folder=folder, progress=progress, stop=stop, devices=devices,
+        teacher=teacher,
+    )  # fmt: skip
+    result.pretraining = before
+    return result
+
+
+def first_stage(settings: TrainerSettings) -> TrainerSettings:
+    """The settings of pretraining: its share of the epochs (at least one) and of the seconds."""
+    share, budget = settings.pretrain.share, settings.max_seconds
+    return settings.model_copy(
+        update={
+            "epochs": max(1, round(share * settings.epochs)),
+            "max_seconds": budget and share * budget,
+        }
+    )
+
+
+def second_stage(rows: Rows, settings: TrainerSettings, spent_s: float) -> tuple[Rows, TrainerSettings]:
+    """The rows and settings of the SFT that follows a pretraining of `spent_s` seconds.
+
+    It has what pretraining left of the budget: as many events in more passes, since its passes are shorter.
+    """
+    share, budget = settings.pretrain.share, settings.max_seconds
+    left = max(1, settings.epochs - first_stage(settings).epochs)
+    chosen = settings.model_copy(
+        update={
+            "lr": settings.pretrain.sft_lr,
+            # Validation may have overrun the first share: the second one is there all the same.
+            "max_seconds": budget and max(budget - spent_s, (1 - share) * budget),
+            # Other cuts and other dropout than those of the first epochs.
+            "seed": settings.seed + 1,
+        }
+    )
+    recent = rows.recent(settings.pretrain.recent_share, chosen)
+    chosen.epochs = max(1, round(left * _events(rows) / max(1, _events(recent))))
+    return recent, chosen
+
+
+def _events(rows: Rows) -> int:
+    """How many events one pass reads."""
+    return sum(high - low for low, high in rows.crops(np.random.default_rng(rows.settings.seed)))

@@ -1,0 +1,78 @@
+"""Targets that are more than one item: siblings in the code tree, and what a teacher would have said.
+
+Shapes: N learned positions, I items of the table, L levels, D width, K items that a teacher names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.tuning.losses import weighted_mean
+
+
+class Level(NamedTuple):
+    """The nodes of one level of the code tree, in order of SIDs, grouped by their parents."""
+
+    tokens: Tensor  # (M,) the code of each node, as a token id
+    starts: Tensor  # (parents,) where each parent's children begin
+    parent: Tensor  # (I,) each item's parent
+
+
+def code_tree(codes: Tensor) -> list[Level]:
+    """The tree that SIDs (I, L) of token ids, ascending and each once, span; a level after another."""
+    made = []
+    parent = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+    for level in range(codes.shape[1]):
+        node, inverse = torch.unique_consecutive(codes[:, : level + 1], dim=0, return_inverse=True)
+        first = torch.searchsorted(inverse.contiguous(), torch.arange(len(node), device=codes.device))
+        above = parent[first]
+        starts = torch.searchsorted(above.contiguous(), torch.arange(int(above[-1]) + 1, device=codes.device))
+        made.append(Level(node[:, level], starts, parent))
+        parent = inverse
+    return made
+
+
+def sibling_term(
+    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[Level], table: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What is added to the mean cross-entropy of codes for a share of their targets' weight.
+
+    That share goes evenly to the codes that real items have below the same prefix, where plain smoothing
+    (Szegedy et al. 2016, section 7) would give most of it to codes of no item. vectors: L of (N, D), which
+    score the codes (N, L) of the items `rows` (N,) by `table` (V, D) -> scalar. The normaliser cancels: it is
+    the mean of logit(target) - mean logit(siblings), by `weights` (N,) as in `softmax_loss`.
+    """
+    total = torch.zeros((), device=table.device)
+    for at, (vector, level) in enumerate(zip(vectors, tree, strict=True)):
+        siblings = F.embedding_bag(level.tokens, table, level.starts, mode="mean")
+        away = F.embedding(codes[:, at], table) - F.embedding(level.parent[rows], siblings)
+        total = total + weighted_mean((vector.float() * away.float()).sum(-1), weights)
+    return total / len(vectors)
+
+
+class Soft(NamedTuple):
+    """What a teacher holds likely at N positions; a row's probabilities sum to 1."""
+
+    items: Tensor  # (N, K) rows of whatever the student scores
+    probabilities: Tensor  # (N, K) float32
+    share: float  # of the target's weight that goes to them
+
+
+def teacher_term(
+    queries: Tensor, every: Tensor, targets: Tensor, soft: Soft, weights: Tensor | None = None
+) -> Tensor:
+    """What is added to the mean cross-entropy of items for distillation (Hinton et al. 2015, equation 2).
+
+    queries (N, D), every (I, D), targets (N,) -> scalar: share * mean of logit(target) - expected logit under
+    the teacher; temperature 1, the normaliser cancels. `weights` (N,) as in `softmax_loss`.
+    """
+    queries = queries.float()
+    hard = (queries * F.embedding(targets, every).float()).sum(-1)
+    named = torch.einsum("nd,nkd->nk", queries, F.embedding(soft.items, every).float())
+    return soft.share * weighted_mean(hard - (named * soft.probabilities).sum(-1), weights)
