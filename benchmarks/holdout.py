@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks.ratchet import Ratchet, publish
 from benchmarks.rated_shop import Crowd, Rates
 from benchmarks.results import line, share
-from registry.experiment.decision import ANCHOR, CHAMPION, DPO, SFT, judge
+from registry.arms import ANCHOR, CHAMPION, DPO, SFT
+from registry.experiment.decision import judge
 from registry.experiment.statistics import sums
 from registry.settings import GateSettings, RolloutSettings
 

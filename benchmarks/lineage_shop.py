@@ -19,10 +19,11 @@ import numpy as np
 
 from agents.attribution.pairs import Decision, Open, add, close
 from agents.attribution.windows import Rules
+from registry.arms import CHAMPION, DPO, SFT
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
-from registry.experiment.decision import CHAMPION, DPO, SFT, judge
+from registry.experiment.decision import judge
 from registry.experiment.statistics import sums
 from registry.settings import CodebookSettings, GateSettings, RolloutSettings
 from streams.events import (

@@ -36,8 +36,9 @@ from benchmarks.rated_shop import Crowd, Rates, Shop
 from benchmarks.results import RESULTS, line, put_table
 from harness.registry_support import Outbox, bundle
 from harness.servers import local_mlflow, local_redis
+from registry.arms import CHAMPION
 from registry.bundles.bundle import Kind
-from registry.bundles.store import CHAMPION, Registry
+from registry.bundles.store import Registry
 from registry.releases import lease, release
 from sidstream.settings import Settings
 from sidstream.unattended import Cycle, Turn

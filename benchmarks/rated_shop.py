@@ -20,7 +20,7 @@ import redis.asyncio
 from agents.app import CLOCK_TOPICS
 from agents.attribution.clock import PartitionClock
 from agents.attribution.outcomes import OutcomeRules, Outcomes, tell_rules
-from registry.bundles.store import DPO, SFT
+from registry.arms import DPO, SFT
 from registry.releases.rollout import arm_of
 from sidstream.settings import Settings
 from streams.events import Arm, Click, Event, Impression, Purchase, RankedItem, Recommendation, Rollout

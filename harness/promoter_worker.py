@@ -20,7 +20,8 @@ import redis
 
 from harness.registry_support import arm_seen
 from harness.servers import wait_until
-from registry.bundles.store import CHAMPION, DPO, PREVIOUS, SFT, STATE, Registry
+from registry.arms import ANCHOR, CHAMPION, DPO, SFT
+from registry.bundles.store import PREVIOUS, STATE, Registry
 from registry.bundles.tracking import Tracking
 from registry.experiment.decision import decide, recompute
 from registry.experiment.outcomes import Seen
@@ -345,7 +346,7 @@ def _check_record(
     else:
         verdict, winner = recompute(record)
         assert verdict == rollout.action
-        versions = {name: arm["version"] for name, arm in record["arms"].items() if name != "anchor"}
+        versions = {name: arm["version"] for name, arm in record["arms"].items() if name != ANCHOR}
         before, after, about = versions[CHAMPION], versions[winner], list(versions.values())
     assert after == champion
     if rollout.action == "promote" and before not in (None, after):

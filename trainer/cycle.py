@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from registry.arms import CHAMPION, SFT
 from registry.bundles.bundle import Bundle, Kind, write_bundle
 from registry.bundles.context import write as write_context
 from registry.bundles.prompt import Sid
@@ -21,7 +22,7 @@ from registry.bundles.ranking import Ranking
 from registry.bundles.ranking import read as read_ranking
 from registry.bundles.ranking import write as write_ranking
 from registry.bundles.rewards import write as write_rewards
-from registry.bundles.store import CHAMPION, SFT, Registry
+from registry.bundles.store import Registry
 from registry.releases import release
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError

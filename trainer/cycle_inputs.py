@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from registry.arms import CHAMPION
 from registry.bundles.bundle import Bundle
 from registry.bundles.codebook import Codebook
 from registry.bundles.context import Attributes, Context, vocabulary
@@ -22,7 +23,7 @@ from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import Rewards, with_rewards, without_rewards
 from registry.bundles.rewards import read as read_rewards
-from registry.bundles.store import CHAMPION, Registry
+from registry.bundles.store import Registry
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings

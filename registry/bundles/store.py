@@ -21,8 +21,6 @@ from registry.bundles.tracking import Tracking
 from registry.settings import RegistrySettings
 from streams.errors import SidstreamError
 
-CHAMPION, SFT, DPO, ANCHOR = "champion", "challenger-sft", "challenger-dpo", "anchor"
-ALIASES = (CHAMPION, SFT, DPO, ANCHOR)
 PREVIOUS = "previous-champion"
 # Tag of a version: candidate -> shadow -> canary -> trial -> promoted, rejected, inconclusive; rolled-back.
 STATE = "state"

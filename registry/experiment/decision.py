@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment import data_quality, guards
 from registry.experiment.gate import MODES, Comparison, Verdict, against_anchor, compare
 from registry.experiment.statistics import Sums, sums
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from registry.experiment.outcomes import Seen
 
 FORMAT = 2
-CHAMPION, SFT, DPO, ANCHOR = "champion", "challenger-sft", "challenger-dpo", "anchor"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from scipy.special import betaincc, betaln
 
+from registry.arms import ANCHOR, CHAMPION
 from registry.experiment import data_quality
 from registry.experiment.gate import against_anchor
 from registry.experiment.health import Health
@@ -123,10 +124,10 @@ def judge(record: Mapping[str, Any]) -> list[Alarm]:
     watched, control = list(record["watched"]), record["control"]
     found = health_alarms(health, watched, control, settings)
     weights = {name: arm["weight"] for name, arm in record["arms"].items()}
-    if "champion" not in watched and len([weight for weight in weights.values() if weight > 0]) > 1:
+    if CHAMPION not in watched and len([weight for weight in weights.values() if weight > 0]) > 1:
         found += _dealt(sums, weights, gate.srm_alpha)
     if control is not None:
-        margin = gate.anchor_margin if control == "anchor" else gate.margin
+        margin = gate.anchor_margin if control == ANCHOR else gate.margin
         found += click_alarms(sums, watched, control, gate, settings.alpha, margin)
     return found
 

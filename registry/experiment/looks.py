@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from registry.experiment.decision import CHAMPION, DPO, SFT
+from registry.arms import CHAMPION, DPO, SFT
 from registry.experiment.gate import compare
 from registry.experiment.outcomes import Seen
 from registry.experiment.statistics import Sums, sums

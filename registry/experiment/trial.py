@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment import guards
-from registry.experiment.decision import ANCHOR, CHAMPION, DPO, SFT, decide
+from registry.experiment.decision import decide
 from registry.experiment.health import Health
 from registry.experiment.outcomes import Seen
 from registry.experiment.statistics import Sums, sums

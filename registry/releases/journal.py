@@ -22,7 +22,8 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from registry.bundles.store import CHAMPION, PREVIOUS, Registry
+from registry.arms import CHAMPION
+from registry.bundles.store import PREVIOUS, Registry
 from registry.experiment.decision import recompute
 from registry.releases import lease
 from streams.errors import SidstreamError

@@ -12,7 +12,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from registry.bundles.store import ANCHOR, CHAMPION, DPO, PREVIOUS, SFT, STATE, Registry
+from registry.arms import ANCHOR, CHAMPION, DPO, SFT
+from registry.bundles.store import PREVIOUS, STATE, Registry
 from registry.experiment.decision import recompute
 from registry.releases.journal import Publisher, Step, disagreement, finish, newest, take, unfinished
 from registry.settings import RolloutSettings

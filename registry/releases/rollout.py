@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from registry.arms import ANCHOR
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
 
-# Arm and salt of the permanent hold-out. No trial changes the salt, so its users stay the same for ever.
-_ANCHOR: Final = "anchor"
+# The salt of the permanent hold-out. No trial changes it, so that its users stay the same for ever.
+_HOLD_OUT_SALT: Final = "anchor"
 
 
 def share(trial: str, user_id: str) -> float:
@@ -41,12 +42,12 @@ def assign(trial: str, user_id: str, arms: Sequence[Arm]) -> Arm:
     served = [arm for arm in arms if arm.weight > 0]
     if not served:
         raise SidstreamError(f"the arms of trial {trial} have no weight; publish a rollout that gives one")
-    held = [arm for arm in served if arm.name == _ANCHOR]
-    others = [arm for arm in served if arm.name != _ANCHOR]
+    held = [arm for arm in served if arm.name == ANCHOR]
+    others = [arm for arm in served if arm.name != ANCHOR]
     if held:
         # fsum: rounded once, so that the order of the arms cannot move a user in or out.
         weight = math.fsum(arm.weight for arm in held)
-        if share(_ANCHOR, user_id) < weight / math.fsum(arm.weight for arm in served):
+        if share(_HOLD_OUT_SALT, user_id) < weight / math.fsum(arm.weight for arm in served):
             return held[0]
         served = others
     point = share(trial, user_id) * sum(arm.weight for arm in served)

@@ -92,7 +92,7 @@ def aa(as_json: AsJson = False) -> None:
 
     Example: sidstream gate aa
     """
-    from registry.bundles.store import CHAMPION
+    from registry.arms import CHAMPION
     from registry.releases import release
     from sidstream.commands.registry import promoting
     from sidstream.settings import load

@@ -10,7 +10,8 @@ import pytest
 from harness.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
 from harness.registry_support import bundle
 from harness.servers import local_mlflow
-from registry.bundles.store import CHAMPION, DPO, STATE, Registry
+from registry.arms import CHAMPION, DPO
+from registry.bundles.store import STATE, Registry
 from registry.releases import release
 from registry.releases.lease import lease_key, promoter
 from registry.settings import RegistrySettings, RolloutSettings

@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from registry.bundles.store import ANCHOR, Registry
+from registry.arms import ANCHOR
+from registry.bundles.store import Registry
 from registry.experiment.looks import looks
 from registry.experiment.outcomes import Seen
 from registry.settings import GateSettings

@@ -7,8 +7,8 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
+from registry.arms import CHAMPION, DPO, SFT
 from registry.bundles.embedder import WordLlamaEmbedder
-from registry.bundles.store import CHAMPION, DPO, SFT
 from registry.experiment.decision import recompute
 from registry.releases import release
 from registry.releases.current import current_rollout, read_newest

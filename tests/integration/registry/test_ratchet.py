@@ -8,7 +8,7 @@ import redis
 
 from benchmarks.ratchet import Ratchet, run, settings_of
 from benchmarks.rated_shop import Crowd, Rates
-from registry.bundles.store import ANCHOR, CHAMPION
+from registry.arms import ANCHOR, CHAMPION
 
 pytestmark = pytest.mark.integration
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from harness.registry_support import arm_seen, bundle
-from registry.bundles.store import ANCHOR, CHAMPION, DPO, SFT
+from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment.decision import decide, recompute
 from registry.releases import release
 from registry.releases.rollout import arm_of

@@ -7,8 +7,9 @@ import pytest
 
 from harness.registry_support import bundle, codebook
 from harness.servers import free_port
+from registry.arms import CHAMPION
 from registry.bundles.bundle import load_bundle
-from registry.bundles.store import CHAMPION, Registry
+from registry.bundles.store import Registry
 from registry.settings import RegistrySettings
 from streams.errors import SidstreamError
 

@@ -12,7 +12,7 @@ import redis
 from typer.testing import CliRunner
 
 from harness.registry_support import bundle
-from registry.bundles.store import CHAMPION, DPO, SFT
+from registry.arms import CHAMPION, DPO, SFT
 from registry.experiment.decision import recompute
 from registry.releases import release
 from registry.releases.current import current_rollout

@@ -3,7 +3,8 @@
 from benchmarks.holdout import GATE, SERIES, series
 from benchmarks.rated_shop import Crowd
 from harness.registry_support import arm_seen
-from registry.experiment.decision import ANCHOR, CHAMPION, SFT, judge
+from registry.arms import ANCHOR, CHAMPION, SFT
+from registry.experiment.decision import judge
 from registry.experiment.statistics import sums
 
 CROWD = Crowd()
