@@ -21,7 +21,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from agents.metrics import SIDS
 from agents.sids import Sids, as_list
 from registry.bundles.codebook import Codebook
-from registry.bundles.embedder import Embedder, embedder_of, item_text
+from registry.bundles.embedder import Embedder, item_text, load_embedder
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, SidAssignment, encode
 from streams.settings import KafkaSettings
@@ -134,7 +134,7 @@ class Catalogue(Hooks):
             codebook = await asyncio.to_thread(self._codebooks.codebook, current)
             embedder = self._embedder
             if embedder is None or embedder.id != codebook.embedder:
-                embedder = await asyncio.to_thread(embedder_of, codebook, self._codebooks.encoder)
+                embedder = await asyncio.to_thread(load_embedder, codebook, self._codebooks.encoder)
         except SidstreamError as error:
             # Without the registry new items wait; everything else goes on.
             if str(error) != self._complaint:

@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from benchmarks.results import line, publish_shares, share
 from registry.experiment.gate import MODES, compare
-from registry.experiment.plan import Expected, users_needed
-from registry.experiment.statistics import Sums
+from registry.experiment.plan import ExpectedRates, users_needed
+from registry.experiment.statistics import ArmSums
 from registry.settings import GateSettings
 
 LOOKS = 20
@@ -71,7 +71,7 @@ SHOP = Population("simulated users: CTR .2, CVR .2, 20 impressions", 0.2, 0.2, 2
 
 def looks(
     random: np.random.Generator, population: Population, users: int, ctr: float, cvr: float
-) -> Iterator[Sums]:
+) -> Iterator[ArmSums]:
     """The sums of one arm at each look, users in the order of their arrival.
 
     A Poisson number of impressions, each clicked with the user's rate, is two independent Poisson numbers of
@@ -99,7 +99,7 @@ def looks(
         # Not `@`: BLAS would start threads, which only wait for those of the other process.
         products = (np.einsum("n,n->", *two) for two in ((i, i), (c, c), (o, o), (i, c), (c, o)))
         figures = (i.sum(), c.sum(), o.sum(), *products)
-        yield Sums(int((i > 0).sum()), *map(int, figures))
+        yield ArmSums(int((i > 0).sum()), *map(int, figures))
 
 
 def trial(seed: np.random.SeedSequence, scenario: Scenario) -> set[str]:
@@ -190,7 +190,7 @@ def figures(pool: ProcessPoolExecutor, trials: int, users_of: float) -> Iterator
             )
     truth = "CVR +20 %, CTR 0"
     for mode in ("sequential", "fixed"):
-        expected = Expected(ADS.cvr, 0.2, ADS.ctr, ADS.impressions)
+        expected = ExpectedRates(ADS.cvr, 0.2, ADS.ctr, ADS.impressions)
         users = round(users_needed(expected, SETTINGS, mode, 0.8) * users_of)
         few = max(trials // 2, 1)
         good = run(pool, Scenario(ADS, users, cvr=1.2, modes=(mode,)), few, f"{truth}, mode {mode}")

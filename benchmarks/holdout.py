@@ -30,7 +30,7 @@ from benchmarks.rated_shop import Crowd, Rates
 from benchmarks.results import line, share
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment.decision import judge
-from registry.experiment.statistics import sums
+from registry.experiment.statistics import arm_sums
 from registry.settings import GateSettings, RolloutSettings
 
 COMMAND = "python -m benchmarks.holdout"
@@ -71,7 +71,7 @@ def series(seed: int, held: float, ratchet: Ratchet, crowd: Crowd) -> tuple[floa
             shown = 10 * came * (1 + random.poisson(crowd.requests - 1, crowd.users))
             clicked = random.binomial(shown, np.minimum(ctr, 1.0))
             seen += np.stack([shown, clicked, random.binomial(clicked, np.minimum(cvrs, 1.0))], axis=1)
-            arms = {name: sums(seen[(arm == n) & (seen[:, 0] > 0)]) for n, name in enumerate(truth)}
+            arms = {name: arm_sums(seen[(arm == n) & (seen[:, 0] > 0)]) for n, name in enumerate(truth)}
             made = judge(arms, GATE, GATE.mode, weights, {name: name for name in truth})
             if made.verdict != "inconclusive":
                 break

@@ -24,7 +24,7 @@ from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.experiment.decision import judge
-from registry.experiment.statistics import sums
+from registry.experiment.statistics import arm_sums
 from registry.settings import CodebookSettings, GateSettings, RolloutSettings
 from streams.events import (
     Click,
@@ -335,7 +335,7 @@ class Shop:
             by_arm: dict[str, list[np.ndarray]] = {name: [] for name in self.arms}
             for user, counts in self.seen.items():
                 by_arm[self.arm_of(user)].append(counts)
-            arms = {name: sums(np.array(rows).reshape(-1, 3)) for name, rows in by_arm.items()}
+            arms = {name: arm_sums(np.array(rows).reshape(-1, 3)) for name, rows in by_arm.items()}
             verdict = judge(arms, GATE, GATE.mode, self.weights, bundles)
             if verdict.verdict != "inconclusive":
                 break

@@ -18,7 +18,7 @@ import uuid
 import numpy as np
 
 from benchmarks.results import line
-from registry.bundles.rewards import Offer, value_of
+from registry.bundles.rewards import Offer, log_value
 from registry.releases.current import read_newest
 from sidstream.settings import load
 from streams.errors import SidstreamError
@@ -101,7 +101,7 @@ def _mean(answer: Recommendation, listed: dict[str, CatalogItem], name: str) -> 
     found = []
     for ranked in answer.items:
         one = listed[ranked.item_id]
-        value = value_of(name, Offer(one.category, one.price, one.commission_rate))
+        value = log_value(name, Offer(one.category, one.price, one.commission_rate))
         if value is not None:
             found.append(float(np.expm1(value)))
     return float(np.mean(found)) if found else 0.0

@@ -37,7 +37,7 @@ from benchmarks.results import RESULTS, line, put_table
 from harness.registry_support import Outbox, bundle
 from harness.servers import local_mlflow, local_redis
 from registry.arms import CHAMPION
-from registry.bundles.bundle import Kind
+from registry.bundles.bundle import BundleKind
 from registry.bundles.store import Registry
 from registry.releases import lease, release
 from sidstream.settings import Settings
@@ -87,7 +87,7 @@ def cycle_of(
     shop, outbox, made = Shop(url, crowd, settings, seed), Outbox(), iter(range(256))
     random = np.random.default_rng([seed, 1])
 
-    def register(kind: Kind, rates: Rates) -> str:
+    def register(kind: BundleKind, rates: Rates) -> str:
         with tempfile.TemporaryDirectory() as folder:
             one = bundle(Path(folder), next(made), kind)
             shop.truth[one.id] = rates
@@ -106,7 +106,7 @@ def cycle_of(
 
     @contextmanager
     def promoting() -> Iterator[tuple[Registry, Outbox]]:
-        with lease.promoter(shop.redis, registry.name):
+        with lease.promotion_lease(shop.redis, registry.name):
             yield registry, outbox
 
     def current() -> Rollout | None:

@@ -37,7 +37,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.results import RESULTS, line, put_table
 from benchmarks.reward_baselines import NEXT_ITEM, lesson, modpo, soup, soup_parts
-from registry.bundles.rewards import COMMISSION, PRICE, Rewards, said
+from registry.bundles.rewards import COMMISSION, PRICE, Rewards, reward_fields
 from streams.events import Reward
 from trainer.evaluation.bootstrap import differences, intervals
 from trainer.evaluation.datasets import load
@@ -234,7 +234,7 @@ class Bench:
     ) -> Int64:
         """(B, K) items for the few histories, or those of other queries, under conditions, of a model."""
         made, of = made or self.with_, of or self.few
-        row = np.array([made.context.row(said(conditions))], dtype=np.int32).repeat(len(of), axis=0)
+        row = np.array([made.context.row(reward_fields(conditions))], dtype=np.int32).repeat(len(of), axis=0)
         contexts = np.concatenate((made.profiles[of.users], row), axis=1)
         lists: Int64 = candidates(made, of, contexts).order(made.ranking.dense_weight)[:, :K].numpy()
         return lists

@@ -56,7 +56,7 @@ class FileCodebooks:
 
 
 def words_of(codebook: Codebook, _encoder: object) -> WordEmbedder:
-    """The tests' embedder, in the place of registry.bundles.embedder.embedder_of."""
+    """The tests' embedder, in the place of registry.bundles.embedder.load_embedder."""
     if codebook.embedder != WordEmbedder.id:
         raise SidstreamError(f"codebook {codebook.id} was fitted with embedder {codebook.embedder}")
     return WordEmbedder()
@@ -108,7 +108,7 @@ def main() -> None:
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
-    catalogue.embedder_of = words_of  # type: ignore[assignment,attr-defined]
+    catalogue.load_embedder = words_of  # type: ignore[assignment,attr-defined]
     told = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(

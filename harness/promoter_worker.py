@@ -18,16 +18,16 @@ from typing import Any
 
 import redis
 
-from harness.registry_support import arm_seen
+from harness.registry_support import arm_outcomes
 from harness.servers import wait_until
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
-from registry.bundles.store import PREVIOUS, STATE, Registry
+from registry.bundles.store import PREVIOUS_CHAMPION, STATE, Registry
 from registry.bundles.tracking import Tracking
 from registry.experiment.decision import decide, recompute
-from registry.experiment.outcomes import Seen
+from registry.experiment.outcomes import ArmOutcomes
 from registry.releases import release
 from registry.releases.current import current_rollout
-from registry.releases.lease import lease_key, promoter
+from registry.releases.lease import lease_key, promotion_lease
 from registry.settings import GateSettings, RegistrySettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout
@@ -112,7 +112,7 @@ def take(registry: Registry, client: release.Publisher, step: dict[str, Any]) ->
         case "rollback":
             return release.rollback(registry, client, ROLLOUT)
         case "finish":
-            return release.finish(registry, client)
+            return release.finish_step(registry, client)
     raise ValueError(step["action"])
 
 
@@ -131,7 +131,7 @@ def _run(job: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
         while True:
             begun = None
             try:
-                with promoter(connection, registry.name, job.get("lease_ms", LEASE_MS)):
+                with promotion_lease(connection, registry.name, job.get("lease_ms", LEASE_MS)):
                     begun = time.monotonic()
                     if "after" in job:
                         threading.Thread(target=_end, args=(job["after"],), daemon=True).start()
@@ -268,7 +268,7 @@ class Promoters:
         """Take a step in this process, as soon as nobody holds the lease; others must not wait for it."""
         key = lease_key(self.registry.name)
         wait_until(lambda: not self.redis.exists(key), _WAIT_S, "the end of the lease")
-        with promoter(self.redis, self.registry.name, _LONG_MS):
+        with promotion_lease(self.redis, self.registry.name, _LONG_MS):
             return take(self.registry, self.client, step)
 
     def serving(self) -> Rollout | None:
@@ -302,8 +302,8 @@ _CVRS = {
 
 def decided(rollout: Rollout, verdict: str = "promote") -> dict[str, Any]:
     """A decision about a trial, from users whose rates give the verdict."""
-    seen: dict[str, Seen] = {
-        arm.name: arm_seen(_CVRS[verdict].get(arm.name, 0.2), n, round(7000 * arm.weight))
+    seen: dict[str, ArmOutcomes] = {
+        arm.name: arm_outcomes(_CVRS[verdict].get(arm.name, 0.2), n, round(7000 * arm.weight))
         for n, arm in enumerate(sorted(rollout.arms, key=lambda arm: arm.name))
     }
     return decide(rollout.trial, rollout.arms, seen, GateSettings())
@@ -342,7 +342,7 @@ def _check_record(
         before, after, about = record["from"], record["to"], [record["to"]]
         if rollout.action == "rollback":
             about = [before]
-            assert tags[before][PREVIOUS] == after
+            assert tags[before][PREVIOUS_CHAMPION] == after
     else:
         verdict, winner = recompute(record)
         assert verdict == rollout.action
@@ -350,7 +350,7 @@ def _check_record(
         before, after, about = versions[CHAMPION], versions[winner], list(versions.values())
     assert after == champion
     if rollout.action == "promote" and before not in (None, after):
-        assert tags[after][PREVIOUS] == before
+        assert tags[after][PREVIOUS_CHAMPION] == before
     for version in about:
         assert tags[version]["decision"] == record["decision"]
         assert registry.decision(version) == record

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from registry.bundles.bundle import Bundle, Kind, write_bundle
+from registry.bundles.bundle import Bundle, BundleKind, write_bundle
 from registry.bundles.codebook import Codebook
-from registry.experiment.outcomes import Seen
+from registry.experiment.outcomes import ArmOutcomes
 from streams.errors import SidstreamError
 from streams.events import Event
 
@@ -32,7 +32,7 @@ def codebook(seed: int = 0) -> Codebook:
     return Codebook("test", tuple(random.normal(size=(n, 8)).astype(np.float32) for n in (4, 3, 2)))
 
 
-def bundle(folder: Path, seed: int, kind: Kind = "sft", codebook_seed: int = 0) -> Bundle:
+def bundle(folder: Path, seed: int, kind: BundleKind = "sft", codebook_seed: int = 0) -> Bundle:
     folder = folder / f"bundle-{seed}"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
@@ -45,9 +45,9 @@ def bundle(folder: Path, seed: int, kind: Kind = "sft", codebook_seed: int = 0) 
     )  # fmt: skip
 
 
-def arm_seen(cvr: float, seed: int, users: int = 2000) -> Seen:
+def arm_outcomes(cvr: float, seed: int, users: int = 2000) -> ArmOutcomes:
     """What a trial has seen of one arm whose users buy a share `cvr` of what they click, in one cohort."""
     random = np.random.default_rng(seed)
     shown = 5 + random.poisson(15, users)
     clicked = random.binomial(shown, 0.2)
-    return Seen((0,), np.stack([shown, clicked, random.binomial(clicked, cvr)], axis=1)[:, None])
+    return ArmOutcomes((0,), np.stack([shown, clicked, random.binomial(clicked, cvr)], axis=1)[:, None])

@@ -75,7 +75,7 @@ def load(bundle: Bundle, threads: int) -> LoadedBundle:
             "export the bundle again"
         )
     bins = rewards.read(bundle.path)
-    if (bins is not None) != any(name.startswith(rewards.PREFIX) for name in known.fields):
+    if (bins is not None) != any(name.startswith(rewards.FIELD_PREFIX) for name in known.fields):
         raise SidstreamError(
             f"bundle {bundle.id}: {context.CONTEXT} and {rewards.REWARDS} differ on whether it has rewards; "
             "export the bundle again"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.releases.rollout import share
+from registry.releases.rollout import user_share
 
 # Salts of the two hashes. They differ, or the requests that are explored would all draw the first candidates.
 _WHETHER, _WHICH = "explore", "explore-draw"
@@ -31,7 +31,7 @@ class Explorer:
 
     def chosen(self, request_id: str) -> bool:
         """Whether this request is explored."""
-        return share(_WHETHER, request_id) < self.share
+        return user_share(_WHETHER, request_id) < self.share
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ def draw(scores: Sequence[float], temperature: float, request_id: str) -> Draw:
     """
     chances = propensities(scores, temperature)
     upto = np.cumsum(chances)
-    chosen = int(np.searchsorted(upto, share(_WHICH, request_id) * upto[-1], side="right"))
+    chosen = int(np.searchsorted(upto, user_share(_WHICH, request_id) * upto[-1], side="right"))
     return Draw(chosen, float(chances[chosen]))

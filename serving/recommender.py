@@ -25,10 +25,10 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from registry.bundles.context import told
+from registry.bundles.context import context_fields
 from registry.bundles.prompt import prompt_sids
-from registry.bundles.ranking import Repeats, left_out
-from registry.bundles.rewards import said
+from registry.bundles.ranking import RepeatRule, excluded_by_repeats
+from registry.bundles.rewards import reward_fields
 from registry.releases.rollout import arm_of
 from serving.bundles import LoadedBundle, Service
 from serving.decoding.beam import Dense, Ranking, search
@@ -106,7 +106,7 @@ class Recommender:
         self,
         indexes: Callable[[str | None], SidIndex | None],
         beam: int,
-        repeats: Repeats | None,
+        repeats: RepeatRule | None,
         explorer: Explorer,
         clock: Callable[[], float] = perf_counter,
         translator: Callable[[str], Translate] = lambda _: lambda _tag, _sid: None,
@@ -183,7 +183,7 @@ class Recommender:
             return case
         known = _past(request, bundle, self._translator(bundle.codebook))
         past = [entry.sid for entry in known]
-        gone = left_out(
+        gone = excluded_by_repeats(
             self._repeats or bundle.ranking,
             [entry.kind == PURCHASE for entry in known],
             [(trigger.ts - entry.ts) // 1000 for entry in known],
@@ -196,10 +196,10 @@ class Recommender:
         seen = None if opened is None else tuple(index.sid(opened))
         case.prompt = prompt_sids(past, seen, bundle.max_items)
         if bundle.context.fields:
-            case.context = bundle.context.known(told(trigger.scene, _attributes(request)))
+            case.context = bundle.context.known(context_fields(trigger.scene, _attributes(request)))
         if bundle.rewards is not None and trigger.preferences:
             case.conditions = bundle.rewards.wanted(trigger.preferences) or None
-            case.context |= bundle.context.known(said(case.conditions or {}))
+            case.context |= bundle.context.known(reward_fields(case.conditions or {}))
         if not past:
             case.fallback = "popular" if seen is None else "trigger_only"
         elif seen is None:

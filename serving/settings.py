@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
-from registry.bundles.ranking import Repeats
+from registry.bundles.ranking import RepeatRule
 from streams.settings import Section
 
 
@@ -73,11 +73,13 @@ class ServingSettings(Section):
     )
 
     @property
-    def repeats(self) -> Repeats | None:
+    def repeats(self) -> RepeatRule | None:
         """The rule about past items; None: the bundle's."""
         if self.repeat == "bundle":
             return None
-        return Repeats(repeats=self.repeat, within_s=self.repeat_within_s if self.repeat == "within" else 0)
+        return RepeatRule(
+            repeats=self.repeat, within_s=self.repeat_within_s if self.repeat == "within" else 0
+        )
 
 
 class GatewaySettings(Section):

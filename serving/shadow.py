@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from registry.releases.rollout import share
+from registry.releases.rollout import user_share
 from serving.bundles import Service
 from serving.model_health import ModelHealth
 from serving.recommender import Recommender, Request
@@ -37,7 +37,7 @@ class Shadow:
         if service is None or (self._task is not None and not self._task.done()):
             return
         arms = [arm for arm in service.rollout.arms if arm.weight == 0]
-        some = [one for one in requests if share("shadow", one.trigger.request_id) < self._portion]
+        some = [one for one in requests if user_share("shadow", one.trigger.request_id) < self._portion]
         if arms and some:
             self._task = asyncio.create_task(self._run(some, service, arms), name="serving shadow")
 

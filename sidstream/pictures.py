@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from registry.bundles.store import Registry
-from registry.experiment.outcomes import Seen
+from registry.experiment.outcomes import ArmOutcomes
 from registry.settings import GateSettings
 from streams.errors import SidstreamError
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def keep_picture(
-    registry: Registry, record: Mapping[str, Any], seen: Mapping[str, Seen], settings: GateSettings
+    registry: Registry, record: Mapping[str, Any], seen: Mapping[str, ArmOutcomes], settings: GateSettings
 ) -> str | None:
     """Draw and store it; its path in the registry. None for a guard's record, without the extra `train`, and
     where there is nothing to draw or nowhere to store it."""

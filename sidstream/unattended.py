@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from registry.bundles.store import Registry
 from registry.experiment.health import read_health
 from registry.experiment.outcomes import cohort_ms, read_all_outcomes
-from registry.experiment.trial import Move, Sight, next_move
+from registry.experiment.trial import Evidence, Move, next_move
 from registry.releases import release
 from sidstream.pictures import keep_picture
 from streams.errors import SidstreamError
@@ -68,7 +68,7 @@ class Cycle:
         """Do the one thing that comes next. Raises SidstreamError where a part does not answer."""
         if release.unfinished(self._registry) is not None:
             with self._promoting() as (registry, client):
-                finished = release.finish(registry, client)
+                finished = release.finish_step(registry, client)
             if finished is not None:
                 return Turn(
                     finished.action, f"finished the step {finished.action} that was cut short", finished.trial
@@ -85,7 +85,7 @@ class Cycle:
             return self._learn(move.sentence)
         return self._act(rollout, move, sight)
 
-    def _act(self, rollout: Rollout, move: Move, sight: Sight) -> Turn:
+    def _act(self, rollout: Rollout, move: Move, sight: Evidence) -> Turn:
         settings = self._settings
         with self._promoting() as (registry, client):
             now = self._current()
@@ -129,6 +129,6 @@ class Cycle:
             self._journalled = turn.sentence
         return turn
 
-    def _look(self, trial: str) -> Sight:
+    def _look(self, trial: str) -> Evidence:
         mature, recent = read_all_outcomes(self._redis, trial)
-        return Sight(mature, recent, read_health(self._redis, trial), cohort_ms(self._redis))
+        return Evidence(mature, recent, read_health(self._redis, trial), cohort_ms(self._redis))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from registry.arms import CHAMPION, SFT
-from registry.bundles.bundle import Bundle, Kind, write_bundle
+from registry.bundles.bundle import Bundle, BundleKind, write_bundle
 from registry.bundles.context import write as write_context
 from registry.bundles.prompt import Sid
 from registry.bundles.ranking import Ranking
@@ -290,8 +290,8 @@ def _dpo(
 
 
 def _bundle(
-    material: Material, settings: TrainerSettings, kind: Kind, model: GeneratorForCausalLM, folder: Path,
-    reference: str | None, result: CycleResult,
+    material: Material, settings: TrainerSettings, kind: BundleKind, model: GeneratorForCausalLM,
+    folder: Path, reference: str | None, result: CycleResult,
 ) -> Bundle:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
@@ -328,7 +328,7 @@ def _publish(
     step: float, promoting: Promoting, result: CycleResult, stages: Stages,
 ) -> None:  # fmt: skip
     first = registry.alias(CHAMPION) is None
-    kind: Kind = "base" if first else "sft"
+    kind: BundleKind = "base" if first else "sft"
     made = {kind: _bundle(material, settings, kind, model, run / kind, None, result)}
     if better is not None:
         made["dpo"] = _bundle(material, settings, "dpo", better, run / "dpo", made[kind].id, result)

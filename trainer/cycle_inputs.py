@@ -21,7 +21,7 @@ from registry.bundles.context import Attributes, Context, vocabulary
 from registry.bundles.context import read as read_context
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
-from registry.bundles.rewards import Rewards, with_rewards, without_rewards
+from registry.bundles.rewards import Rewards, with_reward_fields, without_reward_fields
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
 from streams.errors import SidstreamError
@@ -133,7 +133,7 @@ def read_material(
     else:
         # A refresh says nothing that the weights have never heard.
         tokenizer, context = AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
-    log = window.interactions(known, without_rewards(context), profiles)
+    log = window.interactions(known, without_reward_fields(context), profiles)
     if not len(log):
         raise SidstreamError(
             "there are no clicks or purchases of known items to learn from: "
@@ -144,9 +144,9 @@ def read_material(
     unclicked = sum(not clicked for _, clicked in found)
     if parent is None:
         rewards = learned(offers, log, bought, unclicked, settings.rewards)
-        said, context = len(context.fields), with_rewards(context, rewards)
+        said, context = len(context.fields), with_reward_fields(context, rewards)
     else:
-        said, rewards = len(without_rewards(context).fields), read_rewards(parent.path)
+        said, rewards = len(without_reward_fields(context).fields), read_rewards(parent.path)
         rewards = rewards and grown(rewards, bought, unclicked, settings.rewards, context)
     log = told(log, offers, bought, rewards, context)
     logged = explored(found, codebook.id, prompt, settings.offpolicy, context)

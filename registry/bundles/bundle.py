@@ -21,9 +21,11 @@ MANIFEST = "manifest.json"
 CODEBOOK = "codebook.safetensors"
 POPULAR = "popular.json"
 MAX_POPULAR = 1000
-Kind = Literal["base", "sft", "dpo"]
+BundleKind = Literal["base", "sft", "dpo"]
 # Files that run code when they are read: never in a bundle.
-PICKLED = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"})
+EXECUTABLE_SUFFIXES = frozenset(
+    {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"}
+)
 _CHUNK = 1 << 20
 
 
@@ -39,7 +41,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     format: int
     bundle: str
-    kind: Kind
+    kind: BundleKind
     codebook: str
     sizes: list[int]
     max_items: int
@@ -105,7 +107,7 @@ def required_files(levels: int) -> tuple[str, ...]:
 def write_bundle(
     folder: Path,
     *,
-    kind: Kind,
+    kind: BundleKind,
     codebook: Codebook,
     popular: Sequence[str],
     max_items: int,
@@ -122,8 +124,8 @@ def write_bundle(
     Writes the codebook, the popular items and the manifest. `created` is in milliseconds (default: now).
     Raises SidstreamError for a missing file, or one that would run code when read.
     """
-    if kind not in get_args(Kind):
-        raise SidstreamError(f"{kind!r} is no kind of bundle; use one of {', '.join(get_args(Kind))}")
+    if kind not in get_args(BundleKind):
+        raise SidstreamError(f"{kind!r} is no kind of bundle; use one of {', '.join(get_args(BundleKind))}")
     codebook.save(folder / CODEBOOK)
     (folder / POPULAR).write_text(json.dumps(list(popular)[:MAX_POPULAR]))
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -191,7 +193,7 @@ def _check_names(folder: Path, names: set[str], levels: int) -> None:
         if name not in names:
             raise SidstreamError(f"{folder / name} is missing: every bundle has it; export the model again")
     for name in sorted(names):
-        if Path(name).suffix in PICKLED:
+        if Path(name).suffix in EXECUTABLE_SUFFIXES:
             raise SidstreamError(
                 f"{folder / name} may run code when it is read; save it as safetensors instead"
             )

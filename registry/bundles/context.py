@@ -32,7 +32,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     fields: dict[str, list[str]]
 
 
-def told(scene: str | None, attributes: Attributes | None) -> dict[str, str]:
+def context_fields(scene: str | None, attributes: Attributes | None) -> dict[str, str]:
     """What a request or an event says, by field: `scene` and `profile.<attribute>`."""
     said = {} if scene is None else {SCENE: scene}
     return said | {PROFILE + name: value for name, value in (attributes or {}).items()}
@@ -76,12 +76,12 @@ class Context:
             for at, key in enumerate(zip(scenes, users, strict=True)):
                 row = made.get(key)
                 if row is None:
-                    row = made[key] = self.row(told(key[0], profiles.get(key[1])))
+                    row = made[key] = self.row(context_fields(key[0], profiles.get(key[1])))
                 found[at] = row
         return found
 
 
-def counted(scenes: Mapping[str, int], profiles: Iterable[Attributes]) -> dict[str, Counter[str]]:
+def count_values(scenes: Mapping[str, int], profiles: Iterable[Attributes]) -> dict[str, Counter[str]]:
     """How often each value of each field is there: scenes by events, attributes by users."""
     counts = {SCENE: Counter(scenes)}
     for attributes in profiles:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from registry.bundles.codebook import Codebook
-from registry.bundles.encoder import PREFIX, SentenceEmbedder
+from registry.bundles.encoder import ID_PREFIX, SentenceEmbedder
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
 
@@ -78,13 +78,13 @@ def _wheel() -> Path:
     return Path(spec.origin).parent
 
 
-def embedder_of(codebook: Codebook, encoder: Callable[[str], Path]) -> Embedder:
+def load_embedder(codebook: Codebook, encoder: Callable[[str], Path]) -> Embedder:
     """The embedder that a codebook was fitted with, loaded; `encoder` fetches a codebook's encoder by its id.
 
     Raises SidstreamError where this version has another one, or what was fetched cannot be used.
     """
     found: Embedder
-    if codebook.embedder.startswith(PREFIX):
+    if codebook.embedder.startswith(ID_PREFIX):
         found = SentenceEmbedder(encoder(codebook.id))
     else:
         found = WordLlamaEmbedder()

@@ -16,21 +16,21 @@ import numpy.typing as npt
 
 from streams.errors import SidstreamError
 
-GRAPH, TOKENIZER, ABOUT = "encoder.onnx", "tokenizer.json", "encoder.json"
+GRAPH, TOKENIZER, DESCRIPTION = "encoder.onnx", "tokenizer.json", "encoder.json"
 # How the id of every encoder of this kind begins.
-PREFIX = "sentences-"
+ID_PREFIX = "sentences-"
 # Tokens of one forward: a batch that stays in cache.
 _TOKENS = 2048
 
 
 class SentenceEmbedder:
-    """The encoder in a folder that `write_about` completed."""
+    """The encoder in a folder that `write_description` completed."""
 
     def __init__(self, folder: Path) -> None:
         """Read what the folder says of itself. Raises SidstreamError for another or a changed folder."""
         self.folder = folder
         try:
-            about = json.loads((folder / ABOUT).read_text())
+            about = json.loads((folder / DESCRIPTION).read_text())
             self.id, self.dim, self._longest = str(about["id"]), int(about["dim"]), int(about["max_tokens"])
             digests = {name: _digest(folder / name) for name in (GRAPH, TOKENIZER)}
             changed = digests != about["sha256"]
@@ -79,13 +79,13 @@ class SentenceEmbedder:
         return (made / np.where(norms > 0, norms, 1.0)).astype(np.float32)
 
 
-def write_about(folder: Path, id: str, dim: int, max_tokens: int) -> None:
+def write_description(folder: Path, id: str, dim: int, max_tokens: int) -> None:
     """Complete a folder that holds the graph and the tokenizer with what says so and their digests."""
     about = {
         "id": id, "dim": dim, "max_tokens": max_tokens,
         "sha256": {name: _digest(folder / name) for name in (GRAPH, TOKENIZER)},
     }  # fmt: skip
-    (folder / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    (folder / DESCRIPTION).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 
 def _digest(path: Path) -> str:

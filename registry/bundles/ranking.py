@@ -18,13 +18,13 @@ from streams.errors import SidstreamError
 RANKING = "ranking.json"
 # always: any item may come again. never: none of the history. bought: none that was bought. within: none that
 # was touched in the last `within_s` seconds.
-Rule = Literal["always", "never", "bought", "within"]
+RepeatPolicy = Literal["always", "never", "bought", "within"]
 
 
-class Repeats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RepeatRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which items of a user's past may be shown again."""
 
-    repeats: Rule = "always"
+    repeats: RepeatPolicy = "always"
     within_s: int = 0
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class Repeats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return f"within {self.within_s} s" if self.repeats == "within" else self.repeats
 
 
-class Ranking(Repeats, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Ranking(RepeatRule, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A candidate's score: (1 - dense_weight) * log p(SID) + dense_weight * log p(item) of the dense head."""
 
     dense_weight: float = 0.0
@@ -63,7 +63,9 @@ def read(folder: Path) -> Ranking:
         raise SidstreamError(f"{path} is no ranking ({error}); fetch the bundle again") from error
 
 
-def left_out(rule: Repeats, bought: npt.ArrayLike, ages_s: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+def excluded_by_repeats(
+    rule: RepeatRule, bought: npt.ArrayLike, ages_s: npt.ArrayLike
+) -> npt.NDArray[np.bool_]:
     """Which past items may not be shown again: `bought` and `ages_s` (...), seconds -> (...) bool."""
     was, ages = np.asarray(bought, dtype=bool), np.asarray(ages_s)
     if rule.repeats == "bought":

@@ -25,15 +25,15 @@ from streams.errors import SidstreamError
 from streams.events import Reward
 
 REWARDS = "rewards.json"
-PREFIX = "reward."
-CLICK, PURCHASE, PRICE, COMMISSION = NAMES = get_args(Reward)
+FIELD_PREFIX = "reward."
+CLICK, PURCHASE, PRICE, COMMISSION = REWARD_NAMES = get_args(Reward)
 # Of the converting interactions: what the highest weight asks for, and what the smallest one does.
 _HIGH, _LOW = 0.9, 0.5
 # A model has hardly seen a value that is rarer than this: it is not asked for it.
 _LEAST = 0.01
 
 
-class Priced(Protocol):
+class HasPrice(Protocol):
     """What bins are made of: events.CatalogItem, or `Offer`."""
 
     @property
@@ -59,7 +59,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     mass: dict[str, dict[str, float]]
 
 
-def value_of(name: str, item: Priced) -> float | None:
+def log_value(name: str, item: HasPrice) -> float | None:
     """log(1 + price), or log(1 + price * commission rate), of one unit; None where the item does not say."""
     if item.price is None:
         return None
@@ -68,14 +68,14 @@ def value_of(name: str, item: Priced) -> float | None:
     return None if item.commission_rate is None else log1p(item.price * item.commission_rate)
 
 
-def quantile_edges(name: str, items: Iterable[Priced], bins: int, min_items: int) -> dict[str, list[float]]:
+def quantile_edges(name: str, items: Iterable[HasPrice], bins: int, min_items: int) -> dict[str, list[float]]:
     """The edges between `bins` quantile bins of each category with `min_items` values, and of all items ("").
 
     (bins - 1,) ascending; a value on an edge is of the upper bin. Empty without any value.
     """
     values: dict[str, list[float]] = {}
     for item in items:
-        value = value_of(name, item)
+        value = log_value(name, item)
         if value is not None:
             values.setdefault("", []).append(value)
             if item.category:
@@ -108,11 +108,11 @@ class Rewards:
         """
         binary = {CLICK: ["0", "1"], PURCHASE: ["0", "1"]}
         known = binary | {name: list(values) for name, values in self.mass.items()}
-        return {name: known[name] for name in NAMES if name in known}
+        return {name: known[name] for name in REWARD_NAMES if name in known}
 
-    def bin_of(self, name: str, item: Priced) -> int | None:
+    def bin_of(self, name: str, item: HasPrice) -> int | None:
         """The bin of an item's price or commission, from 0, among its category's; None: it has none."""
-        value = value_of(name, item)
+        value = log_value(name, item)
         if value is None or name not in self.edges:
             return None
         edges = self.edges[name]
@@ -128,7 +128,9 @@ class Rewards:
         conversions have gives way to the nearest one that enough have. Fields that the bundle does not
         know are passed over.
         """
-        asked = {name: weights[name] for name in NAMES if weights.get(name, 0) > 0 and self.mass.get(name)}
+        asked = {
+            name: weights[name] for name in REWARD_NAMES if weights.get(name, 0) > 0 and self.mass.get(name)
+        }
         # Over the largest first: weights may be as small as numbers are.
         most = max(asked.values(), default=0.0)
         scaled = {name: weight / most for name, weight in asked.items()}
@@ -155,23 +157,25 @@ class Rewards:
         return sorted(int(one) for one, share in mass.items() if share >= min(_LEAST, most))
 
 
-def said(conditions: Mapping[str, int]) -> dict[str, str]:
+def reward_fields(conditions: Mapping[str, int]) -> dict[str, str]:
     """Conditions as what a request says: fields of a context."""
-    return {PREFIX + name: str(value) for name, value in conditions.items()}
+    return {FIELD_PREFIX + name: str(value) for name, value in conditions.items()}
 
 
-def without_rewards(context: Context) -> Context:
+def without_reward_fields(context: Context) -> Context:
     """The part of a context that requests say without preferences; its tokens stay as they are."""
     return Context(
         context.first,
-        {name: values for name, values in context.fields.items() if not name.startswith(PREFIX)},
+        {name: values for name, values in context.fields.items() if not name.startswith(FIELD_PREFIX)},
     )
 
 
-def with_rewards(context: Context, rewards: Rewards | None) -> Context:
+def with_reward_fields(context: Context, rewards: Rewards | None) -> Context:
     """A context and, behind all that it has, the values of reward fields."""
     fields = rewards.fields if rewards else {}
-    return Context(context.first, dict(context.fields) | {PREFIX + name: v for name, v in fields.items()})
+    return Context(
+        context.first, dict(context.fields) | {FIELD_PREFIX + name: v for name, v in fields.items()}
+    )
 
 
 def write(rewards: Rewards | None, folder: Path) -> None:

@@ -21,7 +21,7 @@ from registry.bundles.tracking import Tracking
 from registry.settings import RegistrySettings
 from streams.errors import SidstreamError
 
-PREVIOUS = "previous-champion"
+PREVIOUS_CHAMPION = "previous-champion"
 # Tag of a version: candidate -> shadow -> canary -> trial -> promoted, rejected, inconclusive; rolled-back.
 STATE = "state"
 CURRENT = "current"

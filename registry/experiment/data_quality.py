@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from registry.experiment.statistics import Sums
+from registry.experiment.statistics import ArmSums
 
 # Weight of the prior that the arms' true shares are near the wanted ones, in users: a half share is then
 # expected within some .05. Real faults are that large (a lost arm, a cache, a crash) or found later.
 _CONCENTRATION = 100.0
 
 
-def unusable(named: Mapping[str, Sums], min_users: int = 0, min_impressions: int = 0) -> str:
+def unusable_reason(named: Mapping[str, ArmSums], min_users: int = 0, min_impressions: int = 0) -> str:
     """Why the sums of these arms cannot give rates with a variance, or are fewer than the gate wants."""
     for name, arm in named.items():
         if arm.users == 0:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment import data_quality, guards
-from registry.experiment.gate import MODES, Comparison, Verdict, against_anchor, compare
-from registry.experiment.statistics import Sums, sums
+from registry.experiment.gate import MODES, Comparison, Verdict, compare, compare_with_anchor
+from registry.experiment.statistics import ArmSums, arm_sums
 from registry.settings import GateSettings
 from streams.errors import SidstreamError
 from streams.events import Arm
 
 if TYPE_CHECKING:
-    from registry.experiment.outcomes import Seen
+    from registry.experiment.outcomes import ArmOutcomes
 
 FORMAT = 2
 
@@ -45,7 +45,7 @@ class Judgement:
 
 
 def judge(
-    arms: dict[str, Sums],
+    arms: dict[str, ArmSums],
     settings: GateSettings,
     mode: str,
     weights: Mapping[str, float],
@@ -75,7 +75,7 @@ def judge(
     verdict, reason = last.verdict, _reason(last)
     anchor = None
     if ANCHOR in weights and anchored[ANCHOR] != anchored[candidate]:
-        anchor = against_anchor(candidate, ANCHOR, arms, settings, mode)
+        anchor = compare_with_anchor(candidate, ANCHOR, arms, settings, mode)
         if anchor.verdict == "reject" or (verdict == "promote" and anchor.verdict != "promote"):
             verdict, reason = anchor.verdict, f"against the anchor: {_reason(anchor)}"
     mismatch = data_quality.sample_ratio_mismatch(
@@ -106,7 +106,7 @@ def judge(
 def decide(
     trial: str,
     arms: list[Arm],
-    seen: Mapping[str, Seen],
+    seen: Mapping[str, ArmOutcomes],
     settings: GateSettings,
     mode: str | None = None,
     ts: int | None = None,
@@ -132,7 +132,7 @@ def decide(
         },
         "inputs": {arm.name: _inputs(seen.get(arm.name)) for arm in arms},
     }
-    record["decision"] = guards.digest(record)
+    record["decision"] = guards.decision_id(record)
     return (
         record
         | _judge(record).as_dict()
@@ -161,12 +161,12 @@ def rejudge(record: Mapping[str, Any]) -> Judgement:
         guarded = ("watched", "control") if record["mode"] == "guard" else ()
         what = ("format", "trial", "mode", "settings", "arms", *guarded, "inputs")
         named = {key: record[key] for key in what}
-        if guards.digest(named) != record["decision"]:
+        if guards.decision_id(named) != record["decision"]:
             raise SidstreamError(
-                f"decision {record['decision']} was changed: its inputs are those of {guards.digest(named)}"
+                f"decision {record['decision']} was changed: its inputs are those of {guards.decision_id(named)}"
             )
         if record["mode"] == "guard":
-            made = guards.rejudge(record)
+            made = guards.recompute_verdict(record)
             return Judgement([], None, made["verdict"], made["winner"], made["sentence"])
         return _judge(record)
     except (KeyError, TypeError, ValueError) as error:
@@ -191,18 +191,18 @@ def _judge(record: Mapping[str, Any]) -> Judgement:
     )
 
 
-def _inputs(seen: Seen | None) -> dict[str, Any]:
+def _inputs(seen: ArmOutcomes | None) -> dict[str, Any]:
     if seen is None:
-        return asdict(Sums()) | {"cohorts": {}}
+        return asdict(ArmSums()) | {"cohorts": {}}
     cohorts = {}
     for n, cohort in enumerate(seen.cohorts):
         rows = seen.counts[:, n]
         cohorts[str(cohort)] = [int((rows[:, 0] > 0).sum()), *map(int, rows.sum(axis=0))]
-    return asdict(sums(seen.total())) | {"cohorts": cohorts}
+    return asdict(arm_sums(seen.total())) | {"cohorts": cohorts}
 
 
-def _sums(inputs: Mapping[str, Any]) -> Sums:
-    return Sums(**{field.name: inputs[field.name] for field in fields(Sums)})
+def _sums(inputs: Mapping[str, Any]) -> ArmSums:
+    return ArmSums(**{field.name: inputs[field.name] for field in fields(ArmSums)})
 
 
 def _reason(comparison: Comparison) -> str:

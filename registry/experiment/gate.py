@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from registry.experiment import data_quality, sequential, statistics
-from registry.experiment.statistics import Estimate, Sums
+from registry.experiment.statistics import ArmSums, Estimate
 from registry.settings import GateSettings
 
 Verdict = Literal["promote", "reject", "inconclusive"]
@@ -42,11 +42,11 @@ class Comparison:
 
 
 def compare(
-    target: str, control: str, arms: dict[str, Sums], settings: GateSettings, mode: str | None = None
+    target: str, control: str, arms: dict[str, ArmSums], settings: GateSettings, mode: str | None = None
 ) -> Comparison:
     """Judge `target` against `control`. Never raises on data: what cannot be judged is inconclusive."""
     mode = mode or settings.mode
-    named = {name: arms.get(name, Sums()) for name in (target, control)}
+    named = {name: arms.get(name, ArmSums()) for name in (target, control)}
     cvr = _figures(statistics.cvr(named[target]), statistics.cvr(named[control]), 0.0, settings, mode)
     ctr = _figures(
         statistics.ctr(named[target]), statistics.ctr(named[control]), settings.margin, settings, mode
@@ -60,8 +60,8 @@ def compare(
     return Comparison(target, control, cvr, ctr, verdict, f"{target} against {control}: {verdict}; {reason}")
 
 
-def against_anchor(
-    candidate: str, anchor: str, arms: dict[str, Sums], settings: GateSettings, mode: str | None = None
+def compare_with_anchor(
+    candidate: str, anchor: str, arms: dict[str, ArmSums], settings: GateSettings, mode: str | None = None
 ) -> Comparison:
     """Has the candidate kept (1 - anchor_margin) of the anchor's CTR? promote: yes, as far as is known.
 
@@ -75,7 +75,7 @@ def against_anchor(
     reject: CTR is shown to be below the margin. In mode point only the estimates are compared.
     """
     mode = mode or settings.mode
-    named = {name: arms.get(name, Sums()) for name in (candidate, anchor)}
+    named = {name: arms.get(name, ArmSums()) for name in (candidate, anchor)}
     cvr = _figures(statistics.cvr(named[candidate]), statistics.cvr(named[anchor]), 0.0, settings, mode)
     ctr = _figures(
         statistics.ctr(named[candidate]),
@@ -108,11 +108,11 @@ def against_anchor(
     )
 
 
-def _unusable(named: dict[str, Sums], settings: GateSettings, mode: str) -> str:
+def _unusable(named: dict[str, ArmSums], settings: GateSettings, mode: str) -> str:
     """Why these sums cannot be judged. The published rule asks for no exposure beyond that rates exist."""
     if mode == "point":
-        return data_quality.unusable(named)
-    return data_quality.unusable(named, settings.min_users, settings.min_impressions)
+        return data_quality.unusable_reason(named)
+    return data_quality.unusable_reason(named, settings.min_users, settings.min_impressions)
 
 
 def _figures(

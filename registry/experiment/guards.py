@@ -21,9 +21,9 @@ from scipy.special import betaincc, betaln
 
 from registry.arms import ANCHOR, CHAMPION
 from registry.experiment import data_quality
-from registry.experiment.gate import against_anchor
-from registry.experiment.health import Health
-from registry.experiment.statistics import Sums
+from registry.experiment.gate import compare_with_anchor
+from registry.experiment.health import ArmHealth
+from registry.experiment.statistics import ArmSums
 from registry.settings import GateSettings, GuardSettings
 from streams.events import Arm
 
@@ -60,17 +60,17 @@ def log_evidence(total: float, count: int, limit: float) -> float:
 
 
 def health_alarms(
-    health: Mapping[str, Health], arms: list[str], control: str | None, settings: GuardSettings
+    health: Mapping[str, ArmHealth], arms: list[str], control: str | None, settings: GuardSettings
 ) -> list[Alarm]:
     """The guards on failures, model time and invalid mass that fire on one of `arms`.
 
     The last needs a control: what a model spends on no item hangs on the catalogue and on what requests
     exclude, so the limit is the control's mean and `settings.invalid` more.
     """
-    reference = health.get(control, Health()) if control is not None else Health()
+    reference = health.get(control, ArmHealth()) if control is not None else ArmHealth()
     found = []
     for arm in arms:
-        seen = health.get(arm, Health())
+        seen = health.get(arm, ArmHealth())
         calls, others = sum(seen.times.values()), sum(reference.times.values())
         slow, slow_there = seen.slower(settings.slow_ms), reference.slower(settings.slow_ms)
         # Who learned repeats spends more on items that requests exclude: only an excess is a fault.
@@ -91,13 +91,18 @@ def health_alarms(
 
 
 def click_alarms(
-    sums: Mapping[str, Sums], arms: list[str], control: str, gate: GateSettings, alpha: float, margin: float
+    sums: Mapping[str, ArmSums],
+    arms: list[str],
+    control: str,
+    gate: GateSettings,
+    alpha: float,
+    margin: float,
 ) -> list[Alarm]:
     """The guard on clicks: CTR shown to be below (1 - margin) of the control's, by the gate's own test."""
     strict = gate.model_copy(update={"alpha": alpha, "anchor_margin": margin})
     found = []
     for arm in arms:
-        made = against_anchor(arm, control, dict(sums), strict, "sequential")
+        made = compare_with_anchor(arm, control, dict(sums), strict, "sequential")
         if made.verdict == "reject" and made.ctr is not None:
             ratio = made.ctr["target"] / made.ctr["control"]
             sentence = (
@@ -108,18 +113,18 @@ def click_alarms(
     return found
 
 
-def _dealt(sums: Mapping[str, Sums], weights: Mapping[str, float], alpha: float) -> list[Alarm]:
+def _dealt(sums: Mapping[str, ArmSums], weights: Mapping[str, float], alpha: float) -> list[Alarm]:
     """The guard on users: are they those that the weights dealt out? If not, no rate can be trusted."""
     users = {name: sums[name].users for name in weights if name in sums}
     told = data_quality.sample_ratio_mismatch(users, weights, alpha)
     return [Alarm("all", "users", 0.0, alpha, told)] if told else []
 
 
-def judge(record: Mapping[str, Any]) -> list[Alarm]:
+def alarms_of(record: Mapping[str, Any]) -> list[Alarm]:
     """The alarms that follow from a guard's record: its inputs, its settings."""
     inputs = record["inputs"]
     health = {name: _health(seen) for name, seen in inputs["health"].items()}
-    sums = {name: Sums(**seen) for name, seen in inputs["sums"].items()}
+    sums = {name: ArmSums(**seen) for name, seen in inputs["sums"].items()}
     settings, gate = GuardSettings(**record["settings"]["guards"]), GateSettings(**record["settings"]["gate"])
     watched, control = list(record["watched"]), record["control"]
     found = health_alarms(health, watched, control, settings)
@@ -132,13 +137,13 @@ def judge(record: Mapping[str, Any]) -> list[Alarm]:
     return found
 
 
-def look(
+def guard_decision(
     trial: str,
     arms: list[Arm],
     watched: list[str],
     control: str | None,
-    health: Mapping[str, Health],
-    sums: Mapping[str, Sums],
+    health: Mapping[str, ArmHealth],
+    sums: Mapping[str, ArmSums],
     guards: GuardSettings,
     gate: GateSettings,
     ts: int | None = None,
@@ -163,19 +168,19 @@ def look(
             "sums": {name: asdict(sums[name]) for name in names if name in sums},
         },
     }
-    found = judge(record)
+    found = alarms_of(record)
     if not found:
         return None
-    record["decision"] = digest(record)
+    record["decision"] = decision_id(record)
     return record | _verdict(record, found) | {
         "ts": time.time_ns() // 1_000_000 if ts is None else ts,
         "sidstream": version("sidstream"),
     }  # fmt: skip
 
 
-def rejudge(record: Mapping[str, Any]) -> dict[str, Any]:
+def recompute_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict, winner and sentence that follow from a guard's record."""
-    return _verdict(record, judge(record))
+    return _verdict(record, alarms_of(record))
 
 
 def _verdict(record: Mapping[str, Any], found: list[Alarm]) -> dict[str, Any]:
@@ -192,15 +197,15 @@ def _verdict(record: Mapping[str, Any], found: list[Alarm]) -> dict[str, Any]:
     }
 
 
-def digest(record: Mapping[str, Any]) -> str:
+def decision_id(record: Mapping[str, Any]) -> str:
     """The id of a decision: a hash of what was decided on, and by which rule."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _plain(health: Health) -> dict[str, Any]:
+def _plain(health: ArmHealth) -> dict[str, Any]:
     # JSON has no infinity, and its keys are text.
     return asdict(health) | {"times": {f"{bound:g}": count for bound, count in sorted(health.times.items())}}
 
 
-def _health(stored: Mapping[str, Any]) -> Health:
-    return Health(**(dict(stored) | {"times": {float(b): n for b, n in stored["times"].items()}}))
+def _health(stored: Mapping[str, Any]) -> ArmHealth:
+    return ArmHealth(**(dict(stored) | {"times": {float(b): n for b, n in stored["times"].items()}}))

@@ -19,7 +19,7 @@ MASS_UNIT: Final = 1_000_000
 
 
 @dataclass(frozen=True)
-class Health:
+class ArmHealth:
     """Sums over one arm's requests.
 
     `requests` that its model answered or failed on, `failed` of them, `invalid`: sum of the probability
@@ -39,14 +39,14 @@ class Health:
         return sum(count for bound, count in self.times.items() if bound > least)
 
 
-def read_health(redis: Any, trial: str) -> dict[str, Health]:
+def read_health(redis: Any, trial: str) -> dict[str, ArmHealth]:
     """The health of a trial's arms by name; `redis` is a redis-py client that answers bytes or text."""
     arms: dict[str, dict[str, int]] = {}
     for name, value in redis.hgetall(keys.health(trial)).items():
         arm, _, what = (name.decode() if isinstance(name, bytes) else name).partition(":")
         arms.setdefault(arm, {})[what] = int(value)
     return {
-        arm: Health(
+        arm: ArmHealth(
             requests=sums.get("n", 0),
             failed=sums.get("failed", 0),
             invalid=sums.get("invalid", 0) / MASS_UNIT,

@@ -28,7 +28,7 @@ _RULES: Final = ("window_ms", "lateness_ms", "cohort_ms", "partitions")
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ArmOutcomes:
     """What the mature cohorts of one arm hold.
 
     `cohorts`: numbers, ascending, the same for every arm of a trial (anchor_ts_ms // cohort_ms).
@@ -43,10 +43,10 @@ class Seen:
         total: npt.NDArray[np.int64] = self.counts.sum(axis=1, dtype=np.int64)
         return total[total[:, 0] > 0]
 
-    def upto(self, cohort: int) -> Seen:
+    def upto(self, cohort: int) -> ArmOutcomes:
         """The cohorts up to and with that one."""
         count = bisect_right(self.cohorts, cohort)
-        return Seen(self.cohorts[:count], self.counts[:, :count])
+        return ArmOutcomes(self.cohorts[:count], self.counts[:, :count])
 
 
 def cohort_ms(redis: Any) -> int:
@@ -85,7 +85,7 @@ def mature_until(redis: Any) -> int | None:
     return max(0, (min(watermarks) - window_ms - lateness_ms) // cohort_ms)
 
 
-def read_all_outcomes(redis: Any, trial: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
+def read_all_outcomes(redis: Any, trial: str) -> tuple[dict[str, ArmOutcomes], dict[str, ArmOutcomes]]:
     """By arm: what the mature cohorts of a trial hold, and what all of them do. Raises as `read_outcomes`."""
     # First, as there: what is mature now stays so.
     until = mature_until(redis)
@@ -96,7 +96,7 @@ def read_all_outcomes(redis: Any, trial: str) -> tuple[dict[str, Seen], dict[str
     return {arm: seen for arm, seen in mature if seen.counts.any()}, every
 
 
-def read_outcomes(redis: Any, trial: str) -> dict[str, Seen]:
+def read_outcomes(redis: Any, trial: str) -> dict[str, ArmOutcomes]:
     """What the mature cohorts of a trial hold, by arm; empty where none is mature.
 
     `redis` is a redis-py client that answers bytes or text. Memory: 24 bytes a user and cohort. Raises
@@ -107,7 +107,7 @@ def read_outcomes(redis: Any, trial: str) -> dict[str, Seen]:
     return {} if until is None else _read(redis, trial, until)
 
 
-def _read(redis: Any, trial: str, until: int) -> dict[str, Seen]:
+def _read(redis: Any, trial: str, until: int) -> dict[str, ArmOutcomes]:
     """What cohorts below `until` hold, by arm."""
     arms: dict[str, _Rows] = {}
     parsed: dict[bytes | str, tuple[int, int] | None] = {}
@@ -156,10 +156,10 @@ class _Rows:
         self.kinds.append(kind)
         self.numbers.append(number)
 
-    def seen(self, cohorts: Sequence[int]) -> Seen:
+    def seen(self, cohorts: Sequence[int]) -> ArmOutcomes:
         counts = np.zeros((self.count, len(cohorts), 3), dtype=np.int64)
         counts[self.users, np.searchsorted(cohorts, self.cohorts), self.kinds] = self.numbers
-        return Seen(tuple(cohorts), counts)
+        return ArmOutcomes(tuple(cohorts), counts)
 
 
 def _hashes(redis: Any, names: Sequence[bytes | str]) -> Iterator[tuple[bytes | str, dict[Any, Any]]]:

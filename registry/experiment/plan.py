@@ -18,7 +18,7 @@ _LARGEST = 10**12
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedRates:
     """What is expected of a trial: the control's rates, the relative lift of CVR, no change of CTR.
 
     `design_effect` is the user-clustered variance over that of independent impressions and clicks.
@@ -47,7 +47,7 @@ class Expected:
                 raise SidstreamError(f"{name} is {value}: it must be {wanted}")
 
 
-def power(users: float, expected: Expected, settings: GateSettings, mode: str) -> float:
+def power(users: float, expected: ExpectedRates, settings: GateSettings, mode: str) -> float:
     """A lower bound of the chance that the gate promotes at one look with `users` in each arm.
 
     One test passes with probability Phi(theta / sqrt(V) - c), c its critical value: the normal quantile in
@@ -57,7 +57,7 @@ def power(users: float, expected: Expected, settings: GateSettings, mode: str) -
     return max(sum(_passes(users, test, settings, mode) for test in _tests(expected, settings)) - 1.0, 0.0)
 
 
-def users_needed(expected: Expected, settings: GateSettings, mode: str, wanted: float = 0.8) -> int:
+def users_needed(expected: ExpectedRates, settings: GateSettings, mode: str, wanted: float = 0.8) -> int:
     """Users in each arm with which each test passes with probability 1 - (1 - wanted) / 2.
 
     Fixed: n = (z_alpha + z_(beta/2))^2 v / theta^2 of the harder test, v the variance of one user's contrast.
@@ -74,8 +74,8 @@ def users_needed(expected: Expected, settings: GateSettings, mode: str, wanted: 
     return max(_smallest(enough), settings.min_users)
 
 
-def curve(
-    users: int, expected: Expected, settings: GateSettings, mode: str, steps: int = 8
+def power_curve(
+    users: int, expected: ExpectedRates, settings: GateSettings, mode: str, steps: int = 8
 ) -> list[tuple[int, float]]:
     """(users in each arm, power) from a quarter of `users` to twice as many."""
     return [
@@ -84,7 +84,7 @@ def curve(
     ]
 
 
-def drawn(points: list[tuple[int, float]], width: int = 40) -> str:
+def power_curve_text(points: list[tuple[int, float]], width: int = 40) -> str:
     """The power curve as text: one row a size, with a bar."""
     digits = max(len(f"{users:,}") for users, _ in points)
     return "\n".join(
@@ -99,7 +99,7 @@ class _Test:
     rate: float  # the control's, for the mixture's scale
 
 
-def _tests(expected: Expected, settings: GateSettings) -> tuple[_Test, _Test]:
+def _tests(expected: ExpectedRates, settings: GateSettings) -> tuple[_Test, _Test]:
     p, q = expected.cvr, expected.cvr * (1.0 + expected.lift)
     shown = expected.impressions_per_user
     clicks = shown * expected.ctr

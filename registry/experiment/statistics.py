@@ -17,7 +17,7 @@ _NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
-class Sums:
+class ArmSums:
     """One arm: users, totals, and the second moments over users (sums of squares and of products)."""
 
     users: int = 0
@@ -50,10 +50,10 @@ class ZTest:
     p_below: float
 
 
-def sums(per_user: npt.NDArray[np.int64]) -> Sums:
+def arm_sums(per_user: npt.NDArray[np.int64]) -> ArmSums:
     """Sums of an array (users, 3): impressions, clicks, orders of each user. Whole numbers, so exact."""
     shown, clicked, bought = (np.asarray(per_user, dtype=np.int64).reshape(-1, 3)[:, n] for n in range(3))
-    return Sums(
+    return ArmSums(
         users=len(shown),
         impressions=int(shown.sum()),
         clicks=int(clicked.sum()),
@@ -66,7 +66,7 @@ def sums(per_user: npt.NDArray[np.int64]) -> Sums:
     )
 
 
-def ratio(
+def ratio_metric(
     users: int, num: int, den: int, num_squared: int, den_squared: int, product: int
 ) -> Estimate | None:
     """R = sum(num) / sum(den) with the user-clustered variance of the delta method.
@@ -83,9 +83,9 @@ def ratio(
     return Estimate(value, users / (users - 1) * (square / den**4))
 
 
-def ctr(arm: Sums) -> Estimate | None:
+def ctr(arm: ArmSums) -> Estimate | None:
     """Click-through rate: clicks / impressions."""
-    return ratio(
+    return ratio_metric(
         arm.users,
         arm.clicks,
         arm.impressions,
@@ -95,9 +95,11 @@ def ctr(arm: Sums) -> Estimate | None:
     )
 
 
-def cvr(arm: Sums) -> Estimate | None:
+def cvr(arm: ArmSums) -> Estimate | None:
     """Conversion rate: orders / clicks."""
-    return ratio(arm.users, arm.orders, arm.clicks, arm.orders_squared, arm.clicks_squared, arm.clicks_orders)
+    return ratio_metric(
+        arm.users, arm.orders, arm.clicks, arm.orders_squared, arm.clicks_squared, arm.clicks_orders
+    )
 
 
 def contrast(target: Estimate, control: Estimate, factor: float = 1.0) -> ZTest | None:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment import guards
 from registry.experiment.decision import decide
-from registry.experiment.health import Health
-from registry.experiment.outcomes import Seen
-from registry.experiment.statistics import Sums, sums
+from registry.experiment.health import ArmHealth
+from registry.experiment.outcomes import ArmOutcomes
+from registry.experiment.statistics import ArmSums, arm_sums
 from registry.settings import GateSettings, GuardSettings, RolloutSettings
 from streams.events import Rollout
 
@@ -24,16 +24,16 @@ _HOUR_MS = 3_600_000
 
 
 @dataclass(frozen=True)
-class Sight:
+class Evidence:
     """What is known of the current rollout.
 
     `mature`: outcomes of mature cohorts by arm; `recent`: the same with the cohorts that are still open, for
     the guard on clicks (all arms are equally young); `health` by arm; `cohort_ms`: length of a cohort.
     """
 
-    mature: Mapping[str, Seen]
-    recent: Mapping[str, Seen]
-    health: Mapping[str, Health]
+    mature: Mapping[str, ArmOutcomes]
+    recent: Mapping[str, ArmOutcomes]
+    health: Mapping[str, ArmHealth]
     cohort_ms: int
 
 
@@ -48,7 +48,7 @@ class Move:
 
 
 def next_move(
-    current: Rollout, sight: Sight, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
+    current: Rollout, sight: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
 ) -> Move:
     """The next move. With nothing on trial that is to train, or to wait until a promoted model is watched."""
     if current.action == "trial":
@@ -59,10 +59,10 @@ def next_move(
 
 
 def _on_trial(
-    current: Rollout, sight: Sight, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
+    current: Rollout, sight: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
 ) -> Move:
     challengers: list[str] = [arm.name for arm in current.arms if arm.name in (SFT, DPO)]
-    alarm = guards.look(
+    alarm = guards.guard_decision(
         current.trial, current.arms, challengers, CHAMPION, sight.health, _sums(sight.recent), guard, gate
     )
     if alarm is not None:
@@ -80,9 +80,11 @@ def _on_trial(
     return Move("wait", f"{record['sentence']}; {hours:g} of {rollout.max_hours:g} hours", record=record)
 
 
-def _ramp(at: float, challengers: list[str], health: Mapping[str, Health], rollout: RolloutSettings) -> Move:
+def _ramp(
+    at: float, challengers: list[str], health: Mapping[str, ArmHealth], rollout: RolloutSettings
+) -> Move:
     stage = "shadow" if at == 0 else f"canary at {at:.0%}"
-    answered = {name: health.get(name, Health()).requests for name in challengers}
+    answered = {name: health.get(name, ArmHealth()).requests for name in challengers}
     told = ", ".join(f"{name} {count}" for name, count in answered.items())
     if min(answered.values()) < rollout.step_requests:
         return Move("wait", f"{stage}: answered {told} of {rollout.step_requests} requests each")
@@ -93,15 +95,15 @@ def _ramp(at: float, challengers: list[str], health: Mapping[str, Health], rollo
 
 
 def _watched(
-    current: Rollout, sight: Sight, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
+    current: Rollout, sight: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
 ) -> Move:
     control = ANCHOR if any(arm.name == ANCHOR for arm in current.arms) else None
-    alarm = guards.look(
+    alarm = guards.guard_decision(
         current.trial, current.arms, [CHAMPION], control, sight.health, _sums(sight.recent), guard, gate
     )
     if alarm is not None:
         return Move("rollback", alarm["sentence"], record=alarm)
-    answered = sight.health.get(CHAMPION, Health()).requests
+    answered = sight.health.get(CHAMPION, ArmHealth()).requests
     if answered < rollout.watch_requests:
         return Move(
             "wait", f"the new champion is watched: {answered} of {rollout.watch_requests} requests answered"
@@ -109,7 +111,7 @@ def _watched(
     return Move("train", f"the new champion answered {answered} requests and no guard fired")
 
 
-def _hours(sight: Sight) -> float:
+def _hours(sight: Evidence) -> float:
     """Event time (hours) from the first mature cohort to the last, both included."""
     cohorts = [cohort for seen in sight.mature.values() for cohort in seen.cohorts]
     if not cohorts:
@@ -117,5 +119,5 @@ def _hours(sight: Sight) -> float:
     return (max(cohorts) - min(cohorts) + 1) * sight.cohort_ms / _HOUR_MS
 
 
-def _sums(seen: Mapping[str, Seen]) -> dict[str, Sums]:
-    return {name: sums(rows.total()) for name, rows in seen.items()}
+def _sums(seen: Mapping[str, ArmOutcomes]) -> dict[str, ArmSums]:
+    return {name: arm_sums(rows.total()) for name, rows in seen.items()}

@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from registry.arms import CHAMPION
-from registry.bundles.store import PREVIOUS, Registry
+from registry.bundles.store import PREVIOUS_CHAMPION, Registry
 from registry.experiment.decision import recompute
 from registry.releases import lease
 from streams.errors import SidstreamError
@@ -44,7 +44,7 @@ class Publisher(Protocol):
         ...
 
 
-class Step(msgspec.Struct, kw_only=True):
+class ReleaseStep(msgspec.Struct, kw_only=True):
     """One step, as it is noted. `record`: id of the decision record, in the runs of versions `recorded`."""
 
     action: str
@@ -68,16 +68,18 @@ class Step(msgspec.Struct, kw_only=True):
 class _Done(msgspec.Struct):
     """A step that was carried out to its end, and the report of a late write that was known then."""
 
-    step: Step
+    step: ReleaseStep
     disturbed: str | None
 
 
-def take(registry: Registry, client: Publisher, step: Step, record: dict[str, Any] | None = None) -> Rollout:
+def take_step(
+    registry: Registry, client: Publisher, step: ReleaseStep, record: dict[str, Any] | None = None
+) -> Rollout:
     """Note a step and carry it out; one that is the newest already is only carried out again.
 
     `record` is its decision record, stored with every version of `recorded`.
     """
-    last = newest(registry)
+    last = newest_step(registry)
     if last is not None and last.id == step.id:
         # Taken before: what was said and stored then stands, and is said again. The same decision, made
         # twice, has another time in it.
@@ -92,9 +94,9 @@ def take(registry: Registry, client: Publisher, step: Step, record: dict[str, An
     return _carry_out(registry, client, step, record)
 
 
-def finish(registry: Registry, client: Publisher) -> Rollout | None:
+def finish_step(registry: Registry, client: Publisher) -> Rollout | None:
     """Finish the step that is noted and not done, as after a crash. None: there is none."""
-    step = newest(registry)
+    step = newest_step(registry)
     if step is None or _done(registry, step):
         return None
     return _carry_out(registry, client, step, None)
@@ -102,7 +104,7 @@ def finish(registry: Registry, client: Publisher) -> Rollout | None:
 
 def unfinished(registry: Registry) -> str | None:
     """What a crash left half done, in a sentence; None: nothing."""
-    step = newest(registry)
+    step = newest_step(registry)
     if step is None or _done(registry, step):
         return None
     return (
@@ -116,7 +118,7 @@ def disagreement(registry: Registry, rollout: Rollout | None) -> str | None:
 
     `rollout` is what serves by now (registry.releases.current.current_rollout).
     """
-    step = newest(registry)
+    step = newest_step(registry)
     if step is None:
         named = registry.alias(CHAMPION)
         if rollout is None and named is None:
@@ -130,7 +132,7 @@ def disagreement(registry: Registry, rollout: Rollout | None) -> str | None:
     return None
 
 
-def _differences(registry: Registry, step: Step, rollout: Rollout | None) -> Iterator[str]:
+def _differences(registry: Registry, step: ReleaseStep, rollout: Rollout | None) -> Iterator[str]:
     noted = f"the newest step is {step.action} (trial {step.trial})"
     if rollout is None:
         yield f"nothing serves, but {noted}"
@@ -165,11 +167,13 @@ def _crowned(registry: Registry, record: Mapping[str, Any]) -> str | None:
         return str(record["to"])
     _, winner = recompute(record)
     if winner == "previous":
-        return registry.tags(record["arms"][CHAMPION]["version"]).get(PREVIOUS)
+        return registry.tags(record["arms"][CHAMPION]["version"]).get(PREVIOUS_CHAMPION)
     return str(record["arms"][winner]["version"])
 
 
-def _carry_out(registry: Registry, client: Publisher, step: Step, record: dict[str, Any] | None) -> Rollout:
+def _carry_out(
+    registry: Registry, client: Publisher, step: ReleaseStep, record: dict[str, Any] | None
+) -> Rollout:
     # The report is read before the first write: one that comes later leaves the step unfinished.
     done = _Done(step, registry.noted(_DISTURBED))
     for version in step.recorded:
@@ -196,23 +200,23 @@ def _carry_out(registry: Registry, client: Publisher, step: Step, record: dict[s
 
 def _write(registry: Registry, write: Callable[..., object], *args: Any) -> None:
     """One write that others see, while the lease holds; one that came too late is reported."""
-    lease.check()
+    lease.check_lease()
     write(*args)
     try:
-        lease.check()
+        lease.check_lease()
     except SidstreamError:
         registry.note(_DISTURBED, uuid.uuid4().hex)
         raise
 
 
-def _done(registry: Registry, step: Step) -> bool:
+def _done(registry: Registry, step: ReleaseStep) -> bool:
     done = _read(registry, _DONE, _Done)
     return done is not None and done.step == step and done.disturbed == registry.noted(_DISTURBED)
 
 
-def newest(registry: Registry) -> Step | None:
+def newest_step(registry: Registry) -> ReleaseStep | None:
     """The step that holds, carried out or not; None before the first."""
-    noted, done = _read(registry, _STEP, Step), _read(registry, _DONE, _Done)
+    noted, done = _read(registry, _STEP, ReleaseStep), _read(registry, _DONE, _Done)
     if noted is None or done is None:
         return noted
     # An intent that is not numbered after what was carried out came late.

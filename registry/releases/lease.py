@@ -38,7 +38,7 @@ def lease_key(name: str) -> str:
 
 
 @contextmanager
-def promoter(redis: Any, name: str, lease_ms: int = LEASE_MS) -> Iterator[None]:
+def promotion_lease(redis: Any, name: str, lease_ms: int = LEASE_MS) -> Iterator[None]:
     """Hold the lease of recommender `name` while the block runs; it is renewed every third of `lease_ms`.
 
     `redis` is a redis-py client. Raises SidstreamError when another holds it, and at the end when it was lost
@@ -90,7 +90,7 @@ def promoter(redis: Any, name: str, lease_ms: int = LEASE_MS) -> Iterator[None]:
         raise _lost(name)
 
 
-def check() -> None:
+def check_lease() -> None:
     """Raise SidstreamError unless the lease around the caller still holds, by Redis's own word.
 
     Outside of `promoter` (one process, as in tests) there is nothing to lose, and nothing happens.

@@ -13,15 +13,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
-from registry.bundles.store import PREVIOUS, STATE, Registry
+from registry.bundles.store import PREVIOUS_CHAMPION, STATE, Registry
 from registry.experiment.decision import recompute
-from registry.releases.journal import Publisher, Step, disagreement, finish, newest, take, unfinished
+from registry.releases.journal import (
+    Publisher,
+    ReleaseStep,
+    disagreement,
+    finish_step,
+    newest_step,
+    take_step,
+    unfinished,
+)
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
 
 __all__ = [
-    "Publisher", "advance", "conclude", "disagreement", "finish", "promote", "rollback", "start",
+    "Publisher", "advance", "conclude", "disagreement", "finish_step", "promote", "rollback", "start",
     "start_trial", "unfinished",
 ]  # fmt: skip
 
@@ -31,7 +39,7 @@ def start(registry: Registry, client: Publisher, version: str) -> Rollout:
 
     Raises SidstreamError when another champion is there: that takes a trial, or `sidstream promote`.
     """
-    finish(registry, client)
+    finish_step(registry, client)
     champion = registry.alias(CHAMPION)
     if champion not in (None, version):
         raise SidstreamError(
@@ -45,8 +53,10 @@ def start(registry: Registry, client: Publisher, version: str) -> Rollout:
     # The same id for the same start: a repetition is a repetition, not a second start.
     trial = _derived("start", registry.name, version)
     tags = [*_left(registry), (version, STATE, "promoted")]
-    return take(
-        registry, client, Step(action="start", trial=trial, arms=arms, aliases=aliases, tags=tags, ts=_now())
+    return take_step(
+        registry,
+        client,
+        ReleaseStep(action="start", trial=trial, arms=arms, aliases=aliases, tags=tags, ts=_now()),
     )
 
 
@@ -60,7 +70,7 @@ def start_trial(
 
     Raises SidstreamError without a champion, or where a version would be held against itself.
     """
-    finished = finish(registry, client)
+    finished = finish_step(registry, client)
     versions = [version for version in (sft_version, dpo_version) if version is not None]
     if finished is not None and finished.action == "trial":
         begun = [arm.version for arm in finished.arms if arm.name in (SFT, DPO)]
@@ -76,7 +86,7 @@ def start_trial(
             f"a trial of versions {', '.join([champion, *versions])} compares a version with itself"
         )
     arms = _trial_arms(registry, champion, sft_version, dpo_version, rollout, step)
-    return take(registry, client, Step(
+    return take_step(registry, client, ReleaseStep(
         action="trial", trial=uuid.uuid4().hex[:16], salt=uuid.uuid4().hex[:16], step=step, arms=arms,
         aliases=_aliases(arms), tags=[*_left(registry), *_states(arms, step)], ts=_now(),
     ))  # fmt: skip
@@ -89,10 +99,10 @@ def advance(registry: Registry, client: Publisher, step: float, rollout: Rollout
     Raises SidstreamError when no trial is running, or where the step is not above the one that it is at,
     unless a crash cut that very step short: it is finished.
     """
-    finished = finish(registry, client)
+    finished = finish_step(registry, client)
     if finished is not None and finished.action == "trial" and finished.step == step:
         return finished
-    running = newest(registry)
+    running = newest_step(registry)
     if running is None or running.action != "trial":
         raise SidstreamError("no trial is running, so there is no next step; `sidstream train` starts one")
     at = 1.0 if running.step is None else running.step
@@ -103,7 +113,7 @@ def advance(registry: Registry, client: Publisher, step: float, rollout: Rollout
     versions: dict[str, str] = {arm.name: arm.version for arm in running.arms}
     salt = running.salt or running.trial
     arms = _trial_arms(registry, versions[CHAMPION], versions[SFT], versions.get(DPO), rollout, step)
-    return take(registry, client, Step(
+    return take_step(registry, client, ReleaseStep(
         action="trial", trial=_derived("step", salt, f"{step:g}"), salt=salt, step=step, arms=arms,
         aliases=_aliases(arms), tags=_states(arms, step), ts=_now(),
     ))  # fmt: skip
@@ -117,7 +127,7 @@ def conclude(
     Idempotent by the decision's id. Raises SidstreamError when the record does not follow from its own
     inputs, when the winner's digests do not hold, or when another step was taken since.
     """
-    finish(registry, client)
+    finish_step(registry, client)
     record = dict(decision)
     verdict, winner = recompute(record)
     if (verdict, winner) != (record["verdict"], record["winner"]):
@@ -136,9 +146,9 @@ def conclude(
     ]
     if after != versions[CHAMPION]:
         tags = [*(row for row in tags if row[0] != after), (after, STATE, "promoted")]
-        tags.append((after, PREVIOUS, versions[CHAMPION]))
+        tags.append((after, PREVIOUS_CHAMPION, versions[CHAMPION]))
     arms = _standing(registry, after, rollout)
-    return take(registry, client, Step(
+    return take_step(registry, client, ReleaseStep(
         action=verdict, trial=trial, arms=arms, aliases=_aliases(arms), tags=tags, ts=_now(),
         record=record["decision"], recorded=list(dict.fromkeys(versions[name] for name in about)),
     ), record)  # fmt: skip
@@ -149,7 +159,7 @@ def promote(registry: Registry, client: Publisher, version: str, rollout: Rollou
 
     Raises SidstreamError when its digests do not hold.
     """
-    finish(registry, client)
+    finish_step(registry, client)
     before = registry.alias(CHAMPION)
     record = _by_hand("promote", before, version)
     arms = _standing(registry, version, rollout)
@@ -158,8 +168,8 @@ def promote(registry: Registry, client: Publisher, version: str, rollout: Rollou
     if before is None and registry.alias(ANCHOR) is None:
         aliases[ANCHOR] = version
     if before not in (None, version):
-        tags.append((version, PREVIOUS, str(before)))
-    return take(registry, client, Step(
+        tags.append((version, PREVIOUS_CHAMPION, str(before)))
+    return take_step(registry, client, ReleaseStep(
         action="promote", trial=record["decision"], arms=arms, aliases=aliases, tags=tags, ts=_now(),
         record=record["decision"], recorded=[version],
     ), record)  # fmt: skip
@@ -174,20 +184,20 @@ def rollback(
     looked. A rollback that a crash cut short is finished, not
     followed by another.
     """
-    finished = finish(registry, client)
+    finished = finish_step(registry, client)
     if finished is not None and finished.action == "rollback":
         return finished
     champion = registry.alias(CHAMPION)
     if champion is None:
         raise SidstreamError("nothing is in service, so there is nothing to roll back")
-    previous = registry.tags(champion).get(PREVIOUS)
+    previous = registry.tags(champion).get(PREVIOUS_CHAMPION)
     if not previous:
         raise SidstreamError(f"version {champion} is the first champion: there is none before it")
     if why is not None:
         _in_time(registry, why)
     record = _by_hand("rollback", champion, previous) if why is None else dict(why)
     arms = _standing(registry, previous, rollout)
-    return take(registry, client, Step(
+    return take_step(registry, client, ReleaseStep(
         action="rollback", trial=_derived("rollback", record["decision"]), arms=arms, aliases=_aliases(arms),
         tags=[*_left(registry), (champion, STATE, "rolled-back"), (previous, STATE, "promoted")], ts=_now(),
         record=record["decision"], recorded=[champion],
@@ -196,7 +206,7 @@ def rollback(
 
 def _in_time(registry: Registry, record: Mapping[str, Any], *own: str) -> None:
     """Raise SidstreamError unless the last step is the one that the record judges, or the record's own."""
-    last = newest(registry)
+    last = newest_step(registry)
     if last is None or last.trial not in (record["trial"], *own):
         now = "nothing is in service" if last is None else f"the last step is {last.action} of {last.trial}"
         raise SidstreamError(

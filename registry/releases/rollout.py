@@ -15,7 +15,7 @@ from streams.events import Arm, Rollout
 _HOLD_OUT_SALT: Final = "anchor"
 
 
-def share(trial: str, user_id: str) -> float:
+def user_share(trial: str, user_id: str) -> float:
     """A number in [0, 1) from the hash of trial and user: uniform over users, independent between trials."""
     digest = hashlib.blake2b(user_id.encode(), key=hashlib.sha256(trial.encode()).digest(), digest_size=8)
     # 53 bits: what a double holds exactly, so the result never rounds up to 1.
@@ -47,10 +47,10 @@ def assign(trial: str, user_id: str, arms: Sequence[Arm]) -> Arm:
     if held:
         # fsum: rounded once, so that the order of the arms cannot move a user in or out.
         weight = math.fsum(arm.weight for arm in held)
-        if share(_HOLD_OUT_SALT, user_id) < weight / math.fsum(arm.weight for arm in served):
+        if user_share(_HOLD_OUT_SALT, user_id) < weight / math.fsum(arm.weight for arm in served):
             return held[0]
         served = others
-    point = share(trial, user_id) * sum(arm.weight for arm in served)
+    point = user_share(trial, user_id) * sum(arm.weight for arm in served)
     upto = 0.0
     for arm in served:
         upto += arm.weight

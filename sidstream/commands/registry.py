@@ -203,13 +203,13 @@ def models(as_json: AsJson = False) -> None:
 def promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
     """The registry and a client, while this process alone may change what is in service."""
     from registry.bundles.store import Registry
-    from registry.releases.lease import promoter
+    from registry.releases.lease import promotion_lease
     from streams.state.redisdb import client as redis_client
     from streams.wire.client import Client
 
     with (
         redis_client(settings.redis) as redis,
-        promoter(redis, settings.registry.name),
+        promotion_lease(redis, settings.registry.name),
         Client(settings.kafka) as client,
     ):
         yield Registry(settings.registry), client

@@ -82,7 +82,7 @@ def _current(settings: Settings) -> Report:
     """The current codebook with the SIDs that were given, on Kafka's catalogue and clicks."""
     import numpy as np
 
-    from registry.bundles.embedder import embedder_of, item_text
+    from registry.bundles.embedder import item_text, load_embedder
     from registry.bundles.store import Registry
     from registry.releases.current import read_newest
     from streams.events import CatalogItem, SidAssignment
@@ -104,7 +104,7 @@ def _current(settings: Settings) -> Report:
     vectors = None
     # The collaborative part of what it was fitted to is not kept: without it the nearest codes are others.
     if not codebook.collaborative:
-        embedder = embedder_of(codebook, registry.encoder)
+        embedder = load_embedder(codebook, registry.encoder)
         cached = CachedEmbedder(embedder, registry.cache / "embeddings")
         vectors = cached.embed([item_text(catalogue[name]) for name in names])
     place = {name: row for row, name in enumerate(names)}

@@ -13,7 +13,7 @@ from harness.servers import local_mlflow
 from registry.arms import CHAMPION, DPO
 from registry.bundles.store import STATE, Registry
 from registry.releases import release
-from registry.releases.lease import lease_key, promoter
+from registry.releases.lease import lease_key, promotion_lease
 from registry.settings import RegistrySettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
@@ -97,7 +97,7 @@ def test_a_promoter_that_has_lost_its_lease_changes_nothing(promoters):
     other = "2" if champion == "1" else "1"
 
     def late() -> None:
-        with promoter(promoters.redis, registry.name):
+        with promotion_lease(promoters.redis, registry.name):
             promoters.redis.set(lease_key(registry.name), "another", px=60_000)
             release.promote(registry, promoters.client, other, RolloutSettings())
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from registry.bundles.context import Attributes, Context, told
+from registry.bundles.context import Attributes, Context, context_fields
 from registry.bundles.prompt import BOS, Prompt, Sid, prompt_sids
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
@@ -64,7 +64,7 @@ def _row(
         return None
     if fill is not None:
         rejected = fill(pair, rejected)
-    said = context.row(told(pair.scene, profiles.get(pair.user_id)))
+    said = context.row(context_fields(pair.scene, profiles.get(pair.user_id)))
     try:
         ids = [BOS, *(token for sid in shown for token in prompt.tokens(sid))]
         return PreferenceRow(

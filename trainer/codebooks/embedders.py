@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from registry.bundles.embedder import WordLlamaEmbedder
-from registry.bundles.encoder import GRAPH, PREFIX, TOKENIZER, SentenceEmbedder, write_about
+from registry.bundles.encoder import GRAPH, ID_PREFIX, TOKENIZER, SentenceEmbedder, write_description
 from streams.errors import SidstreamError
 from trainer.codebooks.embedding_cache import CachedEmbedder
 
@@ -69,7 +69,7 @@ def export_encoder(source: str, folder: Path) -> Path:
     graph is held against torch. Raises SidstreamError where the model cannot be loaded, or the graph differs.
     """
     model = _load(source)
-    id = f"{PREFIX}{_dim(model)}-{_content(model)}"
+    id = f"{ID_PREFIX}{_dim(model)}-{_content(model)}"
     final = folder / id
     if final.is_dir():
         with contextlib.suppress(SidstreamError):
@@ -81,7 +81,7 @@ def export_encoder(source: str, folder: Path) -> Path:
         made = Path(part)
         model.tokenizer.backend_tokenizer.save(str(made / TOKENIZER))
         _export(model, made / GRAPH)
-        write_about(made, id, _dim(model), int(model.max_seq_length))
+        write_description(made, id, _dim(model), int(model.max_seq_length))
         _check(model, SentenceEmbedder(made))
         # Another process may have been faster; the folder's name says that the content is the same.
         with contextlib.suppress(OSError):

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from registry.bundles.context import counted, vocabulary
+from registry.bundles.context import count_values, vocabulary
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
-from registry.bundles.rewards import with_rewards
+from registry.bundles.rewards import with_reward_fields
 from registry.settings import CodebookSettings
 from trainer.codebooks.collaborative import collaborative, fuse
 from trainer.codebooks.fit import assign_keeping, fit_vectors
@@ -130,7 +130,7 @@ class Trained:
         trained = [told for told, items in zip(about, data.train, strict=True) if len(items)]
         limits = settings.context
         self.context = vocabulary(
-            counted({}, trained), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
+            count_values({}, trained), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
         )
         # (U, C) token ids of each user's profile.
         self.profiles = self.context.rows(
@@ -141,7 +141,7 @@ class Trained:
         # All that these logs say of a purchase is that it happened: the time of a window does not matter.
         offers, bought = data.data.offers or [], purchased(log, 0)
         self.rewards = learned(offers, log, bought, 0, settings.rewards) if offers else None
-        self.context = with_rewards(self.context, self.rewards)
+        self.context = with_reward_fields(self.context, self.rewards)
         log = told(log, offers, bought, self.rewards, self.context)
         cut = Cut(log.starts[1:].copy(), self.held)
         self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from registry.bundles.context import Attributes, Context, Counts, counted
+from registry.bundles.context import Attributes, Context, Counts, count_values
 from registry.bundles.prompt import Sid
 from streams import events
 from streams.errors import SidstreamError
@@ -116,7 +116,7 @@ class Window:
         scenes = {one["values"]: one["counts"] for one in clicks["scene"].value_counts().to_pylist()}
         scenes.pop(None, None)
         users = {user for table in (clicks, bought) for user in table["user_id"].unique().to_pylist()}
-        return counted(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
+        return count_values(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
     def bought(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from registry.bundles.ranking import Ranking, Repeats, left_out
+from registry.bundles.ranking import Ranking, RepeatRule, excluded_by_repeats
 from trainer.generator.constrained import SidSet, beam
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import Int32, Int64, pad_items
@@ -245,9 +245,9 @@ class Past(NamedTuple):
     bought: npt.NDArray[np.bool_]  # at any time
     age_s: Int64  # since the last touch, seconds
 
-    def kept(self, rule: Repeats) -> Tensor:
+    def kept(self, rule: RepeatRule) -> Tensor:
         """Which candidates (B, C) the rule leaves in each row."""
-        return torch.from_numpy(~(self.touched & left_out(rule, self.bought, self.age_s)))
+        return torch.from_numpy(~(self.touched & excluded_by_repeats(rule, self.bought, self.age_s)))
 
 
 def past(

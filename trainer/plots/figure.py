@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from registry.arms import ANCHOR
 from registry.bundles.store import Registry
-from registry.experiment.looks import looks
-from registry.experiment.outcomes import Seen
+from registry.experiment.looks import interim_analyses
+from registry.experiment.outcomes import ArmOutcomes
 from registry.settings import GateSettings
 from streams.errors import SidstreamError
 from trainer.plots.png import png
@@ -36,13 +36,13 @@ def picture(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
 
 
 def save_picture(
-    registry: Registry, record: Mapping[str, Any], seen: Mapping[str, Seen], settings: GateSettings
+    registry: Registry, record: Mapping[str, Any], seen: Mapping[str, ArmOutcomes], settings: GateSettings
 ) -> str:
     """Draw a decision and store it beside its record, with every version that it is about; its path there.
 
     Raises SidstreamError as `picture` does, and where MLflow does not answer.
     """
-    drawn = picture(record, looks(seen, settings, record["mode"]))
+    drawn = picture(record, interim_analyses(seen, settings, record["mode"]))
     for name, arm in record["arms"].items():
         if name != ANCHOR:
             registry.store_picture(arm["version"], record["decision"], drawn)

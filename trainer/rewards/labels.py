@@ -12,11 +12,11 @@ from registry.bundles.context import Context
 from registry.bundles.rewards import (
     CLICK,
     COMMISSION,
-    NAMES,
-    PREFIX,
+    FIELD_PREFIX,
     PRICE,
     PURCHASE,
-    Priced,
+    REWARD_NAMES,
+    HasPrice,
     Rewards,
     quantile_edges,
 )
@@ -41,28 +41,28 @@ def purchased(log: Interactions, window_ms: int) -> Int64:
     return np.where(led, 1, np.where(is_open, UNKNOWN, 0))
 
 
-def obtained(rewards: Rewards, items: Sequence[Priced | None], rows: Int64, bought: Int64) -> Int64:
+def obtained(rewards: Rewards, items: Sequence[HasPrice | None], rows: Int64, bought: Int64) -> Int64:
     """(N, 4) what N clicks on items brought of every field of NAMES; UNKNOWN where it is not known.
 
     `items`: of each row of the catalogue, None where nothing is known of it; `rows` (N,): the items that were
     clicked; `bought` (N,): as of `purchased`.
     """
-    made = np.full((len(rows), len(NAMES)), UNKNOWN, dtype=np.int64)
-    made[:, NAMES.index(CLICK)] = 1
-    made[:, NAMES.index(PURCHASE)] = bought
+    made = np.full((len(rows), len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
+    made[:, REWARD_NAMES.index(CLICK)] = 1
+    made[:, REWARD_NAMES.index(PURCHASE)] = bought
     for name in (PRICE, COMMISSION):
-        made[:, NAMES.index(name)] = item_bins(rewards, name, items)[rows]
+        made[:, REWARD_NAMES.index(name)] = item_bins(rewards, name, items)[rows]
     return made
 
 
-def item_bins(rewards: Rewards, name: str, items: Sequence[Priced | None]) -> Int64:
+def item_bins(rewards: Rewards, name: str, items: Sequence[HasPrice | None]) -> Int64:
     """(I,) the bin of each item's price or commission; UNKNOWN where it has none."""
     found = (None if item is None else rewards.bin_of(name, item) for item in items)
     return np.array([UNKNOWN if one is None else one for one in found], dtype=np.int64)
 
 
 def learned(
-    items: Sequence[Priced | None], log: Interactions, bought: Int64, ignored: int, settings: RewardSettings
+    items: Sequence[HasPrice | None], log: Interactions, bought: Int64, ignored: int, settings: RewardSettings
 ) -> Rewards | None:
     """The bins of a catalogue and what a log says of them; None where rewards are switched off.
 
@@ -104,7 +104,7 @@ def grown(
     seen = {CLICK: (ignored, len(bought)), PURCHASE: (int(sold[0]), int(sold[1]))}
     mass = dict(rewards.mass)
     for name, counts in seen.items():
-        spoken = context is None or PREFIX + name in context.fields
+        spoken = context is None or FIELD_PREFIX + name in context.fields
         if name not in mass and spoken and min(counts) >= settings.min_count:
             # Of what converted, which is what masses are of: all of it was clicked and bought.
             mass[name] = {"0": 0.0, "1": 1.0}
@@ -122,20 +122,20 @@ def tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
     0 where a value is not known, and for a field that nothing can be asked of yet: what every event has says
     nothing.
     """
-    names = [name for name in context.fields if name.startswith(PREFIX)]
+    names = [name for name in context.fields if name.startswith(FIELD_PREFIX)]
     made: npt.NDArray[np.int32] = np.zeros((len(values), len(names)), dtype=np.int32)
     place = {name: at for at, name in enumerate(context.fields)}
     for column, name in enumerate(names):
-        field = name.removeprefix(PREFIX)
+        field = name.removeprefix(FIELD_PREFIX)
         for value in context.fields[name] if field in rewards.mass else ():
             token = context.row({name: value})[place[name]]
-            made[values[:, NAMES.index(field)] == int(value), column] = token
+            made[values[:, REWARD_NAMES.index(field)] == int(value), column] = token
     return made
 
 
 def told(
     log: Interactions,
-    items: Sequence[Priced | None],
+    items: Sequence[HasPrice | None],
     bought: Int64,
     rewards: Rewards | None,
     context: Context,
@@ -151,7 +151,7 @@ def labelled(
 ) -> Answers:
     """Answers that brought `values` (N, 4) of each field of NAMES; what was ignored is told so every time."""
     made = tokens(values, worth, known)
-    never = np.full((1, len(NAMES)), UNKNOWN, dtype=np.int64)
-    never[0, NAMES.index(CLICK)] = 0
+    never = np.full((1, len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
+    never[0, REWARD_NAMES.index(CLICK)] = 0
     refused = tokens(never, worth, known)
     return answers(histories, targets, context, made, (made == refused) & (refused > 0))

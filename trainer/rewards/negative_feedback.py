@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from registry.bundles.context import Context
-from registry.bundles.rewards import CLICK, NAMES, Priced, Rewards
+from registry.bundles.rewards import CLICK, REWARD_NAMES, HasPrice, Rewards
 from trainer.offline.offpolicy import Explored
 from trainer.rewards.labels import labelled, obtained
 from trainer.sequences.batches import Int64
@@ -34,7 +34,7 @@ def shown(logged: Explored, known: Catalogue) -> tuple[list[Int64], Int64, Int64
 
 
 def ignored(
-    logged: Explored | None, known: Catalogue, items: Sequence[Priced | None], rewards: Rewards | None,
+    logged: Explored | None, known: Catalogue, items: Sequence[HasPrice | None], rewards: Rewards | None,
     context: Context, said: int,
 ) -> Answers | None:  # fmt: skip
     """What was explored and not clicked, as `click` 0; None where no field tells of it.
@@ -47,7 +47,7 @@ def ignored(
     histories, targets, at = shown(logged, known)
     quiet = np.flatnonzero(logged.reward[at] == 0)
     values = obtained(rewards, items, targets[quiet], np.zeros(len(quiet), np.int64))
-    values[:, NAMES.index(CLICK)] = 0
+    values[:, REWARD_NAMES.index(CLICK)] = 0
     return labelled(
         [histories[row] for row in quiet], targets[quiet], logged.contexts[at[quiet], :said], values,
         rewards, context,

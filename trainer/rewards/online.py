@@ -23,7 +23,7 @@ from torch import nn
 
 from registry.bundles.context import Context
 from registry.bundles.ranking import Ranking
-from registry.bundles.rewards import CLICK, COMMISSION, NAMES, PRICE, PURCHASE, Priced, Rewards
+from registry.bundles.rewards import CLICK, COMMISSION, PRICE, PURCHASE, REWARD_NAMES, HasPrice, Rewards
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.offpolicy import Explored
@@ -50,7 +50,7 @@ class Worth:
 
     rewards: Rewards
     context: Context
-    offers: Sequence[Priced | None]
+    offers: Sequence[HasPrice | None]
     bought: Int64  # (N,) as of trainer.rewards.purchased
     explored: Explored | None = None
 
@@ -90,15 +90,15 @@ def wishes(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
 
     Nobody asks for what is not clicked: where there is another field, the click is never the one.
     """
-    fields = [name for name in NAMES if name in rewards.mass]
+    fields = [name for name in REWARD_NAMES if name in rewards.mass]
     free = [name for name in fields if name != CLICK] or fields
-    made = np.full((count, len(NAMES)), UNKNOWN, dtype=np.int64)
+    made = np.full((count, len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
     for name in fields:
-        made[:, NAMES.index(name)] = rewards.wanted({name: 1.0})[name]
+        made[:, REWARD_NAMES.index(name)] = rewards.wanted({name: 1.0})[name]
     which = rng.integers(0, len(free), count)
     for at, name in enumerate(free):
         mine = np.flatnonzero(which == at)
-        made[mine, NAMES.index(name)] = rng.choice(rewards.supported(name), len(mine))
+        made[mine, REWARD_NAMES.index(name)] = rng.choice(rewards.supported(name), len(mine))
     return made
 
 
@@ -143,7 +143,7 @@ class Stage:
 
     def said(self, context: Int32, values: Int64 | None = None) -> Int32:
         """(N, C + R) token ids: what was said (N, C), and what is asked for (N, 4); None: nothing."""
-        none = np.full((len(context), len(NAMES)), UNKNOWN, dtype=np.int64)
+        none = np.full((len(context), len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
         wanted = tokens(none if values is None else values, self.worth.rewards, self.worth.context)
         return np.concatenate((context, wanted), axis=1)
 
@@ -201,11 +201,11 @@ class Stage:
                     online.quantile)  # fmt: skip
         # What a click and a purchase mean is that they happened: drawn with their chance, not rounded.
         happened = rng.random((2, len(at)))
-        click, purchase = NAMES.index(CLICK), NAMES.index(PURCHASE)
+        click, purchase = REWARD_NAMES.index(CLICK), REWARD_NAMES.index(PURCHASE)
         values[:, click] = UNKNOWN if clicked is None else happened[0] < clicked
         if sold is not None:
             values[:, purchase] = (happened[1] < sold) & (values[:, click] != 0)
-        of_items = [NAMES.index(PRICE), NAMES.index(COMMISSION)]
+        of_items = [REWARD_NAMES.index(PRICE), REWARD_NAMES.index(COMMISSION)]
         about = wanted[:, of_items] != UNKNOWN
         followed = (values[:, of_items] == wanted[:, of_items])[about].mean() if about.any() else 0.0
         keep = np.flatnonzero(some)

@@ -10,7 +10,7 @@ import redis
 from agents.attribution.outcomes import OutcomeRules, tell_rules
 from harness.servers import wait_until
 from registry.experiment.outcomes import mature_until, read_all_outcomes, read_outcomes
-from registry.releases.lease import lease_key, promoter
+from registry.releases.lease import lease_key, promotion_lease
 from streams.errors import SidstreamError
 from streams.settings import RedisSettings
 from streams.state import keys, redisdb
@@ -150,23 +150,26 @@ def test_a_worker_with_other_rules_is_warned_about_and_the_newest_rules_stand(st
 
 def test_one_promoter_at_a_time(redis_url):
     with redis.Redis.from_url(redis_url) as connection:
-        with promoter(connection, "lease-a"):
-            with pytest.raises(SidstreamError, match="another process"), promoter(connection, "lease-a"):
+        with promotion_lease(connection, "lease-a"):
+            with (
+                pytest.raises(SidstreamError, match="another process"),
+                promotion_lease(connection, "lease-a"),
+            ):
                 raise AssertionError("two hold the lease")
-            with promoter(connection, "lease-b"):
+            with promotion_lease(connection, "lease-b"):
                 assert connection.exists(lease_key("lease-b"))
         assert not connection.exists(lease_key("lease-a"))
 
 
 def test_a_lease_outlives_its_term_while_its_holder_lives(redis_url):
-    with redis.Redis.from_url(redis_url) as connection, promoter(connection, "lease-c", lease_ms=300):
+    with redis.Redis.from_url(redis_url) as connection, promotion_lease(connection, "lease-c", lease_ms=300):
         assert not threading.Event().wait(1.0)
         assert connection.exists(lease_key("lease-c"))
 
 
 def test_a_lost_lease_is_reported_and_the_new_holder_keeps_it(redis_url):
     def lose(connection) -> None:
-        with promoter(connection, "lease-d", lease_ms=300):
+        with promotion_lease(connection, "lease-d", lease_ms=300):
             connection.set(lease_key("lease-d"), "another")
             renewing = [thread for thread in threading.enumerate() if thread.name == "lease"]
             wait_until(lambda: not any(thread.is_alive() for thread in renewing), 10, "the end of renewal")

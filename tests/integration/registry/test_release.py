@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.registry_support import arm_seen, bundle
+from harness.registry_support import arm_outcomes, bundle
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment.decision import decide, recompute
 from registry.releases import release
@@ -20,7 +20,7 @@ def decided(rollout: Rollout, cvrs=(0.2, 0.27, 0.35)):
     names = (CHAMPION, SFT, DPO)
     # As many users as the weights deal out: 40, 30 and 30 percent.
     data = {
-        name: arm_seen(cvr, n, users)
+        name: arm_outcomes(cvr, n, users)
         for n, (name, cvr, users) in enumerate(zip(names, cvrs, (2800, 2100, 2100), strict=True))
     }
     return decide(rollout.trial, rollout.arms, data, GateSettings())
@@ -237,7 +237,7 @@ def test_the_champion_may_be_tried_against_itself_and_keeps_its_state(registry, 
     release.start(registry, outbox, three[0])
     rollout = release.start_trial(registry, outbox, three[0], None, RolloutSettings())
     assert [(arm.name, arm.version) for arm in rollout.arms] == [(SFT, three[0]), (CHAMPION, three[0])]
-    data = {SFT: arm_seen(0.2, 1, 3000), CHAMPION: arm_seen(0.2, 2, 4000)}
+    data = {SFT: arm_outcomes(0.2, 1, 3000), CHAMPION: arm_outcomes(0.2, 2, 4000)}
     record = decide(rollout.trial, rollout.arms, data, GateSettings())
     ended = release.conclude(registry, outbox, record, RolloutSettings())
     assert (ended.action, registry.alias(SFT)) == ("inconclusive", None)

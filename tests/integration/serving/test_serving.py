@@ -15,7 +15,7 @@ import redis
 
 from harness.servers import free_port, local_redis, read_all, wait_until
 from registry.bundles.rewards import Rewards
-from registry.experiment.health import Health, read_health
+from registry.experiment.health import ArmHealth, read_health
 from serving.agent import ServingAgent
 from serving.settings import ServingSettings
 from streams.errors import SidstreamError
@@ -291,7 +291,7 @@ def test_triggers_sent_while_no_agent_ran_are_answered_when_one_comes(stack):
     assert [answer.user_id for answer in answers] == [f"u{number}" for number in range(40)]
 
 
-def health(redis_url: str, trial: str = "t1") -> dict[str, Health]:
+def health(redis_url: str, trial: str = "t1") -> dict[str, ArmHealth]:
     """What is kept of the models of a trial's arms; empty where Redis is away."""
     try:
         with redis.Redis.from_url(redis_url) as connection:

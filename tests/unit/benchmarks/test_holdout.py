@@ -2,10 +2,10 @@
 
 from benchmarks.holdout import GATE, SERIES, series
 from benchmarks.rated_shop import Crowd
-from harness.registry_support import arm_seen
+from harness.registry_support import arm_outcomes
 from registry.arms import ANCHOR, CHAMPION, SFT
 from registry.experiment.decision import judge
-from registry.experiment.statistics import sums
+from registry.experiment.statistics import arm_sums
 
 CROWD = Crowd()
 
@@ -25,9 +25,10 @@ def test_a_hold_out_lets_good_models_pass():
 
 def test_a_hold_out_with_too_few_users_promotes_nothing_and_says_what_to_do():
     users = {
-        name: sums(arm_seen(cvr, seed).total()) for name, cvr, seed in ((SFT, 0.3, 1), (CHAMPION, 0.2, 2))
+        name: arm_sums(arm_outcomes(cvr, seed).total())
+        for name, cvr, seed in ((SFT, 0.3, 1), (CHAMPION, 0.2, 2))
     }
-    users[ANCHOR] = sums(arm_seen(0.2, 3, users=60).total())
+    users[ANCHOR] = arm_sums(arm_outcomes(0.2, 3, users=60).total())
     weights = {SFT: 0.49, CHAMPION: 0.49, ANCHOR: 0.015}
     made = judge(users, GATE, "sequential", weights, {name: name for name in weights})
     assert made.comparisons[-1].verdict == "promote"

@@ -10,7 +10,7 @@ import pytest
 
 from registry.bundles.context import Context
 from registry.bundles.prompt import prompt_sids
-from registry.bundles.ranking import Repeats
+from registry.bundles.ranking import RepeatRule
 from registry.bundles.rewards import Rewards
 from registry.releases.rollout import assign
 from serving.bundles import LoadedBundle, Service
@@ -169,7 +169,7 @@ def test_the_trigger_item_and_exclusions_are_never_answered():
 
 
 @pytest.mark.parametrize(
-    ("repeat", "repeated"), [(Repeats(), True), (Repeats(repeats="never"), False), (None, True)]
+    ("repeat", "repeated"), [(RepeatRule(), True), (RepeatRule(repeats="never"), False), (None, True)]
 )
 def test_whether_past_items_come_again_is_a_setting(repeat, repeated):
     answer = ask(trigger(k=9), past((0, 0), (1, 1)), repeat=repeat)
@@ -192,7 +192,7 @@ def test_one_history_is_told_to_each_bundle_under_its_own_codebook():
 
     known = index()
     asked, generator = past((0, 1), (1, 2), (2, 0), codebook=OTHER_BOOK), Last()
-    made = Recommender({BOOK: known}.get, 9, Repeats(repeats="never"), NOT_AT_ALL, translator=translator)
+    made = Recommender({BOOK: known}.get, 9, RepeatRule(repeats="never"), NOT_AT_ALL, translator=translator)
     (answer,) = made.recommend([Request(trigger(k=9), asked)], service(generator))
     assert generator.prompts == [[(1, 0), (0, 2)]]
     assert not {"i10", "i02"} & set(ids(answer.recommendation)), "what the user knows is not repeated"

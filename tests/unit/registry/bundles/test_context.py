@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.bundles import context as kept
-from registry.bundles.context import Context, counted, told, vocabulary
+from registry.bundles.context import Context, context_fields, count_values, vocabulary
 from streams.errors import SidstreamError
 
 MADE = Context(100, {"scene": ["home", "cart"], "profile.country": ["Japan", "France", "Peru"]})
@@ -35,8 +35,8 @@ def test_each_known_value_has_a_token_in_its_fields_place_and_the_rest_is_paddin
 
 
 def test_a_request_says_its_scene_and_its_users_attributes() -> None:
-    assert told(None, None) == {}
-    assert told("home", {"scene": "s", "country": "Peru"}) == {
+    assert context_fields(None, None) == {}
+    assert context_fields("home", {"scene": "s", "country": "Peru"}) == {
         "scene": "home", "profile.scene": "s", "profile.country": "Peru",
     }  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_rows_of_events_are_those_of_their_scene_and_user() -> None:
 
 
 def test_scenes_are_counted_by_events_and_attributes_by_users() -> None:
-    found = counted({"home": 7}, [{"a": "x", "b": "y"}, {"a": "x"}, {}])
+    found = count_values({"home": 7}, [{"a": "x", "b": "y"}, {"a": "x"}, {}])
     assert found == {"scene": {"home": 7}, "profile.a": {"x": 2}, "profile.b": {"y": 1}}
 
 

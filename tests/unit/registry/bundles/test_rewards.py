@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from registry.bundles.context import Context
 from registry.bundles.rewards import (
-    NAMES,
+    REWARD_NAMES,
     Offer,
     Rewards,
+    log_value,
     quantile_edges,
     read,
-    said,
-    value_of,
-    with_rewards,
-    without_rewards,
+    reward_fields,
+    with_reward_fields,
+    without_reward_fields,
     write,
 )
 from streams.errors import SidstreamError
@@ -40,11 +40,13 @@ def bundles(draw: st.DrawFn) -> Rewards:
         "click": sure,
         "purchase": sure,
     }
-    return Rewards({}, {name: mass[name] for name in draw(st.sets(st.sampled_from(NAMES), min_size=1))})
+    return Rewards(
+        {}, {name: mass[name] for name in draw(st.sets(st.sampled_from(REWARD_NAMES), min_size=1))}
+    )
 
 
 WEIGHT = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
-WEIGHTS = st.dictionaries(st.sampled_from(NAMES), WEIGHT, min_size=1).filter(
+WEIGHTS = st.dictionaries(st.sampled_from(REWARD_NAMES), WEIGHT, min_size=1).filter(
     lambda given: any(given.values())
 )
 EVEN = Rewards({}, {name: shares([1] * 8) for name in ("price", "commission")})
@@ -61,7 +63,7 @@ def test_the_highest_weight_asks_for_the_most_and_the_others_for_their_share_of_
     assert EVEN.wanted({"click": 1}) == {}
 
 
-@given(bundles(), WEIGHTS, st.sampled_from(NAMES), st.floats(1, 1e3))
+@given(bundles(), WEIGHTS, st.sampled_from(REWARD_NAMES), st.floats(1, 1e3))
 def test_more_weight_never_asks_for_less_of_it(
     rewards: Rewards, weights: dict[str, float], name: str, more: float
 ) -> None:
@@ -111,8 +113,8 @@ def test_bins_are_of_the_category_where_it_has_enough_items_and_of_all_items_els
     assert rewards.bin_of("price", Offer("boats", 1e9)) == 3
     assert rewards.bin_of("price", Offer("pens")) is None
     assert rewards.bin_of("commission", cheap[0]) is None
-    assert value_of("commission", Offer("pens", 2.0)) is None
-    assert value_of("commission", Offer("pens", 2.0, 0.5)) == pytest.approx(0.6931, abs=1e-4)
+    assert log_value("commission", Offer("pens", 2.0)) is None
+    assert log_value("commission", Offer("pens", 2.0, 0.5)) == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_a_bundle_keeps_its_bins_and_one_without_has_none(tmp_path: Path) -> None:
@@ -129,10 +131,10 @@ def test_a_bundle_keeps_its_bins_and_one_without_has_none(tmp_path: Path) -> Non
 
 def test_reward_fields_stand_behind_a_context_and_change_none_of_its_tokens() -> None:
     plain = Context(50, {"scene": ["home", "cart"]})
-    whole = with_rewards(plain, Rewards({}, {"price": {"0": 0.5, "1": 0.5}}))
-    assert whole.row({"scene": "cart"} | said({"price": 1, "click": 0})) == [51, 52, 0, 57]
-    assert without_rewards(whole) == plain
-    assert with_rewards(plain, None) == plain
+    whole = with_reward_fields(plain, Rewards({}, {"price": {"0": 0.5, "1": 0.5}}))
+    assert whole.row({"scene": "cart"} | reward_fields({"price": 1, "click": 0})) == [51, 52, 0, 57]
+    assert without_reward_fields(whole) == plain
+    assert with_reward_fields(plain, None) == plain
 
 
 def test_clicks_and_purchases_have_tokens_before_anything_can_be_asked_of_them() -> None:

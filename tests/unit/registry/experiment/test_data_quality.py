@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from registry.experiment import data_quality
-from registry.experiment.statistics import Sums
+from registry.experiment.statistics import ArmSums
 
 HALVES = {"a": 0.5, "b": 0.5}
 
@@ -70,16 +70,16 @@ def test_an_arm_that_lost_all_its_users_is_a_mismatch():
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
-        (Sums(), "has no user in a mature cohort yet"),
-        (Sums(users=99, impressions=5000, clicks=9), "99 users and 5000 impressions"),
-        (Sums(users=500, impressions=999, clicks=9), "500 users and 999 impressions"),
-        (Sums(users=500, impressions=5000), "do not exist"),
-        (Sums(users=500, impressions=5000, clicks=5001), "above 1"),
-        (Sums(users=500, impressions=5000, clicks=50, orders=51), "above 1"),
-        (Sums(users=500, impressions=5000, clicks=5000, orders=5000), ""),
+        (ArmSums(), "has no user in a mature cohort yet"),
+        (ArmSums(users=99, impressions=5000, clicks=9), "99 users and 5000 impressions"),
+        (ArmSums(users=500, impressions=999, clicks=9), "500 users and 999 impressions"),
+        (ArmSums(users=500, impressions=5000), "do not exist"),
+        (ArmSums(users=500, impressions=5000, clicks=5001), "above 1"),
+        (ArmSums(users=500, impressions=5000, clicks=50, orders=51), "above 1"),
+        (ArmSums(users=500, impressions=5000, clicks=5000, orders=5000), ""),
     ],
 )
 def test_sums_that_give_no_rates_are_named(arm, said):
-    found = data_quality.unusable({"x": arm}, 100, 1000)
+    found = data_quality.unusable_reason({"x": arm}, 100, 1000)
     assert said in found
     assert bool(found) == bool(said)

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from registry.experiment.decision import decide, recompute
 from registry.experiment.gate import MODES, compare
-from registry.experiment.outcomes import Seen
-from registry.experiment.statistics import sums
+from registry.experiment.outcomes import ArmOutcomes
+from registry.experiment.statistics import arm_sums
 from registry.settings import GateSettings
 from sidstream.cli import app
 from streams.errors import SidstreamError
@@ -35,13 +35,13 @@ def users(random, count, ctr=0.2, cvr=0.2):
 
 
 def arm(random, count, ctr=0.2, cvr=0.2):
-    return sums(users(random, count, ctr, cvr))
+    return arm_sums(users(random, count, ctr, cvr))
 
 
 def seen(rows):
     """Users (users, 3) as what a trial has seen, dealt to three cohorts."""
     first, second = rows // 3, rows // 4
-    return Seen((7, 8, 12), np.stack([first, second, rows - first - second], axis=1))
+    return ArmOutcomes((7, 8, 12), np.stack([first, second, rows - first - second], axis=1))
 
 
 def pair(seed=0, count=3000, **target):
@@ -112,7 +112,7 @@ def test_two_applications_of_the_rule_promote_a_useless_pair_about_as_often_as_a
     st.dictionaries(
         st.sampled_from(["t", "c"]),
         st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60)), max_size=6).map(
-            lambda rows: sums(np.array(rows, dtype=np.int64).reshape(-1, 3))
+            lambda rows: arm_sums(np.array(rows, dtype=np.int64).reshape(-1, 3))
         ),
     ),
     st.sampled_from(MODES),
@@ -140,7 +140,7 @@ def test_no_data_makes_the_gate_crash_or_say_a_number_that_is_none(arms, mode):
     ],
 )
 def test_degenerate_data_are_inconclusive_with_the_reason(rows, mode, said):
-    same = sums(np.array(rows, dtype=np.int64).reshape(-1, 3))
+    same = arm_sums(np.array(rows, dtype=np.int64).reshape(-1, 3))
     relaxed = GateSettings(min_users=2, min_impressions=1)
     for each in ("fixed", "sequential") if mode == "fixed" else (mode,):
         made = compare("t", "c", {"t": same, "c": same}, relaxed, each)
@@ -149,8 +149,8 @@ def test_degenerate_data_are_inconclusive_with_the_reason(rows, mode, said):
 
 
 def test_users_who_all_behave_alike_are_no_evidence():
-    target = sums(np.tile([[20, 4, 2]], (200, 1)))
-    control = sums(np.tile([[20, 4, 1]], (200, 1)))
+    target = arm_sums(np.tile([[20, 4, 2]], (200, 1)))
+    control = arm_sums(np.tile([[20, 4, 1]], (200, 1)))
     made = compare("t", "c", {"t": target, "c": control}, SETTINGS)
     assert made.verdict == "inconclusive"
     assert "without variance" in made.sentence
@@ -268,14 +268,14 @@ def test_the_same_sums_in_any_order_are_the_same_decision(seed, mode):
     names = random.permutation(list(data))
     mixed = {}
     for name in names:
-        mixed[str(name)] = Seen(data[name].cohorts, random.permutation(data[name].counts, axis=0))
+        mixed[str(name)] = ArmOutcomes(data[name].cohorts, random.permutation(data[name].counts, axis=0))
     first, second = (decide("t", ARMS, each, SETTINGS, mode, ts=1) for each in (data, mixed))
     assert first == second
 
 
 def test_users_who_do_not_match_the_weights_stop_every_verdict():
     data = trial(4, {"cvr": 0.25}, {"cvr": 0.32})
-    lost = data | {"challenger-dpo": Seen((7, 8, 12), data["challenger-dpo"].counts[:2400])}
+    lost = data | {"challenger-dpo": ArmOutcomes((7, 8, 12), data["challenger-dpo"].counts[:2400])}
     for mode in MODES:
         assert decide("t", ARMS, data, SETTINGS, mode)["verdict"] == "promote"
         record = decide("t", ARMS, lost, SETTINGS, mode)
@@ -325,7 +325,7 @@ def test_a_candidate_must_have_kept_the_anchors_click_through(anchor, verdict, s
 
 def test_an_anchor_that_cannot_be_compared_lets_nothing_pass():
     data = anchored(3, 0.2, {"cvr": 0.26})
-    data["anchor"] = Seen((7, 8, 12), data["anchor"].counts[:90])
+    data["anchor"] = ArmOutcomes((7, 8, 12), data["anchor"].counts[:90])
     arms = [*HELD_OUT[:2], Arm("anchor", "b9", 0.01, "9")]
     record = decide("t", arms, data, SETTINGS)
     assert record["verdict"] == "inconclusive"

@@ -13,9 +13,9 @@ from scipy.special import xlogy
 
 from registry.experiment import guards
 from registry.experiment.decision import recompute, rejudge
-from registry.experiment.guards import health_alarms, log_evidence, look
-from registry.experiment.health import BOUNDS_MS, Health
-from registry.experiment.statistics import Sums, sums
+from registry.experiment.guards import guard_decision, health_alarms, log_evidence
+from registry.experiment.health import BOUNDS_MS, ArmHealth
+from registry.experiment.statistics import ArmSums, arm_sums
 from registry.settings import GateSettings, GuardSettings
 from streams.errors import SidstreamError
 from streams.events import Arm
@@ -72,8 +72,8 @@ def test_edges_have_an_answer():
     assert log_evidence(0, 100_000, 0.5) == -math.inf
 
 
-def healthy(requests=2000, failed=0, slow=0, invalid=0.1) -> Health:
-    return Health(requests, failed, invalid * requests, {10.0: requests - slow, 1000.0: slow})
+def healthy(requests=2000, failed=0, slow=0, invalid=0.1) -> ArmHealth:
+    return ArmHealth(requests, failed, invalid * requests, {10.0: requests - slow, 1000.0: slow})
 
 
 @pytest.mark.parametrize(
@@ -98,19 +98,19 @@ def test_each_guard_fires_on_its_own_fault_only_and_not_where_the_control_has_it
 
 @given(st.dictionaries(st.sampled_from(BOUNDS_MS), st.integers(0, 1000)), st.floats(0.1, 5000))
 def test_a_request_is_slow_when_its_whole_class_is_above_the_limit(times, limit):
-    count = Health(times=times).slower(limit)
+    count = ArmHealth(times=times).slower(limit)
     assert count <= sum(number for bound, number in times.items() if bound > limit)
     assert count >= sum(number for bound, number in times.items() if bound > max(2.5 * limit, 1))
 
 
-def clicking(ctr: float, seed: int, users: int) -> Sums:
+def clicking(ctr: float, seed: int, users: int) -> ArmSums:
     random = np.random.default_rng(seed)
     shown = 5 + random.poisson(15, users)
     clicked = random.binomial(shown, ctr)
-    return sums(np.stack([shown, clicked, random.binomial(clicked, 0.2)], axis=1))
+    return arm_sums(np.stack([shown, clicked, random.binomial(clicked, 0.2)], axis=1))
 
 
-def seen(dpo_ctr: float) -> dict[str, Sums]:
+def seen(dpo_ctr: float) -> dict[str, ArmSums]:
     return {
         "challenger-sft": clicking(0.2, 1, 1500), "champion": clicking(0.2, 2, 2000),
         "challenger-dpo": clicking(dpo_ctr, 3, 1500),
@@ -119,7 +119,9 @@ def seen(dpo_ctr: float) -> dict[str, Sums]:
 
 def looked(health=None, outcomes=None, watched=BOTH, control="champion", arms=ARMS):
     health = health or {}
-    return look("t", arms, watched, control, health, outcomes or {}, GuardSettings(), GateSettings(), ts=1)
+    return guard_decision(
+        "t", arms, watched, control, health, outcomes or {}, GuardSettings(), GateSettings(), ts=1
+    )
 
 
 def test_lost_clicks_end_a_trial_with_a_record_that_recomputes_and_cannot_be_changed():
@@ -156,7 +158,7 @@ def test_a_shadow_has_health_and_no_users_and_that_is_no_mismatch():
 
 
 def test_a_record_of_a_guard_survives_json_with_its_infinite_class():
-    health = {"challenger-sft": Health(1000, 500, 1.0, {math.inf: 500, 1.0: 500})}
+    health = {"challenger-sft": ArmHealth(1000, 500, 1.0, {math.inf: 500, 1.0: 500})}
     record = json.loads(json.dumps(looked(health)))
-    assert guards.rejudge(record)["sentence"] == record["sentence"]
+    assert guards.recompute_verdict(record)["sentence"] == record["sentence"]
     assert {alarm["guard"] for alarm in record["alarms"]} == {"failed", "slow"}

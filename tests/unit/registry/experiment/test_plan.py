@@ -8,13 +8,13 @@ from scipy import stats
 from statsmodels.stats.power import NormalIndPower
 from typer.testing import CliRunner
 
-from registry.experiment.plan import Expected, curve, drawn, power, users_needed
+from registry.experiment.plan import ExpectedRates, power, power_curve, power_curve_text, users_needed
 from registry.settings import GateSettings
 from sidstream.cli import app
 from streams.errors import SidstreamError
 
 SETTINGS = GateSettings()
-PLAIN = Expected(cvr=0.05, lift=0.2, ctr=0.05, impressions_per_user=7, design_effect=1.0)
+PLAIN = ExpectedRates(cvr=0.05, lift=0.2, ctr=0.05, impressions_per_user=7, design_effect=1.0)
 
 
 def test_a_fixed_trial_needs_what_the_textbook_says():
@@ -28,7 +28,7 @@ def test_a_fixed_trial_needs_what_the_textbook_says():
 
 
 def test_where_the_lift_is_large_the_margin_of_ctr_decides():
-    expected = Expected(cvr=0.2, lift=2.0, ctr=0.05, impressions_per_user=7, design_effect=1.0)
+    expected = ExpectedRates(cvr=0.2, lift=2.0, ctr=0.05, impressions_per_user=7, design_effect=1.0)
     shown = (stats.norm.isf(0.05) + stats.norm.isf(0.1)) ** 2 * 0.95 * (1 + 0.81) / (0.05 * 0.01)
     assert users_needed(expected, SETTINGS, "fixed") == math.ceil(shown / 7)
 
@@ -37,11 +37,11 @@ def test_where_the_lift_is_large_the_margin_of_ctr_decides():
 @pytest.mark.parametrize("wanted", [0.5, 0.8, 0.95])
 def test_the_planned_users_give_the_power_that_was_asked_for_and_fewer_do_not(mode, wanted):
     # With these figures both tests matter.
-    expected = Expected(cvr=0.2, lift=0.18, ctr=0.05, impressions_per_user=7)
+    expected = ExpectedRates(cvr=0.2, lift=0.18, ctr=0.05, impressions_per_user=7)
     users = users_needed(expected, SETTINGS, mode, wanted)
     assert power(users, expected, SETTINGS, mode) >= wanted
     assert power(users * 0.9, expected, SETTINGS, mode) < (1 + wanted) / 2
-    double = Expected(0.2, 0.18, 0.05, 7, expected.design_effect * 2)
+    double = ExpectedRates(0.2, 0.18, 0.05, 7, expected.design_effect * 2)
     assert users_needed(double, SETTINGS, mode, wanted) == pytest.approx(2 * users, abs=2)
 
 
@@ -52,10 +52,10 @@ def test_sequential_evidence_costs_more_than_a_fixed_trial_and_not_three_times_a
 
 def test_the_curve_rises_through_the_planned_point():
     users = users_needed(PLAIN, SETTINGS, "sequential")
-    points = curve(users, PLAIN, SETTINGS, "sequential")
+    points = power_curve(users, PLAIN, SETTINGS, "sequential")
     assert [value for _, value in points] == sorted(value for _, value in points)
     assert dict(points)[users] >= 0.8
-    rows = drawn(points).splitlines()
+    rows = power_curve_text(points).splitlines()
     assert len(rows) == len(points)
     assert rows[-1].count("#") == 40
 
@@ -74,7 +74,7 @@ def test_the_curve_rises_through_the_planned_point():
 )
 def test_impossible_figures_are_refused_by_name(change, said):
     with pytest.raises(SidstreamError, match=said):
-        Expected(**({"cvr": 0.05, "lift": 0.1} | change))
+        ExpectedRates(**({"cvr": 0.05, "lift": 0.1} | change))
 
 
 def test_what_no_trial_can_show_is_refused():
@@ -87,7 +87,7 @@ def test_what_no_trial_can_show_is_refused():
 def test_the_command_says_users_days_and_the_curve():
     line = ["gate", "plan", "--cvr", ".05", "--lift", ".2", "--users-per-day", "10000"]
     said = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
-    users = users_needed(Expected(0.05, 0.2), SETTINGS, "sequential")
+    users = users_needed(ExpectedRates(0.05, 0.2), SETTINGS, "sequential")
     # 2 % are held out on the anchor, and the smallest arm has 30 % of the others.
     days = math.ceil(users / (10_000 * 0.98 * 0.3))
     assert said["modes"]["sequential"] == {"users_per_arm": users, "days": days}

@@ -10,7 +10,7 @@ from scipy import integrate, stats
 
 from registry.experiment import sequential, statistics
 from registry.experiment.gate import compare
-from registry.experiment.statistics import Estimate, Sums
+from registry.experiment.statistics import ArmSums, Estimate
 from registry.settings import GateSettings
 
 scales = st.floats(1e-3, 1.0)
@@ -98,7 +98,7 @@ def looks(random, experiments, users, count):
 def as_sums(users, row):
     clicks, orders, clicks2, orders2, product = (int(value) for value in row)
     # Five impressions a click for everybody: CTR neither varies nor differs, and CVR is what is judged.
-    return Sums(users, 5 * clicks, clicks, orders, 25 * clicks2, clicks2, orders2, 5 * clicks2, product)
+    return ArmSums(users, 5 * clicks, clicks, orders, 25 * clicks2, clicks2, orders2, 5 * clicks2, product)
 
 
 def test_without_an_effect_repeated_looks_fool_the_fixed_test_and_not_the_sequential_one():

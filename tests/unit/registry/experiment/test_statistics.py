@@ -30,7 +30,7 @@ def residual_variance(num, den):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_variance_is_that_of_the_users_residuals(seed):
     shown, clicked, bought = users(500, seed, 0.2, 0.3).T
-    arm = statistics.sums(np.stack([shown, clicked, bought], axis=1))
+    arm = statistics.arm_sums(np.stack([shown, clicked, bought], axis=1))
     ctr, cvr = statistics.ctr(arm), statistics.cvr(arm)
     assert ctr.value == clicked.sum() / shown.sum()
     assert cvr.value == bought.sum() / clicked.sum()
@@ -44,7 +44,7 @@ def test_the_variance_is_the_published_delta_formula():
     n, d = clicked.mean(), shown.mean()
     cov = np.cov(clicked, shown)
     published = (cov[0, 0] / d**2 + n**2 * cov[1, 1] / d**4 - 2 * n * cov[0, 1] / d**3) / len(shown)
-    made = statistics.ctr(statistics.sums(np.stack([shown, clicked, clicked * 0], axis=1)))
+    made = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
     assert made.variance == pytest.approx(published, rel=1e-9)
 
 
@@ -58,7 +58,7 @@ def test_the_variance_is_the_cluster_robust_one_of_a_regression():
     fit = OLS(outcome, np.ones(len(outcome))).fit(
         cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}
     )
-    made = statistics.ctr(statistics.sums(np.stack([shown, clicked, clicked * 0], axis=1)))
+    made = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
     assert made.value == pytest.approx(fit.params[0])
     # statsmodels divides by n, ours by n - 1.
     assert made.variance * (len(shown) - 1) / len(shown) == pytest.approx(fit.bse[0] ** 2, rel=1e-9)
@@ -73,7 +73,7 @@ def two_arms(seed):
         target += [n < 400] * shown
         groups += [n] * shown
     estimates = [
-        statistics.ctr(statistics.sums(np.column_stack([rows, rows[:, 1] * 0]))) for rows in arms.values()
+        statistics.ctr(statistics.arm_sums(np.column_stack([rows, rows[:, 1] * 0]))) for rows in arms.values()
     ]
     return np.array(clicked), np.array(target, dtype=float), np.array(groups), *estimates
 
@@ -98,7 +98,7 @@ def test_both_fixed_tests_are_those_of_a_cluster_robust_regression(seed, factor)
 
 def test_with_one_impression_a_user_the_test_is_that_of_two_proportions():
     arms = [np.array([[1, 1, 0]] * clicks + [[1, 0, 0]] * (2000 - clicks)) for clicks in (260, 220)]
-    target, control = (statistics.ctr(statistics.sums(arm)) for arm in arms)
+    target, control = (statistics.ctr(statistics.arm_sums(arm)) for arm in arms)
     theirs = proportions_2indep(260, 2000, 220, 2000, method="wald", alternative="larger")
     ours = statistics.contrast(target, control)
     assert ours.z == pytest.approx(theirs.statistic, rel=1e-3)
@@ -107,7 +107,7 @@ def test_with_one_impression_a_user_the_test_is_that_of_two_proportions():
 
 def test_clustering_matters():
     shown, clicked, _ = users(20_000, 1).T
-    made = statistics.ctr(statistics.sums(np.stack([shown, clicked, clicked * 0], axis=1)))
+    made = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
     naive = made.value * (1 - made.value) / shown.sum()
     assert made.variance > 1.05 * naive
 
@@ -158,18 +158,18 @@ def test_at_the_ends_of_fiellers_interval_the_test_is_just_at_its_critical_value
 
 
 def test_what_has_no_ratio_has_no_estimate():
-    none = statistics.sums(np.zeros((0, 3), dtype=np.int64))
+    none = statistics.arm_sums(np.zeros((0, 3), dtype=np.int64))
     assert statistics.ctr(none) is None
-    one = statistics.sums(np.array([[10, 2, 1]]))
+    one = statistics.arm_sums(np.array([[10, 2, 1]]))
     assert statistics.ctr(one) is None
-    unshown = statistics.sums(np.array([[0, 0, 0], [0, 0, 0]]))
+    unshown = statistics.arm_sums(np.array([[0, 0, 0], [0, 0, 0]]))
     assert statistics.ctr(unshown) is None
-    alike = statistics.ctr(statistics.sums(np.array([[30, 3, 0], [70, 7, 0], [10, 1, 0]])))
+    alike = statistics.ctr(statistics.arm_sums(np.array([[30, 3, 0], [70, 7, 0], [10, 1, 0]])))
     assert alike.variance == 0.0
     assert statistics.contrast(alike, alike) is None
 
 
 def test_sums_of_large_counts_are_exact():
-    arm = statistics.sums(np.full((3, 3), 10**8, dtype=np.int64))
+    arm = statistics.arm_sums(np.full((3, 3), 10**8, dtype=np.int64))
     assert arm.impressions_squared == 3 * 10**16
     assert statistics.ctr(arm).variance == 0.0

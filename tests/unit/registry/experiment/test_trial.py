@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from registry.experiment.decision import recompute
-from registry.experiment.health import Health
-from registry.experiment.looks import looks
-from registry.experiment.outcomes import Seen
-from registry.experiment.trial import Move, Sight, next_move
+from registry.experiment.health import ArmHealth
+from registry.experiment.looks import interim_analyses
+from registry.experiment.outcomes import ArmOutcomes
+from registry.experiment.trial import Evidence, Move, next_move
 from registry.settings import GateSettings, GuardSettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
@@ -23,14 +23,16 @@ def rollout(action="trial", step=1.0, **weights) -> Rollout:
     return Rollout.new(name="r", action=action, trial="t", salt="s", step=step, arms=arms)
 
 
-def seen(seed: int, users: int, cvr: float, ctr: float = 0.2, cohorts: int = 6) -> Seen:
+def seen(seed: int, users: int, cvr: float, ctr: float = 0.2, cohorts: int = 6) -> ArmOutcomes:
     random = np.random.default_rng(seed)
     shown = random.poisson(4, (users, cohorts)) + 1
     clicked = random.binomial(shown, ctr)
-    return Seen(tuple(range(cohorts)), np.stack([shown, clicked, random.binomial(clicked, cvr)], axis=2))
+    return ArmOutcomes(
+        tuple(range(cohorts)), np.stack([shown, clicked, random.binomial(clicked, cvr)], axis=2)
+    )
 
 
-def outcomes(cvrs=(0.2, 0.2, 0.2), ctrs=(0.2, 0.2, 0.2), users=4000) -> dict[str, Seen]:
+def outcomes(cvrs=(0.2, 0.2, 0.2), ctrs=(0.2, 0.2, 0.2), users=4000) -> dict[str, ArmOutcomes]:
     return {
         name: seen(n, int(users * share), cvr, ctr)
         for n, (name, share, cvr, ctr) in enumerate(
@@ -39,13 +41,13 @@ def outcomes(cvrs=(0.2, 0.2, 0.2), ctrs=(0.2, 0.2, 0.2), users=4000) -> dict[str
     }
 
 
-def health(**requests: int) -> dict[str, Health]:
+def health(**requests: int) -> dict[str, ArmHealth]:
     names = {"sft": SFT, "dpo": DPO, "champion": CHAMPION, "anchor": ANCHOR}
-    return {names[name]: Health(count, 0, 0.0, {10.0: count}) for name, count in requests.items()}
+    return {names[name]: ArmHealth(count, 0, 0.0, {10.0: count}) for name, count in requests.items()}
 
 
 def move(current: Rollout, mature=None, recent=None, health=None, gate=None, **settings) -> Move:
-    sight = Sight(mature or {}, recent if recent is not None else mature or {}, health or {}, HOUR)
+    sight = Evidence(mature or {}, recent if recent is not None else mature or {}, health or {}, HOUR)
     return next_move(current, sight, RolloutSettings(**settings), GuardSettings(), gate or GateSettings())
 
 
@@ -75,7 +77,7 @@ def test_a_ramp_is_never_judged_by_the_gate():
 
 def test_a_guard_ends_the_trial_at_any_step():
     for step in (0.0, 0.1, 1.0):
-        made = move(rollout(step=step), health=health(sft=500) | {DPO: Health(500, 100, 0.0, {10.0: 500})})
+        made = move(rollout(step=step), health=health(sft=500) | {DPO: ArmHealth(500, 100, 0.0, {10.0: 500})})
         assert (made.do, made.record["mode"]) == ("conclude", "guard")
         assert recompute(made.record) == ("reject", CHAMPION)
 
@@ -109,7 +111,7 @@ def test_a_promoted_model_is_watched_before_the_next_training_and_taken_back_whe
     promoted = rollout("promote", None, **{CHAMPION: 0.98, ANCHOR: 0.02})
     assert move(promoted, health=health(champion=999)).do == "wait"
     assert move(promoted, health=health(champion=1000)).do == "train"
-    failing = move(promoted, health={CHAMPION: Health(500, 100, 0.0, {10.0: 500})} | health(anchor=20))
+    failing = move(promoted, health={CHAMPION: ArmHealth(500, 100, 0.0, {10.0: 500})} | health(anchor=20))
     assert (failing.do, failing.record["winner"]) == ("rollback", "previous")
     lost = {CHAMPION: seen(1, 9000, 0.2, 0.1), ANCHOR: seen(2, 300, 0.2, 0.2)}
     assert move(promoted, {}, lost).do == "rollback"
@@ -124,7 +126,7 @@ def test_the_ramp_must_rise_to_full_weight():
 def test_the_looks_end_with_what_the_record_says_and_make_a_picture():
     data = outcomes((0.1, 0.1, 0.3))
     record = move(rollout(), data).record
-    path = looks(data, GateSettings(), "sequential")
+    path = interim_analyses(data, GateSettings(), "sequential")
     assert [entry["cohort"] for entry in path] == list(range(6))
     for made in record["comparisons"]:
         last = path[-1][f"{made['target']} against {made['control']}"]
@@ -138,7 +140,7 @@ def test_the_looks_end_with_what_the_record_says_and_make_a_picture():
 
 
 def test_at_most_forty_looks_are_kept_and_the_last_is_one():
-    path = looks(
+    path = interim_analyses(
         {CHAMPION: seen(0, 50, 0.2, cohorts=130), SFT: seen(1, 50, 0.2, cohorts=130)}, GateSettings(), "fixed"
     )
     assert len(path) == 40

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.releases.rollout import assign, share
+from registry.releases.rollout import assign, user_share
 from streams.errors import SidstreamError
 from streams.events import Arm
 
@@ -19,13 +19,13 @@ def arms(*weights):
 
 @given(st.text(), st.text())
 def test_a_share_is_in_the_half_open_unit_interval_and_fixed(trial, user):
-    assert 0 <= share(trial, user) < 1
-    assert share(trial, user) == share(trial, user)
+    assert 0 <= user_share(trial, user) < 1
+    assert user_share(trial, user) == user_share(trial, user)
 
 
 def test_assignments_do_not_move_between_releases_of_the_software():
     # Users who change arm in mid-trial would spoil it: these values are part of the contract.
-    assert [round(share("t1", user), 6) for user in ("17850", "ü", "")] == [0.471582, 0.358572, 0.802985]
+    assert [round(user_share("t1", user), 6) for user in ("17850", "ü", "")] == [0.471582, 0.358572, 0.802985]
 
 
 def test_arms_get_their_shares():

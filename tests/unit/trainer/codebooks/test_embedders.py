@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from registry.bundles.codebook import Codebook
-from registry.bundles.embedder import WordLlamaEmbedder, embedder_of
-from registry.bundles.encoder import ABOUT, GRAPH, TOKENIZER, SentenceEmbedder
+from registry.bundles.embedder import WordLlamaEmbedder, load_embedder
+from registry.bundles.encoder import DESCRIPTION, GRAPH, TOKENIZER, SentenceEmbedder
 from streams.errors import SidstreamError
 from trainer.codebooks.embedders import encoder_folder, export_encoder, open_embedder
 
@@ -72,7 +72,7 @@ def test_the_same_model_is_exported_once_and_another_has_another_name(source, ex
     assert exported.name == SentenceEmbedder(exported).id
 
 
-@pytest.mark.parametrize("name", [GRAPH, TOKENIZER, ABOUT])
+@pytest.mark.parametrize("name", [GRAPH, TOKENIZER, DESCRIPTION])
 def test_a_folder_that_is_not_whole_is_refused_and_exported_anew(source, tmp_path, name):
     made = export_encoder(str(source), tmp_path)
     (made / name).write_bytes(b"{}")
@@ -82,14 +82,14 @@ def test_a_folder_that_is_not_whole_is_refused_and_exported_anew(source, tmp_pat
 
 
 def test_a_codebook_is_given_the_embedder_that_it_was_fitted_with(exported):
-    id = json.loads((exported / ABOUT).read_text())["id"]
+    id = json.loads((exported / DESCRIPTION).read_text())["id"]
     book = Codebook(id, (np.eye(2, 16, dtype=np.float32),))
-    assert embedder_of(book, lambda codebook: exported).id == id
+    assert load_embedder(book, lambda codebook: exported).id == id
     words = WordLlamaEmbedder()
     plain = Codebook(words.id, (np.eye(2, 256, dtype=np.float32),))
-    assert embedder_of(plain, lambda codebook: pytest.fail("no encoder is needed")).id == words.id
+    assert load_embedder(plain, lambda codebook: pytest.fail("no encoder is needed")).id == words.id
     with pytest.raises(SidstreamError, match="codebook fit --replace"):
-        embedder_of(Codebook("other", book.centroids), lambda codebook: exported)
+        load_embedder(Codebook("other", book.centroids), lambda codebook: exported)
 
 
 def test_the_settings_name_the_embedder_and_agents_get_what_they_need(source, tmp_path):

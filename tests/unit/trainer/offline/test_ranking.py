@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.bundles import ranking as kept_ranking
-from registry.bundles.ranking import Ranking, Repeats, left_out
+from registry.bundles.ranking import Ranking, RepeatRule, excluded_by_repeats
 from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, Shop, come_again, shop
 from trainer.generator.model import GeneratorForCausalLM
@@ -134,7 +134,11 @@ def test_the_rule_leaves_out_what_it_says() -> None:
     within = Ranking(repeats="within", within_s=3600)
     assert seen.kept(within).tolist() == [[False, True, False, True]]
     assert ranks(found, one, within).tolist() == [4]
-    assert left_out(Repeats(repeats="within", within_s=60), bought, ages).tolist() == [True, False, True]
+    assert excluded_by_repeats(RepeatRule(repeats="within", within_s=60), bought, ages).tolist() == [
+        True,
+        False,
+        True,
+    ]
 
 
 @st.composite
@@ -159,7 +163,7 @@ def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
     found, one = case
     wanted = []
     for row, target in enumerate(one.targets.tolist()):
-        gone = set(one.histories[row][left_out(rule, one.bought[row], one.ages_s[row])].tolist())
+        gone = set(one.histories[row][excluded_by_repeats(rule, one.bought[row], one.ages_s[row])].tolist())
         score = ((1 - weight) * found.sid[row] + weight * found.dense[row]).tolist()
         named = [(at, item) for at, item in enumerate(found.items[row].tolist()) if item >= 0]
         best = sorted((-score[at], at, item) for at, item in named if item not in gone)

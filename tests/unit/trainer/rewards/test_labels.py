@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
-from registry.bundles.rewards import NAMES, Offer, Rewards, said, with_rewards
+from registry.bundles.rewards import REWARD_NAMES, Offer, Rewards, reward_fields, with_reward_fields
 from serving.bundles import LoadedBundle, Service
 from serving.decoding.index import SidIndex
 from serving.decoding.onnx_generator import OnnxGenerator
@@ -121,7 +121,7 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
     bought = purchased(log, 0)
     made = learned(OFFERS, log, bought, 0, chosen())
     assert made is not None
-    context = with_rewards(plain.context, made)
+    context = with_reward_fields(plain.context, made)
     log = told(log, OFFERS, bought, made, context)
     last = plain.split.ends[plain.split.ends < log.starts[1:]]
     split = replace(plain.split, held=held(log, last, plain.settings.max_items))
@@ -132,10 +132,10 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
 def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
     made, rewards = rewarded(users=150, rewards={"dropout": 0.25, "unconditioned": 0.4, "bins": 4})
     assert list(made.context.fields) == ["reward.click", "reward.purchase", "reward.price"]
-    price = obtained(rewards, OFFERS, made.log.items, purchased(made.log, 0))[:, NAMES.index("price")]
+    price = obtained(rewards, OFFERS, made.log.items, purchased(made.log, 0))[:, REWARD_NAMES.index("price")]
     # Every event of this log is a click: neither it nor a purchase says anything.
     assert made.log.rewards.tolist() == [
-        [0, 0, made.context.row(said({"price": int(value)}))[2]] for value in price
+        [0, 0, made.context.row(reward_fields({"price": int(value)}))[2]] for value in price
     ]
     total = kept = 0
     for piece in made.rows.pieces(0):
@@ -176,7 +176,7 @@ def test_the_model_follows_the_price_that_is_asked_for(
     made, rewards, model = trained
     asked = [(item, value) for item in range(ITEMS) for value in range(4)]
     past = [np.array([item]) for item, _ in asked]
-    rows = np.array([made.context.row(said({"price": value})) for _, value in asked], dtype=np.int32)
+    rows = np.array([made.context.row(reward_fields({"price": value})) for _, value in asked], dtype=np.int32)
     ranker = Ranker(model, made.known.codes, made.sids, 10)
     best = ranker.candidates(past, ranker.states(past, rows)).order(1.0)[:, 0].tolist()
     right = [

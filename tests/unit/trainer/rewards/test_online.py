@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.bundles.rewards import NAMES, Rewards
+from registry.bundles.rewards import REWARD_NAMES, Rewards
 from tests.tiny_explorations import exploration
 from tests.tiny_shop import ITEMS, Shop, sid_of
 from tests.unit.trainer.rewards.test_labels import OFFERS, rewarded
@@ -28,12 +28,14 @@ ONLINE = {"rounds": 1, "requests": 800, "steps": 60, "floor": 0.25}
 EIGHT = {str(value): 0.125 for value in range(8)}
 
 
-@given(st.sets(st.sampled_from(NAMES), min_size=1), st.integers(1, 200), st.integers(0, 9))
+@given(st.sets(st.sampled_from(REWARD_NAMES), min_size=1), st.integers(1, 200), st.integers(0, 9))
 def test_requests_ask_for_the_most_of_everything_but_one(fields: set[str], count: int, seed: int) -> None:
     mass = {name: SURE if name in ("click", "purchase") else EIGHT for name in fields}
     rewards = Rewards({}, mass)
     asked = wishes(rewards, count, np.random.default_rng(seed))
-    high = np.array([rewards.wanted({name: 1.0})[name] if name in fields else UNKNOWN for name in NAMES])
+    high = np.array(
+        [rewards.wanted({name: 1.0})[name] if name in fields else UNKNOWN for name in REWARD_NAMES]
+    )
     assert asked.shape == (count, 4)
     assert (asked[:, high == UNKNOWN] == UNKNOWN).all()
     assert ((asked != high).sum(1) <= 1).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from registry.bundles.rewards import Rewards, said, with_rewards
+from registry.bundles.rewards import Rewards, reward_fields, with_reward_fields
 from tests.tiny_explorations import exploration
 from tests.tiny_shop import ITEMS, Shop, shop, sid_of
 from trainer.generator.model import GeneratorForCausalLM
@@ -31,8 +31,8 @@ ANY = [None] * ITEMS
 def clicking(**given: object) -> Shop:
     """A shop whose events are told with their click."""
     made = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | given)
-    context = with_rewards(made.context, BINS)
-    token = context.row(said({"click": 1}))
+    context = with_reward_fields(made.context, BINS)
+    token = context.row(reward_fields({"click": 1}))
     log = replace(made.log, rewards=np.array([token] * len(made.log), dtype=np.int32))
     rows = Rows(log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
     return replace(made, log=log, rows=rows, context=context)
@@ -60,7 +60,7 @@ def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> 
     assert found.targets.tolist() == [9, 7]
     assert found.starts.tolist() == [0, 2, 2]
     assert found.items.tolist() == [1, 2]
-    refused = made.context.row(said({"click": 0}))
+    refused = made.context.row(reward_fields({"click": 0}))
     assert found.rewards.tolist() == [refused, refused]
     assert found.firm.tolist() == [[token > 0 for token in refused]] * 2
     assert ignored(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0) is not None
@@ -77,7 +77,7 @@ def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
     values[:, 0], values[:, 2] = np.arange(400) % 2, 1
     targets = np.arange(400) % ITEMS
     given = labelled(histories, targets, np.zeros((400, 0), np.int32), values, BINS, made.context)
-    click, _, price = made.context.row(said({"click": 0, "price": 1}))
+    click, _, price = made.context.row(reward_fields({"click": 0, "price": 1}))
     told = {(0, price): 0, (click, 0): 0, (click, price): 0, (click + 1, 0): 0, (click + 1, price): 0}
     for piece in given.pieces(made.settings, 0):
         assert piece.context is not None
@@ -154,7 +154,7 @@ def test_what_was_ignored_is_likely_only_where_that_is_asked_for(
 ) -> None:
     made, model = taught
     past = [np.arange(item, item + 4) % ITEMS for item in range(ITEMS)]
-    rows = np.array([made.context.row(said(conditions))] * ITEMS, dtype=np.int32)
+    rows = np.array([made.context.row(reward_fields(conditions))] * ITEMS, dtype=np.int32)
     ranker = Ranker(model, made.known.codes, made.sids, 10)
     best = ranker.candidates(past, ranker.states(past, rows)).order(0.5)[:, 0].numpy()
     assert ((best - np.arange(ITEMS) - 3) % ITEMS == after).mean() > 0.9
