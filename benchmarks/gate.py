@@ -3,7 +3,7 @@
 Trials of simulated users are judged by the gate itself at 20 looks. Every user has rates of click and
 purchase of their own (beta-distributed), arrives at some look, and comes back at later ones: for each of two
 populations 2,000 trials without an effect and 2,000 in which CTR truly falls by 12 % while CVR rises by 20 %,
-and 1,000 trials of each size that the planner gives for CVR +20 %.
+and 1,000 trials of each size that `sidstream gate plan` gives for CVR +20 %.
 
 Prints one line of JSON a figure, with the 95 % binomial interval
 (Clopper and Pearson), and writes docs/results/gate.jsonl and the table of docs/results/gate.md.
@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from benchmarks.results import line, publish_shares, share
 from registry.experiment.gate import MODES, compare
-from registry.experiment.plan import ExpectedRates, users_needed
+from registry.experiment.sample_size import ExpectedRates, users_needed
 from registry.experiment.statistics import ArmSums
 from registry.settings import GateSettings
 

@@ -185,7 +185,7 @@ class Bench:
     def front(self, baselines: bool) -> Iterator[Line]:
         """Answers under several preferences, by conditions and by scores made anew."""
         self.fronts = {
-            name: [self._point(self.asked(self.rewards.wanted(one), made)) for one in PREFERENCES]
+            name: [self._point(self.asked(self.rewards.requested_rewards(one), made)) for one in PREFERENCES]
             for name, made in (("sidstream-rewards", self.with_), (ONLINE, self.online))
         }
         self.fronts["sidstream-no-rewards, scored anew"] = self._scored_anew()

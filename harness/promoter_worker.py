@@ -80,9 +80,9 @@ class _Registry(Registry):
         self.writes.next()
         super().store_decision(version, record)
 
-    def note(self, key: str, value: str | None) -> None:
+    def set_recommender_tag(self, key: str, value: str | None) -> None:
         self.writes.next()
-        super().note(key, value)
+        super().set_recommender_tag(key, value)
 
 
 class _Publisher:

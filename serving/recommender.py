@@ -196,10 +196,10 @@ class Recommender:
         seen = None if opened is None else tuple(index.sid(opened))
         case.prompt = prompt_sids(past, seen, bundle.max_items)
         if bundle.context.fields:
-            case.context = bundle.context.known(context_fields(trigger.scene, _attributes(request)))
+            case.context = bundle.context.known_fields(context_fields(trigger.scene, _attributes(request)))
         if bundle.rewards is not None and trigger.preferences:
-            case.conditions = bundle.rewards.wanted(trigger.preferences) or None
-            case.context |= bundle.context.known(reward_fields(case.conditions or {}))
+            case.conditions = bundle.rewards.requested_rewards(trigger.preferences) or None
+            case.context |= bundle.context.known_fields(reward_fields(case.conditions or {}))
         if not past:
             case.fallback = "popular" if seen is None else "trigger_only"
         elif seen is None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from registry.bundles.store import Registry
 from registry.experiment.health import read_health
+from registry.experiment.next_move import Evidence, Move, next_move
 from registry.experiment.outcomes import cohort_ms, read_all_outcomes
-from registry.experiment.trial import Evidence, Move, next_move
 from registry.releases import release
 from sidstream.pictures import keep_picture
 from streams.errors import SidstreamError
@@ -125,7 +125,7 @@ class Cycle:
     def _noted(self, turn: Turn) -> Turn:
         """Keep the reason in the journal, once while it stays the same."""
         if turn.sentence != self._journalled:
-            self._registry.journal(f"{turn.did}: {turn.sentence}", turn.details)
+            self._registry.log_cycle(f"{turn.did}: {turn.sentence}", turn.details)
             self._journalled = turn.sentence
         return turn
 

@@ -154,7 +154,7 @@ def read_material(
     text = None
     if settings.text_inputs:
         text = title_vectors(known.titles)
-    start = registry.tuned_from(parent) if parent else None
+    start = registry.alignment_reference(parent) if parent else None
     return Material(
         window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
         tokenizer, context, rewards, profiles, offers, bought, logged,

@@ -22,7 +22,7 @@ CODEBOOK = "codebook.safetensors"
 POPULAR = "popular.json"
 MAX_POPULAR = 1000
 BundleKind = Literal["base", "sft", "dpo"]
-# Files that run code when they are read: never in a bundle.
+# Files with these suffixes may run code when they are read. A bundle never holds one.
 EXECUTABLE_SUFFIXES = frozenset(
     {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"}
 )
@@ -63,7 +63,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Format(msgspec.Struct):
+class _FormatOnly(msgspec.Struct):
     format: int
 
 
@@ -95,8 +95,8 @@ class Bundle:
 
     def popular(self) -> list[str]:
         """Item ids, most bought first."""
-        made: list[str] = msgspec.json.decode((self.path / POPULAR).read_bytes(), type=list[str])
-        return made
+        item_ids: list[str] = msgspec.json.decode((self.path / POPULAR).read_bytes(), type=list[str])
+        return item_ids
 
 
 def required_files(levels: int) -> tuple[str, ...]:
@@ -152,26 +152,26 @@ def load_bundle(folder: Path) -> Bundle:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-        # The number first: a later format may have other fields, which is no damage.
-        number = msgspec.json.decode(raw, type=_Format).format
-        if number != FORMAT:
+        # The format is read first: a later format may have other fields, and such a file is not damaged.
+        bundle_format = msgspec.json.decode(raw, type=_FormatOnly).format
+        if bundle_format != FORMAT:
             raise SidstreamError(
-                f"{path} has bundle format {number}; this version of sidstream reads {FORMAT}"
+                f"{path} has bundle format {bundle_format}; this version of sidstream reads {FORMAT}"
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except OSError as error:
         raise SidstreamError(f"{folder} has no readable {MANIFEST}; fetch the bundle again") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SidstreamError(f"{path} is damaged ({error}); fetch the bundle again") from error
-    found = _walk(folder)
-    del found[MANIFEST]
+    present = _walk(folder)
+    del present[MANIFEST]
     _check_names(folder, set(manifest.files), len(manifest.sizes))
-    for name in sorted(manifest.files.keys() - found.keys()):
+    for name in sorted(manifest.files.keys() - present.keys()):
         raise SidstreamError(f"{folder / name} is missing from bundle {manifest.bundle}; fetch it again")
-    for name in sorted(found.keys() - manifest.files.keys()):
+    for name in sorted(present.keys() - manifest.files.keys()):
         raise SidstreamError(f"{folder / name} does not belong to bundle {manifest.bundle}; fetch it again")
-    for name, wanted in manifest.files.items():
-        if _digest(found[name]) != wanted:
+    for name, digest in manifest.files.items():
+        if _digest(present[name]) != digest:
             raise SidstreamError(
                 f"{folder / name} was changed: it is not the file of bundle {manifest.bundle}; fetch it again"
             )

@@ -1,9 +1,10 @@
 """The frozen quantiser: an embedding becomes a semantic ID, one item a SID.
 
-Residual quantisation: level by level the nearest centroid, then what it leaves over. For centroids of
-k-means that is scaled to unit length: without the scaling a level is ruled by the length of what is left (on
-3,659 shop titles one code of 64 took 1,027 of them; with it, 164). An RQ-VAE's centroids quantise what its
-encoder makes of the embedding, unscaled; the encoder is part of the codebook, as plain matrices.
+Residual quantisation: each level takes the nearest centroid and hands the residual (vector minus centroid)
+to the next level. With centroids of k-means the residual is scaled to unit length: without the scaling its
+length decides the code (on 3,659 shop titles one code of 64 took 1,027 of them; with it, 164). The centroids
+of an RQ-VAE quantise the output of its encoder, and the residual is not scaled. The encoder is part of the
+codebook, as plain matrices.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ class Codebook:
     """Centroids a level, each float32 (K_l, d), for the vectors (D,) of one embedder.
 
     `encoder`: the layers of an MLP with ReLU between them, D -> d; without one d is D. `scaled`: residuals
-    are scaled to unit length. `collaborative`: how many of the D dimensions, the last ones, come from what
-    users did with the item; an item that nobody touched yet is quantised by the others, with zeros there.
+    are scaled to unit length. `collaborative_dims`: how many of the D dimensions, the last ones, come from
+    what users did with the item. An item without interactions has zeros there.
     """
 
     embedder: str
     centroids: tuple[Float32, ...]
     encoder: tuple[Layer, ...] = ()
     scaled: bool = True
-    collaborative: int = 0
+    collaborative_dims: int = 0
 
     def __post_init__(self) -> None:
         shapes = [level.shape for level in self.centroids]
@@ -65,24 +66,26 @@ class Codebook:
             for (weight, bias), before, after in zip(self.encoder, widths, widths[1:], strict=False)
         ):
             raise SidstreamError(f"an encoder's layers lead from its input to {shapes[0][1]} dimensions")
-        numbers = [array for layer in self.encoder for array in layer]
-        if any(array.dtype != np.float32 or not np.isfinite(array).all() for array in numbers):
+        arrays = [array for layer in self.encoder for array in layer]
+        if any(array.dtype != np.float32 or not np.isfinite(array).all() for array in arrays):
             raise SidstreamError("a codebook's encoder has finite float32 weights")
-        if not 0 <= self.collaborative < self.dim:
-            raise SidstreamError(f"{self.collaborative} of {self.dim} dimensions cannot be collaborative")
+        if not 0 <= self.collaborative_dims < self.dim:
+            raise SidstreamError(
+                f"{self.collaborative_dims} of {self.dim} dimensions cannot be collaborative"
+            )
 
     @property
     def format(self) -> int:
         """The oldest format of the file that holds all of it."""
-        return 1 if self.scaled and not self.encoder and not self.collaborative else 2
+        return 1 if self.scaled and not self.encoder and not self.collaborative_dims else 2
 
     @cached_property
     def id(self) -> str:
         """16 hex digits of the hash of the embedder's name, the encoder and the centroids."""
-        named: list[object] = [self.format, self.embedder, self.sizes, self.dim]
+        header: list[object] = [self.format, self.embedder, self.sizes, self.dim]
         if self.format > 1:
-            named += [self.scaled, self.collaborative, [weight.shape for weight, _ in self.encoder]]
-        digest = hashlib.sha256(json.dumps(named).encode())
+            header += [self.scaled, self.collaborative_dims, [weight.shape for weight, _ in self.encoder]]
+        digest = hashlib.sha256(json.dumps(header).encode())
         for array in (*self.centroids, *(array for layer in self.encoder for array in layer)):
             digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
         return digest.hexdigest()[:16]
@@ -98,31 +101,31 @@ class Codebook:
         return int((self.encoder[0][0] if self.encoder else self.centroids[0].T).shape[0])
 
     @cached_property
-    def _wide(self) -> tuple[Float64, ...]:
+    def _centroids64(self) -> tuple[Float64, ...]:
         # Double precision: a batch and a single vector must find the same nearest centroid.
         return tuple(level.astype(np.float64) for level in self.centroids)
 
     @cached_property
-    def _layers(self) -> tuple[tuple[Float64, Float64], ...]:
+    def _encoder64(self) -> tuple[tuple[Float64, Float64], ...]:
         return tuple((weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in self.encoder)
 
     def encode(self, vectors: npt.ArrayLike) -> Float64:
-        """What the centroids quantise, float64 (N, d), of vectors (N, D).
+        """The input of the first level, float64 (N, d), of vectors (N, D).
 
-        Vectors (N, D - collaborative) are the text's part alone, of items that nobody touched yet.
+        Vectors (N, D - collaborative_dims) are the text part alone, of items without interactions.
         """
         rows = np.asarray(vectors, dtype=np.float64)
-        if rows.ndim == 2 and self.collaborative and rows.shape[1] == self.dim - self.collaborative:
-            rows = np.pad(rows, ((0, 0), (0, self.collaborative)))
+        if rows.ndim == 2 and self.collaborative_dims and rows.shape[1] == self.dim - self.collaborative_dims:
+            rows = np.pad(rows, ((0, 0), (0, self.collaborative_dims)))
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise SidstreamError(
                 f"vectors of shape {rows.shape} do not fit a codebook of {self.dim} dimensions"
             )
-        for number, (weight, bias) in enumerate(self._layers):
+        for number, (weight, bias) in enumerate(self._encoder64):
             rows = (rows if number == 0 else np.maximum(rows, 0.0)) @ weight + bias
         return rows
 
-    def _left(self, residual: Float64) -> Float64:
+    def _next_residual(self, residual: Float64) -> Float64:
         return unit(residual) if self.scaled else residual
 
     def candidates(self, vector: npt.ArrayLike) -> Iterator[Sid]:
@@ -134,23 +137,25 @@ class Codebook:
 
     def _walk(self, residual: Float64, prefix: Sid) -> Iterator[Sid]:
         level = len(prefix)
-        order = np.argsort(_distances(residual[None], self._wide[level])[0], kind="stable").tolist()
+        order = np.argsort(_distances(residual[None], self._centroids64[level])[0], kind="stable").tolist()
         if level == len(self.centroids) - 1:
             for code in order:
                 yield (*prefix, code)
             return
         for code in order:
-            yield from self._walk(self._left(residual - self._wide[level][code]), (*prefix, code))
+            yield from self._walk(
+                self._next_residual(residual - self._centroids64[level][code]), (*prefix, code)
+            )
 
     def quantise(self, vectors: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Float64]:
         """Greedy codes int64 (N, L) of vectors (N, D), and what is left over before the last level (N, d)."""
         residual = self.encode(vectors)
         codes = np.empty((len(residual), len(self.centroids)), dtype=np.int64)
         last = len(self.centroids) - 1
-        for level, centroids in enumerate(self._wide):
+        for level, centroids in enumerate(self._centroids64):
             codes[:, level] = _distances(residual, centroids).argmin(axis=1)
             if level < last:
-                residual = self._left(residual - centroids[codes[:, level]])
+                residual = self._next_residual(residual - centroids[codes[:, level]])
         return codes, residual
 
     def assign(self, vectors: npt.ArrayLike, taken: Collection[Sid] = ()) -> list[Sid]:
@@ -162,44 +167,43 @@ class Codebook:
         used = set(taken)
         codes, residual = self.quantise(vectors)
         # Almost every item finds a slot below its own prefix: those orders come from one product.
-        orders = np.argsort(_distances(residual, self._wide[-1]), axis=1, kind="stable")
-        given: list[Sid] = []
+        orders = np.argsort(_distances(residual, self._centroids64[-1]), axis=1, kind="stable")
+        assigned: list[Sid] = []
         for row, (greedy, order) in enumerate(zip(codes.tolist(), orders.tolist(), strict=True)):
             prefix = tuple(greedy[:-1])
-            near = ((*prefix, code) for code in order)
-            sid = next((slot for slot in near if slot not in used), None)
+            siblings = ((*prefix, code) for code in order)
+            sid = next((slot for slot in siblings if slot not in used), None)
             if sid is None:
-                every = self.candidates(np.asarray(vectors)[row])
-                sid = next((slot for slot in every if slot not in used), None)
+                slots = self.candidates(np.asarray(vectors)[row])
+                sid = next((slot for slot in slots if slot not in used), None)
             if sid is None:
                 raise SidstreamError(
                     f"all {int(np.prod(self.sizes))} SIDs of codebook {self.id} are taken; fit a larger one"
                 )
             used.add(sid)
-            given.append(sid)
-        return given
+            assigned.append(sid)
+        return assigned
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal codebooks give equal bytes."""
         # One metadata entry: safetensors writes several in no fixed order, and bundles hash this file.
-        named: dict[str, object] = {"format": self.format, "id": self.id, "embedder": self.embedder}
+        header: dict[str, object] = {"format": self.format, "id": self.id, "embedder": self.embedder}
         if self.format > 1:
-            named |= {"scaled": self.scaled, "collaborative": self.collaborative}
-        about = json.dumps(named)
+            header |= {"scaled": self.scaled, "collaborative": self.collaborative_dims}
         tensors = {f"level_{level}": np.ascontiguousarray(c) for level, c in enumerate(self.centroids)}
         for number, (weight, bias) in enumerate(self.encoder):
             tensors |= {f"weight_{number}": np.ascontiguousarray(weight), f"bias_{number}": bias}
-        save_file(tensors, str(path), metadata={"codebook": about})
+        save_file(tensors, str(path), metadata={"codebook": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> Codebook:
         """Read what `save` wrote. Raises SidstreamError where the file is no codebook or was changed."""
         try:
             with safe_open(str(path), framework="numpy") as file:
-                about = json.loads((file.metadata() or {})["codebook"])
-                if about["format"] not in FORMATS:
+                header = json.loads((file.metadata() or {})["codebook"])
+                if header["format"] not in FORMATS:
                     raise SidstreamError(
-                        f"{path} has codebook format {about['format']}; this version reads {max(FORMATS)}: "
+                        f"{path} has codebook format {header['format']}; this version reads {max(FORMATS)}: "
                         "update sidstream"
                     )
                 names = set(file.keys())
@@ -208,20 +212,20 @@ class Codebook:
                     (file.get_tensor(f"weight_{n}"), file.get_tensor(f"bias_{n}"))
                     for n in range((len(names) - len(levels)) // 2)
                 ]
-            made = cls(
-                about["embedder"], tuple(levels), tuple(layers), about.get("scaled", True),
-                about.get("collaborative", 0),
+            codebook = cls(
+                header["embedder"], tuple(levels), tuple(layers), header.get("scaled", True),
+                header.get("collaborative", 0),
             )  # fmt: skip
-            wanted = about["id"]
+            expected_id = header["id"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SidstreamError(
                 f"{path} is no codebook ({error}); fetch it from the registry again"
             ) from error
-        if made.id != wanted:
+        if codebook.id != expected_id:
             raise SidstreamError(
-                f"{path} was changed: its content is {made.id}, its name {wanted}; fetch it again"
+                f"{path} was changed: its content is {codebook.id}, its name {expected_id}; fetch it again"
             )
-        return made
+        return codebook
 
 
 def unit(rows: Float64) -> Float64:
@@ -233,5 +237,5 @@ def unit(rows: Float64) -> Float64:
 
 def _distances(rows: Float64, centroids: Float64) -> Float64:
     """Squared distances (N, K), less the rows' own lengths, which do not change an order."""
-    made: Float64 = (centroids**2).sum(axis=1) - 2.0 * (rows @ centroids.T)
-    return made
+    distances: Float64 = (centroids**2).sum(axis=1) - 2.0 * (rows @ centroids.T)
+    return distances

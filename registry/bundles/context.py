@@ -1,7 +1,7 @@
-"""What a request says beside its history: the scene of the page, and attributes of the user's profile.
+"""The context of a request, beside the history: the scene of the page, and attributes of the user's profile.
 
-A context is a vocabulary of them: the values of each field that a generator has learned, and the token of
-each. It is kept in the bundle (`context.json`). A value that it does not have contributes nothing.
+A `Context` is a vocabulary: the values of each field that a generator has learned, and the token of each
+value. The bundle keeps it in `context.json`. A value without a token contributes nothing to an answer.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def context_fields(scene: str | None, attributes: Attributes | None) -> dict[str, str]:
-    """What a request or an event says, by field: `scene` and `profile.<attribute>`."""
-    said = {} if scene is None else {SCENE: scene}
-    return said | {PROFILE + name: value for name, value in (attributes or {}).items()}
+    """The context of a request or an event, value by field: `scene` and `profile.<attribute>`."""
+    fields = {} if scene is None else {SCENE: scene}
+    return fields | {PROFILE + name: value for name, value in (attributes or {}).items()}
 
 
 @dataclass(frozen=True)
 class Context:
-    """The known values of each field, C fields in all; `first` is the token id of the first value.
+    """The values of each of C fields that have a token; `first` is the token id of the first value.
 
-    Token ids run on over the fields, in their order. Without fields nothing is known.
+    Token ids run on over the fields, in their order. Without fields there is no token.
     """
 
     first: int = 0
@@ -55,34 +55,34 @@ class Context:
 
     @cached_property
     def _tokens(self) -> dict[tuple[str, str], int]:
-        every = [(name, value) for name, values in self.fields.items() for value in values]
-        return {pair: self.first + at for at, pair in enumerate(every)}
+        pairs = [(name, value) for name, values in self.fields.items() for value in values]
+        return {pair: self.first + at for at, pair in enumerate(pairs)}
 
-    def known(self, said: Mapping[str, str]) -> dict[str, str]:
-        """The part of what was said that has a token."""
-        return {name: value for name, value in said.items() if (name, value) in self._tokens}
+    def known_fields(self, fields: Mapping[str, str]) -> dict[str, str]:
+        """The fields of a request whose value has a token."""
+        return {name: value for name, value in fields.items() if (name, value) in self._tokens}
 
-    def row(self, said: Mapping[str, str]) -> list[int]:
-        """(C,) token ids, one a field; 0 where nothing was said, or nothing that is known."""
-        return [self._tokens.get((name, said.get(name, "")), 0) for name in self.fields]
+    def row(self, fields: Mapping[str, str]) -> list[int]:
+        """(C,) token ids, one a field; 0 where the request has no value, or a value without a token."""
+        return [self._tokens.get((name, fields.get(name, "")), 0) for name in self.fields]
 
     def rows(
         self, scenes: Sequence[str | None], users: Sequence[str], profiles: Mapping[str, Attributes]
     ) -> npt.NDArray[np.int32]:
         """`row` of N events, each of a scene and a user: (N, C)."""
-        made: dict[tuple[str | None, str], list[int]] = {}
-        found = np.zeros((len(users), len(self.fields)), dtype=np.int32)
+        rows: dict[tuple[str | None, str], list[int]] = {}
+        tokens = np.zeros((len(users), len(self.fields)), dtype=np.int32)
         if self.fields:
             for at, key in enumerate(zip(scenes, users, strict=True)):
-                row = made.get(key)
+                row = rows.get(key)
                 if row is None:
-                    row = made[key] = self.row(context_fields(key[0], profiles.get(key[1])))
-                found[at] = row
-        return found
+                    row = rows[key] = self.row(context_fields(key[0], profiles.get(key[1])))
+                tokens[at] = row
+        return tokens
 
 
 def count_values(scenes: Mapping[str, int], profiles: Iterable[Attributes]) -> dict[str, Counter[str]]:
-    """How often each value of each field is there: scenes by events, attributes by users."""
+    """How often each value of each field occurs: scenes are counted by events, attributes by users."""
     counts = {SCENE: Counter(scenes)}
     for attributes in profiles:
         for name, value in attributes.items():
@@ -91,35 +91,35 @@ def count_values(scenes: Mapping[str, int], profiles: Iterable[Attributes]) -> d
 
 
 def vocabulary(counts: Counts, first: int, min_count: int, max_values: int, max_fields: int) -> Context:
-    """The most frequent `max_values` values of a field, of the `max_fields` fields whose values have most.
+    """The `max_values` most frequent values of each field, for the `max_fields` fields with most occurrences.
 
-    A value has `min_count` or more; a field has a value. Ties in the order of their names. Tokens from
-    `first` on.
+    A value needs `min_count` occurrences, and a field needs one such value. Ties are in the order of names.
+    Token ids count from `first`.
     """
-    kept: dict[str, dict[str, int]] = {}
+    frequent: dict[str, dict[str, int]] = {}
     for name, values in counts.items():
         enough = [(value, count) for value, count in values.items() if count >= min_count]
         best = dict(sorted(enough, key=lambda pair: (-pair[1], pair[0]))[:max_values])
         if best:
-            kept[name] = best
-    order = sorted(kept, key=lambda name: (-sum(kept[name].values()), name))
-    return Context(first, {name: list(kept[name]) for name in order[:max_fields]})
+            frequent[name] = best
+    order = sorted(frequent, key=lambda name: (-sum(frequent[name].values()), name))
+    return Context(first, {name: list(frequent[name]) for name in order[:max_fields]})
 
 
 def write(context: Context, folder: Path) -> None:
-    """Put the context into a bundle's folder; one without fields is no file."""
+    """Write the context into a bundle's folder. A context without fields writes no file."""
     if context.fields:
-        made = msgspec.json.encode(
+        text = msgspec.json.encode(
             {
                 "first": context.first,
                 "fields": {name: list(values) for name, values in context.fields.items()},
             }
         )
-        (folder / CONTEXT).write_bytes(msgspec.json.format(made, indent=1) + b"\n")
+        (folder / CONTEXT).write_bytes(msgspec.json.format(text, indent=1) + b"\n")
 
 
 def read(folder: Path) -> Context:
-    """The context of a bundle; one without the file has none. Raises SidstreamError."""
+    """Read the context of a bundle; empty without the file. Raises SidstreamError for a damaged file."""
     path = folder / CONTEXT
     if not path.exists():
         return Context()

@@ -20,7 +20,7 @@ from streams.events import CatalogItem
 
 
 class Embedder(Protocol):
-    """What turns texts into vectors. A codebook names the `id` of the one that it was fitted with."""
+    """Turns texts into vectors. A codebook names the `id` of the embedder that it was fitted with."""
 
     @property
     def id(self) -> str:
@@ -45,7 +45,7 @@ class WordLlamaEmbedder:
     @cached_property
     def id(self) -> str:
         """Names the weights by their content."""
-        weights = _wheel() / "weights" / "l2_supercat_256.safetensors"
+        weights = _wordllama_folder() / "weights" / "l2_supercat_256.safetensors"
         return f"wordllama-l2_supercat-256-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
 
     @cached_property
@@ -57,8 +57,8 @@ class WordLlamaEmbedder:
         # Its import turns the whole process's logging on.
         root.handlers[:] = handlers
         root.setLevel(level)
-        # With the wheel as cache folder the tokenizer is found there; without it a download is tried.
-        return WordLlama.load(cache_dir=_wheel(), dim=self.dim, disable_download=True)
+        # The package holds the tokenizer too: as cache folder it saves a download.
+        return WordLlama.load(cache_dir=_wordllama_folder(), dim=self.dim, disable_download=True)
 
     def embed(self, texts: list[str]) -> npt.NDArray[np.float32]:
         """Unit rows, float32 (N, 256). A text without a known token gets the first axis."""
@@ -66,12 +66,12 @@ class WordLlamaEmbedder:
             return np.zeros((0, self.dim), dtype=np.float32)
         rows = np.asarray(self._model.embed(texts, norm=False), dtype=np.float32)
         length = np.linalg.norm(rows, axis=1, keepdims=True)
-        made = (rows / np.where(length > 0, length, 1.0)).astype(np.float32)
-        made[length[:, 0] == 0, 0] = 1.0
-        return made
+        vectors = (rows / np.where(length > 0, length, 1.0)).astype(np.float32)
+        vectors[length[:, 0] == 0, 0] = 1.0
+        return vectors
 
 
-def _wheel() -> Path:
+def _wordllama_folder() -> Path:
     spec = importlib.util.find_spec("wordllama")
     if spec is None or spec.origin is None:
         raise SidstreamError("wordllama is not installed: pip install sidstream")
@@ -79,29 +79,29 @@ def _wheel() -> Path:
 
 
 def load_embedder(codebook: Codebook, encoder: Callable[[str], Path]) -> Embedder:
-    """The embedder that a codebook was fitted with, loaded; `encoder` fetches a codebook's encoder by its id.
+    """Load the embedder that a codebook was fitted with; `encoder` fetches a codebook's encoder by its id.
 
-    Raises SidstreamError where this version has another one, or what was fetched cannot be used.
+    Raises SidstreamError where this version has another embedder, or the fetched encoder is damaged.
     """
-    found: Embedder
+    embedder: Embedder
     if codebook.embedder.startswith(ID_PREFIX):
-        found = SentenceEmbedder(encoder(codebook.id))
+        embedder = SentenceEmbedder(encoder(codebook.id))
     else:
-        found = WordLlamaEmbedder()
-    if found.id != codebook.embedder:
+        embedder = WordLlamaEmbedder()
+    if embedder.id != codebook.embedder:
         raise SidstreamError(
             f"codebook {codebook.id} was fitted with embedder {codebook.embedder}, this version has "
-            f"{found.id}: fit it again with `sidstream codebook fit --replace`"
+            f"{embedder.id}: fit it again with `sidstream codebook fit --replace`"
         )
-    # What cannot be loaded shows now, and not with a batch of items in hand.
-    found.embed(["item"])
-    return found
+    # An embedder that cannot be loaded fails here, before a batch of items is read.
+    embedder.embed(["item"])
+    return embedder
 
 
 def title_vectors(titles: Sequence[str]) -> npt.NDArray[np.float32]:
-    """What the generator sees of titles: unit rows, float32 (N, 256), the same in the trainer and in serving.
+    """The generator's input for titles: unit rows, float32 (N, 256), the same in the trainer and in serving.
 
-    Always of WordLlama, whatever the codebook was fitted with: serving has no other embedder.
+    Always WordLlama's vectors, whatever the codebook was fitted with: serving has no other embedder.
     """
     return _word_llama().embed([title.lower() for title in titles])
 

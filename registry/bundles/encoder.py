@@ -27,13 +27,15 @@ class SentenceEmbedder:
     """The encoder in a folder that `write_description` completed."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what the folder says of itself. Raises SidstreamError for another or a changed folder."""
+        """Read the folder's description. Raises SidstreamError for another or a changed folder."""
         self.folder = folder
         try:
-            about = json.loads((folder / DESCRIPTION).read_text())
-            self.id, self.dim, self._longest = str(about["id"]), int(about["dim"]), int(about["max_tokens"])
+            description = json.loads((folder / DESCRIPTION).read_text())
+            self.id, self.dim, self._max_tokens = (
+                str(description["id"]), int(description["dim"]), int(description["max_tokens"]),
+            )  # fmt: skip
             digests = {name: _digest(folder / name) for name in (GRAPH, TOKENIZER)}
-            changed = digests != about["sha256"]
+            changed = digests != description["sha256"]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise SidstreamError(f"{folder} holds no sentence encoder ({error}); fetch it again") from error
         if changed:
@@ -45,7 +47,7 @@ class SentenceEmbedder:
 
         tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER))
         tokenizer.no_padding()
-        tokenizer.enable_truncation(self._longest)
+        tokenizer.enable_truncation(self._max_tokens)
         return tokenizer
 
     @cached_property
@@ -61,31 +63,31 @@ class SentenceEmbedder:
 
     def embed(self, texts: list[str]) -> npt.NDArray[np.float32]:
         """Unit rows, float32 (N, dim), in the order of `texts`."""
-        made = np.zeros((len(texts), self.dim), dtype=np.float32)
-        spelled = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
+        token_ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         by_length: dict[int, list[int]] = {}
-        for row, ids in enumerate(spelled):
+        for row, ids in enumerate(token_ids):
             by_length.setdefault(len(ids), []).append(row)
         # Texts of one length at a time: without padding, a vector does not depend on the text's neighbours.
         for length, rows in by_length.items():
             step = max(1, _TOKENS // max(length, 1))
             for begin in range(0, len(rows), step):
                 part = rows[begin : begin + step]
-                ids = np.array([spelled[row] for row in part], dtype=np.int64)
-                (made[part],) = self._session.run(
+                ids = np.array([token_ids[row] for row in part], dtype=np.int64)
+                (vectors[part],) = self._session.run(
                     ["embedding"], {"input_ids": ids, "attention_mask": np.ones_like(ids)}
                 )
-        norms = np.linalg.norm(made, axis=1, keepdims=True)
-        return (made / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return (vectors / np.where(norms > 0, norms, 1.0)).astype(np.float32)
 
 
 def write_description(folder: Path, id: str, dim: int, max_tokens: int) -> None:
-    """Complete a folder that holds the graph and the tokenizer with what says so and their digests."""
-    about = {
+    """Write the description of the graph and the tokenizer in `folder`: id, sizes and digests."""
+    description = {
         "id": id, "dim": dim, "max_tokens": max_tokens,
         "sha256": {name: _digest(folder / name) for name in (GRAPH, TOKENIZER)},
     }  # fmt: skip
-    (folder / DESCRIPTION).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
 
 
 def _digest(path: Path) -> str:

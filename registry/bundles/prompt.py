@@ -71,13 +71,13 @@ class Prompt:
 
     def parse(self, text: str) -> Sid:
         """The SID written in `text`. Raises SidstreamError for any other text."""
-        form = "".join(rf"<{letter}_(0|[1-9]\d*)>" for letter in LEVELS[: len(self.sizes)])
-        found = re.fullmatch(form, text, re.ASCII)
-        if found is None:
+        pattern = "".join(rf"<{letter}_(0|[1-9]\d*)>" for letter in LEVELS[: len(self.sizes)])
+        match = re.fullmatch(pattern, text, re.ASCII)
+        if match is None:
             raise SidstreamError(
                 f"{text[:80]!r} is no SID of {len(self.sizes)} levels; write it as <a_12><b_7>..."
             )
-        sid = tuple(int(code) for code in found.groups())
+        sid = tuple(int(code) for code in match.groups())
         self._check(sid)
         return sid
 

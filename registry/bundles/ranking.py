@@ -1,7 +1,7 @@
-"""How a bundle's two scores become one order, and which past items it may show again.
+"""How the two scores of a bundle become one ranking, and which items of the history it may show again.
 
-Both are fitted on held-out events when the bundle is made, and kept in it: a weight that fits one model does
-not fit another.
+Both are fitted on held-out events when the bundle is made. The bundle keeps them, since the weight that fits
+one model does not fit another.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy.typing as npt
 from streams.errors import SidstreamError
 
 RANKING = "ranking.json"
-# always: any item may come again. never: none of the history. bought: none that was bought. within: none that
-# was touched in the last `within_s` seconds.
+# Items of the history that are left out. always: none. never: all. bought: those that were bought. within:
+# those with an interaction in the last `within_s` seconds.
 RepeatPolicy = Literal["always", "never", "bought", "within"]
 
 
 class RepeatRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which items of a user's past may be shown again."""
+    """Which items of a user's history may be shown again."""
 
     repeats: RepeatPolicy = "always"
     within_s: int = 0
@@ -30,10 +30,6 @@ class RepeatRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         if self.within_s < 0 or (self.repeats == "within") != (self.within_s > 0):
             raise ValueError(f"within_s is {self.within_s} for the rule {self.repeats}")
-
-    def told(self) -> str:
-        """For people, as in `past items: always`."""
-        return f"within {self.within_s} s" if self.repeats == "within" else self.repeats
 
 
 class Ranking(RepeatRule, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,12 +44,12 @@ class Ranking(RepeatRule, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def write(ranking: Ranking, folder: Path) -> None:
-    """Put the ranking into a bundle's folder."""
+    """Write the ranking into a bundle's folder."""
     (folder / RANKING).write_bytes(msgspec.json.format(msgspec.json.encode(ranking), indent=1) + b"\n")
 
 
 def read(folder: Path) -> Ranking:
-    """The ranking of a bundle; one without the file ranks by its SIDs alone. Raises SidstreamError."""
+    """Read the ranking of a bundle; without the file it ranks by SIDs alone. Raises SidstreamError."""
     path = folder / RANKING
     if not path.exists():
         return Ranking()
@@ -66,11 +62,14 @@ def read(folder: Path) -> Ranking:
 def excluded_by_repeats(
     rule: RepeatRule, bought: npt.ArrayLike, ages_s: npt.ArrayLike
 ) -> npt.NDArray[np.bool_]:
-    """Which past items may not be shown again: `bought` and `ages_s` (...), seconds -> (...) bool."""
-    was, ages = np.asarray(bought, dtype=bool), np.asarray(ages_s)
+    """Which items of a history may not be shown again.
+
+    `bought` (...) and `ages_s` (...), seconds since the interaction -> bool (...).
+    """
+    was_bought, ages = np.asarray(bought, dtype=bool), np.asarray(ages_s)
     if rule.repeats == "bought":
-        return was.copy()
+        return was_bought.copy()
     if rule.repeats == "within":
-        within: npt.NDArray[np.bool_] = ages < rule.within_s
-        return within
-    return np.full(was.shape, rule.repeats == "never")
+        recent: npt.NDArray[np.bool_] = ages < rule.within_s
+        return recent
+    return np.full(was_bought.shape, rule.repeats == "never")

@@ -1,9 +1,9 @@
-"""What a request may ask of its items beside relevance: a click, a purchase, a price, a commission.
+"""Rewards that a request may ask for, beside relevance: a click, a purchase, a price, a commission.
 
-Rewards-in-Context (Yang et al., ICML 2024, arXiv 2402.10207): a model learns each event under the rewards
-that it brought, and is later asked under the rewards that are wanted. They are fields of the context
+Rewards-in-Context (Yang et al., ICML 2024, arXiv 2402.10207): a model learns each event together with the
+rewards that the event brought. A request then names the rewards that it wants. They are fields of the context
 (registry.bundles.context), `reward.<name>`: `0` or `1` for a click and a purchase, the number of a quantile
-bin for a price and a commission. A field that is not said means any. The bins are frozen in the bundle
+bin for a price and a commission. A field without a value means any reward. The bundle keeps the bins
 (`rewards.json`).
 """
 
@@ -27,14 +27,14 @@ from streams.events import Reward
 REWARDS = "rewards.json"
 FIELD_PREFIX = "reward."
 CLICK, PURCHASE, PRICE, COMMISSION = REWARD_NAMES = get_args(Reward)
-# Of the converting interactions: what the highest weight asks for, and what the smallest one does.
-_HIGH, _LOW = 0.9, 0.5
-# A model has hardly seen a value that is rarer than this: it is not asked for it.
-_LEAST = 0.01
+# Quantiles over the converting interactions: the value of the highest weight, and of the smallest one.
+_HIGH_QUANTILE, _LOW_QUANTILE = 0.9, 0.5
+# A value with a smaller share has too few examples in training, so that no request may name it.
+_MIN_SHARE = 0.01
 
 
 class HasPrice(Protocol):
-    """What bins are made of: events.CatalogItem, or `Offer`."""
+    """An item with a price, from which bins are made: events.CatalogItem, or `Offer`."""
 
     @property
     def category(self) -> str: ...
@@ -47,7 +47,7 @@ class HasPrice(Protocol):
 
 
 class Offer(NamedTuple):
-    """The part of an item that its bins are made of."""
+    """The fields of an item that decide its bins."""
 
     category: str = ""
     price: float | None = None
@@ -80,20 +80,20 @@ def quantile_edges(name: str, items: Iterable[HasPrice], bins: int, min_items: i
             values.setdefault("", []).append(value)
             if item.category:
                 values.setdefault(item.category, []).append(value)
-    at = np.arange(1, bins) / bins
+    quantiles = np.arange(1, bins) / bins
     return {
-        category: np.quantile(some, at).tolist()
-        for category, some in values.items()
-        if not category or len(some) >= min_items
+        category: np.quantile(of_category, quantiles).tolist()
+        for category, of_category in values.items()
+        if not category or len(of_category) >= min_items
     }
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """The frozen bins of a bundle, and how often each value was obtained.
+    """The bins of a bundle, and how often each value occurred.
 
-    `edges`: of a field's bins, by category, "" for all others. `mass`: share of each value of a field among
-    the interactions that converted; the fields that it has are those that a request can ask for.
+    `edges`: the edges between a field's bins, by category; "" for all other categories. `mass`: the share of
+    each value of a field among the converting interactions. A request can ask for the fields in `mass`.
     """
 
     edges: Mapping[str, Mapping[str, Sequence[float]]]
@@ -101,47 +101,47 @@ class Rewards:
 
     @property
     def fields(self) -> dict[str, list[str]]:
-        """The values of every field that a model has tokens for.
+        """The values of each field that have a token in a model.
 
-        A click and a purchase have them before there is anything to tell: a log of purchases alone says
-        nothing of either, and a model that was made from it may learn them from a later one.
+        A click and a purchase always have tokens. A log of purchases alone gives neither of them a meaning,
+        but a model that starts from it may learn them from a later log.
         """
         binary = {CLICK: ["0", "1"], PURCHASE: ["0", "1"]}
-        known = binary | {name: list(values) for name, values in self.mass.items()}
-        return {name: known[name] for name in REWARD_NAMES if name in known}
+        values_of = binary | {name: list(values) for name, values in self.mass.items()}
+        return {name: values_of[name] for name in REWARD_NAMES if name in values_of}
 
     def bin_of(self, name: str, item: HasPrice) -> int | None:
-        """The bin of an item's price or commission, from 0, among its category's; None: it has none."""
+        """The bin (from 0) of an item's price or commission in its category; None for an item without it."""
         value = log_value(name, item)
         if value is None or name not in self.edges:
             return None
         edges = self.edges[name]
         return bisect_right(edges.get(item.category, edges[""]), value)
 
-    def wanted(self, weights: Mapping[Reward, float]) -> dict[str, int]:
-        """The value of each field that preferences ask for: RiC's l-infinity mapping (section 3.3 there).
+    def requested_rewards(self, weights: Mapping[Reward, float]) -> dict[str, int]:
+        """The value of each field for a request's weights: RiC's l-infinity mapping (section 3.3 there).
 
-        With w the weights over their sum and n the weights above 0, the highest-weighted field asks for
-        `high`, every other one for `low + min(n * w, 1) * (high - low)`, rounded; a weight of 0 asks for
-        nothing. High is the value that nine of ten conversions do not exceed. Low is their median, where
-        RiC has the worst value: a small wish must not ask for less than none does. A value that few
-        conversions have gives way to the nearest one that enough have. Fields that the bundle does not
-        know are passed over.
+        With w the weights over their sum and n the number of weights above 0, the field of the highest weight
+        gets `high`, every other one `low + min(n * w, 1) * (high - low)`, rounded. A weight of 0 gets no
+        value. High is the value that nine of ten conversions do not exceed. Low is the median of conversions,
+        where RiC has the worst value: a small weight must not lead to less than no weight does. A value with
+        few conversions is replaced by the nearest one of `supported_values`. Fields that the bundle does not
+        have are ignored.
         """
-        asked = {
+        positive = {
             name: weights[name] for name in REWARD_NAMES if weights.get(name, 0) > 0 and self.mass.get(name)
         }
-        # Over the largest first: weights may be as small as numbers are.
-        most = max(asked.values(), default=0.0)
-        scaled = {name: weight / most for name, weight in asked.items()}
+        # Divided by the largest before they are summed: the sum of very small weights could be zero.
+        largest = max(positive.values(), default=0.0)
+        scaled = {name: weight / largest for name, weight in positive.items()}
         total = sum(scaled.values())
-        made = {}
+        rewards = {}
         for name, weight in scaled.items():
-            low, high = self._quantile(name, _LOW), self._quantile(name, _HIGH)
+            low, high = self._quantile(name, _LOW_QUANTILE), self._quantile(name, _HIGH_QUANTILE)
             share = 1.0 if weight == 1 else min(len(scaled) * weight / total, 1.0)
             value = low + share * (high - low)
-            made[name] = min(self.supported(name), key=lambda one: abs(one - value))
-        return made
+            rewards[name] = min(self.supported_values(name), key=lambda supported: abs(supported - value))
+        return rewards
 
     def _quantile(self, name: str, share: float) -> int:
         values = sorted((int(value), mass) for value, mass in self.mass[name].items())
@@ -150,20 +150,20 @@ class Rewards:
                 return value
         return values[-1][0]
 
-    def supported(self, name: str) -> list[int]:
-        """The values of a field that enough conversions have, ascending; one at least."""
+    def supported_values(self, name: str) -> list[int]:
+        """The values of a field with enough conversions, ascending; at least one."""
         mass = self.mass[name]
-        most = max(mass.values())
-        return sorted(int(one) for one, share in mass.items() if share >= min(_LEAST, most))
+        largest = max(mass.values())
+        return sorted(int(value) for value, share in mass.items() if share >= min(_MIN_SHARE, largest))
 
 
-def reward_fields(conditions: Mapping[str, int]) -> dict[str, str]:
-    """Conditions as what a request says: fields of a context."""
-    return {FIELD_PREFIX + name: str(value) for name, value in conditions.items()}
+def reward_fields(rewards: Mapping[str, int]) -> dict[str, str]:
+    """Rewards, value by name, as fields of a context."""
+    return {FIELD_PREFIX + name: str(value) for name, value in rewards.items()}
 
 
 def without_reward_fields(context: Context) -> Context:
-    """The part of a context that requests say without preferences; its tokens stay as they are."""
+    """A context without its reward fields; the tokens of the other fields stay the same."""
     return Context(
         context.first,
         {name: values for name, values in context.fields.items() if not name.startswith(FIELD_PREFIX)},
@@ -171,7 +171,7 @@ def without_reward_fields(context: Context) -> Context:
 
 
 def with_reward_fields(context: Context, rewards: Rewards | None) -> Context:
-    """A context and, behind all that it has, the values of reward fields."""
+    """A context with the values of the reward fields after all of its own."""
     fields = rewards.fields if rewards else {}
     return Context(
         context.first, dict(context.fields) | {FIELD_PREFIX + name: v for name, v in fields.items()}
@@ -179,14 +179,14 @@ def with_reward_fields(context: Context, rewards: Rewards | None) -> Context:
 
 
 def write(rewards: Rewards | None, folder: Path) -> None:
-    """Put the bins into a bundle's folder; None is no file."""
+    """Write the bins into a bundle's folder. None writes no file."""
     if rewards is not None:
-        made = msgspec.json.encode({"edges": rewards.edges, "mass": rewards.mass})
-        (folder / REWARDS).write_bytes(msgspec.json.format(made, indent=1) + b"\n")
+        text = msgspec.json.encode({"edges": rewards.edges, "mass": rewards.mass})
+        (folder / REWARDS).write_bytes(msgspec.json.format(text, indent=1) + b"\n")
 
 
 def read(folder: Path) -> Rewards | None:
-    """The bins of a bundle; None where it has no file of them. Raises SidstreamError."""
+    """Read the bins of a bundle; None without the file. Raises SidstreamError for a damaged file."""
     path = folder / REWARDS
     if not path.exists():
         return None

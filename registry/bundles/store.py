@@ -65,7 +65,7 @@ class Registry:
 
         `encoder`: the folder of its sentence encoder, for those who give new items their SIDs.
         """
-        with tempfile.TemporaryDirectory() as folder, self._mlflow.asking("store the codebook") as client:
+        with tempfile.TemporaryDirectory() as folder, self._mlflow.operation("store the codebook") as client:
             version = self._mlflow.version_with(self.codebooks, "codebook", codebook.id)
             if version is None:
                 codebook.save(Path(folder) / _CODEBOOK)
@@ -86,7 +86,7 @@ class Registry:
             if kept.is_file():
                 with contextlib.suppress(SidstreamError):
                     return Codebook.load(kept)
-        with self._mlflow.asking("find the codebook") as client:
+        with self._mlflow.operation("find the codebook") as client:
             if id is None:
                 found = self._mlflow.by_alias(self.codebooks, CURRENT)
             else:
@@ -99,7 +99,7 @@ class Registry:
         kept = self._codebook_file(wanted)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            with self._mlflow.asking(f"fetch codebook {wanted}") as client:
+            with self._mlflow.operation(f"fetch codebook {wanted}") as client:
                 path = Path(client.download_artifacts(found.run_id, _CODEBOOK, folder))
             codebook = Codebook.load(path)
             if codebook.id != wanted:
@@ -114,7 +114,7 @@ class Registry:
 
         Its content is verified where it is opened. Raises SidstreamError where the registry has none.
         """
-        with self._mlflow.asking(f"find codebook {codebook}") as client:
+        with self._mlflow.operation(f"find codebook {codebook}") as client:
             number = self._mlflow.version_with(self.codebooks, "codebook", codebook)
             found = client.get_model_version(self.codebooks, number) if number else None
         if found is None:
@@ -125,7 +125,7 @@ class Registry:
         if not final.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as folder:
-                with self._mlflow.asking(f"fetch the encoder of codebook {codebook}") as client:
+                with self._mlflow.operation(f"fetch the encoder of codebook {codebook}") as client:
                     path = Path(client.download_artifacts(found.run_id, _ENCODER, folder))
                 # Another process may have been faster; the folder's name says that the content is the same.
                 with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ class Registry:
 
     def current_codebook(self) -> str | None:
         """The id of the current codebook, or None."""
-        with self._mlflow.asking("find the codebook"):
+        with self._mlflow.operation("find the codebook"):
             found = self._mlflow.by_alias(self.codebooks, CURRENT)
         return None if found is None else str(found.tags["codebook"])
 
@@ -151,7 +151,7 @@ class Registry:
         Returns the version. The bundle is verified first.
         """
         manifest = load_bundle(bundle.path).manifest
-        with self._mlflow.asking(f"store bundle {manifest.bundle}") as client:
+        with self._mlflow.operation(f"store bundle {manifest.bundle}") as client:
             known = self._mlflow.version_with(self.name, "bundle", manifest.bundle)
             if known is not None:
                 return known
@@ -188,7 +188,7 @@ class Registry:
                 shutil.rmtree(final, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
-            with self._mlflow.asking(f"fetch bundle {wanted}") as client:
+            with self._mlflow.operation(f"fetch bundle {wanted}") as client:
                 path = Path(client.download_artifacts(found.run_id, _BUNDLE, folder))
             _verified(path, wanted)
             # Another process may have been faster; the folder's name says that the content is the same.
@@ -196,7 +196,7 @@ class Registry:
                 path.rename(final)
         return _verified(final, wanted)
 
-    def tuned_from(self, bundle: Bundle) -> Bundle:
+    def alignment_reference(self, bundle: Bundle) -> Bundle:
         """The fine-tuned bundle that an aligned one was aligned from; any other one is its own.
 
         An aligned bundle whose reference is not registered any more is its own, too.
@@ -204,13 +204,13 @@ class Registry:
         reference = bundle.manifest.lineage.reference
         if reference is None:
             return bundle
-        with self._mlflow.asking(f"find bundle {reference}"):
+        with self._mlflow.operation(f"find bundle {reference}"):
             version = self._mlflow.version_with(self.name, "bundle", reference)
         return bundle if version is None else self.fetch(version)
 
     def versions(self) -> list[Version]:
         """Every model version, newest first."""
-        with self._mlflow.asking("list the models") as client:
+        with self._mlflow.operation("list the models") as client:
             model = self._mlflow.model(self.name)
             if model is None:
                 return []
@@ -232,7 +232,7 @@ class Registry:
 
     def alias(self, name: str) -> str | None:
         """The version that an alias names, or None."""
-        with self._mlflow.asking(f"read alias {name}"):
+        with self._mlflow.operation(f"read alias {name}"):
             found = self._mlflow.by_alias(self.name, name)
         return None if found is None else str(found.version)
 
@@ -242,18 +242,18 @@ class Registry:
 
     def set_alias(self, name: str, version: str) -> None:
         """Point an alias at a version."""
-        with self._mlflow.asking(f"set alias {name}") as client:
+        with self._mlflow.operation(f"set alias {name}") as client:
             client.set_registered_model_alias(self.name, name, version)
 
     def drop_alias(self, name: str) -> None:
         """Remove an alias; one that is not set is no error."""
         if self.alias(name) is not None:
-            with self._mlflow.asking(f"remove alias {name}") as client:
+            with self._mlflow.operation(f"remove alias {name}") as client:
                 client.delete_registered_model_alias(self.name, name)
 
     def tag(self, version: str, key: str, value: str) -> None:
         """Set a tag of a version."""
-        with self._mlflow.asking(f"tag version {version}") as client:
+        with self._mlflow.operation(f"tag version {version}") as client:
             client.set_model_version_tag(self.name, version, key, value)
 
     def tags(self, version: str) -> dict[str, str]:
@@ -266,7 +266,7 @@ class Registry:
         It counts once the version's tag `decision` names it.
         """
         found = self._find(version)
-        with self._mlflow.asking(f"store decision {record['decision']}") as client:
+        with self._mlflow.operation(f"store decision {record['decision']}") as client:
             client.log_dict(found.run_id, dict(record), f"decisions/{record['decision']}.json")
 
     def decision(self, version: str, id: str | None = None) -> dict[str, Any]:
@@ -279,18 +279,18 @@ class Registry:
             raise SidstreamError(f"version {version} has no decision record: no trial of it was ended yet")
         with (
             tempfile.TemporaryDirectory() as folder,
-            self._mlflow.asking(f"read decision {wanted}") as client,
+            self._mlflow.operation(f"read decision {wanted}") as client,
         ):
             path = client.download_artifacts(found.run_id, f"decisions/{wanted}.json", folder)
             made: dict[str, Any] = json.loads(Path(path).read_text())
         return made
 
-    def store_picture(self, version: str, decision: str, picture: bytes) -> None:
+    def store_decision_plot(self, version: str, decision: str, picture: bytes) -> None:
         """Store the picture (PNG) of a decision beside its record."""
         found = self._find(version)
         with (
             tempfile.TemporaryDirectory() as folder,
-            self._mlflow.asking(f"store decision {decision}") as client,
+            self._mlflow.operation(f"store decision {decision}") as client,
         ):
             path = Path(folder) / f"{decision}.png"
             path.write_bytes(picture)
@@ -311,7 +311,7 @@ class Registry:
         ]
         with (
             tempfile.TemporaryDirectory() as folder,
-            self._mlflow.asking(f"store how version {version} was trained") as client,
+            self._mlflow.operation(f"store how version {version} was trained") as client,
         ):
             for low in range(0, len(metrics), _BATCH):
                 client.log_batch(found.run_id, metrics[low : low + _BATCH])
@@ -322,22 +322,22 @@ class Registry:
     def decisions(self, version: str) -> list[dict[str, Any]]:
         """Every decision record that was stored with a version, oldest first."""
         found = self._find(version)
-        with self._mlflow.asking(f"list the decisions of version {version}") as client:
+        with self._mlflow.operation(f"list the decisions of version {version}") as client:
             names = [Path(file.path).name for file in client.list_artifacts(found.run_id, "decisions")]
         records = [self.decision(version, name[:-5]) for name in names if name.endswith(".json")]
         return sorted(records, key=lambda record: int(record["ts"]))
 
-    def journal(self, sentence: str, about: Mapping[str, Any]) -> None:
+    def log_cycle(self, sentence: str, about: Mapping[str, Any]) -> None:
         """Keep what a cycle did that led to no version: a run of its own, with the reason."""
-        with self._mlflow.asking("keep the journal") as client:
+        with self._mlflow.operation("keep the journal") as client:
             run = self._mlflow.new_run(self.name, "cycle")
             client.set_tag(run, _JOURNAL, sentence[:_LONGEST])
             client.log_dict(run, dict(about), "cycle.json")
             client.set_terminated(run)
 
-    def journalled(self) -> list[tuple[int, str]]:
+    def cycle_log(self) -> list[tuple[int, str]]:
         """(time in ms, sentence) of every entry of the journal, oldest first."""
-        with self._mlflow.asking("read the journal") as client:
+        with self._mlflow.operation("read the journal") as client:
             experiment = client.get_experiment_by_name(self.name)
             if experiment is None:
                 return []
@@ -355,17 +355,17 @@ class Registry:
                 if not token:
                     return sorted(found)
 
-    def note(self, key: str, value: str | None) -> None:
+    def set_recommender_tag(self, key: str, value: str | None) -> None:
         """Set a tag of the recommender itself, or remove it (None)."""
-        with self._mlflow.asking(f"note {key}") as client:
+        with self._mlflow.operation(f"note {key}") as client:
             if value is not None:
                 client.set_registered_model_tag(self.name, key, value)
-            elif self.noted(key) is not None:
+            elif self.recommender_tag(key) is not None:
                 client.delete_registered_model_tag(self.name, key)
 
-    def noted(self, key: str) -> str | None:
+    def recommender_tag(self, key: str) -> str | None:
         """A tag of the recommender itself."""
-        with self._mlflow.asking(f"read {key}"):
+        with self._mlflow.operation(f"read {key}"):
             model = self._mlflow.model(self.name)
         value: str | None = None if model is None else model.tags.get(key)
         return value
@@ -374,7 +374,7 @@ class Registry:
         return self.cache / "codebooks" / f"{id}.safetensors"
 
     def _find(self, version_or_alias: str) -> Any:
-        with self._mlflow.asking(f"find {version_or_alias}"):
+        with self._mlflow.operation(f"find {version_or_alias}"):
             if version_or_alias.isdecimal():
                 found = self._mlflow.version(self.name, version_or_alias)
             else:

@@ -38,7 +38,7 @@ class Tracking:
         return MlflowClient(self.uri, self.uri)
 
     @contextlib.contextmanager
-    def asking(self, what: str) -> Iterator[Any]:
+    def operation(self, what: str) -> Iterator[Any]:
         """The client; what MLflow raises meanwhile is a SidstreamError that it could not do `what`."""
         client = self.client
         from mlflow.exceptions import MlflowException

@@ -43,7 +43,7 @@ class ArmOutcomes:
         total: npt.NDArray[np.int64] = self.counts.sum(axis=1, dtype=np.int64)
         return total[total[:, 0] > 0]
 
-    def upto(self, cohort: int) -> ArmOutcomes:
+    def up_to(self, cohort: int) -> ArmOutcomes:
         """The cohorts up to and with that one."""
         count = bisect_right(self.cohorts, cohort)
         return ArmOutcomes(self.cohorts[:count], self.counts[:, :count])
@@ -92,7 +92,7 @@ def read_all_outcomes(redis: Any, trial: str) -> tuple[dict[str, ArmOutcomes], d
     every = _read(redis, trial, _ALL)
     if until is None:
         return {}, every
-    mature = ((arm, seen.upto(until - 1)) for arm, seen in every.items())
+    mature = ((arm, seen.up_to(until - 1)) for arm, seen in every.items())
     return {arm: seen for arm, seen in mature if seen.counts.any()}, every
 
 

@@ -90,7 +90,7 @@ def take_step(
             assert record is not None
             _write(registry, registry.store_decision, version, record)
         step.number = 1 if last is None else last.number + 1
-        _write(registry, registry.note, _STEP, msgspec.json.encode(step).decode())
+        _write(registry, registry.set_recommender_tag, _STEP, msgspec.json.encode(step).decode())
     return _carry_out(registry, client, step, record)
 
 
@@ -175,7 +175,7 @@ def _carry_out(
     registry: Registry, client: Publisher, step: ReleaseStep, record: dict[str, Any] | None
 ) -> Rollout:
     # The report is read before the first write: one that comes later leaves the step unfinished.
-    done = _Done(step, registry.noted(_DISTURBED))
+    done = _Done(step, registry.recommender_tag(_DISTURBED))
     for version in step.recorded:
         assert step.record is not None
         _write(registry, registry.tag, version, "decision", step.record)
@@ -194,7 +194,7 @@ def _carry_out(
     )  # fmt: skip
     _write(registry, client.publish, event)
     # In a place of its own, and whole: a late intent then takes nothing away.
-    _write(registry, registry.note, _DONE, msgspec.json.encode(done).decode())
+    _write(registry, registry.set_recommender_tag, _DONE, msgspec.json.encode(done).decode())
     return event
 
 
@@ -205,13 +205,13 @@ def _write(registry: Registry, write: Callable[..., object], *args: Any) -> None
     try:
         lease.check_lease()
     except SidstreamError:
-        registry.note(_DISTURBED, uuid.uuid4().hex)
+        registry.set_recommender_tag(_DISTURBED, uuid.uuid4().hex)
         raise
 
 
 def _done(registry: Registry, step: ReleaseStep) -> bool:
     done = _read(registry, _DONE, _Done)
-    return done is not None and done.step == step and done.disturbed == registry.noted(_DISTURBED)
+    return done is not None and done.step == step and done.disturbed == registry.recommender_tag(_DISTURBED)
 
 
 def newest_step(registry: Registry) -> ReleaseStep | None:
@@ -224,5 +224,5 @@ def newest_step(registry: Registry) -> ReleaseStep | None:
 
 
 def _read(registry: Registry, key: str, kind: type[T]) -> T | None:
-    value = registry.noted(key)
+    value = registry.recommender_tag(key)
     return None if value is None else msgspec.json.decode(value, type=kind)

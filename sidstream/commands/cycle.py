@@ -114,7 +114,7 @@ def history(
     by_bundle = {row.bundle: row.version for row in versions}
     for entry in entries:
         entry["parent"] = by_bundle.get(entry["parent"])
-    entries += [{"ts": ts, "version": None, "sentence": sentence} for ts, sentence in registry.journalled()]
+    entries += [{"ts": ts, "version": None, "sentence": sentence} for ts, sentence in registry.cycle_log()]
     entries = sorted(entries, key=lambda entry: -entry["ts"])[:limit]
     doubt = release.unfinished(registry) or release.disagreement(
         registry, current_rollout(settings.kafka, settings.registry.name)

@@ -136,7 +136,7 @@ def plan(
     """
     import math
 
-    from registry.experiment import plan as planner
+    from registry.experiment import sample_size
     from sidstream.settings import read
 
     settings = read()
@@ -154,13 +154,13 @@ def plan(
         raise SidstreamError(f"share is {share}: it must be above 0, 1 at most")
     if users_per_day is not None and users_per_day <= 0:
         raise SidstreamError(f"users-per-day is {users_per_day}: it must be above 0")
-    expected = planner.ExpectedRates(cvr, lift, ctr, impressions_per_user, design_effect)
+    expected = sample_size.ExpectedRates(cvr, lift, ctr, impressions_per_user, design_effect)
     modes: dict[str, dict[str, Any]] = {}
     for name in ("sequential", "fixed"):
-        users = planner.users_needed(expected, settings.gate, name, power)
+        users = sample_size.users_needed(expected, settings.gate, name, power)
         days = math.ceil(users / (users_per_day * share)) if users_per_day else None
         modes[name] = {"users_per_arm": users, "days": days}
-    points = planner.power_curve(modes[mode]["users_per_arm"], expected, settings.gate, mode)
+    points = sample_size.power_curve(modes[mode]["users_per_arm"], expected, settings.gate, mode)
     result = {
         "expected": vars(expected),
         "power": power,
@@ -175,7 +175,7 @@ def plan(
     for name, figures in modes.items():
         when = "" if figures["days"] is None else f", {figures['days']:,} days at {share:.0%} of the users"
         lines.append(f"  {name:<10}  {figures['users_per_arm']:>12,} users an arm{when}")
-    lines += ["", f"power by users an arm (mode {mode}, one look):", planner.power_curve_text(points)]
+    lines += ["", f"power by users an arm (mode {mode}, one look):", sample_size.power_curve_text(points)]
     emit(result, as_json, "\n".join(lines))
 
 

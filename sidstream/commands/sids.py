@@ -103,7 +103,7 @@ def _current(settings: Settings) -> Report:
     names = sorted(sids)
     vectors = None
     # The collaborative part of what it was fitted to is not kept: without it the nearest codes are others.
-    if not codebook.collaborative:
+    if not codebook.collaborative_dims:
         embedder = load_embedder(codebook, registry.encoder)
         cached = CachedEmbedder(embedder, registry.cache / "embeddings")
         vectors = cached.embed([item_text(catalogue[name]) for name in names])
@@ -125,8 +125,8 @@ def _of_file(settings: Settings, path: Path | None, catalogue: Path) -> Report:
         return _fitted(settings, items, ())
     codebook = Codebook.load(path)
     embedder = open_embedder(settings.codebook.embedder, settings.registry.cache_folder)
-    if embedder.id != codebook.embedder or codebook.collaborative:
-        part = " and what users touched" if codebook.collaborative else ""
+    if embedder.id != codebook.embedder or codebook.collaborative_dims:
+        part = " and what users touched" if codebook.collaborative_dims else ""
         raise SidstreamError(
             f"codebook {codebook.id} was fitted to {codebook.embedder}{part}, and {catalogue} is embedded "
             f"with {embedder.id}: set SIDSTREAM_CODEBOOK__EMBEDDER, or leave --codebook out to fit one"

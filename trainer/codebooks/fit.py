@@ -110,7 +110,7 @@ def fit_vectors(
         codes = np.array([sid or (-1,) * settings.levels for sid in sids], dtype=np.int64)
     if settings.method == "kmeans":
         levels, residual, prefixes = residual_kmeans(vectors, sizes[:-1], seed, old=codes, progress=progress)
-        made = Codebook(embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative=collaborative)
+        made = Codebook(embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative_dims=collaborative)
     else:
         made = _rqvae(vectors, embedder, sizes, seed, collaborative, old, codes)
         quantised, residual = made.quantise(vectors)
@@ -140,12 +140,14 @@ def _rqvae(
     collaborative vectors turn from fit to fit: an encoder of the old ones means nothing for the new.
     """
     stays = old and old.encoder and old.embedder == embedder
-    if old and codes is not None and stays and not collaborative and not old.collaborative:
+    if old and codes is not None and stays and not collaborative and not old.collaborative_dims:
         return Codebook(embedder, _updated(old, vectors, sizes, seed, codes), old.encoder, scaled=False)
     from trainer.codebooks.rqvae import fit_rqvae
 
     fitted = fit_rqvae(vectors, sizes, seed, optional=collaborative, old=codes)
-    return Codebook(embedder, fitted.centroids, fitted.encoder, scaled=False, collaborative=collaborative)
+    return Codebook(
+        embedder, fitted.centroids, fitted.encoder, scaled=False, collaborative_dims=collaborative
+    )
 
 
 def _updated(

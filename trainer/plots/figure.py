@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from registry.arms import ANCHOR
 from registry.bundles.store import Registry
-from registry.experiment.looks import interim_analyses
+from registry.experiment.interim_analyses import interim_analyses
 from registry.experiment.outcomes import ArmOutcomes
 from registry.settings import GateSettings
 from streams.errors import SidstreamError
@@ -45,7 +45,7 @@ def save_picture(
     drawn = picture(record, interim_analyses(seen, settings, record["mode"]))
     for name, arm in record["arms"].items():
         if name != ANCHOR:
-            registry.store_picture(arm["version"], record["decision"], drawn)
+            registry.store_decision_plot(arm["version"], record["decision"], drawn)
     return f"decisions/{record['decision']}.png"
 
 

@@ -94,11 +94,11 @@ def wishes(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
     free = [name for name in fields if name != CLICK] or fields
     made = np.full((count, len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
     for name in fields:
-        made[:, REWARD_NAMES.index(name)] = rewards.wanted({name: 1.0})[name]
+        made[:, REWARD_NAMES.index(name)] = rewards.requested_rewards({name: 1.0})[name]
     which = rng.integers(0, len(free), count)
     for at, name in enumerate(free):
         mine = np.flatnonzero(which == at)
-        made[mine, REWARD_NAMES.index(name)] = rng.choice(rewards.supported(name), len(mine))
+        made[mine, REWARD_NAMES.index(name)] = rng.choice(rewards.supported_values(name), len(mine))
     return made
 
 

@@ -116,9 +116,9 @@ def test_the_sums_of_a_trial_become_arrays_by_arm_and_mature_cohort(store, redis
         assert seen.counts.tolist() == expected
         shown = [np.sum(row, axis=0).tolist() for row in expected if np.sum(row, axis=0)[0]]
         assert seen.total().tolist() == shown
-        early = seen.upto(1)
+        early = seen.up_to(1)
         assert (early.cohorts, early.counts.tolist()) == ((0, 1), [row[:2] for row in expected])
-        assert seen.upto(-1).total().shape == (0, 3)
+        assert seen.up_to(-1).total().shape == (0, 3)
     assert len(found["champion"].total()) == 1250
     assert read_outcomes(store, "tr-none") == {}
 

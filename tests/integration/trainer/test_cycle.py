@@ -189,8 +189,8 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     fourth = world.cycle()
     assert fourth.versions.keys() == {"sft", "dpo"}
     assert world.registry.fetch(fourth.versions["sft"]).manifest.lineage.parent == sft.id
-    assert world.registry.tuned_from(world.registry.fetch("champion")).id == sft.id
-    assert world.registry.tuned_from(sft).id == sft.id
+    assert world.registry.alignment_reference(world.registry.fetch("champion")).id == sft.id
+    assert world.registry.alignment_reference(sft).id == sft.id
 
 
 def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
@@ -283,7 +283,7 @@ def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_fro
     told = read_rewards(world.registry.fetch("challenger-sft").path)
     assert told is not None
     assert set(told.mass) == {"click", "purchase", "price"}
-    assert told.wanted({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
+    assert told.requested_rewards({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
     assert read_context(world.registry.fetch("challenger-sft").path) == read_context(champion.path)
     assert first.rewards is not None
     assert second.rewards is not None

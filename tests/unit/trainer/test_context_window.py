@@ -109,7 +109,7 @@ def read(
         codebook=lambda: SimpleNamespace(id=BOOK, sizes=SIZES),
         alias=lambda _: None if parent is None else "1",
         fetch=lambda _: parent,
-        tuned_from=lambda bundle: bundle,
+        alignment_reference=lambda bundle: bundle,
     )
     chosen = TrainerSettings.model_validate(
         {

@@ -19,7 +19,7 @@ def with_encoder(seed=0, collaborative=0):
         (random.normal(size=(a, b)).astype(np.float32), random.normal(size=b).astype(np.float32))
         for a, b in ((8, 7), (7, 6))
     )
-    return Codebook("test", made().centroids, layers, scaled=False, collaborative=collaborative)
+    return Codebook("test", made().centroids, layers, scaled=False, collaborative_dims=collaborative)
 
 
 def made(sizes=(4, 3, 5), dim=6, seed=0):
@@ -162,7 +162,7 @@ def test_what_is_new_in_a_codebook_survives_its_file_and_counts_in_its_id(tmp_pa
     codebook = with_encoder(collaborative=2)
     codebook.save(tmp_path / "a")
     back = Codebook.load(tmp_path / "a")
-    assert (back.id, back.scaled, back.collaborative) == (codebook.id, False, 2)
+    assert (back.id, back.scaled, back.collaborative_dims) == (codebook.id, False, 2)
     assert back.assign(rows(9, 8)) == codebook.assign(rows(9, 8))
     others = [
         Codebook("test", codebook.centroids, codebook.encoder, True, 2),
@@ -198,7 +198,7 @@ def test_an_encoder_that_does_not_lead_to_the_centroids_is_refused():
         with pytest.raises(SidstreamError):
             Codebook("test", made().centroids, tuple(layers))
     with pytest.raises(SidstreamError, match="collaborative"):
-        Codebook("test", made().centroids, collaborative=6)
+        Codebook("test", made().centroids, collaborative_dims=6)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def test_each_known_value_has_a_token_in_its_fields_place_and_the_rest_is_paddin
         {"profile.country": "japan"},
     ):
         assert MADE.row(said) == [0, 0]
-        assert MADE.known(said) == {}
+        assert MADE.known_fields(said) == {}
     assert Context().row({"scene": "home"}) == []
-    assert MADE.known({"scene": "home", "profile.country": "Mars"}) == {"scene": "home"}
+    assert MADE.known_fields({"scene": "home", "profile.country": "Mars"}) == {"scene": "home"}
 
 
 def test_a_request_says_its_scene_and_its_users_attributes() -> None:

@@ -54,22 +54,22 @@ EVEN = Rewards({}, {name: shares([1] * 8) for name in ("price", "commission")})
 
 def test_the_highest_weight_asks_for_the_most_and_the_others_for_their_share_of_it() -> None:
     # Of eight equal bins, nine tenths are reached in bin 7, a half in bin 3.
-    assert EVEN.wanted({"price": 3}) == {"price": 7}
-    assert EVEN.wanted({"price": 3, "commission": 0}) == {"price": 7}
-    assert EVEN.wanted({"price": 2, "commission": 2}) == {"price": 7, "commission": 7}
-    assert EVEN.wanted({"price": 3, "commission": 1}) == {"price": 7, "commission": 5}
-    assert EVEN.wanted({"price": 1e6, "commission": 1e-6}) == {"price": 7, "commission": 3}
-    assert EVEN.wanted({"click": 1, "commission": 1}) == {"commission": 7}
-    assert EVEN.wanted({"click": 1}) == {}
+    assert EVEN.requested_rewards({"price": 3}) == {"price": 7}
+    assert EVEN.requested_rewards({"price": 3, "commission": 0}) == {"price": 7}
+    assert EVEN.requested_rewards({"price": 2, "commission": 2}) == {"price": 7, "commission": 7}
+    assert EVEN.requested_rewards({"price": 3, "commission": 1}) == {"price": 7, "commission": 5}
+    assert EVEN.requested_rewards({"price": 1e6, "commission": 1e-6}) == {"price": 7, "commission": 3}
+    assert EVEN.requested_rewards({"click": 1, "commission": 1}) == {"commission": 7}
+    assert EVEN.requested_rewards({"click": 1}) == {}
 
 
 @given(bundles(), WEIGHTS, st.sampled_from(REWARD_NAMES), st.floats(1, 1e3))
 def test_more_weight_never_asks_for_less_of_it(
     rewards: Rewards, weights: dict[str, float], name: str, more: float
 ) -> None:
-    before = rewards.wanted(weights).get(name, -1)
+    before = rewards.requested_rewards(weights).get(name, -1)
     raised = weights | {name: more * weights.get(name, 0) or 1.0}
-    assert rewards.wanted(raised).get(name, -1) >= before
+    assert rewards.requested_rewards(raised).get(name, -1) >= before
 
 
 @given(bundles(), WEIGHTS, st.integers(-9, 9))
@@ -77,8 +77,8 @@ def test_only_the_proportions_of_weights_count(
     rewards: Rewards, weights: dict[str, float], power: int
 ) -> None:
     # Powers of two change no digit of a number.
-    assert rewards.wanted({name: weight * 2.0**power for name, weight in weights.items()}) == (
-        rewards.wanted(weights)
+    assert rewards.requested_rewards({name: weight * 2.0**power for name, weight in weights.items()}) == (
+        rewards.requested_rewards(weights)
     )
 
 
@@ -86,7 +86,7 @@ def test_only_the_proportions_of_weights_count(
 def test_what_is_asked_for_was_seen_often_enough_and_zero_asks_for_nothing(
     rewards: Rewards, weights: dict[str, float]
 ) -> None:
-    made = rewards.wanted(weights)
+    made = rewards.requested_rewards(weights)
     assert set(made) == {name for name, weight in weights.items() if weight > 0 and name in rewards.mass}
     for name, value in made.items():
         assert rewards.mass[name][str(value)] >= 0.01
@@ -95,9 +95,9 @@ def test_what_is_asked_for_was_seen_often_enough_and_zero_asks_for_nothing(
 
 def test_a_rare_bin_gives_way_to_the_nearest_that_enough_conversions_have() -> None:
     rare = Rewards({}, {"price": shares([300, 300, 300, 0, 0, 4, 96, 0])})
-    assert rare.wanted({"price": 1}) == {"price": 2}
+    assert rare.requested_rewards({"price": 1}) == {"price": 2}
     rarer = Rewards({}, {"price": shares([300, 300, 290, 0, 0, 8, 7, 95])})
-    assert rarer.wanted({"price": 1}) == {"price": 7}
+    assert rarer.requested_rewards({"price": 1}) == {"price": 7}
 
 
 def test_bins_are_of_the_category_where_it_has_enough_items_and_of_all_items_elsewhere() -> None:
@@ -140,4 +140,4 @@ def test_reward_fields_stand_behind_a_context_and_change_none_of_its_tokens() ->
 def test_clicks_and_purchases_have_tokens_before_anything_can_be_asked_of_them() -> None:
     none = Rewards({}, {})
     assert none.fields == {"click": ["0", "1"], "purchase": ["0", "1"]}
-    assert none.wanted({"click": 1, "price": 2}) == {}
+    assert none.requested_rewards({"click": 1, "price": 2}) == {}

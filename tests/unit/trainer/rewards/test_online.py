@@ -34,7 +34,7 @@ def test_requests_ask_for_the_most_of_everything_but_one(fields: set[str], count
     rewards = Rewards({}, mass)
     asked = wishes(rewards, count, np.random.default_rng(seed))
     high = np.array(
-        [rewards.wanted({name: 1.0})[name] if name in fields else UNKNOWN for name in REWARD_NAMES]
+        [rewards.requested_rewards({name: 1.0})[name] if name in fields else UNKNOWN for name in REWARD_NAMES]
     )
     assert asked.shape == (count, 4)
     assert (asked[:, high == UNKNOWN] == UNKNOWN).all()

@@ -29,7 +29,7 @@ def interim_analyses(
         cohorts = [cohorts[(n + 1) * len(cohorts) // _MOST - 1] for n in range(_MOST)]
     found = []
     for cohort in cohorts:
-        arms = {name: arm_sums(rows.upto(cohort).total()) for name, rows in seen.items()}
+        arms = {name: arm_sums(rows.up_to(cohort).total()) for name, rows in seen.items()}
         entry: dict[str, Any] = {"cohort": cohort}
         for target, control in COMPARED_ARMS:
             if arms.get(target, ArmSums()).users and arms.get(control, ArmSums()).users:

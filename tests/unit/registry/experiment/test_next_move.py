@@ -5,9 +5,9 @@ import pytest
 
 from registry.experiment.decision import recompute
 from registry.experiment.health import ArmHealth
-from registry.experiment.looks import interim_analyses
+from registry.experiment.interim_analyses import interim_analyses
+from registry.experiment.next_move import Evidence, Move, next_move
 from registry.experiment.outcomes import ArmOutcomes
-from registry.experiment.trial import Evidence, Move, next_move
 from registry.settings import GateSettings, GuardSettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout

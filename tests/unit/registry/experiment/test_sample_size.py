@@ -1,4 +1,4 @@
-"""The planner against published formulas and its own promise."""
+"""Sample sizes against published formulas and the power that they promise."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.power import NormalIndPower
 from typer.testing import CliRunner
 
-from registry.experiment.plan import ExpectedRates, power, power_curve, power_curve_text, users_needed
+from registry.experiment.sample_size import ExpectedRates, power, power_curve, power_curve_text, users_needed
 from registry.settings import GateSettings
 from sidstream.cli import app
 from streams.errors import SidstreamError
