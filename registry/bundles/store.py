@@ -1,12 +1,13 @@
 """Bundles and codebooks in MLflow: artifacts with a version, aliases and tags; nothing is pickled.
 
-A bundle is uploaded as plain files below a run, and a model version points at it. What comes back is checked
-digest by digest and kept in a folder named by its content.
+A bundle is uploaded as plain files of a run, and a model version points at it. A downloaded bundle is checked
+digest by digest and cached in a folder named by its content.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 import time
@@ -28,11 +29,11 @@ CURRENT = "current"
 _BUNDLE = "bundle"
 _CODEBOOK = "codebook.safetensors"
 _ENCODER = "encoder"
-_JOURNAL = "sidstream.journal"
-# What MLflow keeps of a tag of a run.
-_LONGEST = 5000
-# Metrics of one request to MLflow, which takes no more.
-_BATCH = 1000
+_CYCLE_SENTENCE = "sidstream.journal"
+# MLflow cuts longer tags of a run (characters).
+_MAX_TAG_LENGTH = 5000
+# MLflow takes no more metrics in one request.
+_METRICS_PER_REQUEST = 1000
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Version:
 
 
 class Registry:
-    """The store. Every method that asks MLflow raises SidstreamError when it does not answer."""
+    """The model registry of one recommender. Methods raise SidstreamError when MLflow does not answer."""
 
     def __init__(self, settings: RegistrySettings) -> None:
         self._mlflow = Tracking(settings)
@@ -61,9 +62,9 @@ class Registry:
     # Codebooks
 
     def publish_codebook(self, codebook: Codebook, encoder: Path | None = None) -> str:
-        """Store a codebook and make it the current one; storing it again only moves the alias. Its id.
+        """Store a codebook, make it the current one and return its id; a stored one only gets the alias.
 
-        `encoder`: the folder of its sentence encoder, for those who give new items their SIDs.
+        `encoder`: the folder of its sentence encoder, which agents need to give new items their SIDs.
         """
         with tempfile.TemporaryDirectory() as folder, self._mlflow.operation("store the codebook") as client:
             version = self._mlflow.version_with(self.codebooks, "codebook", codebook.id)
@@ -82,31 +83,31 @@ class Registry:
     def codebook(self, id: str | None = None) -> Codebook:
         """The codebook with this id, or the current one. Raises SidstreamError where there is none."""
         if id is not None:
-            kept = self._codebook_file(id)
-            if kept.is_file():
+            cached = self._codebook_file(id)
+            if cached.is_file():
                 with contextlib.suppress(SidstreamError):
-                    return Codebook.load(kept)
+                    return Codebook.load(cached)
         with self._mlflow.operation("find the codebook") as client:
             if id is None:
-                found = self._mlflow.by_alias(self.codebooks, CURRENT)
+                model_version = self._mlflow.by_alias(self.codebooks, CURRENT)
             else:
                 number = self._mlflow.version_with(self.codebooks, "codebook", id)
-                found = client.get_model_version(self.codebooks, number) if number else None
-        if found is None:
+                model_version = client.get_model_version(self.codebooks, number) if number else None
+        if model_version is None:
             which = f"codebook {id}" if id else "codebook"
             raise SidstreamError(f"the registry has no {which}: make one with `sidstream codebook fit`")
-        wanted = found.tags["codebook"]
-        kept = self._codebook_file(wanted)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            with self._mlflow.operation(f"fetch codebook {wanted}") as client:
-                path = Path(client.download_artifacts(found.run_id, _CODEBOOK, folder))
+        expected_id = model_version.tags["codebook"]
+        cached = self._codebook_file(expected_id)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            with self._mlflow.operation(f"fetch codebook {expected_id}") as client:
+                path = Path(client.download_artifacts(model_version.run_id, _CODEBOOK, folder))
             codebook = Codebook.load(path)
-            if codebook.id != wanted:
+            if codebook.id != expected_id:
                 raise SidstreamError(
-                    f"the registry's file of codebook {wanted} is codebook {codebook.id}; store it again"
+                    f"the registry's file of codebook {expected_id} is codebook {codebook.id}; store it again"
                 )
-            path.replace(kept)
+            path.replace(cached)
         return codebook
 
     def encoder(self, codebook: str) -> Path:
@@ -116,17 +117,17 @@ class Registry:
         """
         with self._mlflow.operation(f"find codebook {codebook}") as client:
             number = self._mlflow.version_with(self.codebooks, "codebook", codebook)
-            found = client.get_model_version(self.codebooks, number) if number else None
-        if found is None:
+            model_version = client.get_model_version(self.codebooks, number) if number else None
+        if model_version is None:
             raise SidstreamError(
                 f"the registry has no codebook {codebook}: make one with `sidstream codebook fit`"
             )
-        final = self.cache / "encoders" / str(found.tags["embedder"])
+        final = self.cache / "encoders" / str(model_version.tags["embedder"])
         if not final.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as folder:
                 with self._mlflow.operation(f"fetch the encoder of codebook {codebook}") as client:
-                    path = Path(client.download_artifacts(found.run_id, _ENCODER, folder))
+                    path = Path(client.download_artifacts(model_version.run_id, _ENCODER, folder))
                 # Another process may have been faster; the folder's name says that the content is the same.
                 with contextlib.suppress(OSError):
                     path.rename(final)
@@ -135,8 +136,8 @@ class Registry:
     def current_codebook(self) -> str | None:
         """The id of the current codebook, or None."""
         with self._mlflow.operation("find the codebook"):
-            found = self._mlflow.by_alias(self.codebooks, CURRENT)
-        return None if found is None else str(found.tags["codebook"])
+            model_version = self._mlflow.by_alias(self.codebooks, CURRENT)
+        return None if model_version is None else str(model_version.tags["codebook"])
 
     # Bundles
 
@@ -146,15 +147,15 @@ class Registry:
         run_metrics: Mapping[str, float] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> str:
-        """Upload a bundle as a new model version; one that is there already is not uploaded again.
+        """Upload a bundle as a new model version; a registered bundle is not uploaded again.
 
         Returns the version. The bundle is verified first.
         """
         manifest = load_bundle(bundle.path).manifest
         with self._mlflow.operation(f"store bundle {manifest.bundle}") as client:
-            known = self._mlflow.version_with(self.name, "bundle", manifest.bundle)
-            if known is not None:
-                return known
+            registered = self._mlflow.version_with(self.name, "bundle", manifest.bundle)
+            if registered is not None:
+                return registered
             run = self._mlflow.new_run(self.name, f"{manifest.kind}-{manifest.bundle}")
             for key, number in (run_metrics or {}).items():
                 client.log_metric(run, key, float(number))
@@ -176,30 +177,30 @@ class Registry:
 
     def fetch(self, version_or_alias: str) -> Bundle:
         """The bundle of a version or alias, from the cache or downloaded; every digest is verified."""
-        found = self._find(version_or_alias)
-        wanted = found.tags["bundle"]
+        model_version = self._find(version_or_alias)
+        bundle_id = model_version.tags["bundle"]
         cache = self.cache
-        final = cache / wanted
+        final = cache / bundle_id
         if final.is_dir():
             try:
-                return _verified(final, wanted)
+                return _verified(final, bundle_id)
             except SidstreamError:
                 # Damaged on this disk: the registry still has it.
                 shutil.rmtree(final, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
-            with self._mlflow.operation(f"fetch bundle {wanted}") as client:
-                path = Path(client.download_artifacts(found.run_id, _BUNDLE, folder))
-            _verified(path, wanted)
+            with self._mlflow.operation(f"fetch bundle {bundle_id}") as client:
+                path = Path(client.download_artifacts(model_version.run_id, _BUNDLE, folder))
+            _verified(path, bundle_id)
             # Another process may have been faster; the folder's name says that the content is the same.
             with contextlib.suppress(OSError):
                 path.rename(final)
-        return _verified(final, wanted)
+        return _verified(final, bundle_id)
 
     def alignment_reference(self, bundle: Bundle) -> Bundle:
-        """The fine-tuned bundle that an aligned one was aligned from; any other one is its own.
+        """The fine-tuned bundle from which an aligned one was trained; other bundles are returned unchanged.
 
-        An aligned bundle whose reference is not registered any more is its own, too.
+        An aligned bundle whose reference is no longer registered is returned unchanged, too.
         """
         reference = bundle.manifest.lineage.reference
         if reference is None:
@@ -233,8 +234,8 @@ class Registry:
     def alias(self, name: str) -> str | None:
         """The version that an alias names, or None."""
         with self._mlflow.operation(f"read alias {name}"):
-            found = self._mlflow.by_alias(self.name, name)
-        return None if found is None else str(found.version)
+            model_version = self._mlflow.by_alias(self.name, name)
+        return None if model_version is None else str(model_version.version)
 
     def version(self, version_or_alias: str) -> str:
         """The version that a version or alias names. Raises SidstreamError where there is none."""
@@ -246,7 +247,7 @@ class Registry:
             client.set_registered_model_alias(self.name, name, version)
 
     def drop_alias(self, name: str) -> None:
-        """Remove an alias; one that is not set is no error."""
+        """Remove an alias. An alias that is not set is no error."""
         if self.alias(name) is not None:
             with self._mlflow.operation(f"remove alias {name}") as client:
                 client.delete_registered_model_alias(self.name, name)
@@ -265,44 +266,42 @@ class Registry:
 
         It counts once the version's tag `decision` names it.
         """
-        found = self._find(version)
+        model_version = self._find(version)
         with self._mlflow.operation(f"store decision {record['decision']}") as client:
-            client.log_dict(found.run_id, dict(record), f"decisions/{record['decision']}.json")
+            client.log_dict(model_version.run_id, dict(record), f"decisions/{record['decision']}.json")
 
     def decision(self, version: str, id: str | None = None) -> dict[str, Any]:
         """A decision record stored with a version (default: the newest)."""
-        import json
-
-        found = self._find(version)
-        wanted = id or found.tags.get("decision")
-        if not wanted:
+        model_version = self._find(version)
+        decision_id = id or model_version.tags.get("decision")
+        if not decision_id:
             raise SidstreamError(f"version {version} has no decision record: no trial of it was ended yet")
         with (
             tempfile.TemporaryDirectory() as folder,
-            self._mlflow.operation(f"read decision {wanted}") as client,
+            self._mlflow.operation(f"read decision {decision_id}") as client,
         ):
-            path = client.download_artifacts(found.run_id, f"decisions/{wanted}.json", folder)
-            made: dict[str, Any] = json.loads(Path(path).read_text())
-        return made
+            path = client.download_artifacts(model_version.run_id, f"decisions/{decision_id}.json", folder)
+            record: dict[str, Any] = json.loads(Path(path).read_text())
+        return record
 
-    def store_decision_plot(self, version: str, decision: str, picture: bytes) -> None:
-        """Store the picture (PNG) of a decision beside its record."""
-        found = self._find(version)
+    def store_decision_plot(self, version: str, decision: str, png: bytes) -> None:
+        """Store the plot of a decision (PNG) beside its record."""
+        model_version = self._find(version)
         with (
             tempfile.TemporaryDirectory() as folder,
             self._mlflow.operation(f"store decision {decision}") as client,
         ):
             path = Path(folder) / f"{decision}.png"
-            path.write_bytes(picture)
-            client.log_artifact(found.run_id, str(path), "decisions")
+            path.write_bytes(png)
+            client.log_artifact(model_version.run_id, str(path), "decisions")
 
     def store_training(
-        self, version: str, stage: str, curve: Sequence[Mapping[str, float]], picture: bytes
+        self, version: str, stage: str, curve: Sequence[Mapping[str, float]], png: bytes
     ) -> None:
-        """Keep how a stage of training went: its points as metrics over steps, and drawn (PNG)."""
+        """Store the training curve of a stage: its points as metrics over `step`, and its plot (PNG)."""
         from mlflow.entities import Metric
 
-        found, now = self._find(version), time.time_ns() // 1_000_000
+        model_version, now = self._find(version), time.time_ns() // 1_000_000
         metrics = [
             Metric(f"{stage}/curve/{name}", value, now, int(point["step"]))
             for point in curve
@@ -313,51 +312,53 @@ class Registry:
             tempfile.TemporaryDirectory() as folder,
             self._mlflow.operation(f"store how version {version} was trained") as client,
         ):
-            for low in range(0, len(metrics), _BATCH):
-                client.log_batch(found.run_id, metrics[low : low + _BATCH])
+            for low in range(0, len(metrics), _METRICS_PER_REQUEST):
+                client.log_batch(model_version.run_id, metrics[low : low + _METRICS_PER_REQUEST])
             path = Path(folder) / f"{stage}.png"
-            path.write_bytes(picture)
-            client.log_artifact(found.run_id, str(path), "training")
+            path.write_bytes(png)
+            client.log_artifact(model_version.run_id, str(path), "training")
 
     def decisions(self, version: str) -> list[dict[str, Any]]:
         """Every decision record that was stored with a version, oldest first."""
-        found = self._find(version)
+        model_version = self._find(version)
         with self._mlflow.operation(f"list the decisions of version {version}") as client:
-            names = [Path(file.path).name for file in client.list_artifacts(found.run_id, "decisions")]
+            names = [
+                Path(file.path).name for file in client.list_artifacts(model_version.run_id, "decisions")
+            ]
         records = [self.decision(version, name[:-5]) for name in names if name.endswith(".json")]
         return sorted(records, key=lambda record: int(record["ts"]))
 
-    def log_cycle(self, sentence: str, about: Mapping[str, Any]) -> None:
-        """Keep what a cycle did that led to no version: a run of its own, with the reason."""
-        with self._mlflow.operation("keep the journal") as client:
+    def log_cycle(self, sentence: str, details: Mapping[str, Any]) -> None:
+        """Store a run for a cycle that made no version, with the reason in a sentence."""
+        with self._mlflow.operation("store the cycle") as client:
             run = self._mlflow.new_run(self.name, "cycle")
-            client.set_tag(run, _JOURNAL, sentence[:_LONGEST])
-            client.log_dict(run, dict(about), "cycle.json")
+            client.set_tag(run, _CYCLE_SENTENCE, sentence[:_MAX_TAG_LENGTH])
+            client.log_dict(run, dict(details), "cycle.json")
             client.set_terminated(run)
 
     def cycle_log(self) -> list[tuple[int, str]]:
-        """(time in ms, sentence) of every entry of the journal, oldest first."""
-        with self._mlflow.operation("read the journal") as client:
+        """(time in ms, sentence) of every stored cycle, oldest first."""
+        with self._mlflow.operation("read the cycles") as client:
             experiment = client.get_experiment_by_name(self.name)
             if experiment is None:
                 return []
-            found: list[tuple[int, str]] = []
+            entries: list[tuple[int, str]] = []
             token = None
             while True:
                 page = client.search_runs(
                     [experiment.experiment_id],
-                    f"tags.`{_JOURNAL}` LIKE '%'",
+                    f"tags.`{_CYCLE_SENTENCE}` LIKE '%'",
                     max_results=1000,
                     page_token=token,
                 )
-                found.extend((run.info.start_time, run.data.tags[_JOURNAL]) for run in page)
+                entries.extend((run.info.start_time, run.data.tags[_CYCLE_SENTENCE]) for run in page)
                 token = page.token
                 if not token:
-                    return sorted(found)
+                    return sorted(entries)
 
     def set_recommender_tag(self, key: str, value: str | None) -> None:
         """Set a tag of the recommender itself, or remove it (None)."""
-        with self._mlflow.operation(f"note {key}") as client:
+        with self._mlflow.operation(f"set {key}") as client:
             if value is not None:
                 client.set_registered_model_tag(self.name, key, value)
             elif self.recommender_tag(key) is not None:
@@ -376,19 +377,19 @@ class Registry:
     def _find(self, version_or_alias: str) -> Any:
         with self._mlflow.operation(f"find {version_or_alias}"):
             if version_or_alias.isdecimal():
-                found = self._mlflow.version(self.name, version_or_alias)
+                model_version = self._mlflow.version(self.name, version_or_alias)
             else:
-                found = self._mlflow.by_alias(self.name, version_or_alias)
-        if found is None:
+                model_version = self._mlflow.by_alias(self.name, version_or_alias)
+        if model_version is None:
             raise SidstreamError(
                 f"the registry has no version or alias {version_or_alias!r} of {self.name}; "
                 "see `sidstream models`"
             )
-        return found
+        return model_version
 
 
-def _verified(folder: Path, wanted: str) -> Bundle:
+def _verified(folder: Path, bundle_id: str) -> Bundle:
     bundle = load_bundle(folder)
-    if bundle.id != wanted:
-        raise SidstreamError(f"{folder} holds bundle {bundle.id} in place of {wanted}; register it again")
+    if bundle.id != bundle_id:
+        raise SidstreamError(f"{folder} holds bundle {bundle.id} in place of {bundle_id}; register it again")
     return bundle

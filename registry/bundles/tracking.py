@@ -1,4 +1,4 @@
-"""MLflow as the registry asks it: silent, with errors that name the remedy, and None for what is absent."""
+"""MLflow's client for the registry: silent, errors that name the remedy, None for what is absent."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from streams.errors import SidstreamError
 
 
 class Tracking:
-    """One MLflow server. Methods other than `asking` raise MLflow's errors: call them inside of it."""
+    """One MLflow server. Methods other than `operation` raise MLflow's errors: call them inside of it."""
 
     def __init__(self, settings: RegistrySettings) -> None:
-        """Raises SidstreamError where no address is set."""
+        """Raise SidstreamError where no address is set."""
         if not settings.tracking_uri:
             raise SidstreamError(
                 "no MLflow address: start the local stack with `sidstream up`, "
@@ -30,30 +30,30 @@ class Tracking:
     def client(self) -> Any:
         """MLflow's own client."""
         _quieten(self._settings)
-        # Four seconds of imports: only where the store is truly asked.
+        # The import takes four seconds, so that it waits for the first request.
         from mlflow.tracking import MlflowClient
 
-        # Only now: the import sets its loggers to INFO.
+        # After the import, which sets these loggers to INFO.
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         return MlflowClient(self.uri, self.uri)
 
     @contextlib.contextmanager
     def operation(self, what: str) -> Iterator[Any]:
-        """The client; what MLflow raises meanwhile is a SidstreamError that it could not do `what`."""
+        """Give the client, and turn its errors into a SidstreamError that MLflow could not do `what`."""
         client = self.client
         from mlflow.exceptions import MlflowException
 
         try:
             yield client
         except (MlflowException, OSError) as error:
-            first = str(error).strip().splitlines()[0][:200]
+            first_line = str(error).strip().splitlines()[0][:200]
             raise SidstreamError(
-                f"MLflow at {self.uri} could not {what}: {first}; "
+                f"MLflow at {self.uri} could not {what}: {first_line}; "
                 "see `sidstream doctor`, or correct SIDSTREAM_REGISTRY__TRACKING_URI"
             ) from error
 
     def new_run(self, experiment_name: str, name: str) -> str:
-        """The id of a new run; the experiment is made where there is none."""
+        """The id of a new run; an absent experiment is created first."""
         client = self.client
         from mlflow.exceptions import MlflowException
 
@@ -62,14 +62,17 @@ class Tracking:
             try:
                 id = client.create_experiment(experiment_name)
             except MlflowException:
-                # Another process made it in between; if not, this is where it shows.
+                # Another process created it in the meantime; any other cause fails here.
                 id = client.get_experiment_by_name(experiment_name).experiment_id
         else:
             id = experiment.experiment_id
         return str(client.create_run(id, run_name=name).info.run_id)
 
     def add_version(self, model: str, run: str, path: str, tags: dict[str, str]) -> str:
-        """A new version of a model (made if absent) from the artifact at `path` of a run; its number."""
+        """Create a version of a model from the artifact at `path` of a run, and return its number.
+
+        An absent model is created first.
+        """
         client = self.client
         from mlflow.exceptions import MlflowException
 
@@ -79,8 +82,8 @@ class Tracking:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-        made = client.create_model_version(model, f"runs:/{run}/{path}", run_id=run, tags=tags)
-        return str(made.version)
+        created = client.create_model_version(model, f"runs:/{run}/{path}", run_id=run, tags=tags)
+        return str(created.version)
 
     def model(self, name: str) -> Any:
         """The registered model, or None."""
@@ -111,11 +114,11 @@ class Tracking:
         return str(rows[0].version) if rows else None
 
 
-def _or_none(ask: Any, *args: str) -> Any:
+def _or_none(request: Any, *args: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
-        return ask(*args)
+        return request(*args)
     except MlflowException as error:
         # MLflow 3: an alias that is not set is INVALID_PARAMETER_VALUE, an absent model the other code.
         missing = error.error_code == "RESOURCE_DOES_NOT_EXIST" or "alias" in str(error).lower()
@@ -125,7 +128,7 @@ def _or_none(ask: Any, *args: str) -> Any:
 
 
 def _quieten(settings: RegistrySettings) -> None:
-    """MLflow prints links, bars and hints and reports usage; a library inside a product does none of it."""
+    """Turn off MLflow's links, progress bars, hints and usage reports, unless the environment sets them."""
     for name, value in {
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

@@ -1,7 +1,7 @@
-"""Who may change what is in service: one holder at a time, by a lease in Redis.
+"""The promotion lease in Redis: one process at a time may change what is in service.
 
-MLflow sets aliases without compare-and-swap, so two promoters could interleave. The lease ends by itself when
-its holder dies. A holder that is stopped for longer than the lease, and goes on, learns of it by `check`.
+MLflow sets aliases without compare-and-swap, so that the writes of two promoters could interleave. The lease
+expires when its holder dies. `check_lease` tells a holder that was stopped for longer than the lease.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from redis.exceptions import RedisError
 
 from streams.errors import SidstreamError
 
-# Longer than any pause of a healthy process, short enough to wait for after a crash.
+# In milliseconds. Longer than any pause of a healthy process, short enough to wait for after a crash.
 LEASE_MS = 30_000
-# How the lease around the running code is checked. Not an argument: a caller could forget to hand it on.
-_CHECK: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
+# The check of the lease around the running code. Not an argument: a caller could forget to hand it on.
+_CHECK: ContextVar[Callable[[], None] | None] = ContextVar("check_lease", default=None)
 _RENEW = """
 if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end
 return 0
@@ -41,12 +41,12 @@ def lease_key(name: str) -> str:
 def promotion_lease(redis: Any, name: str, lease_ms: int = LEASE_MS) -> Iterator[None]:
     """Hold the lease of recommender `name` while the block runs; it is renewed every third of `lease_ms`.
 
-    `redis` is a redis-py client. Raises SidstreamError when another holds it, and at the end when it was lost
-    on the way.
+    `redis` is a redis-py client. Raises SidstreamError when another process holds the lease, and at the end
+    of the block when it was lost meanwhile.
     """
     key = lease_key(name)
-    mine = f"{socket.gethostname()}:{uuid.uuid4().hex}"
-    if not redis.set(key, mine, nx=True, px=lease_ms):
+    holder = f"{socket.gethostname()}:{uuid.uuid4().hex}"
+    if not redis.set(key, holder, nx=True, px=lease_ms):
         raise SidstreamError(
             f"another process is changing what {name} serves; try again when it is done "
             f"(at the latest {lease_ms // 1000} seconds after it died)"
@@ -55,52 +55,52 @@ def promotion_lease(redis: Any, name: str, lease_ms: int = LEASE_MS) -> Iterator
 
     def renew() -> None:
         while not ended.wait(lease_ms / 3000):
-            # A Redis that is away for a moment costs nothing: the lease may still stand when it is back.
+            # A short outage of Redis is harmless: the lease may still hold when Redis is back.
             with suppress(RedisError):
-                if not redis.eval(_RENEW, 1, key, mine, lease_ms):
+                if not redis.eval(_RENEW, 1, key, holder, lease_ms):
                     return
 
-    def held() -> None:
+    def renew_or_raise() -> None:
         try:
-            # By renewing it: what follows has the whole lease before it.
-            if redis.eval(_RENEW, 1, key, mine, lease_ms):
+            # The check renews the lease: the next write has the full time of the lease.
+            if redis.eval(_RENEW, 1, key, holder, lease_ms):
                 return
         except RedisError as error:
             raise SidstreamError(
                 f"whether the lease on {name} still holds is unknown ({error}): nothing more was changed; "
                 "see `sidstream doctor`, then repeat the step"
             ) from error
-        raise _lost(name)
+        raise _lost_error(name)
 
     keeper = threading.Thread(target=renew, name="lease", daemon=True)
     keeper.start()
     outer = _CHECK.get()
-    _CHECK.set(held)
-    still_mine = 1
+    _CHECK.set(renew_or_raise)
+    still_held = 1
     try:
         yield
     finally:
         _CHECK.set(outer)
         ended.set()
         keeper.join()
-        # Without Redis the lease ends by itself.
+        # Without Redis the lease expires by itself.
         with suppress(RedisError):
-            still_mine = redis.eval(_RELEASE, 1, key, mine)
-    if not still_mine:
-        raise _lost(name)
+            still_held = redis.eval(_RELEASE, 1, key, holder)
+    if not still_held:
+        raise _lost_error(name)
 
 
 def check_lease() -> None:
-    """Raise SidstreamError unless the lease around the caller still holds, by Redis's own word.
+    """Raise SidstreamError unless Redis confirms that the lease around the caller still holds.
 
-    Outside of `promoter` (one process, as in tests) there is nothing to lose, and nothing happens.
+    Outside of `promotion_lease` (one process, as in tests) it does nothing.
     """
-    held = _CHECK.get()
-    if held is not None:
-        held()
+    renew_or_raise = _CHECK.get()
+    if renew_or_raise is not None:
+        renew_or_raise()
 
 
-def _lost(name: str) -> SidstreamError:
+def _lost_error(name: str) -> SidstreamError:
     return SidstreamError(
         f"the lease on {name} was lost on the way: see `sidstream models` for what is in service, "
         "and repeat the step if it is not what you asked for"
