@@ -1,4 +1,4 @@
-"""Are a trial's data fit to be judged? A check answers with a sentence, an empty one where all is well."""
+"""Checks that a trial's data can be judged. A check returns the problem as a sentence, or an empty one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 
 from registry.experiment.statistics import ArmSums
 
-# Weight of the prior that the arms' true shares are near the wanted ones, in users: a half share is then
-# expected within some .05. Real faults are that large (a lost arm, a cache, a crash) or found later.
-_CONCENTRATION = 100.0
+# Weight (users) of the prior that the arms' true shares are near their weights: it expects a share of one
+# half within about .05. Real faults are that large (a lost arm, a cache, a crash), or take more users to
+# detect.
+_PRIOR_USERS = 100.0
 
 
-def unusable_reason(named: Mapping[str, ArmSums], min_users: int = 0, min_impressions: int = 0) -> str:
-    """Why the sums of these arms cannot give rates with a variance, or are fewer than the gate wants."""
-    for name, arm in named.items():
+def unusable_reason(arms: Mapping[str, ArmSums], min_users: int = 0, min_impressions: int = 0) -> str:
+    """Why these arms give no rates with a variance, or have too few users or impressions for the gate."""
+    for name, arm in arms.items():
         if arm.users == 0:
             return f"{name} has no user in a mature cohort yet"
         if arm.users < min_users or arm.impressions < min_impressions:
@@ -37,7 +38,7 @@ def unusable_reason(named: Mapping[str, ArmSums], min_users: int = 0, min_impres
 
 
 def log_bayes_factor(users: Mapping[str, int], weights: Mapping[str, float]) -> float:
-    """log of the evidence that the arms' shares are not the weights: Dirichlet prior against the weights.
+    """log Bayes factor for arms whose shares differ from the weights: Dirichlet prior against the weights.
 
     BF = B(a + n) / B(a) / prod w^n with a = 100 w, B the multivariate beta function and n the users of each
     arm (Lindon and Malek 2022, "Anytime-valid inference for multinomial count data"). A martingale
@@ -46,31 +47,31 @@ def log_bayes_factor(users: Mapping[str, int], weights: Mapping[str, float]) -> 
     """
     total = math.fsum(weights.values())
     arms = [(users.get(name, 0), weight / total) for name, weight in weights.items() if weight > 0]
-    if sum(users.values()) > sum(count for count, _ in arms):
+    all_users = sum(count for count, _ in arms)
+    if sum(users.values()) > all_users:
         return math.inf
-    count = sum(number for number, _ in arms)
-    factor = math.lgamma(_CONCENTRATION) - math.lgamma(_CONCENTRATION + count)
-    for number, weight in arms:
-        prior = _CONCENTRATION * weight
-        factor += math.lgamma(prior + number) - math.lgamma(prior) - number * math.log(weight)
+    factor = math.lgamma(_PRIOR_USERS) - math.lgamma(_PRIOR_USERS + all_users)
+    for count, weight in arms:
+        prior = _PRIOR_USERS * weight
+        factor += math.lgamma(prior + count) - math.lgamma(prior) - count * math.log(weight)
     return factor
 
 
 def sample_ratio_mismatch(users: Mapping[str, int], weights: Mapping[str, float], alpha: float) -> str:
-    """Why the users of the arms are not those that the weights dealt out, by a test valid at every look.
+    """Sample-ratio mismatch: why the arms' users do not match their weights, by a test valid at every look.
 
-    An arm that loses users (its model fails, its answers are not shown) is compared on those who are left,
-    and no test of rates can tell.
+    An arm that loses users (its model fails, its answers are not shown) is judged by the users who remain,
+    and no test of rates can detect that.
     """
     total = math.fsum(weights.values())
     if total <= 0 or log_bayes_factor(users, weights) < -math.log(alpha):
         return ""
-    count = sum(users.values())
-    told = ", ".join(
-        f"{name} {users.get(name, 0)} ({weight / total * count:.0f} expected)"
+    all_users = sum(users.values())
+    counts = ", ".join(
+        f"{name} {users.get(name, 0)} ({weight / total * all_users:.0f} expected)"
         for name, weight in weights.items()
     )
     return (
-        f"the users of the arms do not match their weights: {told}; find out which users an arm lost before "
-        "its rates are compared"
+        f"the users of the arms do not match their weights: {counts}; find out which users an arm lost "
+        "before its rates are compared"
     )

@@ -1,10 +1,10 @@
-"""The decision record: One4All applied twice, with everything that is needed to compute it again.
+"""The decision record: the One4All rule applied twice, with all that is needed to compute it again.
 
-First the aligned model against the fine-tuned one it came from; whichever goes on is then held against the
-champion. Where the two are not told apart and the fine-tuned one is shown to harm, the aligned one is held
-against the champion itself. The order is fixed beforehand, and all comparisons read the same trial. A
-candidate that would be promoted must also have kept its CTR against the anchor, where the trial holds users
-out on one, and nothing is promoted or rejected on arms whose users are not those that were dealt to them.
+First the aligned model is compared with the fine-tuned one from which it was trained. The one that goes on is
+compared with the champion. Where the first comparison is inconclusive and the fine-tuned model is shown to do
+harm, the aligned model is compared with the champion itself. The order is fixed beforehand, and all
+comparisons read the same trial. A promotion also needs a candidate that kept its CTR against the anchor, in a
+trial with a hold-out. A sample-ratio mismatch makes every verdict inconclusive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Judgement:
-    """The comparisons in order, that with the anchor if any, the verdict, the winner's arm, one sentence."""
+    """The comparisons in order, the one with the anchor if any, the verdict, the winner's arm, a sentence."""
 
     comparisons: list[Comparison]
     anchor: Comparison | None
@@ -49,15 +49,15 @@ def judge(
     settings: GateSettings,
     mode: str,
     weights: Mapping[str, float],
-    anchored: Mapping[str, str],
+    bundles: Mapping[str, str],
 ) -> Judgement:
     """Judge a trial from the sums of its arms.
 
-    `weights` are the arms' shares of users, `anchored` their bundles. The aligned model goes on only where it
-    is promoted over the fine-tuned one, or where the fine-tuned one is shown to harm and the two are not told
-    apart; without an aligned arm there is one comparison. The verdict is that
-    of the last one, unless the anchor or the sample-ratio check objects: then a promotion is inconclusive (a
-    reject where the anchor shows harm).
+    `weights` are the arms' shares of users, `bundles` their bundles' ids. The aligned model goes on only
+    where it is promoted over the fine-tuned one, or where their comparison is inconclusive and the fine-tuned
+    one is shown to do harm. Without an aligned arm there is one comparison. The verdict is that of the last
+    comparison, unless the anchor or the sample-ratio check objects: then a promotion is inconclusive (a
+    reject where harm against the anchor is shown).
     """
     comparisons = []
     candidate = SFT
@@ -68,13 +68,13 @@ def judge(
     last = compare(candidate, CHAMPION, arms, settings, mode)
     comparisons.append(last)
     if DPO in weights and last.verdict == "reject" and comparisons[0].verdict == "inconclusive":
-        # What is shown to do harm is no yardstick: the aligned model need not beat it, but the champion.
+        # A harmful model is no control: the aligned model must beat the champion instead.
         candidate = DPO
         last = compare(candidate, CHAMPION, arms, settings, mode)
         comparisons.append(last)
     verdict, reason = last.verdict, _reason(last)
     anchor = None
-    if ANCHOR in weights and anchored[ANCHOR] != anchored[candidate]:
+    if ANCHOR in weights and bundles[ANCHOR] != bundles[candidate]:
         anchor = compare_with_anchor(candidate, ANCHOR, arms, settings, mode)
         if anchor.verdict == "reject" or (verdict == "promote" and anchor.verdict != "promote"):
             verdict, reason = anchor.verdict, f"against the anchor: {_reason(anchor)}"
@@ -83,8 +83,9 @@ def judge(
     )
     if mismatch:
         verdict, reason = "inconclusive", mismatch
-    if anchored[candidate] == anchored[CHAMPION] and not mismatch:
-        # An A/A trial: both arms are one bundle, so whatever is found is chance, or a fault of what measures.
+    if bundles[candidate] == bundles[CHAMPION] and not mismatch:
+        # An A/A trial: both arms serve one bundle, so that a difference is chance or a fault in the
+        # measurement.
         if verdict == "inconclusive":
             reason = f"an A/A trial finds no difference, as it should ({_reason(last)})"
         else:
@@ -94,48 +95,48 @@ def judge(
             )
             verdict = "reject"
     label = "" if mode == "sequential" else f" (mode {mode})"
-    said = {
+    outcome = {
         "promote": f"promote {candidate}{label}",
         "reject": f"reject {candidate}{label}",
         "inconclusive": f"inconclusive on {candidate}{label}, the champion stays",
     }[verdict]
     winner = candidate if verdict == "promote" else CHAMPION
-    return Judgement(comparisons, anchor, verdict, winner, f"{said}: {reason}")
+    return Judgement(comparisons, anchor, verdict, winner, f"{outcome}: {reason}")
 
 
 def decide(
-    trial: str,
+    step_id: str,
     arms: list[Arm],
-    seen: Mapping[str, ArmOutcomes],
+    outcomes: Mapping[str, ArmOutcomes],
     settings: GateSettings,
     mode: str | None = None,
     ts: int | None = None,
 ) -> dict[str, Any]:
-    """The record of a decision about a trial, JSON-able. `ts` is in milliseconds (default: now).
+    """Judge a step of a trial and return its record, JSON-able. `ts` is in milliseconds (default: now).
 
-    `decision` is a hash of what was decided on: the same sums under the same rule are the same decision.
-    `inputs` holds for each arm the sums over its mature cohorts and, under `cohorts`, for each of them the
-    users, impressions, clicks and orders. Raises SidstreamError when the arms are no trial.
+    `decision` is a hash of the inputs: the same sums under the same rule are the same decision. `inputs`
+    holds the sums of each arm over its mature cohorts and, under `cohorts`, the users, impressions, clicks
+    and orders of each cohort. Raises SidstreamError when the arms are no trial.
     """
     names = {arm.name for arm in arms}
     if not {CHAMPION, SFT} <= names:
         raise SidstreamError(
-            f"trial {trial} has the arms {', '.join(sorted(names))}: nothing is on trial; start one first"
+            f"trial {step_id} has the arms {', '.join(sorted(names))}: nothing is on trial; start one first"
         )
     record: dict[str, Any] = {
         "format": FORMAT,
-        "trial": trial,
+        "trial": step_id,
         "mode": mode or settings.mode,
         "settings": settings.model_dump(exclude={"mode"}),
         "arms": {
             arm.name: {"bundle": arm.bundle, "version": arm.version, "weight": arm.weight} for arm in arms
         },
-        "inputs": {arm.name: _inputs(seen.get(arm.name)) for arm in arms},
+        "inputs": {arm.name: _inputs(outcomes.get(arm.name)) for arm in arms},
     }
     record["decision"] = guards.decision_id(record)
     return (
         record
-        | _judge(record).as_dict()
+        | _judge_record(record).as_dict()
         | {
             "ts": time.time_ns() // 1_000_000 if ts is None else ts,
             "sidstream": version("sidstream"),
@@ -144,10 +145,10 @@ def decide(
 
 
 def rejudge(record: Mapping[str, Any]) -> Judgement:
-    """What follows from a record's own sums and settings.
+    """The judgement that follows from a record's own sums and settings.
 
-    Raises SidstreamError when the record was changed (its inputs are not those that it is named by), was made
-    by hand, or has another format.
+    Raises SidstreamError when the record was changed (its id is not the hash of its inputs), was made by
+    hand, or has another format.
     """
     if record.get("mode") == "manual":
         raise SidstreamError(
@@ -158,28 +159,28 @@ def rejudge(record: Mapping[str, Any]) -> Judgement:
             raise SidstreamError(
                 f"the decision has format {record['format']}; this version of sidstream reads {FORMAT}"
             )
-        guarded = ("watched", "control") if record["mode"] == "guard" else ()
-        what = ("format", "trial", "mode", "settings", "arms", *guarded, "inputs")
-        named = {key: record[key] for key in what}
-        if guards.decision_id(named) != record["decision"]:
+        of_guards = ("watched", "control") if record["mode"] == "guard" else ()
+        hashed = ("format", "trial", "mode", "settings", "arms", *of_guards, "inputs")
+        actual_id = guards.decision_id({key: record[key] for key in hashed})
+        if actual_id != record["decision"]:
             raise SidstreamError(
-                f"decision {record['decision']} was changed: its inputs are those of {guards.decision_id(named)}"
+                f"decision {record['decision']} was changed: its inputs are those of {actual_id}"
             )
         if record["mode"] == "guard":
-            made = guards.recompute_verdict(record)
-            return Judgement([], None, made["verdict"], made["winner"], made["sentence"])
-        return _judge(record)
+            verdict = guards.recompute_verdict(record)
+            return Judgement([], None, verdict["verdict"], verdict["winner"], verdict["sentence"])
+        return _judge_record(record)
     except (KeyError, TypeError, ValueError) as error:
         raise SidstreamError(f"the decision record is incomplete ({error})") from error
 
 
 def recompute(record: Mapping[str, Any]) -> tuple[Verdict, str]:
     """The verdict and the winner's arm that follow from a record. Raises SidstreamError as `rejudge` does."""
-    made = rejudge(record)
-    return made.verdict, made.winner
+    judgement = rejudge(record)
+    return judgement.verdict, judgement.winner
 
 
-def _judge(record: Mapping[str, Any]) -> Judgement:
+def _judge_record(record: Mapping[str, Any]) -> Judgement:
     if record["mode"] not in MODES:
         raise ValueError(f"mode {record['mode']!r}")
     return judge(
@@ -191,14 +192,14 @@ def _judge(record: Mapping[str, Any]) -> Judgement:
     )
 
 
-def _inputs(seen: ArmOutcomes | None) -> dict[str, Any]:
-    if seen is None:
+def _inputs(outcomes: ArmOutcomes | None) -> dict[str, Any]:
+    if outcomes is None:
         return asdict(ArmSums()) | {"cohorts": {}}
     cohorts = {}
-    for n, cohort in enumerate(seen.cohorts):
-        rows = seen.counts[:, n]
+    for n, cohort in enumerate(outcomes.cohorts):
+        rows = outcomes.counts[:, n]
         cohorts[str(cohort)] = [int((rows[:, 0] > 0).sum()), *map(int, rows.sum(axis=0))]
-    return asdict(arm_sums(seen.total())) | {"cohorts": cohorts}
+    return asdict(arm_sums(outcomes.total())) | {"cohorts": cohorts}
 
 
 def _sums(inputs: Mapping[str, Any]) -> ArmSums:

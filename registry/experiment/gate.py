@@ -9,7 +9,7 @@ By tests, each one-sided at alpha:
 - promote: CVR is shown to be higher and CTR is shown to be above (1 - margin) of the control's. Both must
   hold, so alpha needs no correction (intersection-union).
 - reject: harm is shown: CVR is lower, or CTR is below that margin.
-- inconclusive: anything else, and whatever cannot be computed.
+- inconclusive: all other cases, and figures that cannot be computed.
 """
 
 from __future__ import annotations
@@ -46,92 +46,97 @@ def compare(
 ) -> Comparison:
     """Judge `target` against `control`. Never raises on data: what cannot be judged is inconclusive."""
     mode = mode or settings.mode
-    named = {name: arms.get(name, ArmSums()) for name in (target, control)}
-    cvr = _figures(statistics.cvr(named[target]), statistics.cvr(named[control]), 0.0, settings, mode)
+    pair = {name: arms.get(name, ArmSums()) for name in (target, control)}
+    cvr = _figures(statistics.cvr(pair[target]), statistics.cvr(pair[control]), 0.0, settings, mode)
     ctr = _figures(
-        statistics.ctr(named[target]), statistics.ctr(named[control]), settings.margin, settings, mode
+        statistics.ctr(pair[target]), statistics.ctr(pair[control]), settings.margin, settings, mode
     )
     verdict: Verdict = "inconclusive"
-    reason = _unusable(named, settings, mode)
-    if not reason and all(arm.orders == 0 for arm in named.values()):
+    reason = _unusable_reason(pair, settings, mode)
+    if not reason and all(arm.orders == 0 for arm in pair.values()):
         reason = "neither arm has an order yet"
     if not reason and cvr and ctr:
-        verdict, reason = _by_points(cvr, ctr) if mode == "point" else _by_tests(cvr, ctr, settings)
+        verdict, reason = (
+            _verdict_by_points(cvr, ctr) if mode == "point" else _verdict_by_tests(cvr, ctr, settings)
+        )
     return Comparison(target, control, cvr, ctr, verdict, f"{target} against {control}: {verdict}; {reason}")
 
 
 def compare_with_anchor(
     candidate: str, anchor: str, arms: dict[str, ArmSums], settings: GateSettings, mode: str | None = None
 ) -> Comparison:
-    """Has the candidate kept (1 - anchor_margin) of the anchor's CTR? promote: yes, as far as is known.
+    """Has the candidate kept (1 - anchor_margin) of the anchor's CTR? promote: yes, by the point estimate.
 
-    Each promotion may lose up to the margin, so ten of -5 % are -40 %, and no comparison with the champion
-    sees it. The hold-out on a fixed anchor does. It is small (a few percent of users), so it cannot show
-    non-inferiority in every cycle, and to ask for that would end all promotions. Asked for is therefore that
-    the point estimate keeps the margin and that harm is not shown. The estimate is wrong half of the time for
-    a model exactly on the margin; but a ratchet passes the margin and goes on, and every further cycle makes
-    it less likely to pass: its loss is bounded near the margin in place of growing without end.
+    Each promotion may lose up to the margin, so that ten of -5 % add up to -40 %. No comparison with the
+    champion detects that; the hold-out on a fixed anchor does. The hold-out is small (a few percent of
+    users), so that it cannot show non-inferiority in every cycle, and such a rule would end all promotions.
+    The rule is therefore that the point estimate keeps the margin and that harm is not shown. For a model
+    exactly on the margin the estimate is wrong half of the time. But with every further loss a candidate is
+    less likely to pass, so that the total loss stays near the margin.
 
     reject: CTR is shown to be below the margin. In mode point only the estimates are compared.
     """
     mode = mode or settings.mode
-    named = {name: arms.get(name, ArmSums()) for name in (candidate, anchor)}
-    cvr = _figures(statistics.cvr(named[candidate]), statistics.cvr(named[anchor]), 0.0, settings, mode)
+    pair = {name: arms.get(name, ArmSums()) for name in (candidate, anchor)}
+    cvr = _figures(statistics.cvr(pair[candidate]), statistics.cvr(pair[anchor]), 0.0, settings, mode)
     ctr = _figures(
-        statistics.ctr(named[candidate]),
-        statistics.ctr(named[anchor]),
+        statistics.ctr(pair[candidate]),
+        statistics.ctr(pair[anchor]),
         settings.anchor_margin,
         settings,
         mode,
     )
     verdict: Verdict = "inconclusive"
-    reason = _unusable({candidate: named[candidate]}, settings, mode)
-    few = _unusable({anchor: named[anchor]}, settings, mode)
-    if few and not reason:
-        reason = f"{few}; raise rollout.anchor where trials end before that: until then nothing is promoted"
+    reason = _unusable_reason({candidate: pair[candidate]}, settings, mode)
+    anchor_reason = _unusable_reason({anchor: pair[anchor]}, settings, mode)
+    if anchor_reason and not reason:
+        reason = (
+            f"{anchor_reason}; raise rollout.anchor where trials end before that: until then nothing is "
+            "promoted"
+        )
     if not reason and ctr:
         bound = 1.0 - settings.anchor_margin
-        told = _rate("CTR", ctr)
+        figures = _rate("CTR", ctr)
         if mode != "point" and ctr["z"] is None:
             reason = "every user behaved alike, and without variance there is no test"
         elif mode != "point" and ctr["p_below"] < settings.alpha:
             verdict, reason = (
                 "reject",
-                f"CTR is shown to be below {bound:.0%} of the anchor's in all ({told})",
+                f"CTR is shown to be below {bound:.0%} of the anchor's in all ({figures})",
             )
         elif ctr["target"] < bound * ctr["control"]:
-            reason = f"CTR is estimated below {bound:.0%} of the anchor's in all ({told})"
+            reason = f"CTR is estimated below {bound:.0%} of the anchor's in all ({figures})"
         else:
-            verdict, reason = "promote", f"CTR keeps {bound:.0%} of the anchor's in all ({told})"
+            verdict, reason = "promote", f"CTR keeps {bound:.0%} of the anchor's in all ({figures})"
     return Comparison(
         candidate, anchor, cvr, ctr, verdict, f"{candidate} against {anchor}: {verdict}; {reason}"
     )
 
 
-def _unusable(named: dict[str, ArmSums], settings: GateSettings, mode: str) -> str:
-    """Why these sums cannot be judged. The published rule asks for no exposure beyond that rates exist."""
+def _unusable_reason(arms: dict[str, ArmSums], settings: GateSettings, mode: str) -> str:
+    """Why these sums cannot be judged. The published rule needs no exposure beyond that rates exist."""
     if mode == "point":
-        return data_quality.unusable_reason(named)
-    return data_quality.unusable_reason(named, settings.min_users, settings.min_impressions)
+        return data_quality.unusable_reason(arms)
+    return data_quality.unusable_reason(arms, settings.min_users, settings.min_impressions)
 
 
 def _figures(
     target: Estimate | None, control: Estimate | None, margin: float, settings: GateSettings, mode: str
 ) -> dict[str, Any] | None:
-    """What one metric says; intervals are two-sided at 1 - 2 alpha, so that they agree with the tests."""
+    """The figures of one metric; intervals are two-sided at 1 - 2 alpha, to agree with the tests."""
     if target is None or control is None:
         return None
     alpha = settings.alpha
     test = statistics.contrast(target, control, 1.0 - margin)
-    plain = statistics.contrast(target, control)
+    no_margin = statistics.contrast(target, control)
     difference: tuple[float, float] | None
     if mode == "sequential":
         tau = sequential.prior_scale(target, control, settings.effect)
-        difference = sequential.difference_interval(plain, tau, alpha) if plain else None
+        difference = sequential.difference_interval(no_margin, tau, alpha) if no_margin else None
         ratio = sequential.ratio_interval(target, control, tau, alpha)
         above, below = sequential.p_values(test, tau) if test else (None, None)
     else:
-        difference = statistics.difference_interval(plain, alpha) if plain else None
+        difference = statistics.difference_interval(no_margin, alpha) if no_margin else None
         ratio = statistics.ratio_interval(target, control, statistics.quantile(1.0 - alpha))
         above, below = (test.p_above, test.p_below) if test else (None, None)
     return {
@@ -148,27 +153,29 @@ def _figures(
     }
 
 
-def _by_tests(cvr: dict[str, Any], ctr: dict[str, Any], settings: GateSettings) -> tuple[Verdict, str]:
+def _verdict_by_tests(
+    cvr: dict[str, Any], ctr: dict[str, Any], settings: GateSettings
+) -> tuple[Verdict, str]:
     if cvr["z"] is None or ctr["z"] is None:
         return "inconclusive", "every user behaved alike, and without variance there is no test"
     alpha, bound = settings.alpha, 1.0 - settings.margin
-    higher, lower = cvr["p_above"] < alpha, cvr["p_below"] < alpha
-    kept, fallen = ctr["p_above"] < alpha, ctr["p_below"] < alpha
+    cvr_rises, cvr_falls = cvr["p_above"] < alpha, cvr["p_below"] < alpha
+    ctr_holds, ctr_falls = ctr["p_above"] < alpha, ctr["p_below"] < alpha
     figures = f"{_rate('CVR', cvr)}, {_rate('CTR', ctr)}"
-    if lower or fallen:
-        harm = "CVR is lower" if lower else f"CTR is below {bound:.0%} of the control's"
+    if cvr_falls or ctr_falls:
+        harm = "CVR is lower" if cvr_falls else f"CTR is below {bound:.0%} of the control's"
         return "reject", f"{harm} ({figures})"
-    if higher and kept:
+    if cvr_rises and ctr_holds:
         return "promote", f"CVR is higher and CTR keeps {bound:.0%} of the control's ({figures})"
     missing = []
-    if not higher:
+    if not cvr_rises:
         missing.append("that CVR is higher")
-    if not kept:
+    if not ctr_holds:
         missing.append(f"that CTR keeps {bound:.0%} of the control's")
     return "inconclusive", f"not shown yet: {' and '.join(missing)} ({figures})"
 
 
-def _by_points(cvr: dict[str, Any], ctr: dict[str, Any]) -> tuple[Verdict, str]:
+def _verdict_by_points(cvr: dict[str, Any], ctr: dict[str, Any]) -> tuple[Verdict, str]:
     bound = 1.0 - ctr["margin"]
     figures = f"point estimates, no evidence: {_rate('CVR', cvr)}, {_rate('CTR', ctr)}"
     if cvr["difference"] > 0 and ctr["target"] > bound * ctr["control"]:

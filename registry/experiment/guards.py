@@ -1,9 +1,8 @@
-"""Guards: an arm that is shown to fail, to be slow, to waste its probability or to lose clicks goes at once.
+"""Guards: an arm that is shown to fail, be slow, waste probability or lose clicks is taken off at once.
 
-Each guard holds the mean of something between 0 and 1 per request (of time: per call of the model) against a
-limit, by a test that may be
-looked at after every request. A fault that the control arm has as well is not the challenger's: a slow Redis
-or a busy machine ends no trial.
+Each guard compares the mean of a value in [0, 1] per request (for time: per call of the model) with a limit,
+by a test that is valid after every request. A fault that the control arm has too is not the challenger's: a
+slow Redis or a busy machine ends no trial.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from streams.events import Arm
 
 @dataclass(frozen=True)
 class Alarm:
-    """A guard that fired: on which arm, the value that it saw, the limit, and one sentence."""
+    """A guard that fired: the arm, the guard, the observed value, the limit, and one sentence."""
 
     arm: str
     guard: str
@@ -40,7 +39,7 @@ class Alarm:
 
 
 def log_evidence(total: float, count: int, limit: float) -> float:
-    """log of the evidence that the mean of `count` values in [0, 1], `total` in sum, is above `limit`.
+    """log evidence that the mean of `count` values in [0, 1], whose sum is `total`, is above `limit`.
 
     The likelihood ratio of a Bernoulli(q) against Bernoulli(limit), mixed evenly over q in (limit, 1):
     int q^S (1-q)^(n-S) dq / ((1-p) p^S (1-p)^(n-S)). Each factor is convex in the value, so that for any
@@ -64,30 +63,30 @@ def health_alarms(
 ) -> list[Alarm]:
     """The guards on failures, model time and invalid mass that fire on one of `arms`.
 
-    The last needs a control: what a model spends on no item hangs on the catalogue and on what requests
-    exclude, so the limit is the control's mean and `settings.invalid` more.
+    The guard on invalid mass needs a control: the mass depends on the catalogue and on the items that
+    requests exclude. Its limit is therefore the control's mean plus `settings.invalid`.
     """
     reference = health.get(control, ArmHealth()) if control is not None else ArmHealth()
-    found = []
+    alarms = []
     for arm in arms:
-        seen = health.get(arm, ArmHealth())
-        calls, others = sum(seen.times.values()), sum(reference.times.values())
-        slow, slow_there = seen.slower(settings.slow_ms), reference.slower(settings.slow_ms)
-        # Who learned repeats spends more on items that requests exclude: only an excess is a fault.
-        spent = reference.invalid / reference.requests + settings.invalid if reference.requests else 1.0
-        for guard, total, count, limit, excused, told in (
-            ("failed", seen.failed, seen.requests, settings.failed,
+        observed = health.get(arm, ArmHealth())
+        calls, control_calls = sum(observed.times.values()), sum(reference.times.values())
+        slow, control_slow = observed.slower(settings.slow_ms), reference.slower(settings.slow_ms)
+        # A model that learned repeats spends more on items that requests exclude: only an excess is a fault.
+        invalid = reference.invalid / reference.requests + settings.invalid if reference.requests else 1.0
+        for guard, total, count, limit, excused, text in (
+            ("failed", observed.failed, observed.requests, settings.failed,
              reference.failed > settings.failed * reference.requests,
              "its model failed on {:.2%} of {} requests"),
-            ("slow", slow, calls, settings.slow, slow_there > settings.slow * others,
+            ("slow", slow, calls, settings.slow, control_slow > settings.slow * control_calls,
              f"{{:.2%}} of {{}} calls took more than {settings.slow_ms:g} ms"),
-            ("invalid", seen.invalid, seen.requests, spent, False,
+            ("invalid", observed.invalid, observed.requests, invalid, False,
              "it spends {:.2%} of its probability on no item, over {} requests"),
         ):  # fmt: skip
             if not excused and log_evidence(total, count, limit) > -math.log(settings.alpha):
-                sentence = f"{arm}: {told.format(total / count, count)}, the limit is {limit:.2%}"
-                found.append(Alarm(arm, guard, total / count, limit, sentence))
-    return found
+                sentence = f"{arm}: {text.format(total / count, count)}, the limit is {limit:.2%}"
+                alarms.append(Alarm(arm, guard, total / count, limit, sentence))
+    return alarms
 
 
 def click_alarms(
@@ -98,47 +97,50 @@ def click_alarms(
     alpha: float,
     margin: float,
 ) -> list[Alarm]:
-    """The guard on clicks: CTR shown to be below (1 - margin) of the control's, by the gate's own test."""
+    """The guard on clicks: CTR is shown to be below (1 - margin) of the control's, by the gate's own test."""
     strict = gate.model_copy(update={"alpha": alpha, "anchor_margin": margin})
-    found = []
+    alarms = []
     for arm in arms:
-        made = compare_with_anchor(arm, control, dict(sums), strict, "sequential")
-        if made.verdict == "reject" and made.ctr is not None:
-            ratio = made.ctr["target"] / made.ctr["control"]
+        comparison = compare_with_anchor(arm, control, dict(sums), strict, "sequential")
+        if comparison.verdict == "reject" and comparison.ctr is not None:
+            ctr = comparison.ctr
+            ratio = ctr["target"] / ctr["control"]
             sentence = (
-                f"{arm}: CTR {made.ctr['target']:.2%} is shown to be below {1 - margin:.0%} of {control}'s "
-                f"{made.ctr['control']:.2%}"
+                f"{arm}: CTR {ctr['target']:.2%} is shown to be below {1 - margin:.0%} of {control}'s "
+                f"{ctr['control']:.2%}"
             )
-            found.append(Alarm(arm, "ctr", ratio, 1 - margin, sentence))
-    return found
+            alarms.append(Alarm(arm, "ctr", ratio, 1 - margin, sentence))
+    return alarms
 
 
-def _dealt(sums: Mapping[str, ArmSums], weights: Mapping[str, float], alpha: float) -> list[Alarm]:
-    """The guard on users: are they those that the weights dealt out? If not, no rate can be trusted."""
+def _sample_ratio_alarms(
+    sums: Mapping[str, ArmSums], weights: Mapping[str, float], alpha: float
+) -> list[Alarm]:
+    """The guard on users: on a sample-ratio mismatch no rate can be trusted."""
     users = {name: sums[name].users for name in weights if name in sums}
-    told = data_quality.sample_ratio_mismatch(users, weights, alpha)
-    return [Alarm("all", "users", 0.0, alpha, told)] if told else []
+    mismatch = data_quality.sample_ratio_mismatch(users, weights, alpha)
+    return [Alarm("all", "users", 0.0, alpha, mismatch)] if mismatch else []
 
 
 def alarms_of(record: Mapping[str, Any]) -> list[Alarm]:
     """The alarms that follow from a guard's record: its inputs, its settings."""
     inputs = record["inputs"]
-    health = {name: _health(seen) for name, seen in inputs["health"].items()}
-    sums = {name: ArmSums(**seen) for name, seen in inputs["sums"].items()}
+    health = {name: _health_from_json(stored) for name, stored in inputs["health"].items()}
+    sums = {name: ArmSums(**stored) for name, stored in inputs["sums"].items()}
     settings, gate = GuardSettings(**record["settings"]["guards"]), GateSettings(**record["settings"]["gate"])
     watched, control = list(record["watched"]), record["control"]
-    found = health_alarms(health, watched, control, settings)
+    alarms = health_alarms(health, watched, control, settings)
     weights = {name: arm["weight"] for name, arm in record["arms"].items()}
     if CHAMPION not in watched and len([weight for weight in weights.values() if weight > 0]) > 1:
-        found += _dealt(sums, weights, gate.srm_alpha)
+        alarms += _sample_ratio_alarms(sums, weights, gate.srm_alpha)
     if control is not None:
         margin = gate.anchor_margin if control == ANCHOR else gate.margin
-        found += click_alarms(sums, watched, control, gate, settings.alpha, margin)
-    return found
+        alarms += click_alarms(sums, watched, control, gate, settings.alpha, margin)
+    return alarms
 
 
 def guard_decision(
-    trial: str,
+    step_id: str,
     arms: list[Arm],
     watched: list[str],
     control: str | None,
@@ -148,14 +150,15 @@ def guard_decision(
     gate: GateSettings,
     ts: int | None = None,
 ) -> dict[str, Any] | None:
-    """A guard's record, as a decision: None where all is well. It recomputes from itself (`judge`).
+    """The decision record of the guards that fire; None where none fires. `alarms_of` recomputes it.
 
-    `winner`: the champion where challengers were watched, else its predecessor.
+    `watched`: names of the arms that are guarded. `winner` in the record: the champion where challengers were
+    watched, else `previous`, the champion's predecessor.
     """
     names = [arm.name for arm in arms]
     record: dict[str, Any] = {
         "format": 2,
-        "trial": trial,
+        "trial": step_id,
         "mode": "guard",
         "settings": {"guards": guards.model_dump(), "gate": gate.model_dump()},
         "arms": {
@@ -164,15 +167,15 @@ def guard_decision(
         "watched": watched,
         "control": control,
         "inputs": {
-            "health": {name: _plain(health[name]) for name in names if name in health},
+            "health": {name: _health_to_json(health[name]) for name in names if name in health},
             "sums": {name: asdict(sums[name]) for name in names if name in sums},
         },
     }
-    found = alarms_of(record)
-    if not found:
+    alarms = alarms_of(record)
+    if not alarms:
         return None
     record["decision"] = decision_id(record)
-    return record | _verdict(record, found) | {
+    return record | _verdict(record, alarms) | {
         "ts": time.time_ns() // 1_000_000 if ts is None else ts,
         "sidstream": version("sidstream"),
     }  # fmt: skip
@@ -183,29 +186,28 @@ def recompute_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     return _verdict(record, alarms_of(record))
 
 
-def _verdict(record: Mapping[str, Any], found: list[Alarm]) -> dict[str, Any]:
-    watched = "champion" if "champion" in record["watched"] else "challengers"
-    if not found:
-        return {"verdict": "inconclusive", "winner": "champion", "alarms": [], "sentence": "no guard fires"}
-    told = "; ".join(alarm.sentence for alarm in found)
-    said = "back to its predecessor" if watched == "champion" else "the trial ends, the champion stays"
+def _verdict(record: Mapping[str, Any], alarms: list[Alarm]) -> dict[str, Any]:
+    if not alarms:
+        return {"verdict": "inconclusive", "winner": CHAMPION, "alarms": [], "sentence": "no guard fires"}
+    champion_watched = CHAMPION in record["watched"]
+    effect = "back to its predecessor" if champion_watched else "the trial ends, the champion stays"
     return {
         "verdict": "reject",
-        "winner": "previous" if watched == "champion" else "champion",
-        "alarms": [asdict(alarm) for alarm in found],
-        "sentence": f"a guard fired, {said}: {told}",
+        "winner": "previous" if champion_watched else CHAMPION,
+        "alarms": [asdict(alarm) for alarm in alarms],
+        "sentence": f"a guard fired, {effect}: {'; '.join(alarm.sentence for alarm in alarms)}",
     }
 
 
 def decision_id(record: Mapping[str, Any]) -> str:
-    """The id of a decision: a hash of what was decided on, and by which rule."""
+    """The id of a decision: a hash (16 hex digits) of its inputs and its rule."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _plain(health: ArmHealth) -> dict[str, Any]:
+def _health_to_json(health: ArmHealth) -> dict[str, Any]:
     # JSON has no infinity, and its keys are text.
     return asdict(health) | {"times": {f"{bound:g}": count for bound, count in sorted(health.times.items())}}
 
 
-def _health(stored: Mapping[str, Any]) -> ArmHealth:
+def _health_from_json(stored: Mapping[str, Any]) -> ArmHealth:
     return ArmHealth(**(dict(stored) | {"times": {float(b): n for b, n in stored["times"].items()}}))

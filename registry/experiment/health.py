@@ -1,4 +1,4 @@
-"""What serving saw of each arm: requests, failures, model time and invalid mass, summed in Redis by trial.
+"""The health of each arm: requests, failures, model time and invalid mass, summed in Redis by trial step.
 
 Serving adds to the sums once a second; the guards read them.
 """
@@ -33,24 +33,26 @@ class ArmHealth:
     times: Mapping[float, int] = field(default_factory=dict)
 
     def slower(self, limit_ms: float) -> int:
-        """Calls that took longer than the smallest bound that is `limit_ms` or more: those of the class
-        that the limit falls into get the benefit of the doubt."""
-        least = min(bound for bound in BOUNDS_MS if bound >= limit_ms)
-        return sum(count for bound, count in self.times.items() if bound > least)
+        """Calls that took longer than the smallest bound at or above `limit_ms` (ms).
+
+        Calls in the class that contains the limit do not count: they may be faster than the limit.
+        """
+        bound_ms = min(bound for bound in BOUNDS_MS if bound >= limit_ms)
+        return sum(count for bound, count in self.times.items() if bound > bound_ms)
 
 
-def read_health(redis: Any, trial: str) -> dict[str, ArmHealth]:
-    """The health of a trial's arms by name; `redis` is a redis-py client that answers bytes or text."""
+def read_health(redis: Any, step_id: str) -> dict[str, ArmHealth]:
+    """The health of a step's arms by name; `redis` is a redis-py client that answers bytes or text."""
     arms: dict[str, dict[str, int]] = {}
-    for name, value in redis.hgetall(keys.health(trial)).items():
-        arm, _, what = (name.decode() if isinstance(name, bytes) else name).partition(":")
-        arms.setdefault(arm, {})[what] = int(value)
+    for name, value in redis.hgetall(keys.health(step_id)).items():
+        arm, _, counter = (name.decode() if isinstance(name, bytes) else name).partition(":")
+        arms.setdefault(arm, {})[counter] = int(value)
     return {
         arm: ArmHealth(
             requests=sums.get("n", 0),
             failed=sums.get("failed", 0),
             invalid=sums.get("invalid", 0) / MASS_UNIT,
-            times={float(what[3:]): count for what, count in sums.items() if what.startswith("le:")},
+            times={float(name[3:]): count for name, count in sums.items() if name.startswith("le:")},
         )
         for arm, sums in sorted(arms.items())
     }

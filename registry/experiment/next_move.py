@@ -1,7 +1,7 @@
-"""What comes next for what is in service: a pure function of what was seen, so that a bench may call it too.
+"""The next move for the bundles in service: a pure function of the evidence, which benchmarks can call, too.
 
 CANDIDATE -> offline checks -> off-policy veto (trainer) -> shadow (no exposure) -> canary -> trial at full
-weights until the gate or the longest duration -> promoted, rejected or inconclusive; a guard that fires ends
+weights until the gate or the longest duration -> promoted, rejected or inconclusive. A guard that fires ends
 the trial, or takes a freshly promoted champion back, at once.
 """
 
@@ -25,10 +25,10 @@ _HOUR_MS = 3_600_000
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of the current rollout.
+    """The data about the rollout in service.
 
-    `mature`: outcomes of mature cohorts by arm; `recent`: the same with the cohorts that are still open, for
-    the guard on clicks (all arms are equally young); `health` by arm; `cohort_ms`: length of a cohort.
+    `mature`: outcomes of mature cohorts by arm; `recent`: outcomes of all cohorts, for the guard on clicks
+    (all arms are equally young); `health` by arm; `cohort_ms`: length of a cohort in milliseconds.
     """
 
     mature: Mapping[str, ArmOutcomes]
@@ -39,7 +39,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Move:
-    """What to do next, and why. `step`: of the ramp, to advance to; `record`: to conclude or roll back by."""
+    """What to do next, and why.
+
+    `step`: the step of the ramp to advance to; `record`: the decision record to conclude or to roll back by.
+    """
 
     do: Literal["wait", "advance", "conclude", "rollback", "train"]
     sentence: str
@@ -48,34 +51,41 @@ class Move:
 
 
 def next_move(
-    current: Rollout, sight: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
+    current: Rollout, evidence: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
 ) -> Move:
-    """The next move. With nothing on trial that is to train, or to wait until a promoted model is watched."""
+    """The next move. With nothing on trial: train, or wait while a freshly promoted model is watched."""
     if current.action == "trial":
-        return _on_trial(current, sight, rollout, guard, gate)
+        return _on_trial(current, evidence, rollout, guard, gate)
     if current.action == "promote":
-        return _watched(current, sight, rollout, guard, gate)
+        return _while_watched(current, evidence, rollout, guard, gate)
     return Move("train", "nothing is on trial")
 
 
 def _on_trial(
-    current: Rollout, sight: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
+    current: Rollout, evidence: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
 ) -> Move:
     challengers: list[str] = [arm.name for arm in current.arms if arm.name in (SFT, DPO)]
     alarm = guards.guard_decision(
-        current.trial, current.arms, challengers, CHAMPION, sight.health, _sums(sight.recent), guard, gate
+        current.trial,
+        current.arms,
+        challengers,
+        CHAMPION,
+        evidence.health,
+        _sums(evidence.recent),
+        guard,
+        gate,
     )
     if alarm is not None:
         return Move("conclude", alarm["sentence"], record=alarm)
     at = 1.0 if current.step is None else current.step
     if at < 1:
-        return _ramp(at, challengers, sight.health, rollout)
-    hours = _hours(sight)
-    over = hours >= rollout.max_hours
-    if gate.mode == "fixed" and not over:
+        return _ramp(at, challengers, evidence.health, rollout)
+    hours = _hours(evidence)
+    time_is_up = hours >= rollout.max_hours
+    if gate.mode == "fixed" and not time_is_up:
         return Move("wait", f"mode fixed looks once, at the end: {hours:g} of {rollout.max_hours:g} hours")
-    record = decide(current.trial, current.arms, sight.mature, gate)
-    if record["verdict"] != "inconclusive" or over:
+    record = decide(current.trial, current.arms, evidence.mature, gate)
+    if record["verdict"] != "inconclusive" or time_is_up:
         return Move("conclude", record["sentence"], record=record)
     return Move("wait", f"{record['sentence']}; {hours:g} of {rollout.max_hours:g} hours", record=record)
 
@@ -83,27 +93,27 @@ def _on_trial(
 def _ramp(
     at: float, challengers: list[str], health: Mapping[str, ArmHealth], rollout: RolloutSettings
 ) -> Move:
-    stage = "shadow" if at == 0 else f"canary at {at:.0%}"
-    answered = {name: health.get(name, ArmHealth()).requests for name in challengers}
-    told = ", ".join(f"{name} {count}" for name, count in answered.items())
-    if min(answered.values()) < rollout.step_requests:
-        return Move("wait", f"{stage}: answered {told} of {rollout.step_requests} requests each")
+    phase = "shadow" if at == 0 else f"canary at {at:.0%}"
+    requests = {name: health.get(name, ArmHealth()).requests for name in challengers}
+    counts = ", ".join(f"{name} {count}" for name, count in requests.items())
+    if min(requests.values()) < rollout.step_requests:
+        return Move("wait", f"{phase}: answered {counts} of {rollout.step_requests} requests each")
     step = next((step for step in rollout.steps if step > at), 1.0)
     return Move(
-        "advance", f"{stage} is passed ({told} requests, no guard fired): on to {step:.0%}", step=step
+        "advance", f"{phase} is passed ({counts} requests, no guard fired): on to {step:.0%}", step=step
     )
 
 
-def _watched(
-    current: Rollout, sight: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
+def _while_watched(
+    current: Rollout, evidence: Evidence, rollout: RolloutSettings, guard: GuardSettings, gate: GateSettings
 ) -> Move:
     control = ANCHOR if any(arm.name == ANCHOR for arm in current.arms) else None
     alarm = guards.guard_decision(
-        current.trial, current.arms, [CHAMPION], control, sight.health, _sums(sight.recent), guard, gate
+        current.trial, current.arms, [CHAMPION], control, evidence.health, _sums(evidence.recent), guard, gate
     )
     if alarm is not None:
         return Move("rollback", alarm["sentence"], record=alarm)
-    answered = sight.health.get(CHAMPION, ArmHealth()).requests
+    answered = evidence.health.get(CHAMPION, ArmHealth()).requests
     if answered < rollout.watch_requests:
         return Move(
             "wait", f"the new champion is watched: {answered} of {rollout.watch_requests} requests answered"
@@ -111,13 +121,13 @@ def _watched(
     return Move("train", f"the new champion answered {answered} requests and no guard fired")
 
 
-def _hours(sight: Evidence) -> float:
+def _hours(evidence: Evidence) -> float:
     """Event time (hours) from the first mature cohort to the last, both included."""
-    cohorts = [cohort for seen in sight.mature.values() for cohort in seen.cohorts]
+    cohorts = [cohort for outcomes in evidence.mature.values() for cohort in outcomes.cohorts]
     if not cohorts:
         return 0.0
-    return (max(cohorts) - min(cohorts) + 1) * sight.cohort_ms / _HOUR_MS
+    return (max(cohorts) - min(cohorts) + 1) * evidence.cohort_ms / _HOUR_MS
 
 
-def _sums(seen: Mapping[str, ArmOutcomes]) -> dict[str, ArmSums]:
-    return {name: arm_sums(rows.total()) for name, rows in seen.items()}
+def _sums(outcomes: Mapping[str, ArmOutcomes]) -> dict[str, ArmSums]:
+    return {name: arm_sums(rows.total()) for name, rows in outcomes.items()}

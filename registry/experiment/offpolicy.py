@@ -1,4 +1,4 @@
-"""What a policy would have earned, from what another one logged: estimates that reweight its rewards.
+"""Off-policy estimates: the value of a policy from rewards that another policy logged, by reweighting.
 
 Every function takes n logged rows: `w` (n,) = target probability / logged propensity of the action that was
 taken, `r` (n,) the reward, `users` (n,) whose row it is (numbers or names). Rows of one user are not

@@ -1,8 +1,8 @@
-"""What a trial has seen: sums by arm, user and cohort, which the agents keep in Redis.
+"""Outcomes of a trial: impressions, clicks and orders by arm, user and cohort, which the agents sum in Redis.
 
-A cohort holds the requests that were first seen within one stretch of event time, with the clicks and orders
-that followed. It is mature when no more can follow within the attribution window and the allowed lateness;
-only mature cohorts are compared, so that no arm is judged by clicks whose orders are still to come.
+A cohort holds the requests whose first event lies within one interval of event time, with the clicks and
+orders that followed. It is mature when no more of them can follow, by the attribution window and the allowed
+lateness. Only mature cohorts are compared, so that no arm is judged by clicks whose orders are still to come.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy.typing as npt
 from streams.errors import SidstreamError
 from streams.state import keys
 
-# Keys a round trip.
-_BATCH: Final = 1000
-# Beyond every cohort.
-_ALL: Final = 2**62
-_KINDS: Final = {"i": 0, "c": 1, "o": 2}
-_NAMES: Final = frozenset(("arm", "bundle"))
-_RULES: Final = ("window_ms", "lateness_ms", "cohort_ms", "partitions")
+# Keys of one round trip.
+_KEYS_PER_TRIP: Final = 1000
+# Above the number of every cohort.
+_NO_LIMIT: Final = 2**62
+_COLUMNS: Final = {"i": 0, "c": 1, "o": 2}
+_TEXT_FIELDS: Final = frozenset(("arm", "bundle"))
+_RULE_FIELDS: Final = ("window_ms", "lateness_ms", "cohort_ms", "partitions")
 
 
 @dataclass(frozen=True, eq=False)
 class ArmOutcomes:
-    """What the mature cohorts of one arm hold.
+    """The outcomes of one arm.
 
     `cohorts`: numbers, ascending, the same for every arm of a trial (anchor_ts_ms // cohort_ms).
     `counts`: int64 (users, cohorts, 3), impressions, clicks and orders; users in the order of their keys.
@@ -39,33 +39,33 @@ class ArmOutcomes:
     counts: npt.NDArray[np.int64]
 
     def total(self) -> npt.NDArray[np.int64]:
-        """int64 (users, 3) over the cohorts; users without an impression in them are left out."""
+        """Sums over the cohorts, int64 (users, 3); users without an impression are left out."""
         total: npt.NDArray[np.int64] = self.counts.sum(axis=1, dtype=np.int64)
         return total[total[:, 0] > 0]
 
     def up_to(self, cohort: int) -> ArmOutcomes:
-        """The cohorts up to and with that one."""
+        """The outcomes of the cohorts up to and including `cohort`."""
         count = bisect_right(self.cohorts, cohort)
         return ArmOutcomes(self.cohorts[:count], self.counts[:, :count])
 
 
 def cohort_ms(redis: Any) -> int:
-    """Length of a cohort (ms), as the agents told it; an hour where they told nothing yet."""
+    """Length of a cohort (ms), as the agents have stored it; an hour where they have stored none."""
     stored = redis.hget(keys.outcomes_rules(), "cohort_ms")
     return 3_600_000 if stored is None else int(stored)
 
 
 def mature_until(redis: Any) -> int | None:
-    """The first cohort that is not mature; None where nothing is known.
+    """The first cohort that is not mature; None where no cohort can be mature yet.
 
     Cohort c is mature once every partition's watermark reached (c + 1) cohort_ms + window_ms + lateness_ms.
-    While workers run and all is read, the watermark of a silent partition goes on with the wall clock: after
+    While workers run and all is read, the watermark of a silent partition advances with the wall clock: after
     the last event of a stream a cohort takes its own length of real time to mature, also where the stream was
-    a year replayed in minutes. A partition that a worker has taken, and that has neither a watermark nor an
-    open request, holds nothing back: no user of its has been counted. One that no worker has taken holds
-    back all, for it may be full of events.
+    a year replayed in minutes. A partition that a worker has taken, with neither a watermark nor an open
+    request, delays no cohort: none of its users has been counted. A partition that no worker has taken makes
+    every cohort wait, since it may be full of events.
     """
-    stored = redis.hmget(keys.outcomes_rules(), _RULES)
+    stored = redis.hmget(keys.outcomes_rules(), _RULE_FIELDS)
     if None in stored:
         return None
     window_ms, lateness_ms, cohort_ms, partitions = (int(value) for value in stored)
@@ -73,112 +73,112 @@ def mature_until(redis: Any) -> int | None:
     for partition in range(partitions):
         pipeline.hmget(keys.clock(partition), ("outcomes", "incarnations"))
         pipeline.exists(keys.due("outcomes", partition))
-    found = pipeline.execute()
+    replies = pipeline.execute()
     watermarks = []
-    for (watermark, taken), waiting in zip(found[::2], found[1::2], strict=True):
+    for (watermark, incarnations), has_open_requests in zip(replies[::2], replies[1::2], strict=True):
         if watermark is not None:
             watermarks.append(int(watermark))
-        elif taken is None or waiting:
+        elif incarnations is None or has_open_requests:
             return None
     if not watermarks:
         return None
     return max(0, (min(watermarks) - window_ms - lateness_ms) // cohort_ms)
 
 
-def read_all_outcomes(redis: Any, trial: str) -> tuple[dict[str, ArmOutcomes], dict[str, ArmOutcomes]]:
-    """By arm: what the mature cohorts of a trial hold, and what all of them do. Raises as `read_outcomes`."""
-    # First, as there: what is mature now stays so.
+def read_all_outcomes(redis: Any, step_id: str) -> tuple[dict[str, ArmOutcomes], dict[str, ArmOutcomes]]:
+    """A step's outcomes by arm, of its mature cohorts and of all cohorts. Raises as `read_outcomes`."""
+    # Read before the sums: a cohort that is mature now stays mature.
     until = mature_until(redis)
-    every = _read(redis, trial, _ALL)
+    of_all = _read(redis, step_id, _NO_LIMIT)
     if until is None:
-        return {}, every
-    mature = ((arm, seen.up_to(until - 1)) for arm, seen in every.items())
-    return {arm: seen for arm, seen in mature if seen.counts.any()}, every
+        return {}, of_all
+    of_mature = ((arm, outcomes.up_to(until - 1)) for arm, outcomes in of_all.items())
+    return {arm: outcomes for arm, outcomes in of_mature if outcomes.counts.any()}, of_all
 
 
-def read_outcomes(redis: Any, trial: str) -> dict[str, ArmOutcomes]:
-    """What the mature cohorts of a trial hold, by arm; empty where none is mature.
+def read_outcomes(redis: Any, step_id: str) -> dict[str, ArmOutcomes]:
+    """The outcomes of the mature cohorts of a step, by arm; empty where no cohort is mature.
 
     `redis` is a redis-py client that answers bytes or text. Memory: 24 bytes a user and cohort. Raises
-    SidstreamError for a hash that does not hold whole numbers, none below 0, by cohort.
+    SidstreamError for a hash with a number that is not whole, or is below 0.
     """
-    # First: what is mature now stays so, and the sums that are read later hold all of it.
+    # Read before the sums: a cohort that is mature now stays mature, and the sums hold all of its events.
     until = mature_until(redis)
-    return {} if until is None else _read(redis, trial, until)
+    return {} if until is None else _read(redis, step_id, until)
 
 
-def _read(redis: Any, trial: str, until: int) -> dict[str, ArmOutcomes]:
-    """What cohorts below `until` hold, by arm."""
-    arms: dict[str, _Rows] = {}
+def _read(redis: Any, step_id: str, until: int) -> dict[str, ArmOutcomes]:
+    """The outcomes of the cohorts below `until`, by arm."""
+    arms: dict[str, _ArmRows] = {}
     parsed: dict[bytes | str, tuple[int, int] | None] = {}
-    # SCAN may name a key twice; a user counts once. Sorted: the same sums are the same arrays everywhere.
-    names = sorted(set(redis.scan_iter(match=keys.sums_pattern(trial), count=_BATCH)))
+    # SCAN may return a key twice; a user counts once. Sorted: the same sums give the same arrays everywhere.
+    names = sorted(set(redis.scan_iter(match=keys.sums_pattern(step_id), count=_KEYS_PER_TRIP)))
     for name, stored in _hashes(redis, names):
         arm = stored.get(b"arm", stored.get("arm"))
         if arm is None:
             continue
-        rows = arms.setdefault(_text(arm), _Rows())
-        filled = len(rows.users)
+        rows = arms.setdefault(_text(arm), _ArmRows())
+        size_before = len(rows.users)
         try:
             for field, value in stored.items():
                 if field not in parsed:
                     parsed[field] = _parse(_text(field))
-                place = parsed[field]
-                if place is not None and place[0] < until:
-                    rows.add(*place, int(value))
+                cohort_and_column = parsed[field]
+                if cohort_and_column is not None and cohort_and_column[0] < until:
+                    rows.add(*cohort_and_column, int(value))
         except ValueError as error:
             # The key ends with the user's id, which no message may show.
             raise SidstreamError(
-                f"trial {trial} has sums that are no whole numbers by cohort ({error}), in a Redis key whose "
-                f"name hashes to {keys.hashed(_text(name))}; delete that key, or, where an older sidstream "
-                "wrote it, replay the topics into an empty Redis"
+                f"trial {step_id} has sums that are no whole numbers by cohort ({error}), in a Redis key "
+                f"whose name hashes to {keys.hashed(_text(name))}; delete that key, or, where an older "
+                "sidstream wrote it, replay the topics into an empty Redis"
             ) from error
-        rows.count += len(rows.users) > filled
-    every = sorted({cohort for rows in arms.values() for cohort in rows.cohorts})
-    return {arm: rows.seen(every) for arm, rows in sorted(arms.items()) if rows.count}
+        rows.count += len(rows.users) > size_before
+    cohorts = sorted({cohort for rows in arms.values() for cohort in rows.cohorts})
+    return {arm: rows.outcomes(cohorts) for arm, rows in sorted(arms.items()) if rows.count}
 
 
-class _Rows:
-    """The mature numbers of one arm's users, one entry each; `count`: users so far."""
+class _ArmRows:
+    """The numbers of one arm's users, one entry each; `count`: users so far."""
 
     def __init__(self) -> None:
         self.count = 0
         self.users: list[int] = []
         self.cohorts: list[int] = []
-        self.kinds: list[int] = []
+        self.columns: list[int] = []
         self.numbers: list[int] = []
 
-    def add(self, cohort: int, kind: int, number: int) -> None:
+    def add(self, cohort: int, column: int, number: int) -> None:
         if number < 0:
             raise ValueError(f"{number} is below 0")
         self.users.append(self.count)
         self.cohorts.append(cohort)
-        self.kinds.append(kind)
+        self.columns.append(column)
         self.numbers.append(number)
 
-    def seen(self, cohorts: Sequence[int]) -> ArmOutcomes:
+    def outcomes(self, cohorts: Sequence[int]) -> ArmOutcomes:
         counts = np.zeros((self.count, len(cohorts), 3), dtype=np.int64)
-        counts[self.users, np.searchsorted(cohorts, self.cohorts), self.kinds] = self.numbers
+        counts[self.users, np.searchsorted(cohorts, self.cohorts), self.columns] = self.numbers
         return ArmOutcomes(tuple(cohorts), counts)
 
 
 def _hashes(redis: Any, names: Sequence[bytes | str]) -> Iterator[tuple[bytes | str, dict[Any, Any]]]:
-    for begin in range(0, len(names), _BATCH):
-        some = names[begin : begin + _BATCH]
+    for begin in range(0, len(names), _KEYS_PER_TRIP):
+        batch = names[begin : begin + _KEYS_PER_TRIP]
         pipeline = redis.pipeline(transaction=False)
-        for name in some:
+        for name in batch:
             pipeline.hgetall(name)
-        yield from zip(some, pipeline.execute(), strict=True)
+        yield from zip(batch, pipeline.execute(), strict=True)
 
 
 def _parse(name: str) -> tuple[int, int] | None:
-    """(cohort, kind) of a number's field; None for what is no number. Raises ValueError for others."""
-    if name in _NAMES:
+    """(cohort, column) of a number's field; None for a text field. Raises ValueError for other fields."""
+    if name in _TEXT_FIELDS:
         return None
-    cohort, _, kind = name.partition(":")
-    if kind not in _KINDS:
+    cohort, _, letter = name.partition(":")
+    if letter not in _COLUMNS:
         raise ValueError(f"field {name!r}")
-    return int(cohort), _KINDS[kind]
+    return int(cohort), _COLUMNS[letter]
 
 
 def _text(value: bytes | str) -> str:

@@ -14,12 +14,12 @@ from registry.experiment import sequential, statistics
 from registry.settings import GateSettings
 from streams.errors import SidstreamError
 
-_LARGEST = 10**12
+_MAX_USERS = 10**12
 
 
 @dataclass(frozen=True)
 class ExpectedRates:
-    """What is expected of a trial: the control's rates, the relative lift of CVR, no change of CTR.
+    """The expected rates of a trial: the control's rates, the relative lift of CVR, no change of CTR.
 
     `design_effect` is the user-clustered variance over that of independent impressions and clicks.
     """
@@ -31,7 +31,7 @@ class ExpectedRates:
     design_effect: float = 1.2
 
     def __post_init__(self) -> None:
-        for name, value, good, wanted in (
+        for name, value, valid, requirement in (
             ("cvr", self.cvr, 0 < self.cvr < 1, "between 0 and 1"),
             (
                 "lift",
@@ -43,8 +43,8 @@ class ExpectedRates:
             ("impressions-per-user", self.impressions_per_user, self.impressions_per_user > 0, "above 0"),
             ("design-effect", self.design_effect, self.design_effect > 0, "above 0"),
         ):
-            if not good:
-                raise SidstreamError(f"{name} is {value}: it must be {wanted}")
+            if not valid:
+                raise SidstreamError(f"{name} is {value}: it must be {requirement}")
 
 
 def power(users: float, expected: ExpectedRates, settings: GateSettings, mode: str) -> float:
@@ -54,24 +54,30 @@ def power(users: float, expected: ExpectedRates, settings: GateSettings, mode: s
     mode fixed, the boundary of the confidence sequence at that V in mode sequential. There earlier looks add
     to it, so the figure is on the safe side. Both pass with at least the sum of both minus one.
     """
-    return max(sum(_passes(users, test, settings, mode) for test in _tests(expected, settings)) - 1.0, 0.0)
+    return max(
+        sum(_pass_probability(users, test, settings, mode) for test in _tests(expected, settings)) - 1.0, 0.0
+    )
 
 
-def users_needed(expected: ExpectedRates, settings: GateSettings, mode: str, wanted: float = 0.8) -> int:
-    """Users in each arm with which each test passes with probability 1 - (1 - wanted) / 2.
+def users_needed(
+    expected: ExpectedRates, settings: GateSettings, mode: str, target_power: float = 0.8
+) -> int:
+    """Users in each arm with which each test passes with probability 1 - (1 - target_power) / 2.
 
     Fixed: n = (z_alpha + z_(beta/2))^2 v / theta^2 of the harder test, v the variance of one user's contrast.
     Sequential: the smallest n of the same condition, by bisection; power grows with n there. Raises
     SidstreamError for a power that no trial has, and where no number of users would do.
     """
-    if not 0 < wanted < 1:
-        raise SidstreamError(f"power is {wanted}: it must be between 0 and 1")
-    each = 1.0 - (1.0 - wanted) / 2.0
+    if not 0 < target_power < 1:
+        raise SidstreamError(f"power is {target_power}: it must be between 0 and 1")
+    each = 1.0 - (1.0 - target_power) / 2.0
 
     def enough(users: int) -> bool:
-        return all(_passes(users, test, settings, mode) >= each for test in _tests(expected, settings))
+        return all(
+            _pass_probability(users, test, settings, mode) >= each for test in _tests(expected, settings)
+        )
 
-    return max(_smallest(enough), settings.min_users)
+    return max(_smallest_users(enough), settings.min_users)
 
 
 def power_curve(
@@ -110,7 +116,7 @@ def _tests(expected: ExpectedRates, settings: GateSettings) -> tuple[_Test, _Tes
     )
 
 
-def _passes(users: float, test: _Test, settings: GateSettings, mode: str) -> float:
+def _pass_probability(users: float, test: _Test, settings: GateSettings, mode: str) -> float:
     variance = test.variance / users
     critical = (
         sequential.boundary(variance, settings.effect * test.rate, settings.alpha)
@@ -120,11 +126,11 @@ def _passes(users: float, test: _Test, settings: GateSettings, mode: str) -> flo
     return statistics.upper_tail(critical - test.theta / math.sqrt(variance))
 
 
-def _smallest(enough: Callable[[int], bool]) -> int:
+def _smallest_users(enough: Callable[[int], bool]) -> int:
     high = 1
     while not enough(high):
         high *= 2
-        if high > _LARGEST:
+        if high > _MAX_USERS:
             raise SidstreamError(
                 "no number of users is enough: with gate.margin 0 a model that leaves CTR as it is cannot "
                 "show that it keeps it; raise gate.margin"

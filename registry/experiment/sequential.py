@@ -1,4 +1,4 @@
-"""Always-valid inference on a contrast of two ratio metrics: look as often as you like, stop when you like.
+"""Always-valid inference on a contrast of two ratio metrics, for any number of looks and any stopping time.
 
 A contrast D of user-clustered ratios is, in large samples, normal around its true value theta with variance
 V. In information time I = 1 / V the sums D I behave like a Brownian motion with drift theta (Jennison and
@@ -9,11 +9,11 @@ Turnbull 2000, chapter 3). Mixing the likelihood ratio of theta against zero ove
 a martingale under theta = 0, so that P(Lambda >= 1/a at any look) <= a (Ville 1939; Robbins 1970; the mSPRT
 of Johari, Koomen, Pekelis and Walsh 2022). V is estimated, so the guarantee is the asymptotic one of
 Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2024, "Time-uniform central limit theory". Where r is small,
-at the first looks, much more is asked for than by a fixed test; that keeps few data from deciding.
+at the first looks, the boundary is much higher than that of a fixed test, so that few data decide nothing.
 
-One-sided at alpha is the two-sided boundary at 2 alpha with the right sign. A walk that crosses both sides in
-one trial would count once there and twice here; it is so rare that it does not show beside the simulated
-error rates.
+The one-sided test at alpha uses the two-sided boundary at 2 alpha, with the right sign. A walk that crosses
+both sides in one trial counts once for the two-sided error rate and twice for the one-sided ones. That is so
+rare that it does not show in the simulated error rates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from registry.experiment.statistics import Estimate, ZTest
 def prior_scale(target: Estimate, control: Estimate, effect: float) -> float:
     """tau of the mixture in the metric's unit: the relative effect that matters times the control's rate.
 
-    A control without a single event lends its place to the target, which then has some.
+    A control without a single event has the rate 0: then the target's rate takes its place.
     """
     return effect * (control.value or target.value)
 
@@ -83,10 +83,10 @@ def ratio_interval(
         for _ in range(100):
             variance = target.variance + q**2 * control.variance
             critical = boundary(variance, tau, alpha) if variance > 0 else 0.0
-            found = statistics.ratio_interval(target, control, critical)
-            if found is None:
+            interval = statistics.ratio_interval(target, control, critical)
+            if interval is None:
                 return None
-            previous, q = q, found[side]
+            previous, q = q, interval[side]
             if abs(q - previous) <= 1e-12 * abs(q):
                 break
         ends.append(q)

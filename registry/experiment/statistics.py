@@ -1,7 +1,8 @@
-"""The gate's arithmetic: ratio metrics over users, their variance, one-sided tests, an interval for a ratio.
+"""The gate's arithmetic: ratio metrics over users, their variance, one-sided tests, intervals of ratios.
 
-A user is the unit that was randomised, so a user is the unit of the variance: impressions of one user are not
-independent. Every function is pure; `Sums` is all that a test needs, so a stored record recomputes exactly.
+Users are randomised to arms, so that the variance is over users: the impressions of one user are not
+independent. Every function is pure. A test needs nothing but `ArmSums`, so that a stored record recomputes
+exactly.
 """
 
 from __future__ import annotations
