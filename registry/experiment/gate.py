@@ -129,14 +129,19 @@ def _figures(
     alpha = settings.alpha
     test = statistics.contrast(target, control, 1.0 - margin)
     no_margin = statistics.contrast(target, control)
-    difference: tuple[float, float] | None
+    difference: tuple[float, float] | None = None
     if mode == "sequential":
         tau = sequential.prior_scale(target, control, settings.effect)
-        difference = sequential.difference_interval(no_margin, tau, alpha) if no_margin else None
+        if no_margin:
+            difference = sequential.difference_interval(no_margin, tau, alpha)
         ratio = sequential.ratio_interval(target, control, tau, alpha)
         above, below = sequential.p_values(test, tau) if test else (None, None)
     else:
-        difference = statistics.difference_interval(no_margin, alpha) if no_margin else None
+        difference = (
+            statistics.normal_interval(no_margin.estimate, no_margin.standard_error, alpha)
+            if no_margin
+            else None
+        )
         ratio = statistics.ratio_interval(target, control, statistics.quantile(1.0 - alpha))
         above, below = (test.p_above, test.p_below) if test else (None, None)
     return {

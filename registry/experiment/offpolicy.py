@@ -13,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from registry.experiment.statistics import Estimate, quantile
+from registry.experiment.statistics import Estimate, normal_interval
 
 Floats = npt.NDArray[np.float64]
 
@@ -90,5 +90,4 @@ def effective_sample_size(w: Floats) -> float:
 
 def interval(estimate: Estimate, alpha: float) -> tuple[float, float]:
     """The two-sided 1 - 2 alpha interval of the normal approximation: each end is a one-sided alpha bound."""
-    half = quantile(1.0 - alpha) * math.sqrt(estimate.variance)
-    return estimate.value - half, estimate.value + half
+    return normal_interval(estimate.value, math.sqrt(estimate.variance), alpha)

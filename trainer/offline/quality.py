@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from registry.bundles.ranking import Ranking
+from registry.experiment.statistics import paired_relative_change
 from trainer.generator.constrained import SidSet, greedy
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import ROWS, Ranker, fit, ranks
 from trainer.sequences.rows import Catalogue, Held
 from trainer.settings import TrainerSettings
 
-# Two-sided, 95 %.
-_SURE = 1.96
+# Of each end of an interval: two-sided, 95 %.
+_ALPHA = 0.025
 Mask = npt.NDArray[np.bool_]
 
 
@@ -68,11 +69,9 @@ def told_change(before: Quality, now: Quality) -> str:
         old, new = before.hits[of].astype(float), now.hits[of].astype(float)
         if not len(old) or not old.any():
             continue
-        change = new - old
-        base, spread = old.mean(), _SURE * change.std() / len(change) ** 0.5
-        low, high = (change.mean() - spread) / base, (change.mean() + spread) / base
+        change, low, high = paired_relative_change(old, new, _ALPHA)
         said.append(
-            f"of what was {what} {base:.3f} -> {new.mean():.3f} ({change.mean() / base:+.1%}, "
+            f"of what was {what} {old.mean():.3f} -> {new.mean():.3f} ({change:+.1%}, "
             f"{low:+.1%} to {high:+.1%})"
         )
     return f"HR@10 {', '.join(said)}" if said else ""

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
@@ -16,6 +16,7 @@ from registry.settings import GateSettings
 scales = st.floats(1e-3, 1.0)
 
 
+@settings(deadline=None)  # the first quadrature imports scipy
 @given(st.floats(-6, 6), scales, scales)
 def test_the_likelihood_ratio_is_the_mixture_integral(z, error, tau):
     estimate = z * error
