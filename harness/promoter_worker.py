@@ -116,13 +116,13 @@ def take(registry: Registry, client: release.Publisher, step: dict[str, Any]) ->
     raise ValueError(step["action"])
 
 
-def _run(job: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def _run(job: dict[str, Any], stack: dict[str, Any]) -> dict[str, Any]:
     """Take one step, as `sidstream.commands.registry.promoting` does; what became of it."""
     writes = _Writes(job.get("at"), getattr(signal, job.get("signal", "SIGKILL")))
-    registry = _Registry(RegistrySettings.model_validate(told["registry"]))
+    registry = _Registry(RegistrySettings.model_validate(stack["registry"]))
     registry.writes = writes
-    kafka = KafkaSettings.model_validate(told["kafka"])
-    with redis.Redis.from_url(told["redis"]) as connection, Client(kafka) as client:
+    kafka = KafkaSettings.model_validate(stack["kafka"])
+    with redis.Redis.from_url(stack["redis"]) as connection, Client(kafka) as client:
         registry.alias(CHAMPION)  # the connection to MLflow is made before the race begins
         if "gate" in job:
             connection.rpush(f"{job['gate']}:ready", 1)
@@ -198,7 +198,7 @@ class Promoters:
         self.redis = redis.Redis.from_url(redis_url)
         self.client = Client(kafka)
         self.decided = 0
-        told = {
+        stack = {
             "kafka": kafka.model_dump(mode="json"), "redis": redis_url,
             "registry": {
                 "tracking_uri": registry.tracking_uri, "name": registry.name, "cache": str(registry.cache)
@@ -206,7 +206,7 @@ class Promoters:
         }  # fmt: skip
         self._log = (folder / "promoters.log").open("ab")
         self._parent = subprocess.Popen(
-            [sys.executable, "-m", "harness.promoter_worker", json.dumps(told)], text=True,
+            [sys.executable, "-m", "harness.promoter_worker", json.dumps(stack)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             cwd=Path(__file__).parent.parent,
         )  # fmt: skip
@@ -302,11 +302,11 @@ _CVRS = {
 
 def decided(rollout: Rollout, verdict: str = "promote") -> dict[str, Any]:
     """A decision about a trial, from users whose rates give the verdict."""
-    seen: dict[str, ArmOutcomes] = {
+    outcomes: dict[str, ArmOutcomes] = {
         arm.name: arm_outcomes(_CVRS[verdict].get(arm.name, 0.2), n, round(7000 * arm.weight))
         for n, arm in enumerate(sorted(rollout.arms, key=lambda arm: arm.name))
     }
-    return decide(rollout.trial, rollout.arms, seen, GateSettings())
+    return decide(rollout.trial, rollout.arms, outcomes, GateSettings())
 
 
 def agree(promoters: Promoters) -> str:

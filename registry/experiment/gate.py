@@ -137,11 +137,8 @@ def _figures(
         ratio = sequential.ratio_interval(target, control, tau, alpha)
         above, below = sequential.p_values(test, tau) if test else (None, None)
     else:
-        difference = (
-            statistics.normal_interval(no_margin.estimate, no_margin.standard_error, alpha)
-            if no_margin
-            else None
-        )
+        if no_margin:
+            difference = statistics.normal_interval(no_margin.estimate, no_margin.standard_error, alpha)
         ratio = statistics.ratio_interval(target, control, statistics.quantile(1.0 - alpha))
         above, below = (test.p_above, test.p_below) if test else (None, None)
     return {

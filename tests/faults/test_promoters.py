@@ -78,18 +78,18 @@ def test_two_promoters_at_the_same_time_leave_one_champion(promoters):
 
 def test_a_promoter_stopped_for_longer_than_its_lease_does_not_undo_the_next_ones_step(promoters):
     promoters.take({"action": "promote", "version": "1"})
-    asked = {"action": "promote", "version": "2"}
-    writes = promoters.end(promoters.begin(asked))["writes"]
+    step = {"action": "promote", "version": "2"}
+    writes = promoters.end(promoters.begin(step))["writes"]
     note, alias, publish = 1, writes - 5, writes - 2
     by_hand = {"action": "promote", "version": "3"}
     trial = {"action": "trial", "sft": "1", "dpo": "4", "step": 0.0}
     for n, others in ((note, [by_hand]), (alias, [by_hand, trial]), (publish, [by_hand])):
         promoters.take({"action": "promote", "version": "1"})
         # After the check of the lease, right before the write: the worst moment.
-        made = stopped_before(promoters, asked, n, *others)
+        made = stopped_before(promoters, step, n, *others)
         assert "lease" in made["refused"]
         assert promoters.champion() == "3"
-    assert stopped_before(promoters, asked, writes, {"action": "rollback"}) is None
+    assert stopped_before(promoters, step, writes, {"action": "rollback"}) is None
 
 
 def test_a_promoter_that_has_lost_its_lease_changes_nothing(promoters):

@@ -85,13 +85,13 @@ def test_thirty_users_have_the_same_arm_in_serving_in_the_sums_and_by_the_comman
 
             wait_until(lambda: len(summed()) == len(USERS), PATIENCE_S, "sums of every user")
             assert summed() == served
-            told = {}
+            stored = {}
             for user in USERS:
                 commands.arm(user, as_json=True)
                 row = json.loads(capsys.readouterr().out)
                 assert (row["trial"], row["bundle"]) == (trial, source.bundles[row["arm"]].id)
-                told[user] = row["arm"]
-            assert told == served
+                stored[user] = row["arm"]
+            assert stored == served
             dealt[trial] = served
     first, second = dealt["t1"], dealt["t2"]
     # The next step of a ramp has another trial, and the same salt.

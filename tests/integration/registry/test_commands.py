@@ -25,7 +25,7 @@ from streams.wire.client import Client
 pytestmark = pytest.mark.integration
 
 
-def told(capsys) -> dict:
+def json_output(capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
@@ -58,21 +58,21 @@ def test_fitting_publishes_a_sid_for_every_item_and_a_codebook_that_agrees(stack
         client.publish(CatalogItem.new(item_id="i0", title="a renamed lamp"))
         client.publish_raw("catalog", b"i1", b"no item")
     commands.codebook_fit(as_json=True)
-    made = told(capsys)
-    assert (made["items"], made["codebook"]) == (300, registry.current_codebook())
+    output = json_output(capsys)
+    assert (output["items"], output["codebook"]) == (300, registry.current_codebook())
     sids = read_newest(kafka, SidAssignment)
     assert len(sids) == len({tuple(row.sid) for row in sids.values()}) == 300
-    assert {row.codebook for row in sids.values()} == {made["codebook"]}
+    assert {row.codebook for row in sids.values()} == {output["codebook"]}
     # i0 is the first to choose a slot, so it has the greedy one of its newest title.
     (vector,) = WordLlamaEmbedder().embed(["a renamed lamp"])
-    assert tuple(sids[f"{made['codebook']}/i0"].sid) == next(registry.codebook().candidates(vector))
+    assert tuple(sids[f"{output['codebook']}/i0"].sid) == next(registry.codebook().candidates(vector))
     with pytest.raises(SidstreamError, match="--replace"):
         commands.codebook_fit()
     with pytest.raises(SidstreamError, match="nothing to replace"):
         commands.codebook_fit(replace=True, fresh=True)
     commands.codebook_fit(replace=True, as_json=True)
-    after = told(capsys)
-    assert after["replaced"] == made["codebook"] != after["codebook"]
+    after = json_output(capsys)
+    assert after["replaced"] == output["codebook"] != after["codebook"]
     assert 150 < after["kept"] <= after["had"] == 300
 
 
@@ -86,8 +86,8 @@ def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, caps
             gate()
         rollout = release.start_trial(registry, client, three[1], three[2], RolloutSettings())
     gate(conclude=True, as_json=True)
-    early = told(capsys)
-    assert (early["verdict"], early["concluded"]) == ("inconclusive", False)
+    early_output = json_output(capsys)
+    assert (early_output["verdict"], early_output["concluded"]) == ("inconclusive", False)
     assert current_rollout(kafka, registry.name) == rollout
     random = np.random.default_rng(0)
     with redis.Redis.from_url(redis_address) as connection:
@@ -120,31 +120,31 @@ def test_the_gate_judges_and_ends_the_running_trial(stack, registry, three, caps
     assert "verdict: promote challenger-dpo" in text
     assert current_rollout(kafka, registry.name) == rollout
     gate(conclude=True, as_json=True)
-    made = told(capsys)
-    assert (made["verdict"], made["winner"], made["concluded"]) == ("promote", DPO, True)
-    assert sum(arm["users"] for arm in made["inputs"].values()) == 3000
+    output = json_output(capsys)
+    assert (output["verdict"], output["winner"], output["concluded"]) == ("promote", DPO, True)
+    assert sum(arm["users"] for arm in output["inputs"].values()) == 3000
     now = current_rollout(kafka, registry.name)
-    assert (now.action, now.decision["decision"]) == ("promote", made["decision"])
+    assert (now.action, now.decision["decision"]) == ("promote", output["decision"])
     assert recompute(now.decision) == ("promote", DPO)
     run = CliRunner().invoke
     for record in (three[2], CHAMPION):
-        assert f"verdict: {made['sentence']}" in run(app, ["gate", "recompute", record]).stdout
+        assert f"verdict: {output['sentence']}" in run(app, ["gate", "recompute", record]).stdout
     with pytest.raises(SidstreamError, match="the last step was promote"):
         gate()
     commands.arm("u1", as_json=True)
-    assert told(capsys) == {
+    assert json_output(capsys) == {
         "arm": CHAMPION,
         "bundle": now.arms[0].bundle,
         "version": three[2],
         "trial": now.trial,
     }
     commands.rollback(as_json=True)
-    assert told(capsys)["version"] == three[0]
+    assert json_output(capsys)["version"] == three[0]
     commands.promote(three[1], as_json=True)
-    assert told(capsys)["version"] == three[1]
+    assert json_output(capsys)["version"] == three[1]
     assert current_rollout(kafka, registry.name).arms[0].version == three[1]
     commands.models(as_json=True)
-    rows = {row["version"]: row for row in told(capsys)["models"]}
+    rows = {row["version"]: row for row in json_output(capsys)["models"]}
     assert rows[three[1]]["aliases"] == [CHAMPION]
     assert rows[three[2]]["kind"] == "dpo"
     commands.models()
@@ -157,6 +157,6 @@ def test_an_inconclusive_trial_ends_only_when_asked_to(stack, registry, three, c
         release.start(registry, client, three[0])
         release.start_trial(registry, client, three[1], None, RolloutSettings())
     gate(conclude=True, end=True, as_json=True)
-    assert told(capsys)["concluded"] is True
+    assert json_output(capsys)["concluded"] is True
     now = current_rollout(kafka, registry.name)
     assert (now.action, [arm.version for arm in now.arms]) == ("inconclusive", [three[0]])

@@ -17,16 +17,16 @@ CROWD = Crowd(users=1500, days=7.0, requests=2.0, cohesion=400.0, first=Rates(0.
 RATCHET = Ratchet(ctr=0.95, cvr=(1.25, 1.25))
 
 
-@pytest.mark.parametrize(("held", "ctr"), [(0.15, [0.95, 0.95, 0.95]), (0.0, [0.95, 0.9025])])
-def test_a_ratchet_is_stopped_by_the_anchor_and_by_nothing_else(held, ctr, registry, redis_url):
+@pytest.mark.parametrize(("anchor_share", "ctr"), [(0.15, [0.95, 0.95, 0.95]), (0.0, [0.95, 0.9025])])
+def test_a_ratchet_is_stopped_by_the_anchor_and_by_nothing_else(anchor_share, ctr, registry, redis_url):
     with redis.Redis.from_url(redis_url) as connection:
         connection.flushall()
-    rollout = {"anchor": held, "steps": [1.0], "watch_requests": 1}
+    rollout = {"anchor": anchor_share, "steps": [1.0], "watch_requests": 1}
     changed = {"rollout": rollout, "gate": {"anchor_margin": 0.03}}
     settings = settings_of(registry.tracking_uri, registry.name, registry.cache, changed)
     ran = run("test", 1, len(ctr), registry, redis_url, settings, CROWD, RATCHET)
     assert [row["ctr"] for row in ran.rows] == ctr
-    assert [row["refused_by_anchor"] for row in ran.rows] == [False, *(held > 0 for _ in ctr[1:])]
-    if held:
+    assert [row["refused_by_anchor"] for row in ran.rows] == [False, *(anchor_share > 0 for _ in ctr[1:])]
+    if anchor_share:
         assert all("against the anchor: CTR is" in row["sentence"] for row in ran.rows[1:])
         assert registry.alias(ANCHOR) != registry.alias(CHAMPION)

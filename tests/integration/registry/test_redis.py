@@ -78,12 +78,12 @@ def test_one_reading_gives_the_mature_cohorts_as_their_own_does_and_the_open_one
     ):  # fmt: skip
         store.hset(keys.sums("t", user), mapping={"arm": arm, "bundle": "b"} | fields)
     alone = read_outcomes(store, "t")
-    mature, every = read_all_outcomes(store, "t")
+    mature, of_all = read_all_outcomes(store, "t")
     assert list(alone) == list(mature) == ["challenger-sft", "champion"]
-    for arm, seen in alone.items():
-        assert mature[arm].cohorts == seen.cohorts == (1, 3)
-        assert mature[arm].total().tolist() == seen.total().tolist()
-    assert {arm: seen.total().tolist() for arm, seen in every.items()} == {
+    for arm, outcomes in alone.items():
+        assert mature[arm].cohorts == outcomes.cohorts == (1, 3)
+        assert mature[arm].total().tolist() == outcomes.total().tolist()
+    assert {arm: outcomes.total().tolist() for arm, outcomes in of_all.items()} == {
         "challenger-dpo": [[2, 0, 0]], "challenger-sft": [[6, 1, 1]], "champion": [[8, 2, 0], [4, 0, 0]],
     }  # fmt: skip
     store.delete(keys.outcomes_rules())
@@ -105,21 +105,21 @@ def test_the_sums_of_a_trial_become_arrays_by_arm_and_mature_cohort(store, redis
     store.hset(keys.sums("tr-11", "u"), mapping={"arm": "champion", "bundle": "b", "1:i": 9})
     rows["champion"][keys.sums("tr-1", "only-clicked")] = {"2:c": 1}
     with redis.Redis.from_url(redis_url, decode_responses=decode) as connection:
-        found = read_outcomes(connection, "tr-1")
-    assert found.keys() == rows.keys()
-    for arm, seen in found.items():
-        assert seen.cohorts == (0, 1, 2, 3)
+        by_arm = read_outcomes(connection, "tr-1")
+    assert by_arm.keys() == rows.keys()
+    for arm, outcomes in by_arm.items():
+        assert outcomes.cohorts == (0, 1, 2, 3)
         expected = [
-            [[numbers.get(f"{cohort}:{kind}", 0) for kind in "ico"] for cohort in seen.cohorts]
+            [[numbers.get(f"{cohort}:{kind}", 0) for kind in "ico"] for cohort in outcomes.cohorts]
             for _, numbers in sorted(rows[arm].items(), key=lambda row: row[0].encode())
         ]
-        assert seen.counts.tolist() == expected
+        assert outcomes.counts.tolist() == expected
         shown = [np.sum(row, axis=0).tolist() for row in expected if np.sum(row, axis=0)[0]]
-        assert seen.total().tolist() == shown
-        early = seen.up_to(1)
+        assert outcomes.total().tolist() == shown
+        early = outcomes.up_to(1)
         assert (early.cohorts, early.counts.tolist()) == ((0, 1), [row[:2] for row in expected])
-        assert seen.up_to(-1).total().shape == (0, 3)
-    assert len(found["champion"].total()) == 1250
+        assert outcomes.up_to(-1).total().shape == (0, 3)
+    assert len(by_arm["champion"].total()) == 1250
     assert read_outcomes(store, "tr-none") == {}
 
 

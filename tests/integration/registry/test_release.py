@@ -29,8 +29,8 @@ def decided(rollout: Rollout, cvrs=(0.2, 0.27, 0.35)):
 def test_a_start_makes_champion_and_anchor_and_may_be_repeated(registry, three, outbox):
     first = release.start(registry, outbox, three[0])
     assert (registry.alias(CHAMPION), registry.alias(ANCHOR)) == (three[0], three[0])
-    again = release.start(registry, outbox, three[0])
-    assert (again.event_id, again.trial, again.arms) == (first.event_id, first.trial, first.arms)
+    repeated = release.start(registry, outbox, three[0])
+    assert (repeated.event_id, repeated.trial, repeated.arms) == (first.event_id, first.trial, first.arms)
     with pytest.raises(SidstreamError, match="is champion already"):
         release.start(registry, outbox, three[1])
     assert first.arms == [Arm("champion", registry.fetch(three[0]).id, 1.0, three[0])]
@@ -127,9 +127,10 @@ def test_the_hold_out_stays_on_the_anchor_in_and_between_trials(registry, three,
     rollouts = [release.promote(registry, outbox, three[1], RolloutSettings())]
     rollouts.append(release.start_trial(registry, outbox, three[2], None, RolloutSettings()))
     rollouts.append(release.conclude(registry, outbox, decided(rollouts[-1]), RolloutSettings()))
-    held = [{u for u in map(str, range(5000)) if arm_of(rollout, u).name == ANCHOR} for rollout in rollouts]
-    assert held[0] == held[1] == held[2]
-    assert 50 < len(held[0]) < 150
+    users = list(map(str, range(5000)))
+    anchored = [{user for user in users if arm_of(rollout, user).name == ANCHOR} for rollout in rollouts]
+    assert anchored[0] == anchored[1] == anchored[2]
+    assert 50 < len(anchored[0]) < 150
     for rollout in rollouts:
         assert sum(arm.weight for arm in rollout.arms) == pytest.approx(1)
 
@@ -144,11 +145,11 @@ def test_an_anchor_of_an_earlier_codebook_keeps_its_hold_out_and_a_champion_of_o
     assert {arm.name: arm.version for arm in trial.arms} == {CHAMPION: three[0], SFT: newer[0]}
     for champion in newer:
         standing = release.promote(registry, outbox, champion, RolloutSettings())
-        held = next(arm for arm in standing.arms if arm.name == ANCHOR)
-        assert (held.version, held.weight) == (three[0], RolloutSettings().anchor)
+        anchor = next(arm for arm in standing.arms if arm.name == ANCHOR)
+        assert (anchor.version, anchor.weight) == (three[0], RolloutSettings().anchor)
     release.rollback(registry, outbox, RolloutSettings())
-    back = release.promote(registry, outbox, three[0], RolloutSettings())
-    assert [(arm.name, arm.version) for arm in back.arms] == [(CHAMPION, three[0])]
+    restored = release.promote(registry, outbox, three[0], RolloutSettings())
+    assert [(arm.name, arm.version) for arm in restored.arms] == [(CHAMPION, three[0])]
 
 
 def test_a_trial_whose_begin_was_cut_short_is_begun_by_the_next_step(registry, three, outbox):

@@ -17,21 +17,21 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_bundle_comes_back_verified_and_is_uploaded_once(registry, tmp_path):
-    made = bundle(tmp_path, 1)
-    version = registry.register(made, {"ndcg": 0.25}, {"steps": 7})
-    assert registry.register(made) == version
+    stored = bundle(tmp_path, 1)
+    version = registry.register(stored, {"ndcg": 0.25}, {"steps": 7})
+    assert registry.register(stored) == version
     fetched = registry.fetch(version)
-    assert fetched.id == made.id
-    assert fetched.path != made.path
-    assert load_bundle(fetched.path).manifest == made.manifest
+    assert fetched.id == stored.id
+    assert fetched.path != stored.path
+    assert load_bundle(fetched.path).manifest == stored.manifest
     assert registry.tags(version)["kind"] == "sft"
     (row,) = registry.versions()
-    assert (row.version, row.bundle, row.kind, row.aliases) == (version, made.id, "sft", ())
+    assert (row.version, row.bundle, row.kind, row.aliases) == (version, stored.id, "sft", ())
     assert row.metrics == {"ndcg": 0.25}
 
 
 def test_a_process_that_uses_the_store_prints_nothing(registry, tmp_path):
-    made = bundle(tmp_path, 8)
+    stored = bundle(tmp_path, 8)
     script = f"""
 from pathlib import Path
 from registry.bundles.bundle import load_bundle
@@ -40,13 +40,13 @@ from registry.bundles.store import Registry
 cache = {str(tmp_path / "c")!r}
 settings = RegistrySettings(tracking_uri={registry.tracking_uri!r}, name={registry.name!r}, cache=cache)
 store = Registry(settings)
-version = store.register(load_bundle(Path({str(made.path)!r})), {{"ndcg": 0.5}}, {{"steps": 1}})
+version = store.register(load_bundle(Path({str(stored.path)!r})), {{"ndcg": 0.5}}, {{"steps": 1}})
 store.set_alias("champion", version)
 store.publish_codebook(store.fetch("champion").codebook())
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
-    assert registry.fetch("champion").id == made.id
+    assert registry.fetch("champion").id == stored.id
 
 
 def test_a_fetched_bundle_is_kept_and_a_damaged_copy_is_replaced(registry, tmp_path, server):
@@ -76,8 +76,8 @@ def test_another_bundle_in_its_place_is_refused(registry, tmp_path, server):
     version = registry.register(bundle(tmp_path, 205))
     other = bundle(tmp_path, 206)
     mine = bytes([205]) * 100
-    found = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == mine]
-    stored = found[0].parent.parent
+    files = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == mine]
+    stored = files[0].parent.parent
     for name in (*other.manifest.files, "manifest.json"):
         (stored / name).write_bytes((other.path / name).read_bytes())
     with pytest.raises(SidstreamError, match="in place of"):

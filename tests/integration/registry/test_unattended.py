@@ -77,7 +77,7 @@ def loop(fresh_stack, registry, outbox, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDSTREAM_REGISTRY__CACHE", str(registry.cache))
     monkeypatch.setenv("SIDSTREAM_TRAINER__SCHEDULE__EVERY_MINUTES", "0.000001")
     settings = load()
-    made = iter(range(100))
+    numbers = iter(range(100))
 
     with Client(kafka) as client, redis.Redis.from_url(redis_address) as connection:
 
@@ -86,7 +86,7 @@ def loop(fresh_stack, registry, outbox, tmp_path, monkeypatch):
             yield registry, client
 
         def train() -> CycleResult:
-            number = next(made)
+            number = next(numbers)
             if number == 3:
                 raise SidstreamError("the new model failed its offline check: HR@10 fell")
             sft = registry.register(bundle(tmp_path, 2 * number, "sft" if number else "base"))
@@ -124,12 +124,12 @@ def test_a_model_goes_from_shadow_to_champion_and_back_when_it_fails(loop, regis
     assert (watching.did, watching.record) == ("wait", None)
     assert "0 of 1000 requests" in watching.sentence
     shop.answers(400, failed=100, failing=CHAMPION)
-    back = cycle.turn()
-    assert (back.did, back.record["mode"]) == ("rollback", "guard")
+    rolled_back = cycle.turn()
+    assert (rolled_back.did, rolled_back.record["mode"]) == ("rollback", "guard")
     assert registry.alias(CHAMPION) == won.record["arms"][CHAMPION]["version"]
     assert registry.tags(won.record["arms"][DPO]["version"])["state"] == "rolled-back"
     now = shop_now(shop)
-    assert (now.action, now.arms[0].version, now.decision) == ("rollback", "1", back.record)
+    assert (now.action, now.arms[0].version, now.decision) == ("rollback", "1", rolled_back.record)
     assert cycle.turn().did == "train"  # the next candidates
     shop.answers(300, failed=60)
     ended = cycle.turn()
@@ -138,15 +138,15 @@ def test_a_model_goes_from_shadow_to_champion_and_back_when_it_fails(loop, regis
     assert refused.did == "refuse"
     shown = json.loads(CliRunner().invoke(app, ["history", "--json"]).stdout)
     assert shown["attention"] is None
-    told = [entry["sentence"] for entry in shown["entries"] if entry["version"] is None]
-    assert told == [f"refuse: {refused.sentence}"]
+    sentences = [entry["sentence"] for entry in shown["entries"] if entry["version"] is None]
+    assert sentences == [f"refuse: {refused.sentence}"]
     states = {entry["version"]: entry["state"] for entry in shown["entries"] if entry["version"]}
     assert states == {
         "1": "promoted", "2": "inconclusive", "3": "rolled-back", "4": "rejected", "5": "rejected",
     }  # fmt: skip
     text = CliRunner().invoke(app, ["history"]).stdout
     assert won.record["sentence"] in text
-    assert back.record["sentence"] in text
+    assert rolled_back.record["sentence"] in text
 
 
 def shop_now(shop):
@@ -170,11 +170,11 @@ def test_a_trial_in_its_ramp_is_not_judged_by_hand(loop):
     cycle, _, _ = loop
     cycle.turn()
     cycle.turn()
-    made = CliRunner().invoke(app, ["gate", "--conclude"])
-    assert "0% of its ramp" in str(made.exception)
+    result = CliRunner().invoke(app, ["gate", "--conclude"])
+    assert "0% of its ramp" in str(result.exception)
 
 
 def test_the_point_rule_is_refused_for_an_unattended_cycle(monkeypatch):
     monkeypatch.setenv("SIDSTREAM_GATE__MODE", "point")
-    made = CliRunner().invoke(app, ["cycle"])
-    assert "gate.mode is point" in str(made.exception)
+    result = CliRunner().invoke(app, ["cycle"])
+    assert "gate.mode is point" in str(result.exception)

@@ -41,8 +41,8 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path):
 
 def test_the_id_is_that_of_the_content(tmp_path):
     base = write_bundle(files(tmp_path / "a"), **fields()).id
-    again = write_bundle(files(tmp_path / "b"), **fields(created=5, metrics={"ndcg": 0.2})).id
-    assert again == base
+    other_time = write_bundle(files(tmp_path / "b"), **fields(created=5, metrics={"ndcg": 0.2})).id
+    assert other_time == base
     assert write_bundle(files(tmp_path / "c", b"other"), **fields()).id != base
     for number, changed in enumerate(
         (

@@ -19,10 +19,10 @@ def with_encoder(seed=0, collaborative=0):
         (random.normal(size=(a, b)).astype(np.float32), random.normal(size=b).astype(np.float32))
         for a, b in ((8, 7), (7, 6))
     )
-    return Codebook("test", made().centroids, layers, scaled=False, collaborative_dims=collaborative)
+    return Codebook("test", codebook_of().centroids, layers, scaled=False, collaborative_dims=collaborative)
 
 
-def made(sizes=(4, 3, 5), dim=6, seed=0):
+def codebook_of(sizes=(4, 3, 5), dim=6, seed=0):
     random = np.random.default_rng(seed)
     return Codebook("test", tuple(random.normal(size=(size, dim)).astype(np.float32) for size in sizes))
 
@@ -32,7 +32,7 @@ def rows(count, dim=6, seed=1):
 
 
 def test_every_slot_is_a_candidate_exactly_once_and_the_greedy_one_is_first():
-    codebook = made()
+    codebook = codebook_of()
     vector = rows(1)[0]
     every = list(codebook.candidates(vector))
     assert sorted(every) == sorted(product(range(4), range(3), range(5)))
@@ -40,7 +40,7 @@ def test_every_slot_is_a_candidate_exactly_once_and_the_greedy_one_is_first():
 
 
 def test_candidates_fill_a_prefix_by_distance_before_the_next_nearest_prefix():
-    codebook = made()
+    codebook = codebook_of()
     vector = rows(1)[0].astype(np.float64)
     every = list(codebook.candidates(vector))
     prefixes = [sid[:2] for sid in every]
@@ -59,7 +59,7 @@ def test_candidates_fill_a_prefix_by_distance_before_the_next_nearest_prefix():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 40), st.integers(0, 5))
 def test_assign_gives_each_vector_its_first_free_candidate(count, reserved, seed):
-    codebook = made()
+    codebook = codebook_of()
     # Few distinct vectors: prefixes overflow, so that the spill is exercised too.
     vectors = rows(3, seed=seed)[np.random.default_rng(seed).integers(3, size=count)]
     taken = set(islice(product(range(4), range(3), range(5)), min(reserved, 60 - count)))
@@ -74,11 +74,11 @@ def test_assign_gives_each_vector_its_first_free_candidate(count, reserved, seed
 
 def test_a_full_codebook_says_so():
     with pytest.raises(SidstreamError, match="all 60 SIDs"):
-        made().assign(rows(61))
+        codebook_of().assign(rows(61))
 
 
 def test_a_new_item_gets_the_same_sid_alone_and_in_a_batch():
-    codebook = made((16, 16, 8), 32)
+    codebook = codebook_of((16, 16, 8), 32)
     vectors = rows(400, 32)
     codes, _ = codebook.quantise(vectors)
     for vector, row in zip(vectors, codes.tolist(), strict=True):
@@ -86,9 +86,9 @@ def test_a_new_item_gets_the_same_sid_alone_and_in_a_batch():
 
 
 def test_the_id_follows_the_content(tmp_path):
-    codebook = made()
-    assert codebook.id == made().id
-    assert codebook.id != made(seed=1).id
+    codebook = codebook_of()
+    assert codebook.id == codebook_of().id
+    assert codebook.id != codebook_of(seed=1).id
     assert codebook.id != Codebook("other", codebook.centroids).id
     nudged = [level.copy() for level in codebook.centroids]
     nudged[2][4, 5] = np.nextafter(nudged[2][4, 5], np.float32(9))
@@ -96,17 +96,17 @@ def test_the_id_follows_the_content(tmp_path):
 
 
 def test_saving_is_repeatable_and_loading_gives_the_same_codebook(tmp_path):
-    codebook = made()
+    codebook = codebook_of()
     codebook.save(tmp_path / "a")
     codebook.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    back = Codebook.load(tmp_path / "a")
-    assert back.id == codebook.id
-    assert list(back.candidates(rows(1)[0])) == list(codebook.candidates(rows(1)[0]))
+    loaded = Codebook.load(tmp_path / "a")
+    assert loaded.id == codebook.id
+    assert list(loaded.candidates(rows(1)[0])) == list(codebook.candidates(rows(1)[0]))
 
 
 def test_a_changed_file_is_refused(tmp_path):
-    made().save(tmp_path / "a")
+    codebook_of().save(tmp_path / "a")
     with safe_open(str(tmp_path / "a"), framework="numpy") as file:
         about = file.metadata()
         tensors = {name: file.get_tensor(name) for name in ("level_0", "level_1", "level_2")}
@@ -151,7 +151,7 @@ def test_the_text_alone_stands_for_an_item_that_nobody_touched():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.booleans(), st.integers(0, 5), st.data())
 def test_items_that_are_replayed_get_the_sids_that_they_got_before(count, encoded, seed, data):
-    codebook = with_encoder(seed) if encoded else made(seed=seed)
+    codebook = with_encoder(seed) if encoded else codebook_of(seed=seed)
     vectors = rows(3, codebook.dim, seed)[np.random.default_rng(seed).integers(3, size=count)]
     cut = data.draw(st.integers(0, count))
     first = codebook.assign(vectors[:cut])
@@ -161,16 +161,16 @@ def test_items_that_are_replayed_get_the_sids_that_they_got_before(count, encode
 def test_what_is_new_in_a_codebook_survives_its_file_and_counts_in_its_id(tmp_path):
     codebook = with_encoder(collaborative=2)
     codebook.save(tmp_path / "a")
-    back = Codebook.load(tmp_path / "a")
-    assert (back.id, back.scaled, back.collaborative_dims) == (codebook.id, False, 2)
-    assert back.assign(rows(9, 8)) == codebook.assign(rows(9, 8))
-    others = [
+    loaded = Codebook.load(tmp_path / "a")
+    assert (loaded.id, loaded.scaled, loaded.collaborative_dims) == (codebook.id, False, 2)
+    assert loaded.assign(rows(9, 8)) == codebook.assign(rows(9, 8))
+    changed = [
         Codebook("test", codebook.centroids, codebook.encoder, True, 2),
         Codebook("test", codebook.centroids, codebook.encoder, False, 0),
         Codebook("test", codebook.centroids, with_encoder(1).encoder, False, 2),
         Codebook("test", codebook.centroids),
     ]
-    assert len({codebook.id, *(other.id for other in others)}) == 5
+    assert len({codebook.id, *(other.id for other in changed)}) == 5
 
 
 def test_a_file_of_the_first_format_is_read_and_written_as_ever(tmp_path):
@@ -183,7 +183,7 @@ def test_a_file_of_the_first_format_is_read_and_written_as_ever(tmp_path):
 
 
 def test_a_newer_format_says_that_an_update_is_needed(tmp_path):
-    made().save(tmp_path / "a")
+    codebook_of().save(tmp_path / "a")
     with safe_open(str(tmp_path / "a"), framework="numpy") as file:
         about = json.loads(file.metadata()["codebook"]) | {"format": 3}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -196,9 +196,9 @@ def test_an_encoder_that_does_not_lead_to_the_centroids_is_refused():
     (first, bias), second = with_encoder().encoder
     for layers in (((first, bias),), ((first, bias[:3]), second), ((first * np.nan, bias), second)):
         with pytest.raises(SidstreamError):
-            Codebook("test", made().centroids, tuple(layers))
+            Codebook("test", codebook_of().centroids, tuple(layers))
     with pytest.raises(SidstreamError, match="collaborative"):
-        Codebook("test", made().centroids, collaborative_dims=6)
+        Codebook("test", codebook_of().centroids, collaborative_dims=6)
 
 
 @pytest.mark.parametrize(

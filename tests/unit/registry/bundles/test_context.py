@@ -8,30 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.bundles import context as kept
+from registry.bundles import context
 from registry.bundles.context import Context, context_fields, count_values, vocabulary
 from streams.errors import SidstreamError
 
-MADE = Context(100, {"scene": ["home", "cart"], "profile.country": ["Japan", "France", "Peru"]})
+CONTEXT = Context(100, {"scene": ["home", "cart"], "profile.country": ["Japan", "France", "Peru"]})
 names = st.sampled_from(["scene", "profile.a", "profile.b", "profile.c"])
 values = st.text("xyz", min_size=1, max_size=2)
 counts = st.dictionaries(names, st.dictionaries(values, st.integers(1, 6), max_size=8))
 
 
 def test_each_known_value_has_a_token_in_its_fields_place_and_the_rest_is_padding() -> None:
-    assert MADE.row({"scene": "cart", "profile.country": "Peru"}) == [101, 104]
-    assert MADE.row({"profile.country": "Japan"}) == [0, 102]
-    for said in (
+    assert CONTEXT.row({"scene": "cart", "profile.country": "Peru"}) == [101, 104]
+    assert CONTEXT.row({"profile.country": "Japan"}) == [0, 102]
+    for fields in (
         {},
         {"scene": "Japan"},
         {"scene": ""},
         {"profile.segment": "home"},
         {"profile.country": "japan"},
     ):
-        assert MADE.row(said) == [0, 0]
-        assert MADE.known_fields(said) == {}
+        assert CONTEXT.row(fields) == [0, 0]
+        assert CONTEXT.known_fields(fields) == {}
     assert Context().row({"scene": "home"}) == []
-    assert MADE.known_fields({"scene": "home", "profile.country": "Mars"}) == {"scene": "home"}
+    assert CONTEXT.known_fields({"scene": "home", "profile.country": "Mars"}) == {"scene": "home"}
 
 
 def test_a_request_says_its_scene_and_its_users_attributes() -> None:
@@ -43,7 +43,7 @@ def test_a_request_says_its_scene_and_its_users_attributes() -> None:
 
 def test_rows_of_events_are_those_of_their_scene_and_user() -> None:
     profiles = {"u": {"country": "Peru"}, "v": {"country": "Mars"}}
-    found = MADE.rows(["home", None, "cart", "nowhere"], ["u", "u", "v", "w"], profiles)
+    found = CONTEXT.rows(["home", None, "cart", "nowhere"], ["u", "u", "v", "w"], profiles)
     assert found.tolist() == [[100, 104], [0, 104], [101, 0], [0, 0]]
     assert Context().rows([None], ["u"], profiles).shape == (1, 0)
 
@@ -74,12 +74,12 @@ def test_the_most_frequent_values_of_the_most_frequent_fields_are_learned(
 
 
 def test_a_bundle_keeps_its_context_and_one_without_the_file_has_none(tmp_path: Path) -> None:
-    kept.write(Context(), tmp_path)
+    context.write(Context(), tmp_path)
     assert not list(tmp_path.iterdir())
-    assert kept.read(tmp_path) == Context()
-    kept.write(MADE, tmp_path)
-    assert kept.read(tmp_path) == MADE
+    assert context.read(tmp_path) == Context()
+    context.write(CONTEXT, tmp_path)
+    assert context.read(tmp_path) == CONTEXT
     for damaged in (b"{", b'{"first": 1}', b'{"first": 1, "fields": {"scene": [3]}}'):
-        (tmp_path / kept.CONTEXT).write_bytes(damaged)
+        (tmp_path / context.CONTEXT).write_bytes(damaged)
         with pytest.raises(SidstreamError, match=r"context\.json is no context"):
-            kept.read(tmp_path)
+            context.read(tmp_path)

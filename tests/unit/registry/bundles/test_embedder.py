@@ -16,12 +16,12 @@ def embedder():
 
 def test_rows_are_unit_vectors_in_order_also_for_texts_without_words(embedder):
     texts = ["white metal lantern", "", "   ", "\U0001f9f8", "white metal lantern"]
-    made = embedder.embed(texts)
-    assert made.shape == (5, embedder.dim)
-    assert made.dtype == np.float32
-    assert np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
-    assert (made[0] == made[4]).all()
-    assert (embedder.embed(texts[:1])[0] == made[0]).all()
+    vectors = embedder.embed(texts)
+    assert vectors.shape == (5, embedder.dim)
+    assert vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert (vectors[0] == vectors[4]).all()
+    assert (embedder.embed(texts[:1])[0] == vectors[0]).all()
     assert embedder.embed([]).shape == (0, embedder.dim)
 
 

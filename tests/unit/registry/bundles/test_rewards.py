@@ -47,7 +47,7 @@ def bundles(draw: st.DrawFn) -> Rewards:
 
 WEIGHT = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
 WEIGHTS = st.dictionaries(st.sampled_from(REWARD_NAMES), WEIGHT, min_size=1).filter(
-    lambda given: any(given.values())
+    lambda weights: any(weights.values())
 )
 EVEN = Rewards({}, {name: shares([1] * 8) for name in ("price", "commission")})
 
@@ -86,11 +86,11 @@ def test_only_the_proportions_of_weights_count(
 def test_what_is_asked_for_was_seen_often_enough_and_zero_asks_for_nothing(
     rewards: Rewards, weights: dict[str, float]
 ) -> None:
-    made = rewards.requested_rewards(weights)
-    assert set(made) == {name for name, weight in weights.items() if weight > 0 and name in rewards.mass}
-    for name, value in made.items():
+    requested = rewards.requested_rewards(weights)
+    assert set(requested) == {name for name, weight in weights.items() if weight > 0 and name in rewards.mass}
+    for name, value in requested.items():
         assert rewards.mass[name][str(value)] >= 0.01
-    assert {made[name] for name in ("click", "purchase") if name in made} <= {1}
+    assert {requested[name] for name in ("click", "purchase") if name in requested} <= {1}
 
 
 def test_a_rare_bin_gives_way_to_the_nearest_that_enough_conversions_have() -> None:
@@ -118,12 +118,12 @@ def test_bins_are_of_the_category_where_it_has_enough_items_and_of_all_items_els
 
 
 def test_a_bundle_keeps_its_bins_and_one_without_has_none(tmp_path: Path) -> None:
-    made = Rewards({"price": {"": [0.5, 1.25]}}, {"price": {"0": 0.5, "1": 0.25, "2": 0.25}})
+    rewards = Rewards({"price": {"": [0.5, 1.25]}}, {"price": {"0": 0.5, "1": 0.25, "2": 0.25}})
     assert read(tmp_path) is None
     write(None, tmp_path)
     assert read(tmp_path) is None
-    write(made, tmp_path)
-    assert read(tmp_path) == made
+    write(rewards, tmp_path)
+    assert read(tmp_path) == rewards
     (tmp_path / "rewards.json").write_text('{"edges": {}}')
     with pytest.raises(SidstreamError, match="fetch the bundle again"):
         read(tmp_path)
@@ -131,9 +131,9 @@ def test_a_bundle_keeps_its_bins_and_one_without_has_none(tmp_path: Path) -> Non
 
 def test_reward_fields_stand_behind_a_context_and_change_none_of_its_tokens() -> None:
     plain = Context(50, {"scene": ["home", "cart"]})
-    whole = with_reward_fields(plain, Rewards({}, {"price": {"0": 0.5, "1": 0.5}}))
-    assert whole.row({"scene": "cart"} | reward_fields({"price": 1, "click": 0})) == [51, 52, 0, 57]
-    assert without_reward_fields(whole) == plain
+    extended = with_reward_fields(plain, Rewards({}, {"price": {"0": 0.5, "1": 0.5}}))
+    assert extended.row({"scene": "cart"} | reward_fields({"price": 1, "click": 0})) == [51, 52, 0, 57]
+    assert without_reward_fields(extended) == plain
     assert with_reward_fields(plain, None) == plain
 
 

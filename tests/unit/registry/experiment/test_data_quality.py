@@ -31,8 +31,8 @@ def test_three_arms_are_the_dirichlet_multinomial():
 
 
 def test_arms_of_45_and_55_percent_are_found_and_fair_ones_are_not():
-    said = data_quality.sample_ratio_mismatch({"a": 4500, "b": 5500}, HALVES, 0.001)
-    assert "a 4500 (5000 expected), b 5500 (5000 expected)" in said
+    sentence = data_quality.sample_ratio_mismatch({"a": 4500, "b": 5500}, HALVES, 0.001)
+    assert "a 4500 (5000 expected), b 5500 (5000 expected)" in sentence
     assert data_quality.sample_ratio_mismatch({"a": 5030, "b": 4970}, HALVES, 0.001) == ""
     assert data_quality.sample_ratio_mismatch({"a": 45, "b": 55}, HALVES, 0.001) == ""
     # Weights count, not equality; and they need not sum to one.
@@ -68,7 +68,7 @@ def test_an_arm_that_lost_all_its_users_is_a_mismatch():
 
 
 @pytest.mark.parametrize(
-    ("arm", "said"),
+    ("arm", "sentence"),
     [
         (ArmSums(), "has no user in a mature cohort yet"),
         (ArmSums(users=99, impressions=5000, clicks=9), "99 users and 5000 impressions"),
@@ -79,7 +79,7 @@ def test_an_arm_that_lost_all_its_users_is_a_mismatch():
         (ArmSums(users=500, impressions=5000, clicks=5000, orders=5000), ""),
     ],
 )
-def test_sums_that_give_no_rates_are_named(arm, said):
-    found = data_quality.unusable_reason({"x": arm}, 100, 1000)
-    assert said in found
-    assert bool(found) == bool(said)
+def test_sums_that_give_no_rates_are_named(arm, sentence):
+    reason = data_quality.unusable_reason({"x": arm}, 100, 1000)
+    assert sentence in reason
+    assert bool(reason) == bool(sentence)

@@ -38,7 +38,7 @@ def arm(random, count, ctr=0.2, cvr=0.2):
     return arm_sums(users(random, count, ctr, cvr))
 
 
-def seen(rows):
+def outcomes_of(rows):
     """Users (users, 3) as what a trial has seen, dealt to three cohorts."""
     first, second = rows // 3, rows // 4
     return ArmOutcomes((7, 8, 12), np.stack([first, second, rows - first - second], axis=1))
@@ -62,10 +62,10 @@ def pair(seed=0, count=3000, **target):
 )
 @pytest.mark.parametrize("mode", ["sequential", "fixed"])
 def test_verdicts_follow_the_truth_where_the_data_are_many(target, verdict, mode):
-    made = compare("t", "c", pair(**target), SETTINGS, mode)
-    assert made.verdict == verdict
-    assert made.sentence.startswith(f"t against c: {verdict}; ")
-    assert "\n" not in made.sentence
+    comparison = compare("t", "c", pair(**target), SETTINGS, mode)
+    assert comparison.verdict == verdict
+    assert comparison.sentence.startswith(f"t against c: {verdict}; ")
+    assert "\n" not in comparison.sentence
 
 
 def test_an_aa_trial_promotes_at_most_as_often_as_alpha_and_the_point_rule_is_a_coin_flip():
@@ -102,7 +102,7 @@ def test_two_applications_of_the_rule_promote_a_useless_pair_about_as_often_as_a
     runs = 800
     promoted = 0
     for _ in range(runs):
-        data = {one.name: seen(users(random, round(1000 * one.weight))) for one in ARMS}
+        data = {one.name: outcomes_of(users(random, round(1000 * one.weight))) for one in ARMS}
         promoted += decide("t", ARMS, data, FIXED)["verdict"] == "promote"
     # At most alpha for either challenger; the aligned one is tried only when it beat the other.
     assert promoted / runs < 0.08
@@ -119,13 +119,13 @@ def test_two_applications_of_the_rule_promote_a_useless_pair_about_as_often_as_a
 )
 def test_no_data_makes_the_gate_crash_or_say_a_number_that_is_none(arms, mode):
     relaxed = GateSettings(min_users=2, min_impressions=1)
-    made = compare("t", "c", arms, relaxed, mode)
-    json.dumps(made.as_dict(), allow_nan=False)
-    assert made.sentence
+    comparison = compare("t", "c", arms, relaxed, mode)
+    json.dumps(comparison.as_dict(), allow_nan=False)
+    assert comparison.sentence
 
 
 @pytest.mark.parametrize(
-    ("rows", "mode", "said"),
+    ("rows", "mode", "message"),
     [
         ([], "fixed", "has no user in a mature cohort yet"),
         ([], "point", "has no user in a mature cohort yet"),
@@ -139,27 +139,27 @@ def test_no_data_makes_the_gate_crash_or_say_a_number_that_is_none(arms, mode):
         ([[5000, 100, 0], [5000, 90, 0]], "point", "neither arm has an order"),
     ],
 )
-def test_degenerate_data_are_inconclusive_with_the_reason(rows, mode, said):
+def test_degenerate_data_are_inconclusive_with_the_reason(rows, mode, message):
     same = arm_sums(np.array(rows, dtype=np.int64).reshape(-1, 3))
     relaxed = GateSettings(min_users=2, min_impressions=1)
     for each in ("fixed", "sequential") if mode == "fixed" else (mode,):
-        made = compare("t", "c", {"t": same, "c": same}, relaxed, each)
-        assert made.verdict == "inconclusive"
-        assert said in made.sentence
+        comparison = compare("t", "c", {"t": same, "c": same}, relaxed, each)
+        assert comparison.verdict == "inconclusive"
+        assert message in comparison.sentence
 
 
 def test_users_who_all_behave_alike_are_no_evidence():
     target = arm_sums(np.tile([[20, 4, 2]], (200, 1)))
     control = arm_sums(np.tile([[20, 4, 1]], (200, 1)))
-    made = compare("t", "c", {"t": target, "c": control}, SETTINGS)
-    assert made.verdict == "inconclusive"
-    assert "without variance" in made.sentence
+    comparison = compare("t", "c", {"t": target, "c": control}, SETTINGS)
+    assert comparison.verdict == "inconclusive"
+    assert "without variance" in comparison.sentence
 
 
 def test_too_few_users_are_not_judged():
-    made = compare("t", "c", pair(count=99, cvr=0.9), SETTINGS)
-    assert made.verdict == "inconclusive"
-    assert "99 users" in made.sentence
+    comparison = compare("t", "c", pair(count=99, cvr=0.9), SETTINGS)
+    assert comparison.verdict == "inconclusive"
+    assert "99 users" in comparison.sentence
 
 
 def trial(seed=0, sft=None, dpo=None, count=3000):
@@ -171,7 +171,7 @@ def trial(seed=0, sft=None, dpo=None, count=3000):
     }
     if dpo is not None:
         data["challenger-dpo"] = users(random, count, **dpo)
-    return {name: seen(rows) for name, rows in data.items()}
+    return {name: outcomes_of(rows) for name, rows in data.items()}
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,9 @@ def test_without_an_aligned_arm_there_is_one_comparison():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_record_recomputes_from_itself_after_a_trip_through_json(mode):
     record = decide("t", ARMS, trial(4, {"cvr": 0.25}, {"cvr": 0.32}), SETTINGS, mode)
-    back = json.loads(json.dumps(record, allow_nan=False))
-    assert recompute(back) == (record["verdict"], record["winner"])
-    assert back["mode"] == mode
+    reloaded = json.loads(json.dumps(record, allow_nan=False))
+    assert recompute(reloaded) == (record["verdict"], record["winner"])
+    assert reloaded["mode"] == mode
     if mode == "point":
         assert "mode point" in record["sentence"]
 
@@ -237,7 +237,7 @@ def test_the_same_data_under_the_same_rule_are_the_same_decision():
 
 
 def test_an_arm_that_nobody_has_met_yet_is_inconclusive():
-    few = {"champion": seen(users(np.random.default_rng(5), 10))}
+    few = {"champion": outcomes_of(users(np.random.default_rng(5), 10))}
     record = decide("t", ARMS, few, SETTINGS)
     assert record["verdict"] == "inconclusive"
     assert "challenger-sft has no user in a mature cohort yet" in record["sentence"]
@@ -252,13 +252,13 @@ def test_nothing_on_trial_is_an_error():
 def test_a_record_holds_what_each_cohort_of_each_arm_has_seen():
     data = trial(4, {"cvr": 0.25})
     record = decide("t", ARMS[:2], data, SETTINGS)
-    for name, arm_seen in data.items():
+    for name, arm_outcomes in data.items():
         inputs = record["inputs"][name]
         assert list(inputs["cohorts"]) == ["7", "8", "12"]
-        assert inputs["cohorts"]["8"][0] == np.count_nonzero(arm_seen.counts[:, 1, 0])
+        assert inputs["cohorts"]["8"][0] == np.count_nonzero(arm_outcomes.counts[:, 1, 0])
         totals = np.array(list(inputs["cohorts"].values())).sum(axis=0)
         assert list(totals[1:]) == [inputs["impressions"], inputs["clicks"], inputs["orders"]]
-        assert inputs["users"] == len(arm_seen.counts)
+        assert inputs["users"] == len(arm_outcomes.counts)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(MODES))
@@ -295,15 +295,15 @@ HELD_OUT = [
 def anchored(seed, anchor, sft, champion=0.2, count=4000):
     random = np.random.default_rng(seed)
     return {
-        "champion": seen(users(random, count, champion)),
-        "challenger-sft": seen(users(random, count * 5 // 4, **sft)),
-        "anchor": seen(users(random, count // 4, anchor)),
+        "champion": outcomes_of(users(random, count, champion)),
+        "challenger-sft": outcomes_of(users(random, count * 5 // 4, **sft)),
+        "anchor": outcomes_of(users(random, count // 4, anchor)),
     }
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("anchor", "verdict", "said"),
+    ("anchor", "verdict", "message"),
     [
         (0.20, "promote", "promote challenger-sft"),
         # The anchor had more, but the margin in all is 10 %.
@@ -312,13 +312,13 @@ def anchored(seed, anchor, sft, champion=0.2, count=4000):
         (0.30, "reject", "against the anchor: CTR is shown to be below 90% of the anchor's in all"),
     ],
 )
-def test_a_candidate_must_have_kept_the_anchors_click_through(anchor, verdict, said, mode):
+def test_a_candidate_must_have_kept_the_anchors_click_through(anchor, verdict, message, mode):
     if mode == "point" and verdict == "reject":
-        verdict, said = "inconclusive", "estimated below"
+        verdict, message = "inconclusive", "estimated below"
     record = decide("t", HELD_OUT, anchored(3, anchor, {"ctr": 0.2, "cvr": 0.26}), SETTINGS, mode)
     assert record["comparisons"][-1]["verdict"] == "promote"
     assert (record["verdict"], record["winner"] == "challenger-sft") == (verdict, verdict == "promote")
-    assert said in record["sentence"]
+    assert message in record["sentence"]
     assert record["anchor"]["control"] == "anchor"
     assert recompute(json.loads(json.dumps(record))) == (record["verdict"], record["winner"])
 
@@ -368,13 +368,13 @@ def test_the_recompute_command_prints_the_verdict_or_why_it_does_not_follow(tmp_
     path.write_text(json.dumps(record))
     run = CliRunner().invoke
     assert f"verdict: {record['sentence']}" in run(app, ["gate", "recompute", str(path)]).stdout
-    said = json.loads(run(app, ["gate", "recompute", "-", "--json"], input=path.read_text()).stdout)
-    assert (said["verdict"], said["winner"]) == ("promote", "challenger-dpo")
-    assert said["comparisons"] == record["comparisons"]
+    output = json.loads(run(app, ["gate", "recompute", "-", "--json"], input=path.read_text()).stdout)
+    assert (output["verdict"], output["winner"]) == ("promote", "challenger-dpo")
+    assert output["comparisons"] == record["comparisons"]
     # The event on `rollout` holds the record.
     event = json.dumps({"topic": "rollout", "decision": record})
     assert run(app, ["gate", "recompute", "-"], input=event).exit_code == 0
-    for content, said in (
+    for content, message in (
         (
             json.dumps(record | {"verdict": "reject"}),
             "says reject, winner challenger-dpo; its sums say",
@@ -383,11 +383,11 @@ def test_the_recompute_command_prints_the_verdict_or_why_it_does_not_follow(tmp_
         ("{", "is no JSON"),
         ("[]", "no JSON object"),
     ):
-        made = run(app, ["gate", "recompute", "-"], input=content)
-        assert isinstance(made.exception, SidstreamError)
-        assert said in str(made.exception)
-    made = run(app, ["gate", "recompute", str(tmp_path / "none.json")])
-    assert "there is no file" in str(made.exception)
+        result = run(app, ["gate", "recompute", "-"], input=content)
+        assert isinstance(result.exception, SidstreamError)
+        assert message in str(result.exception)
+    result = run(app, ["gate", "recompute", str(tmp_path / "none.json")])
+    assert "there is no file" in str(result.exception)
 
 
 def test_a_trial_of_the_demos_size_is_promoted_in_the_default_mode():
@@ -399,7 +399,7 @@ def test_a_trial_of_the_demos_size_is_promoted_in_the_default_mode():
         shown = 10 * (1 + random.poisson(0.25, 2000))
         clicked = random.binomial(shown, random.beta(10, 10 / 0.22 - 10, 2000))
         bought = random.binomial(clicked, random.beta(10, 10 / cvr - 10, 2000))
-        data[one.name] = seen(np.stack([shown, clicked, bought], axis=1))
+        data[one.name] = outcomes_of(np.stack([shown, clicked, bought], axis=1))
     record = decide("t", arms, data, SETTINGS)
     assert record["verdict"] == "promote", record["sentence"]
 
@@ -407,7 +407,10 @@ def test_a_trial_of_the_demos_size_is_promoted_in_the_default_mode():
 def aa_trial(cvr):
     random = np.random.default_rng(5)
     arms = [Arm("champion", "b0", 0.5, "1"), Arm("challenger-sft", "b0", 0.5, "1")]
-    data = {"champion": seen(users(random, 2000)), "challenger-sft": seen(users(random, 2000, cvr=cvr))}
+    data = {
+        "champion": outcomes_of(users(random, 2000)),
+        "challenger-sft": outcomes_of(users(random, 2000, cvr=cvr)),
+    }
     return decide("t", arms, data, SETTINGS)
 
 
@@ -423,10 +426,12 @@ def test_an_aa_trial_never_promotes_and_says_what_a_difference_means():
 def test_an_aligned_model_goes_on_where_its_sibling_is_shown_to_harm_and_they_are_not_told_apart():
     random = np.random.default_rng(3)
     data = {
-        "champion": seen(users(random, 4000)), "challenger-sft": seen(users(random, 3000, cvr=0.15)),
-        "challenger-dpo": seen(users(random, 60, cvr=0.2)),
-    }  # fmt: skip
+        "champion": outcomes_of(users(random, 4000)),
+        "challenger-sft": outcomes_of(users(random, 3000, cvr=0.15)),
+        "challenger-dpo": outcomes_of(users(random, 60, cvr=0.2)),
+    }
     arms = [Arm(arm.name, arm.bundle, len(data[arm.name].counts) / 7060, arm.version) for arm in ARMS]
     record = decide("t", arms, data, SETTINGS)
-    assert [made["verdict"] for made in record["comparisons"]] == ["inconclusive", "reject", "inconclusive"]
+    verdicts = [comparison["verdict"] for comparison in record["comparisons"]]
+    assert verdicts == ["inconclusive", "reject", "inconclusive"]
     assert (record["verdict"], record["winner"]) == ("inconclusive", "champion")

@@ -110,14 +110,14 @@ def clicking(ctr: float, seed: int, users: int) -> ArmSums:
     return arm_sums(np.stack([shown, clicked, random.binomial(clicked, 0.2)], axis=1))
 
 
-def seen(dpo_ctr: float) -> dict[str, ArmSums]:
+def sums_of(dpo_ctr: float) -> dict[str, ArmSums]:
     return {
         "challenger-sft": clicking(0.2, 1, 1500), "champion": clicking(0.2, 2, 2000),
         "challenger-dpo": clicking(dpo_ctr, 3, 1500),
     }  # fmt: skip
 
 
-def looked(health=None, outcomes=None, watched=BOTH, control="champion", arms=ARMS):
+def guarded(health=None, outcomes=None, watched=BOTH, control="champion", arms=ARMS):
     health = health or {}
     return guard_decision(
         "t", arms, watched, control, health, outcomes or {}, GuardSettings(), GateSettings(), ts=1
@@ -125,8 +125,8 @@ def looked(health=None, outcomes=None, watched=BOTH, control="champion", arms=AR
 
 
 def test_lost_clicks_end_a_trial_with_a_record_that_recomputes_and_cannot_be_changed():
-    assert looked(outcomes=seen(0.19)) is None
-    record = json.loads(json.dumps(looked(outcomes=seen(0.12))))
+    assert guarded(outcomes=sums_of(0.19)) is None
+    record = json.loads(json.dumps(guarded(outcomes=sums_of(0.12))))
     assert (record["verdict"], record["winner"], record["mode"]) == ("reject", "champion", "guard")
     assert "challenger-dpo: CTR" in record["sentence"]
     assert recompute(record) == ("reject", "champion")
@@ -137,28 +137,28 @@ def test_lost_clicks_end_a_trial_with_a_record_that_recomputes_and_cannot_be_cha
 
 
 def test_users_who_do_not_come_as_they_were_dealt_end_a_trial():
-    lost = seen(0.2) | {"challenger-dpo": clicking(0.2, 3, 700)}
-    record = looked(outcomes=lost)
+    lost = sums_of(0.2) | {"challenger-dpo": clicking(0.2, 3, 700)}
+    record = guarded(outcomes=lost)
     assert [alarm["guard"] for alarm in record["alarms"]] == ["users"]
 
 
 def test_a_champion_that_fails_goes_back_to_its_predecessor_also_without_an_anchor():
     alone = [Arm("champion", "b1", 1.0, "2")]
-    record = looked({"champion": healthy(failed=200)}, watched=["champion"], control=None, arms=alone)
+    record = guarded({"champion": healthy(failed=200)}, watched=["champion"], control=None, arms=alone)
     assert (record["verdict"], record["winner"]) == ("reject", "previous")
-    assert looked({"champion": healthy()}, watched=["champion"], control=None, arms=alone) is None
+    assert guarded({"champion": healthy()}, watched=["champion"], control=None, arms=alone) is None
 
 
 def test_a_shadow_has_health_and_no_users_and_that_is_no_mismatch():
     arms = [Arm("challenger-sft", "b1", 0.0, "2"), Arm("champion", "b0", 1.0, "1")]
     outcomes = {"champion": clicking(0.2, 2, 2000)}
-    assert looked({"challenger-sft": healthy()}, outcomes, ["challenger-sft"], arms=arms) is None
-    record = looked({"challenger-sft": healthy(failed=500)}, outcomes, ["challenger-sft"], arms=arms)
+    assert guarded({"challenger-sft": healthy()}, outcomes, ["challenger-sft"], arms=arms) is None
+    record = guarded({"challenger-sft": healthy(failed=500)}, outcomes, ["challenger-sft"], arms=arms)
     assert [alarm["guard"] for alarm in record["alarms"]] == ["failed"]
 
 
 def test_a_record_of_a_guard_survives_json_with_its_infinite_class():
     health = {"challenger-sft": ArmHealth(1000, 500, 1.0, {math.inf: 500, 1.0: 500})}
-    record = json.loads(json.dumps(looked(health)))
+    record = json.loads(json.dumps(guarded(health)))
     assert guards.recompute_verdict(record)["sentence"] == record["sentence"]
     assert {alarm["guard"] for alarm in record["alarms"]} == {"failed", "slow"}

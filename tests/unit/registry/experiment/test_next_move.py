@@ -23,7 +23,7 @@ def rollout(action="trial", step=1.0, **weights) -> Rollout:
     return Rollout.new(name="r", action=action, trial="t", salt="s", step=step, arms=arms)
 
 
-def seen(seed: int, users: int, cvr: float, ctr: float = 0.2, cohorts: int = 6) -> ArmOutcomes:
+def outcomes_of(seed: int, users: int, cvr: float, ctr: float = 0.2, cohorts: int = 6) -> ArmOutcomes:
     random = np.random.default_rng(seed)
     shown = random.poisson(4, (users, cohorts)) + 1
     clicked = random.binomial(shown, ctr)
@@ -34,7 +34,7 @@ def seen(seed: int, users: int, cvr: float, ctr: float = 0.2, cohorts: int = 6) 
 
 def outcomes(cvrs=(0.2, 0.2, 0.2), ctrs=(0.2, 0.2, 0.2), users=4000) -> dict[str, ArmOutcomes]:
     return {
-        name: seen(n, int(users * share), cvr, ctr)
+        name: outcomes_of(n, int(users * share), cvr, ctr)
         for n, (name, share, cvr, ctr) in enumerate(
             zip((CHAMPION, SFT, DPO), (0.4, 0.3, 0.3), cvrs, ctrs, strict=True)
         )
@@ -47,8 +47,8 @@ def health(**requests: int) -> dict[str, ArmHealth]:
 
 
 def move(current: Rollout, mature=None, recent=None, health=None, gate=None, **settings) -> Move:
-    sight = Evidence(mature or {}, recent if recent is not None else mature or {}, health or {}, HOUR)
-    return next_move(current, sight, RolloutSettings(**settings), GuardSettings(), gate or GateSettings())
+    evidence = Evidence(mature or {}, recent if recent is not None else mature or {}, health or {}, HOUR)
+    return next_move(current, evidence, RolloutSettings(**settings), GuardSettings(), gate or GateSettings())
 
 
 @pytest.mark.parametrize("action", ["start", "reject", "inconclusive", "rollback"])
@@ -77,9 +77,10 @@ def test_a_ramp_is_never_judged_by_the_gate():
 
 def test_a_guard_ends_the_trial_at_any_step():
     for step in (0.0, 0.1, 1.0):
-        made = move(rollout(step=step), health=health(sft=500) | {DPO: ArmHealth(500, 100, 0.0, {10.0: 500})})
-        assert (made.do, made.record["mode"]) == ("conclude", "guard")
-        assert recompute(made.record) == ("reject", CHAMPION)
+        failing = health(sft=500) | {DPO: ArmHealth(500, 100, 0.0, {10.0: 500})}
+        concluded = move(rollout(step=step), health=failing)
+        assert (concluded.do, concluded.record["mode"]) == ("conclude", "guard")
+        assert recompute(concluded.record) == ("reject", CHAMPION)
 
 
 def test_the_guard_on_clicks_sees_the_cohorts_that_are_still_open():
@@ -113,7 +114,7 @@ def test_a_promoted_model_is_watched_before_the_next_training_and_taken_back_whe
     assert move(promoted, health=health(champion=1000)).do == "train"
     failing = move(promoted, health={CHAMPION: ArmHealth(500, 100, 0.0, {10.0: 500})} | health(anchor=20))
     assert (failing.do, failing.record["winner"]) == ("rollback", "previous")
-    lost = {CHAMPION: seen(1, 9000, 0.2, 0.1), ANCHOR: seen(2, 300, 0.2, 0.2)}
+    lost = {CHAMPION: outcomes_of(1, 9000, 0.2, 0.1), ANCHOR: outcomes_of(2, 300, 0.2, 0.2)}
     assert move(promoted, {}, lost).do == "rollback"
 
 
@@ -128,9 +129,9 @@ def test_the_looks_end_with_what_the_record_says_and_make_a_picture():
     record = move(rollout(), data).record
     path = interim_analyses(data, GateSettings(), "sequential")
     assert [entry["cohort"] for entry in path] == list(range(6))
-    for made in record["comparisons"]:
-        last = path[-1][f"{made['target']} against {made['control']}"]
-        assert last == {"cvr": made["cvr"], "ctr": made["ctr"]}
+    for comparison in record["comparisons"]:
+        last = path[-1][f"{comparison['target']} against {comparison['control']}"]
+        assert last == {"cvr": comparison["cvr"], "ctr": comparison["ctr"]}
     intervals = [entry[f"{DPO} against {CHAMPION}"]["cvr"]["difference_interval"] for entry in path]
     widths = [high - low for low, high in intervals]
     assert widths == sorted(widths, reverse=True)
@@ -140,8 +141,7 @@ def test_the_looks_end_with_what_the_record_says_and_make_a_picture():
 
 
 def test_at_most_forty_looks_are_kept_and_the_last_is_one():
-    path = interim_analyses(
-        {CHAMPION: seen(0, 50, 0.2, cohorts=130), SFT: seen(1, 50, 0.2, cohorts=130)}, GateSettings(), "fixed"
-    )
+    outcomes = {CHAMPION: outcomes_of(0, 50, 0.2, cohorts=130), SFT: outcomes_of(1, 50, 0.2, cohorts=130)}
+    path = interim_analyses(outcomes, GateSettings(), "fixed")
     assert len(path) == 40
     assert path[-1]["cohort"] == 129

@@ -61,8 +61,8 @@ def test_doubly_robust_is_exact_where_the_reward_model_is() -> None:
     for cells in itertools.product(CELLS, repeat=2):
         w, r, q, q_pi = np.array([row(*cell, model=REWARDS) for cell in cells]).T
         true = [sum(p * r for p, r in zip(TARGET[x], REWARDS[x], strict=True)) for x, _ in cells]
-        got = offpolicy.doubly_robust(w, r, q, q_pi, np.array(["u", "v"]))
-        assert value_of(got) == pytest.approx(sum(true) / 2, rel=1e-12)
+        estimate = offpolicy.doubly_robust(w, r, q, q_pi, np.array(["u", "v"]))
+        assert value_of(estimate) == pytest.approx(sum(true) / 2, rel=1e-12)
 
 
 def users_log(random: np.random.Generator, users: int) -> tuple[np.ndarray[Any, Any], ...]:
@@ -79,15 +79,15 @@ def users_log(random: np.random.Generator, users: int) -> tuple[np.ndarray[Any, 
 @pytest.mark.parametrize("name", ["ips", "snips", "doubly_robust"])
 def test_nine_tenths_of_the_intervals_hold_the_true_value(name: str) -> None:
     random = np.random.default_rng(11)
-    held, runs = 0, 600
+    covered, runs = 0, 600
     for _ in range(runs):
         w, r, q, q_pi, of = users_log(random, 80)
         model = (q, q_pi) if name == "doubly_robust" else ()
         estimate = getattr(offpolicy, name)(w, r, *model, of)
         low, high = offpolicy.interval(estimate, 0.05)
-        held += low <= VALUE <= high
+        covered += low <= VALUE <= high
     # Binomial: 0.9 +- 0.05 is four standard deviations. Rows taken as independent: 0.62 to 0.7.
-    assert 0.85 <= held / runs <= 0.95
+    assert 0.85 <= covered / runs <= 0.95
 
 
 Row = st.tuples(
@@ -124,7 +124,7 @@ def test_every_estimate_is_that_of_plain_loops(rows: list[Any]) -> None:
     w, r, q, q_pi, users = arrays(rows)
     of = [row[4] for row in rows]
     one = [1.0] * len(rows)
-    made = {
+    estimates = {
         "ips": offpolicy.ips(w, r, users),
         "clipped": offpolicy.clipped_ips(w, r, users, 5.0),
         "snips": offpolicy.snips(w, r, users),
@@ -132,7 +132,7 @@ def test_every_estimate_is_that_of_plain_loops(rows: list[Any]) -> None:
         "contrast": offpolicy.doubly_robust_contrast(w, r, q, q_pi, users, 0.9),
         "mean": offpolicy.mean(r, users),
     }
-    wanted = {
+    loop_sums = {
         "ips": loops([w * r for w, r, _, _, _ in rows], one, of),
         "clipped": loops([min(w, 5.0) * r for w, r, _, _, _ in rows], one, of),
         "snips": loops([w * r for w, r, _, _, _ in rows], [w for w, *_ in rows], of),
@@ -140,8 +140,8 @@ def test_every_estimate_is_that_of_plain_loops(rows: list[Any]) -> None:
         "contrast": loops([p + w * (r - q) - 0.9 * r for w, r, q, p, _ in rows], one, of),
         "mean": loops([r for _, r, _, _, _ in rows], one, of),
     }
-    for name, estimate in made.items():
-        expected = wanted[name]
+    for name, estimate in estimates.items():
+        expected = loop_sums[name]
         assert (estimate is None) == (expected is None), name
         if estimate is not None and expected is not None:
             assert estimate.value == pytest.approx(expected[0], rel=1e-9, abs=1e-9), name

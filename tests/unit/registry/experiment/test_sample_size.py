@@ -23,8 +23,8 @@ def test_a_fixed_trial_needs_what_the_textbook_says():
     assert users_needed(PLAIN, SETTINGS, "fixed") == math.ceil(clicks / 0.35)
     # statsmodels, with one variance for both arms, as it has it: the mean of both.
     deviation = math.sqrt((0.05 * 0.95 + 0.06 * 0.94) / 2)
-    asked = NormalIndPower().solve_power(0.01 / deviation, alpha=0.05, power=0.9, alternative="larger")
-    assert users_needed(PLAIN, SETTINGS, "fixed") == pytest.approx(asked / 0.35, abs=1)
+    published = NormalIndPower().solve_power(0.01 / deviation, alpha=0.05, power=0.9, alternative="larger")
+    assert users_needed(PLAIN, SETTINGS, "fixed") == pytest.approx(published / 0.35, abs=1)
 
 
 def test_where_the_lift_is_large_the_margin_of_ctr_decides():
@@ -34,15 +34,15 @@ def test_where_the_lift_is_large_the_margin_of_ctr_decides():
 
 
 @pytest.mark.parametrize("mode", ["fixed", "sequential"])
-@pytest.mark.parametrize("wanted", [0.5, 0.8, 0.95])
-def test_the_planned_users_give_the_power_that_was_asked_for_and_fewer_do_not(mode, wanted):
+@pytest.mark.parametrize("target_power", [0.5, 0.8, 0.95])
+def test_the_planned_users_give_the_power_that_was_asked_for_and_fewer_do_not(mode, target_power):
     # With these figures both tests matter.
     expected = ExpectedRates(cvr=0.2, lift=0.18, ctr=0.05, impressions_per_user=7)
-    users = users_needed(expected, SETTINGS, mode, wanted)
-    assert power(users, expected, SETTINGS, mode) >= wanted
-    assert power(users * 0.9, expected, SETTINGS, mode) < (1 + wanted) / 2
+    users = users_needed(expected, SETTINGS, mode, target_power)
+    assert power(users, expected, SETTINGS, mode) >= target_power
+    assert power(users * 0.9, expected, SETTINGS, mode) < (1 + target_power) / 2
     double = ExpectedRates(0.2, 0.18, 0.05, 7, expected.design_effect * 2)
-    assert users_needed(double, SETTINGS, mode, wanted) == pytest.approx(2 * users, abs=2)
+    assert users_needed(double, SETTINGS, mode, target_power) == pytest.approx(2 * users, abs=2)
 
 
 def test_sequential_evidence_costs_more_than_a_fixed_trial_and_not_three_times_as_much():
@@ -61,7 +61,7 @@ def test_the_curve_rises_through_the_planned_point():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"cvr": 0}, "cvr is 0"),
         ({"cvr": 0.9, "lift": 0.2}, "lift is 0.2"),
@@ -72,8 +72,8 @@ def test_the_curve_rises_through_the_planned_point():
         ({"design_effect": 0}, "design-effect is 0"),
     ],
 )
-def test_impossible_figures_are_refused_by_name(change, said):
-    with pytest.raises(SidstreamError, match=said):
+def test_impossible_figures_are_refused_by_name(change, message):
+    with pytest.raises(SidstreamError, match=message):
         ExpectedRates(**({"cvr": 0.05, "lift": 0.1} | change))
 
 
@@ -86,12 +86,12 @@ def test_what_no_trial_can_show_is_refused():
 
 def test_the_command_says_users_days_and_the_curve():
     line = ["gate", "plan", "--cvr", ".05", "--lift", ".2", "--users-per-day", "10000"]
-    said = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
+    output = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     users = users_needed(ExpectedRates(0.05, 0.2), SETTINGS, "sequential")
     # 2 % are held out on the anchor, and the smallest arm has 30 % of the others.
     days = math.ceil(users / (10_000 * 0.98 * 0.3))
-    assert said["modes"]["sequential"] == {"users_per_arm": users, "days": days}
-    assert said["modes"]["fixed"]["users_per_arm"] < users
+    assert output["modes"]["sequential"] == {"users_per_arm": users, "days": days}
+    assert output["modes"]["fixed"]["users_per_arm"] < users
     text = CliRunner().invoke(app, [*line, "--mode", "fixed"]).stdout
     assert f"{users:,} users an arm" in text
     assert "mode fixed" in text
@@ -99,7 +99,7 @@ def test_the_command_says_users_days_and_the_curve():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--mode", "point"], "wants no evidence"),
         (["--mode", "test"], "use sequential, fixed or point"),
@@ -107,7 +107,7 @@ def test_the_command_says_users_days_and_the_curve():
         (["--users-per-day", "-1"], "users-per-day is -1"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_plan(options, said):
-    made = CliRunner().invoke(app, ["gate", "plan", "--cvr", ".05", "--lift", ".2", *options])
-    assert isinstance(made.exception, SidstreamError)
-    assert said in str(made.exception)
+def test_the_command_refuses_what_it_cannot_plan(options, message):
+    result = CliRunner().invoke(app, ["gate", "plan", "--cvr", ".05", "--lift", ".2", *options])
+    assert isinstance(result.exception, SidstreamError)
+    assert message in str(result.exception)

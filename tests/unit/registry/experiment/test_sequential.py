@@ -107,14 +107,14 @@ def test_without_an_effect_repeated_looks_fool_the_fixed_test_and_not_the_sequen
     experiments, users, count = 400, 300, 20
     target, control = (looks(random, experiments, users, count) for _ in range(2))
     settings = GateSettings()
-    found = {"sequential": 0, "fixed": 0}
+    rejections = {"sequential": 0, "fixed": 0}
     for t, c in zip(target, control, strict=True):
         arms = [{"t": as_sums(users, x), "c": as_sums(users, y)} for x, y in zip(t, c, strict=True)]
-        for mode in found:
+        for mode in rejections:
             # Once is enough: this is somebody who stops at the first good look.
-            found[mode] += any(
+            rejections[mode] += any(
                 compare("t", "c", arm, settings, mode).cvr["p_above"] < settings.alpha for arm in arms
             )
     # 20 looks with alpha .05: the level, and what is known of repeated tests (a quarter).
-    assert found["sequential"] / experiments <= 0.05
-    assert found["fixed"] / experiments > 0.15
+    assert rejections["sequential"] / experiments <= 0.05
+    assert rejections["fixed"] / experiments > 0.15

@@ -44,8 +44,8 @@ def test_the_variance_is_the_published_delta_formula():
     n, d = clicked.mean(), shown.mean()
     cov = np.cov(clicked, shown)
     published = (cov[0, 0] / d**2 + n**2 * cov[1, 1] / d**4 - 2 * n * cov[0, 1] / d**3) / len(shown)
-    made = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
-    assert made.variance == pytest.approx(published, rel=1e-9)
+    estimate = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
+    assert estimate.variance == pytest.approx(published, rel=1e-9)
 
 
 def test_the_variance_is_the_cluster_robust_one_of_a_regression():
@@ -58,10 +58,10 @@ def test_the_variance_is_the_cluster_robust_one_of_a_regression():
     fit = OLS(outcome, np.ones(len(outcome))).fit(
         cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}
     )
-    made = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
-    assert made.value == pytest.approx(fit.params[0])
+    estimate = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
+    assert estimate.value == pytest.approx(fit.params[0])
     # statsmodels divides by n, ours by n - 1.
-    assert made.variance * (len(shown) - 1) / len(shown) == pytest.approx(fit.bse[0] ** 2, rel=1e-9)
+    assert estimate.variance * (len(shown) - 1) / len(shown) == pytest.approx(fit.bse[0] ** 2, rel=1e-9)
 
 
 def two_arms(seed):
@@ -107,9 +107,9 @@ def test_with_one_impression_a_user_the_test_is_that_of_two_proportions():
 
 def test_clustering_matters():
     shown, clicked, _ = users(20_000, 1).T
-    made = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
-    naive = made.value * (1 - made.value) / shown.sum()
-    assert made.variance > 1.05 * naive
+    estimate = statistics.ctr(statistics.arm_sums(np.stack([shown, clicked, clicked * 0], axis=1)))
+    naive = estimate.value * (1 - estimate.value) / shown.sum()
+    assert estimate.variance > 1.05 * naive
 
 
 @given(st.floats(-8, 8))
@@ -160,8 +160,8 @@ def test_at_the_ends_of_fiellers_interval_the_test_is_just_at_its_critical_value
 def test_what_has_no_ratio_has_no_estimate():
     none = statistics.arm_sums(np.zeros((0, 3), dtype=np.int64))
     assert statistics.ctr(none) is None
-    one = statistics.arm_sums(np.array([[10, 2, 1]]))
-    assert statistics.ctr(one) is None
+    single_user = statistics.arm_sums(np.array([[10, 2, 1]]))
+    assert statistics.ctr(single_user) is None
     unshown = statistics.arm_sums(np.array([[0, 0, 0], [0, 0, 0]]))
     assert statistics.ctr(unshown) is None
     alike = statistics.ctr(statistics.arm_sums(np.array([[30, 3, 0], [70, 7, 0], [10, 1, 0]])))

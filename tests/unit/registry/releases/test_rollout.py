@@ -55,7 +55,7 @@ def test_an_arm_without_weight_serves_nobody():
         assign("t", "u", [])
 
 
-def made(anchor, champion, sft, dpo):
+def arms_of(anchor, champion, sft, dpo):
     return arms(champion, sft, dpo, anchor)
 
 
@@ -65,23 +65,23 @@ weights = st.floats(0.001, 1)
 @given(st.text(), st.text(), st.text(), st.permutations([3, 1, 0.5, 0.25]), st.randoms(use_true_random=False))
 def test_whether_a_user_is_held_out_hangs_on_the_user_and_the_weight_alone(trial, other, user, some, random):
     anchor, *rest = some
-    first, second = made(anchor, *rest), made(anchor, *rest[::-1])
+    first, second = arms_of(anchor, *rest), arms_of(anchor, *rest[::-1])
     random.shuffle(second)
-    held = {assign(trial, user, first).name, assign(other, user, second).name}
-    assert held == {"anchor"} or "anchor" not in held
+    names = {assign(trial, user, first).name, assign(other, user, second).name}
+    assert names == {"anchor"} or "anchor" not in names
     assert assign(trial, user, first) == assign(trial, user, list(first))
 
 
 @given(st.text(), st.text(), st.lists(weights, min_size=4, max_size=4), weights)
 def test_who_is_held_out_stays_so_when_the_anchor_grows(trial, user, some, more):
-    small, great = made(*some), made(some[0] + more, *some[1:])
+    small, great = arms_of(*some), arms_of(some[0] + more, *some[1:])
     if assign(trial, user, small).name == "anchor":
         assert assign("another", user, great).name == "anchor"
 
 
 @given(st.text(), st.text(), st.lists(weights, min_size=3, max_size=3), weights)
 def test_who_is_not_held_out_gets_the_arm_of_the_trial_without_the_anchor(trial, user, rest, anchor):
-    chosen = assign(trial, user, made(anchor, *rest))
+    chosen = assign(trial, user, arms_of(anchor, *rest))
     if chosen.name != "anchor":
         assert chosen == assign(trial, user, arms(*rest))
 
