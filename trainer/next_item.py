@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.batches import Batch, Pieces, Row, collate
 from trainer.data import Rows
-from trainer.devices import fast_bf16
+from trainer.devices import training_arithmetic
 from trainer.generator import IGNORE, GeneratorForCausalLM
 from trainer.items import Past
 from trainer.losses import softmax_loss
@@ -144,7 +144,7 @@ def batch_loss(
     where = table.device
     pieces = pieces.to(where)
     soft = teacher(pieces, among) if teacher else None
-    with torch.autocast(where.type, torch.bfloat16, enabled=fast_bf16(where)):
+    with training_arithmetic(settings.arithmetic, where):
         loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among, tree, soft)
         if titles:
             loss = loss + token_loss(model, Batch(*(part.to(where) for part in collate(titles))))

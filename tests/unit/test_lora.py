@@ -48,6 +48,7 @@ def foreign(folder: Path, kind: str) -> str:
     return str(folder)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: Path, kind: str) -> None:
     made = shop(

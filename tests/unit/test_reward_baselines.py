@@ -42,6 +42,7 @@ def mean_worth(made: Trained, model: Any, seen: Lesson, worth: np.ndarray) -> fl
     return float(worth[best].mean())
 
 
+@pytest.mark.learning
 def test_both_bring_more_of_what_is_preferred(
     made: Trained, seen: Lesson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +56,7 @@ def test_both_bring_more_of_what_is_preferred(
     assert mixed > plain + 0.05
 
 
+@pytest.mark.learning
 def test_with_the_next_item_it_also_learns_what_came_next(
     made: Trained, seen: Lesson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
