@@ -7,13 +7,17 @@ TORCH  ?=
 STAMP  := $(VENV)/.installed-$(or $(TORCH),default)
 UV     := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
-.PHONY: demo test lint format up down install
+.PHONY: demo test learning lint format up down install
 
 demo: install
 	@$(BIN)/sidstream demo
 
 test: lint
 	$(BIN)/pytest
+
+# What is learned must hold in the arithmetic of a processor without AVX-512 and bfloat16, too.
+learning: install
+	SIDSTREAM_TRAINER__ARITHMETIC=float32 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m learning tests/unit
 
 lint: install
 	$(BIN)/ruff check .
