@@ -346,7 +346,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     # its losses.
     world.lines.clear()
     dpo = DpoSettings.model_validate({
-        "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 6, "sft_weight": 1.0, "max_drop": 1000.0,
+        "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 8, "sft_weight": 1.0, "max_drop": 1000.0,
         "replay_weight": 0.0, "probe_users": 0, "schemes": ["purchased_over_clicked"],
     })  # fmt: skip
     world.settings = sane.model_copy(update={"refresh_lr": 1e-6, "epochs": 1, "dpo": dpo})
