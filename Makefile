@@ -7,7 +7,7 @@ TORCH  ?=
 STAMP  := $(VENV)/.installed-$(or $(TORCH),default)
 UV     := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
-.PHONY: demo check test lint format hooks up down install
+.PHONY: demo check test learning lint format hooks up down install
 
 demo: install
 	@$(BIN)/sidstream demo
@@ -18,6 +18,10 @@ check: lint
 
 test: lint
 	$(BIN)/pytest
+
+# What is learned must hold in the arithmetic of a processor without AVX-512 and bfloat16, too.
+learning: install
+	SIDSTREAM_TRAINER__ARITHMETIC=float32 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m learning tests/unit
 
 lint: install
 	$(BIN)/ruff check .
