@@ -1,4 +1,4 @@
-"""Promoters as processes of their own, that can be killed or stopped at any write, and what must hold after.
+"""Promoters as processes of their own, which tests kill or stop at any write, and the checks that follow.
 
 MLflow takes seconds to import, so one warmed process forks a child for every release step.
 """
@@ -117,7 +117,7 @@ def take(registry: Registry, client: release.Publisher, step: dict[str, Any]) ->
 
 
 def _run(job: dict[str, Any], stack: dict[str, Any]) -> dict[str, Any]:
-    """Take one step, as `sidstream.commands.registry.promoting` does; what became of it."""
+    """Take one step, as `sidstream.commands.registry.promoting` does, and return its outcome."""
     writes = _Writes(job.get("at"), getattr(signal, job.get("signal", "SIGKILL")))
     registry = _Registry(RegistrySettings.model_validate(stack["registry"]))
     registry.writes = writes
@@ -135,9 +135,9 @@ def _run(job: dict[str, Any], stack: dict[str, Any]) -> dict[str, Any]:
                     begun = time.monotonic()
                     if "after" in job:
                         threading.Thread(target=_end, args=(job["after"],), daemon=True).start()
-                    made = take(registry, _Publisher(client, writes), job["step"])
+                    rollout = take(registry, _Publisher(client, writes), job["step"])
                 return {
-                    "done": None if made is None else made.trial, "writes": writes.count,
+                    "done": None if rollout is None else rollout.trial, "writes": writes.count,
                     "seconds": time.monotonic() - begun,
                 }  # fmt: skip
             except SidstreamError as error:
@@ -162,9 +162,9 @@ def main() -> None:
         else:
             pid = os.fork()
             if pid == 0:
-                made = _run(job, json.loads(sys.argv[1]))
+                outcome = _run(job, json.loads(sys.argv[1]))
                 part = Path(job["out"] + ".part")
-                part.write_text(json.dumps(made))
+                part.write_text(json.dumps(outcome))
                 part.replace(job["out"])
                 os._exit(0)
             answer = {"pid": pid}
@@ -251,8 +251,8 @@ class Promoters:
         assert code in (0, -signal.SIGKILL), (self.folder / "promoters.log").read_text()[-3000:]
         if code:
             return None
-        made: dict[str, Any] = json.loads(child.out.read_text())
-        return made
+        outcome: dict[str, Any] = json.loads(child.out.read_text())
+        return outcome
 
     def race(self, *steps: dict[str, Any], patience: float) -> list[dict[str, Any]]:
         """Take steps at the same time; what became of each. `patience`: how long each waits for the lease."""
@@ -261,8 +261,8 @@ class Promoters:
         for _ in children:
             assert self.redis.blpop([f"{gate}:ready"], timeout=int(_WAIT_S))
         self.redis.rpush(f"{gate}:go", *[1] * len(children))
-        ended = [self.end(child) for child in children]
-        return [made for made in ended if made is not None]
+        outcomes = [self.end(child) for child in children]
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def take(self, step: dict[str, Any]) -> Rollout | None:
         """Take a step in this process, as soon as nobody holds the lease; others must not wait for it."""
@@ -281,9 +281,9 @@ class Promoters:
 
     def trial(self, sft: str, dpo: str | None, step: float = 1.0) -> Rollout:
         """Start a trial in this process."""
-        made = self.take({"action": "trial", "sft": sft, "dpo": dpo, "step": step})
-        assert made is not None
-        return made
+        rollout = self.take({"action": "trial", "sft": sft, "dpo": dpo, "step": step})
+        assert rollout is not None
+        return rollout
 
     def aliases(self) -> dict[str, str]:
         """Every alias, by MLflow's own client."""
@@ -363,16 +363,16 @@ def killed_before(promoters: Promoters, step: dict[str, Any], n: int) -> int | N
     """
     while True:
         old = promoters.champion()
-        made = promoters.end(promoters.begin(step, at=n))
+        outcome = promoters.end(promoters.begin(step, at=n))
         between = promoters.champion()
         promoters.take({"action": "finish"})
         assert between in (old, agree(promoters))
-        if made is None:
+        if outcome is None:
             return None
-        if "done" in made:
-            return int(made["writes"])
+        if "done" in outcome:
+            return int(outcome["writes"])
         # Slower than its lease: nothing is shown.
-        assert "lease" in made["refused"], made
+        assert "lease" in outcome["refused"], outcome
 
 
 def stopped_before(
@@ -394,10 +394,10 @@ def stopped_before(
         promoters.take(other)
         agree(promoters)
     sleeper.go_on()
-    made = promoters.end(sleeper)
+    outcome = promoters.end(sleeper)
     promoters.take({"action": "finish"})
     agree(promoters)
-    return made
+    return outcome
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ def promoters(
         )
         for seed in range(1, 5):
             assert registry.register(bundle(folder, seed)) == str(seed)
-        made = Promoters(kafka, redis_url, registry, folder)
+        pool = Promoters(kafka, redis_url, registry, folder)
         try:
-            made.take({"action": "start", "version": "1"})
-            yield made
+            pool.take({"action": "start", "version": "1"})
+            yield pool
         finally:
-            made.close()
+            pool.close()
 
 
 def test_a_conclusion_killed_at_any_write_leaves_one_champion_and_is_finished_by_the_next(promoters):
@@ -63,16 +63,17 @@ def test_two_promoters_at_the_same_time_leave_one_champion(promoters):
     promoters.take({"action": "promote", "version": "1"})
     by_hand = [{"action": "promote", "version": version} for version in ("2", "3")]
     for patience in (0.0, 30.0):
-        made = promoters.race(*by_hand, patience=patience)
-        assert all("done" in row or (not patience and "another process" in row["refused"]) for row in made)
-        assert any("done" in row for row in made)
+        outcomes = promoters.race(*by_hand, patience=patience)
+        refused = [row["refused"] for row in outcomes if "done" not in row]
+        assert all(not patience and "another process" in sentence for sentence in refused)
+        assert any("done" in row for row in outcomes)
         assert agree(promoters) in ("2", "3")
     promoters.take(by_hand[0])
     record = decided(promoters.trial("1", "4"))
-    made = promoters.race(
+    outcomes = promoters.race(
         {"action": "conclude", "record": record}, {"action": "rollback"}, patience=30.0
     )  # fmt: skip
-    assert any("done" in row for row in made)
+    assert any("done" in row for row in outcomes)
     agree(promoters)
 
 
@@ -86,8 +87,8 @@ def test_a_promoter_stopped_for_longer_than_its_lease_does_not_undo_the_next_one
     for n, others in ((note, [by_hand]), (alias, [by_hand, trial]), (publish, [by_hand])):
         promoters.take({"action": "promote", "version": "1"})
         # After the check of the lease, right before the write: the worst moment.
-        made = stopped_before(promoters, step, n, *others)
-        assert "lease" in made["refused"]
+        outcome = stopped_before(promoters, step, n, *others)
+        assert "lease" in outcome["refused"]
         assert promoters.champion() == "3"
     assert stopped_before(promoters, step, writes, {"action": "rollback"}) is None
 
