@@ -20,16 +20,16 @@ from faust.app.base import BootStrategy
 from mode import Service
 from prometheus_client import start_http_server
 
-from agents.attribution.clock import PartitionClock
-from agents.attribution.outcomes import OutcomeRules, Outcomes, tell_rules
-from agents.attribution.preferences import Preferences
-from agents.catalogue import Catalogue, Codebooks
-from agents.histories import Histories
-from agents.parking import Parking
-from agents.profiles import Profiles
-from agents.recoding import Recoding
+from agents.assigned_sids import AssignedSids
+from agents.attribution.event_time import PartitionClock
+from agents.attribution.outcomes import OutcomeRules, OutcomeStage, store_rules
+from agents.attribution.pair_stage import PairStage
+from agents.history_recoder import HistoryRecoder
+from agents.history_writer import HistoryWriter
+from agents.parked_events import ParkedEvents
+from agents.profile_writer import ProfileWriter
 from agents.settings import AgentsSettings
-from agents.sids import Sids
+from agents.slot_allocator import CodebookRegistry, SlotAllocator
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -42,10 +42,10 @@ from streams.events import (
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from streams.state import keys, redisdb
-from streams.wire.admin import end_offsets, incarnations, missing
-from streams.wire.batches import BatchLoop, BatchOptions, Hooks, Incoming
-from streams.wire.connect import bootstrap, client_options
-from streams.wire.dead_letters import Refusal
+from streams.wire.admin import end_offsets, incarnations, missing_topic_error
+from streams.wire.batch_loop import BatchHooks, BatchLoop, BatchOptions, ReceivedEvent
+from streams.wire.connect import bootstrap_servers, client_options
+from streams.wire.dead_letters import RefusedRecord
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +54,16 @@ USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
 # not close the windows of answers that it has yet to read, and an answer only repeats its trigger's time.
 CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
 # Loggers of libraries whose lower levels are noise, or slow.
-_QUIET: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
+_NOISY_LOGGERS: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
 
 
-class UserEvents(Hooks):
+class UserEventHooks(BatchHooks):
     """What happens around the batches of user events: event time, open windows, parked records."""
 
     name = "clock"
 
     def __init__(
-        self, kafka: KafkaSettings, store: Any, sids: Sids, settings: AgentsSettings,
+        self, kafka: KafkaSettings, store: Any, sids: AssignedSids, settings: AgentsSettings,
         history: HistorySettings, producer: AIOKafkaProducer,
     ) -> None:  # fmt: skip
         rules = OutcomeRules(
@@ -76,20 +76,22 @@ class UserEvents(Hooks):
         self._clocks: dict[int, PartitionClock] = {}
         self._incarnations: dict[str, int] = {}
         self._sids = sids
-        self._parking = Parking(store, sids, settings.park_seconds)
-        self._recoding = Recoding(store, sids, history)
-        self._histories = Histories(store, sids, self._parking, self._recoding, history, self._incarnations)
-        self._preferences = Preferences(
+        self._parking = ParkedEvents(store, sids, settings.park_seconds)
+        self._recoding = HistoryRecoder(store, sids, history)
+        self._histories = HistoryWriter(
+            store, sids, self._parking, self._recoding, history, self._incarnations
+        )
+        self._preferences = PairStage(
             store, producer, sids, rules, settings.max_rejected, self._clocks, self._incarnations
         )
-        self._outcomes = Outcomes(store, rules, self._clocks, self._incarnations)
+        self._outcomes = OutcomeStage(store, rules, self._clocks, self._incarnations)
 
     @property
     def stages(self) -> tuple[Any, ...]:
         """In the order in which a batch passes them; event time moves last, when all else is done."""
         return self._histories, self._preferences, self._outcomes, self
 
-    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         """Move event time."""
         now, wall = time.monotonic(), time.time_ns() // 1_000_000
         for record, event in batch:
@@ -107,7 +109,7 @@ class UserEvents(Hooks):
         found = await asyncio.to_thread(incarnations, self._kafka)
         for kind in USER_EVENTS:
             if kind.topic not in found:
-                raise missing(kind.topic)
+                raise missing_topic_error(kind.topic)
             self._incarnations[kind.topic] = found[kind.topic]
 
     async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
@@ -115,7 +117,7 @@ class UserEvents(Hooks):
         # A topic that was given more partitions shows here first, and a worker with other settings.
         await self.rewound()
         counted = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
-        await tell_rules(self._store, self._rules, len(counted))
+        await store_rules(self._store, self._rules, len(counted))
         numbers = sorted({p.partition for p in partitions})
         for number in numbers:
             await self._forget_other_lives(number)
@@ -138,7 +140,7 @@ class UserEvents(Hooks):
         if clock is not None:
             clock.position(partition.topic, lag)
 
-    async def tick(self) -> Sequence[Refusal]:
+    async def tick(self) -> Sequence[RefusedRecord]:
         """Change over to a new codebook, close windows, apply or give up parked records."""
         # Here and nowhere else: a batch and a round of closing see one codebook from beginning to end.
         self._sids.follow()
@@ -148,7 +150,7 @@ class UserEvents(Hooks):
         await self._outcomes.mature()
         return refused
 
-    async def buried(self, refused: Sequence[Refusal]) -> None:
+    async def buried(self, refused: Sequence[RefusedRecord]) -> None:
         """Parked records that stand in dead letters now."""
         await self._parking.forget(refused)
 
@@ -166,7 +168,7 @@ class Agents(Service):
 
     def __init__(
         self, kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
-        codebooks: Codebooks, **service: Any,
+        codebooks: CodebookRegistry, **service: Any,
     ) -> None:  # fmt: skip
         super().__init__(**service)
         self._kafka = kafka
@@ -188,10 +190,10 @@ class Agents(Service):
             **client_options(self._kafka), enable_idempotence=True, max_batch_size=131_072
         )
         await self._producer.start()
-        self._sids = Sids(self._kafka, self._store)
+        self._sids = AssignedSids(self._kafka, self._store)
         await self._sids.start()
-        users = UserEvents(self._kafka, self._store, self._sids, settings, self._history, self._producer)
-        catalogue = Catalogue(
+        users = UserEventHooks(self._kafka, self._store, self._sids, settings, self._history, self._producer)
+        catalogue = SlotAllocator(
             self._kafka, self._store, self._producer, self._sids, self._codebooks,
             settings.codebook_check_s,
         )  # fmt: skip
@@ -212,7 +214,7 @@ class Agents(Service):
             BatchLoop(
                 self._kafka,
                 (UserProfile,),
-                (Profiles(self._store),),
+                (ProfileWriter(self._store),),
                 _options(settings, f"{settings.group}-users"),
                 tombstones=True,
             )
@@ -228,7 +230,7 @@ class Agents(Service):
             await self._store.aclose()
 
 
-class _Boot(BootStrategy):
+class _ServicesOnlyBoot(BootStrategy):
     """Faust's own consumer, producer, tables and web stay off: the loops bring what they need."""
 
     enable_kafka = False
@@ -236,17 +238,17 @@ class _Boot(BootStrategy):
 
 
 class _App(faust.App):
-    BootStrategy = _Boot
+    BootStrategy = _ServicesOnlyBoot
 
 
 def create_app(
     kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
-    codebooks: Codebooks,
+    codebooks: CodebookRegistry,
 ) -> faust.App:  # fmt: skip
     """The app, to be run by a `faust.Worker`. `codebooks` is the registry."""
     app = _App(
         agents.group,
-        broker=[f"kafka://{address}" for address in bootstrap(kafka)],
+        broker=[f"kafka://{address}" for address in bootstrap_servers(kafka)],
         web_enabled=False,
         web_tables_enabled=False,
         web_router_enabled=False,
@@ -266,14 +268,14 @@ def create_app(
     return app
 
 
-def check(kafka: KafkaSettings, redis: RedisSettings) -> None:
+def check_prerequisites(kafka: KafkaSettings, redis: RedisSettings) -> None:
     """Raise SidstreamError, in one sentence, where a worker could not start."""
     found = incarnations(kafka)
     for kind in (*USER_EVENTS, CatalogItem, UserProfile, SidAssignment):
         if kind.topic not in found:
-            raise missing(kind.topic)
+            raise missing_topic_error(kind.topic)
     try:
-        with redisdb.client(redis) as store:
+        with redisdb.redis_client(redis) as store:
             store.ping()
     except redisdb.OUTAGES as error:
         raise SidstreamError(
@@ -288,7 +290,7 @@ def run_worker(make_app: Callable[[], faust.App]) -> None:
 
     mode.loop.use("uvloop")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    quieten(_QUIET)
+    quieten(_NOISY_LOGGERS)
     app = make_app()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)

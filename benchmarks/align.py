@@ -31,10 +31,10 @@ from registry.releases.current import read_newest
 from sidstream.settings import Settings, load
 from streams.errors import SidstreamError
 from streams.events import PreferencePair, Scheme, SidAssignment, UserProfile, decode
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.state import history, keys
-from streams.state.redisdb import client
+from streams.state.redisdb import redis_client
 from streams.wire.connect import client_options
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
@@ -107,16 +107,16 @@ def jury(settings: Settings, bundle: Bundle) -> Jury:
     """500 shoppers of the demo, by seed."""
     log = source_of("online-retail")
     truth = Truth(list(log.catalogue()), settings.shoppers)
-    everybody = population(truth, past_of(log))
+    everybody = population(truth, user_item_sequences(log))
     rng = np.random.default_rng(settings.shoppers.seed)
     chosen = [everybody[i] for i in rng.choice(len(everybody), SHOPPERS, replace=False)]
     triggers = [shopper.trigger(truth, rng) for shopper in chosen]
     wanted = bundle.manifest.codebook
     newest = read_newest(settings.kafka, SidAssignment).values()
     sids = {event.item_id: tuple(event.sid) for event in newest if event.codebook == wanted}
-    with client(settings.redis) as store:
+    with redis_client(settings.redis) as store:
         pasts = [
-            [entry.sid for entry in history.decode(store.get(keys.history(shopper.user_id))).entries]
+            [entry.sid for entry in history.decode_history(store.get(keys.history(shopper.user_id))).entries]
             for shopper in chosen
         ]
     prompts = [

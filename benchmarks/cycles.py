@@ -35,11 +35,11 @@ from sidstream.commands.train import one_cycle, prepare
 from sidstream.settings import Settings, load
 from sidstream.unattended import Cycle, Turn
 from streams.events import CatalogItem, Click, Event, Purchase, Rollout, Trigger
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip, Tally
-from streams.state.redisdb import client as redis_client
-from streams.wire.admin import lag
+from streams.state.redisdb import redis_client as redis_client
+from streams.wire.admin import consumer_group_lag
 from streams.wire.client import Client
 
 # What a machine of two cores does in about two minutes a cycle. The ramp is steeper than the default, and
@@ -68,7 +68,7 @@ class World:
         self.random = np.random.default_rng(seed)
         log = source_of("online-retail")
         self.items = list(log.catalogue())
-        self.pasts = past_of(log)
+        self.pasts = user_item_sequences(log)
         self.coming = self._novelties(cycles)
         self.truth = Truth([*self.items, *self.coming], settings.shoppers)
         self.shoppers = population(self.truth, self.pasts)
@@ -111,7 +111,7 @@ class World:
         raise SystemExit(f"serving does not answer from trial {trial}")
 
     def drain(self) -> None:
-        while lag(self.settings.kafka, self.settings.agents.group):
+        while consumer_group_lag(self.settings.kafka, self.settings.agents.group):
             time.sleep(0.2)
 
     def drift(self) -> None:

@@ -32,7 +32,7 @@ from registry.settings import CodebookSettings
 from serving.decoding.beam import search
 from serving.decoding.index import SidIndex
 from serving.decoding.onnx_generator import OnnxGenerator
-from streams.replay import OnlineRetail, past_of
+from streams.replay import OnlineRetail, user_item_sequences
 from trainer.codebooks.fit import fit_codebook
 from trainer.generator.export import export
 from trainer.generator.model import GeneratorForCausalLM, new_generator
@@ -52,7 +52,7 @@ def real_year() -> tuple[tuple[int, ...], dict[str, Sid], list[list[Sid]]]:
     return (
         fit.codebook.sizes,
         sids,
-        [[sids[item] for item in past] for _, past in sorted(past_of(shop).items())],
+        [[sids[item] for item in past] for _, past in sorted(user_item_sequences(shop).items())],
     )
 
 

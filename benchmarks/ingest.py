@@ -79,7 +79,7 @@ def main() -> None:
                 sids = {
                     item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook.id)).items()
                 }
-                lives = {source: incarnations(kafka)[source] for source in history.SOURCES}
+                lives = {source: incarnations(kafka)[source] for source in history.SOURCE_TOPICS}
                 wanted = pure_histories(shop, sids, codebook.id, len(codebook.sizes), lives, PARTITIONS)
                 equal = len(users) == len(wanted) and all(
                     store.get(keys.history(user)) == value for user, value in wanted.items()

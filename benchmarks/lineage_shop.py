@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.attribution.pairs import Decision, Open, add, close
-from agents.attribution.windows import Rules
+from agents.attribution.pairs import OpenPairWindows, PairDecision, add, close
+from agents.attribution.window_stage import WindowRules
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
@@ -35,7 +35,7 @@ from streams.events import (
     Recommendation,
     Trigger,
 )
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.settings import ShoppersSettings
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip
@@ -59,7 +59,7 @@ TURN = 0.2
 BURST, LOOKS = 3000, 6
 JURY, SHOWN = 2000, 10
 MADE = "codebook"
-RULES = Rules(WINDOW_MS, 0)
+RULES = WindowRules(WINDOW_MS, 0)
 GATE = GateSettings.model_validate({})
 ROLLOUT = RolloutSettings.model_validate({})
 
@@ -138,7 +138,7 @@ class Shop:
         self.shoppers_settings = ShoppersSettings.model_validate({"seed": seed})
         log = source_of("online-retail")
         self.truth = Truth(list(log.catalogue()), self.shoppers_settings)
-        pasts = past_of(log)
+        pasts = user_item_sequences(log)
         self.shoppers = population(self.truth, pasts)
         self.titles = {item.item_id: item.title for item in log.catalogue()}
         self.prices = {item.item_id: item.price or 0.0 for item in log.catalogue()}
@@ -148,7 +148,7 @@ class Shop:
         self.now = max(self.books.ts) + DAY_MS
         self.read = 0  # rows of the books that a champion has seen
         self.history: dict[str, list[int]] = defaultdict(list)
-        self.open: dict[str, Open] = defaultdict(Open)
+        self.open: dict[str, OpenPairWindows] = defaultdict(OpenPairWindows)
         self.pairs: list[PreferencePair] = []
         self._learn_items()
         order = np.argsort(self.books.ts, kind="stable")
@@ -260,7 +260,7 @@ class Shop:
             for decision in close(state, self.now, RULES, 10, lambda item: item in self.row):
                 self.pairs.append(self._pair(user, decision))
 
-    def _pair(self, user: str, decision: Decision) -> PreferencePair:
+    def _pair(self, user: str, decision: PairDecision) -> PreferencePair:
         # What came since the page was opened is at the end of the history: its items are left out.
         later = {self.row[item] for item in (decision.chosen, *decision.rejected)}
         past = self.history[user][-2 * self.prompt.max_items :]

@@ -23,7 +23,7 @@ from registry.releases.current import read_newest
 from sidstream.settings import load
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Recommendation, SidAssignment, Trigger
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.wire.client import Client
 from trainer.evaluation.bootstrap import intervals
 
@@ -40,7 +40,7 @@ def main() -> None:
     settings, random = load(), np.random.default_rng(given.seed)
     listed = read_newest(settings.kafka, CatalogItem)
     spelled = {one.item_id for one in read_newest(settings.kafka, SidAssignment).values()}
-    pasts = past_of(source_of("online-retail"))
+    pasts = user_item_sequences(source_of("online-retail"))
     users = [sorted(pasts)[at] for at in random.permutation(len(pasts))[: given.users]]
     values: list[list[float]] = []
     seconds: list[list[float]] = []

@@ -103,12 +103,12 @@ def start(
 
 def main() -> None:
     """Run the worker that the argument describes."""
-    from agents import catalogue
+    from agents import slot_allocator
     from agents.app import create_app, run_worker
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
-    catalogue.embedder_of = words_of  # type: ignore[assignment,attr-defined]
+    slot_allocator.embedder_of = words_of  # type: ignore[assignment,attr-defined]
     told = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(

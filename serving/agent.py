@@ -41,10 +41,10 @@ from streams.events import (
     encode,
 )
 from streams.settings import KafkaSettings, RedisSettings
-from streams.wire.connect import bootstrap
-from streams.wire.dead_letters import Refusal
-from streams.wire.records import Record, record
-from streams.wire.tables import TopicTable
+from streams.wire.connect import bootstrap_servers
+from streams.wire.dead_letters import RefusedRecord
+from streams.wire.records import KafkaRecord, kafka_record
+from streams.wire.topic_table import TopicTable
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class ServingAgent:
         """The Faust app: one agent that hands raw triggers to the queue; nothing else of Faust is on."""
         app = faust.App(
             self._settings.group,
-            broker=[f"kafka://{address}" for address in bootstrap(self._kafka)],
+            broker=[f"kafka://{address}" for address in bootstrap_servers(self._kafka)],
             broker_credentials=_credentials(self._kafka),
             store="memory://", table_standby_replicas=0, topic_disable_leader=True,
             topic_allow_declare=False, web_enabled=False, stream_wait_empty=False, producer_linger=0,
@@ -231,8 +231,8 @@ class ServingAgent:
 
     async def _answer(self, events: Sequence[Any]) -> None:
         begun = perf_counter()
-        records: list[Record] = []
-        refusals: list[Refusal] = []
+        records: list[KafkaRecord] = []
+        refusals: list[RefusedRecord] = []
         asked: list[tuple[Any, Trigger]] = []
         for event in events:
             try:
@@ -244,17 +244,17 @@ class ServingAgent:
         answers = await self._recommend(requests, service)
         wanted = {trigger.reply_to for _, trigger in asked if trigger.reply_to is not None}
         barred = await self._outbox.refusals(wanted - {Recommendation.topic}) if wanted else {}
-        copies: list[tuple[Any, Record]] = []
+        copies: list[tuple[Any, KafkaRecord]] = []
         for (event, trigger), answer in zip(asked, answers, strict=True):
             made = answer.recommendation
             value = encode(made)
-            records.append(Record(made.topic, made.key, value))
+            records.append(KafkaRecord(made.topic, made.key, value))
             if answer.exploration is not None:
                 records += self._fitting(answer.exploration)
             if trigger.reply_to in barred:
                 refusals.append(_refusal(event, "reply_topic", barred[trigger.reply_to]))
             elif trigger.reply_to is not None and trigger.reply_to != Recommendation.topic:
-                copies.append((event, Record(trigger.reply_to, made.key, value)))
+                copies.append((event, KafkaRecord(trigger.reply_to, made.key, value)))
         with self.metrics.timed("reply"):
             _, failures = await asyncio.gather(
                 self._outbox.send(records, refusals), self._outbox.offer([copy for _, copy in copies])
@@ -266,10 +266,10 @@ class ServingAgent:
         self._model_health.count(answers)
         self._shadow.offer(requests, service)
 
-    def _fitting(self, exploration: Exploration) -> list[Record]:
+    def _fitting(self, exploration: Exploration) -> list[KafkaRecord]:
         """Its record; none where topics take too little for it, since the answer must go out all the same."""
         try:
-            return [record(exploration, self._kafka.max_event_bytes)]
+            return [kafka_record(exploration, self._kafka.max_event_bytes)]
         except SidstreamError as error:
             log.warning("an exploration is not logged: %s; or lower serving.explore_candidates", error)
             return []
@@ -302,8 +302,8 @@ class ServingAgent:
         return answers
 
 
-def _refusal(event: Any, reason: str, detail: str) -> Refusal:
-    return Refusal(event.message, "serving", reason, detail)
+def _refusal(event: Any, reason: str, detail: str) -> RefusedRecord:
+    return RefusedRecord(event.message, "serving", reason, detail)
 
 
 def _credentials(kafka: KafkaSettings) -> Any:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from serving.decoding.index import SidIndex
 from streams.events import CatalogItem, Event, SidAssignment
-from streams.state.codebooks import Newest
-from streams.state.history import pack_sid, tag_of, unpack_sid
-from streams.state.translation import Translate
+from streams.state.history import codebook_tag, pack_sid, unpack_sid
+from streams.state.newest_codebook import NewestCodebook
+from streams.state.translation import TranslateSid
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Catalogue:
         self._on_build = on_build
         self._tables: dict[str, SidTable] = {}
         self._by_tag: dict[str, SidTable] = {}
-        self._newest = Newest()
+        self._newest = NewestCodebook()
         self._active: dict[str, bool] = {}
         self._titles: dict[str, str] = {}
         self._indexes: dict[str, SidIndex] = {}
@@ -108,7 +108,7 @@ class Catalogue:
         table = self._tables.get(event.codebook)
         if table is None:
             table = self._tables[event.codebook] = SidTable(len(event.sid))
-            self._by_tag.setdefault(tag_of(event.codebook), table)
+            self._by_tag.setdefault(codebook_tag(event.codebook), table)
         if table.add(event.item_id, tuple(event.sid), self._active.get(event.item_id, False)):
             self._touch(event.codebook)
 
@@ -131,7 +131,7 @@ class Catalogue:
         wanted = self.newest if codebook is None else codebook
         return self._indexes.get(wanted) if wanted else None
 
-    def translator(self, codebook: str) -> Translate:
+    def translator(self, codebook: str) -> TranslateSid:
         """Turns packed SIDs of any codebook into those of the same items under `codebook`.
 
         May be called from other threads: tables only grow, and an item is looked up once it is whole.

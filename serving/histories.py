@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 
 from streams.settings import RedisSettings
 from streams.state import keys
-from streams.state.redisdb import OUTAGES, url
+from streams.state.redisdb import OUTAGES, redis_url
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Histories:
 
     def __init__(self, settings: RedisSettings, timeout_s: float, wait_s: float) -> None:
         self._redis = redis.asyncio.Redis.from_url(
-            url(settings), socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
+            redis_url(settings), socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
         )  # fmt: skip
         self._wait_s = wait_s

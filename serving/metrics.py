@@ -9,7 +9,7 @@ from time import perf_counter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.bundles import Service
-from streams.wire.dead_letters import DEAD_LETTERS
+from streams.wire.dead_letters import DEAD_LETTER_COUNT
 
 # From a tenth of a millisecond (a read of histories) to a broker that is away.
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -40,7 +40,7 @@ class ServingMetrics:
             ["cause"],
             registry=self.registry,
         )
-        self.registry.register(DEAD_LETTERS)
+        self.registry.register(DEAD_LETTER_COUNT)
         self.invalid_mass = Histogram(
             "sidstream_invalid_mass", "Probability that the model spends on codes without an allowed item",
             ["level"], buckets=_MASS, registry=self.registry,

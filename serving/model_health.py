@@ -23,7 +23,7 @@ from registry.experiment.health import BOUNDS_MS, MASS_UNIT
 from serving.recommender import Answer
 from streams.settings import RedisSettings
 from streams.state import keys
-from streams.state.redisdb import url
+from streams.state.redisdb import redis_url
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ModelHealth:
     def __init__(self, settings: RedisSettings) -> None:
         # No retries of the client's own: an increment that was done without our hearing of it would be twice.
         self._redis = redis.asyncio.Redis.from_url(
-            url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S,
+            redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         )  # fmt: skip
         self._counts: Counts = {}

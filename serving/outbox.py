@@ -13,11 +13,11 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from streams.wire import dead_letters
-from streams.wire.admin import missing
+from streams.wire.admin import missing_topic_error
 from streams.wire.connect import client_options
-from streams.wire.dead_letters import Refusal
-from streams.wire.records import Record
-from streams.wire.topics import topics
+from streams.wire.dead_letters import RefusedRecord
+from streams.wire.records import KafkaRecord
+from streams.wire.topics import all_topics
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Outbox:
         self._retry_max_s = retry_max_s
         self._producer: AIOKafkaProducer | None = None
         self._topics: set[str] = set()
-        self._own = {topic.name for topic in topics(kafka)}
+        self._own = {topic.name for topic in all_topics(kafka)}
 
     async def start(self) -> None:
         """Connect. Raises SidstreamError when no broker answers."""
@@ -49,7 +49,7 @@ class Outbox:
     async def require(self, topic: str) -> None:
         """Raise SidstreamError when a topic does not exist: what is sent there would be tried for ever."""
         if await self._missing({topic}):
-            raise missing(topic)
+            raise missing_topic_error(topic)
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -57,7 +57,7 @@ class Outbox:
             await self._producer.stop()
             self._producer = None
 
-    async def send(self, records: Sequence[Record], refusals: Sequence[Refusal] = ()) -> None:
+    async def send(self, records: Sequence[KafkaRecord], refusals: Sequence[RefusedRecord] = ()) -> None:
         """Return when the broker has confirmed all answers and dead letters.
 
         One may be there twice after an outage: an answer under the same request_id, a dead letter under the
@@ -70,7 +70,7 @@ class Outbox:
                 if self._producer is None:
                     self._producer = await self._connected()
                 left = await _unconfirmed(self._producer, left)
-                await dead_letters.write(self._producer, refused)
+                await dead_letters.write_dead_letters(self._producer, refused)
                 refused = []
             except KafkaError as error:
                 log.warning("answers are not confirmed (%r); trying again in %.1f s", error, pause)
@@ -80,7 +80,7 @@ class Outbox:
                 # An idempotent producer that failed may refuse every later record: take a new one.
                 await self.stop()
 
-    async def offer(self, records: Sequence[Record]) -> list[str | None]:
+    async def offer(self, records: Sequence[KafkaRecord]) -> list[str | None]:
         """Send each once, waiting a few seconds; why each was not confirmed, None where it was."""
         if not records or self._producer is None:
             return ["Kafka does not answer"] * len(records)
@@ -126,7 +126,7 @@ class Outbox:
         return producer
 
 
-async def _unconfirmed(producer: AIOKafkaProducer, records: list[Record]) -> list[Record]:
+async def _unconfirmed(producer: AIOKafkaProducer, records: list[KafkaRecord]) -> list[KafkaRecord]:
     """Send all at once; those that the broker did not confirm."""
     ends = await asyncio.gather(*(_confirmed(producer, one) for one in records), return_exceptions=True)
     left = []
@@ -141,5 +141,5 @@ async def _unconfirmed(producer: AIOKafkaProducer, records: list[Record]) -> lis
     return left
 
 
-async def _confirmed(producer: AIOKafkaProducer, one: Record) -> None:
+async def _confirmed(producer: AIOKafkaProducer, one: KafkaRecord) -> None:
     await producer.send_and_wait(one.topic, one.value, key=one.key)

@@ -7,7 +7,7 @@ from kafka.errors import GroupIdNotFoundError, KafkaError
 from streams.errors import SidstreamError
 from streams.events import Recommendation, Trigger
 from streams.settings import KafkaSettings
-from streams.wire.admin import admin
+from streams.wire.admin import admin_client
 
 
 def waiting_for(kafka: KafkaSettings, group: str) -> str | None:
@@ -15,7 +15,7 @@ def waiting_for(kafka: KafkaSettings, group: str) -> str | None:
 
     Raises SidstreamError when no broker answers.
     """
-    with admin(kafka) as client:
+    with admin_client(kafka) as client:
         try:
             shown = {topic["name"] for topic in client.describe_topics()}
             members = client.describe_groups([group])[group]["members"]

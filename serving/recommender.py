@@ -37,9 +37,9 @@ from serving.exploration import Explorer, draw
 from streams.errors import SidstreamError
 from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
 from streams.state import profile
-from streams.state.history import PURCHASE, Entry
-from streams.state.keys import hashed
-from streams.state.translation import Translate, under
+from streams.state.history import PURCHASE, HistoryEntry
+from streams.state.keys import anonymous_user
+from streams.state.translation import TranslateSid, entries_under
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Recommender:
         repeats: Repeats | None,
         explorer: Explorer,
         clock: Callable[[], float] = perf_counter,
-        translator: Callable[[str], Translate] = lambda _: lambda _tag, _sid: None,
+        translator: Callable[[str], TranslateSid] = lambda _: lambda _tag, _sid: None,
         exact: int = 200_000,
         title_of: Callable[[str], str] = lambda _: "",
     ) -> None:
@@ -227,14 +227,14 @@ class Recommender:
         except Exception:  # whatever a model raises, somebody waits for an answer
             if len(cases) > 1:
                 return [answer for case in cases for answer in self._search([case])]
-            user = hashed(cases[0].trigger.user_id)
+            user = anonymous_user(cases[0].trigger.user_id)
             log.exception("bundle %s failed for user %s: popular items instead", bundle.id, user)
             return [_popular(cases[0], failed_after=self._clock() - begun)]
         took = self._clock() - begun
         return [_ranked(case, index, ranking, took) for case, ranking in zip(cases, rankings, strict=True)]
 
 
-def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[Entry]:
+def _past(request: Request, bundle: LoadedBundle, translate: TranslateSid) -> list[HistoryEntry]:
     """The entries of a history under the bundle's codebook, oldest first; none where it cannot be read.
 
     An item that has no SID there is left out: the bundle has never heard of it.
@@ -242,9 +242,9 @@ def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[
     if not request.history:
         return []
     try:
-        known = under(request.history, bundle.codebook, translate)
+        known = entries_under(request.history, bundle.codebook, translate)
     except (SidstreamError, struct.error, IndexError) as error:
-        user = hashed(request.trigger.user_id)
+        user = anonymous_user(request.trigger.user_id)
         log.error("the history of user %s is not used: %s", user, error)
         return []
     sizes = bundle.generator.sizes
@@ -259,9 +259,9 @@ def _past(request: Request, bundle: LoadedBundle, translate: Translate) -> list[
 def _attributes(request: Request) -> dict[str, str]:
     """The user's attributes; none where the profile cannot be read."""
     try:
-        return profile.unpack(request.profile)
+        return profile.unpack_profile(request.profile)
     except SidstreamError as error:
-        log.error("the profile of user %s is not used: %s", hashed(request.trigger.user_id), error)
+        log.error("the profile of user %s is not used: %s", anonymous_user(request.trigger.user_id), error)
         return {}
 
 

@@ -24,13 +24,13 @@ from typing import Any, Final
 import msgspec
 import redis.asyncio
 
-from agents.attribution.clock import PartitionClock
-from agents.attribution.states import States, Sum
-from agents.attribution.windows import Fences, Rules, Step, Windowed, fenced
+from agents.attribution.event_time import PartitionClock
+from agents.attribution.window_stage import Fences, StateChange, WindowRules, WindowStage, unapplied_events
+from agents.attribution.window_states import SumChange, WindowStates
 from streams.errors import SidstreamError
 from streams.events import Click, Event, Impression, Purchase, Recommendation
 from streams.state import keys
-from streams.wire.batches import EVENTS, Incoming
+from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ MAX_REQUESTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class OutcomeRules(Rules):
+class OutcomeRules(WindowRules):
     """The windows, and the length (ms) of a cohort."""
 
     cohort_ms: int
 
 
-class Request(msgspec.Struct, array_like=True):
+class RequestOutcome(msgspec.Struct, array_like=True):
     """One request. `trial` None: its answer has not come. clicks, bought: item -> first ts.
 
     `counted`: the last result of `counts` that the sums hold.
@@ -91,16 +91,16 @@ class Request(msgspec.Struct, array_like=True):
         )
 
 
-class Open(msgspec.Struct, array_like=True):
+class OpenOutcomes(msgspec.Struct, array_like=True):
     """One user's requests whose window is open."""
 
     version: int = VERSION
-    requests: dict[str, Request] = {}
+    requests: dict[str, RequestOutcome] = {}
     fences: Fences = {}
     last_ts: int = 0
 
 
-def add(state: Open, event: Event, rules: Rules, matured: int | None) -> bool:
+def add(state: OpenOutcomes, event: Event, rules: WindowRules, matured: int | None) -> bool:
     """Put one event into the state. False: it came too late to change anything."""
     if matured is not None and rules.forgets(event.ts) <= matured:
         return False
@@ -126,7 +126,7 @@ def add(state: Open, event: Event, rules: Rules, matured: int | None) -> bool:
     return True
 
 
-def recount(state: Open, rules: OutcomeRules) -> list[Sum]:
+def sum_changes(state: OpenOutcomes, rules: OutcomeRules) -> list[SumChange]:
     """What the sums must move by since the last call: out of the old cohorts, into the new ones."""
     moved: dict[tuple[str, str, str, int], list[int]] = {}
     for request in state.requests.values():
@@ -138,10 +138,10 @@ def recount(state: Open, rules: OutcomeRules) -> list[Sum]:
             for place, number in enumerate(numbers):
                 total[place] += sign * number
         request.counted = counts
-    return [Sum(*names, *total) for names, total in moved.items() if any(total)]
+    return [SumChange(*names, *total) for names, total in moved.items() if any(total)]
 
 
-def close(state: Open, watermark: int, rules: Rules) -> int:
+def close(state: OpenOutcomes, watermark: int, rules: WindowRules) -> int:
     """Forget requests that nothing can change any more; return how many events never found an answer."""
     lost = 0
     for request_id in [r for r, q in state.requests.items() if rules.forgets(q.newest()) <= watermark]:
@@ -151,7 +151,7 @@ def close(state: Open, watermark: int, rules: Rules) -> int:
     return lost
 
 
-def due(state: Open, rules: Rules, watermark: int | None = None) -> int | None:
+def due(state: OpenOutcomes, rules: WindowRules, watermark: int | None = None) -> int | None:
     """When something is forgotten next (ms), after `watermark`; None: nothing is."""
     times = [rules.forgets(request.newest()) for request in state.requests.values()]
     if state.last_ts:
@@ -159,17 +159,17 @@ def due(state: Open, rules: Rules, watermark: int | None = None) -> int | None:
     return min((t for t in times if watermark is None or t > watermark), default=None)
 
 
-def _request(state: Open, request_id: str) -> Request:
+def _request(state: OpenOutcomes, request_id: str) -> RequestOutcome:
     request = state.requests.get(request_id)
     if request is None:
         if len(state.requests) >= MAX_REQUESTS:
             unshown = (r for r, q in state.requests.items() if q.shown_at is None)
             state.requests.pop(next(unshown, next(iter(state.requests))))
-        request = state.requests[request_id] = Request(clicks={}, bought={})
+        request = state.requests[request_id] = RequestOutcome(clicks={}, bought={})
     return request
 
 
-async def tell_rules(store: redis.asyncio.Redis, rules: OutcomeRules, partitions: int) -> None:
+async def store_rules(store: redis.asyncio.Redis, rules: OutcomeRules, partitions: int) -> None:
     """Write what the sums are made by, for those who read them. Warns where other rules stand."""
     told: dict[Any, Any] = {
         "window_ms": rules.window_ms,
@@ -192,7 +192,7 @@ async def tell_rules(store: redis.asyncio.Redis, rules: OutcomeRules, partitions
     await store.hset(keys.outcomes_rules(), mapping=told)
 
 
-class Outcomes(Windowed[Open]):
+class OutcomeStage(WindowStage[OpenOutcomes]):
     """The stage that writes `sums:<trial>:{user}`."""
 
     name = "outcomes"
@@ -202,10 +202,10 @@ class Outcomes(Windowed[Open]):
         self, store: redis.asyncio.Redis, rules: OutcomeRules, clocks: Mapping[int, PartitionClock],
         incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
-        super().__init__(States(store, self.name), clocks, incarnations)
+        super().__init__(WindowStates(store, self.name), clocks, incarnations)
         self._rules = rules
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Open)
+        self._decoder = msgspec.msgpack.Decoder(OpenOutcomes)
 
     def wants(self, event: Any) -> bool:
         """Answers of a trial, and events that name a request."""
@@ -213,7 +213,7 @@ class Outcomes(Windowed[Open]):
             return event.trial is not None
         return event.request_id is not None
 
-    def decode(self, body: bytes) -> Open:
+    def decode(self, body: bytes) -> OpenOutcomes:
         """Read a stored state."""
         state = self._decoder.decode(body)
         if state.version != VERSION:
@@ -223,32 +223,32 @@ class Outcomes(Windowed[Open]):
             )
         return state
 
-    def encode(self, state: Open) -> bytes:
+    def encode(self, state: OpenOutcomes) -> bytes:
         """Bytes of a state."""
         return self._encoder.encode(state)
 
     def add(
-        self, user: str, state: Open | None, events: Sequence[Incoming], matured: int | None
-    ) -> Step[Open]:
+        self, user: str, state: OpenOutcomes | None, events: Sequence[ReceivedEvent], matured: int | None
+    ) -> StateChange[OpenOutcomes]:
         """The state with the events, and what the sums move by."""
-        opened = state or Open()
+        opened = state or OpenOutcomes()
         kept = False
-        for record, event in fenced(opened.fences, events, self._incarnations):
+        for record, event in unapplied_events(opened.fences, events, self._incarnations):
             if add(opened, event, self._rules, matured):
                 kept = True
             else:
-                EVENTS.labels(record.topic, "too_late_for_outcomes").inc()
+                EVENT_COUNT.labels(record.topic, "too_late_for_outcomes").inc()
         if not kept and state is None:
-            return Step(None, None)
-        return Step(opened, due(opened, self._rules), recount(opened, self._rules))
+            return StateChange(None, None)
+        return StateChange(opened, due(opened, self._rules), sum_changes(opened, self._rules))
 
-    def close(self, user: str, state: Open | None, watermark: int) -> Step[Open]:
+    def close(self, user: str, state: OpenOutcomes | None, watermark: int) -> StateChange[OpenOutcomes]:
         """Forget what is over."""
         if state is None:
-            return Step(None, None)
+            return StateChange(None, None)
         lost = close(state, watermark, self._rules)
         if lost:
-            EVENTS.labels("requests", "unattributed").inc(lost)
+            EVENT_COUNT.labels("requests", "unattributed").inc(lost)
         if not state.requests and self._rules.forgets(state.last_ts) <= watermark:
-            return Step(None, None)
-        return Step(state, due(state, self._rules, watermark))
+            return StateChange(None, None)
+        return StateChange(state, due(state, self._rules, watermark))

@@ -24,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from agents.attribution.windows import Fences, Rules
+from agents.attribution.window_stage import Fences, WindowRules
 from streams.events import Click, Impression, Purchase, Recommendation, Scheme
 
 UserEvent = Click | Purchase | Impression | Recommendation
@@ -60,7 +60,7 @@ WAITS: Final = 1
 DECIDED: Final = 2
 
 
-class Open(msgspec.Struct, array_like=True):
+class OpenPairWindows(msgspec.Struct, array_like=True):
     """One user's open windows. Clicks: item -> ts, purchases: item -> (ts, OF_SLATE | WAITS | DECIDED)."""
 
     version: int = 1
@@ -72,7 +72,7 @@ class Open(msgspec.Struct, array_like=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PairDecision:
     """A pair before it has SIDs: with the past before `before` the user took `chosen`, not `rejected`."""
 
     scheme: Scheme
@@ -87,7 +87,7 @@ class Decision:
     scene: str | None = None
 
 
-def add(state: Open, event: UserEvent, rules: Rules, matured: int | None) -> bool:
+def add(state: OpenPairWindows, event: UserEvent, rules: WindowRules, matured: int | None) -> bool:
     """Put one event into the state. False: it came too late to change anything."""
     if matured is not None and rules.forgets(event.ts) <= matured:
         return False
@@ -119,13 +119,17 @@ def add(state: Open, event: UserEvent, rules: Rules, matured: int | None) -> boo
 
 
 def close(
-    state: Open, watermark: int, rules: Rules, max_rejected: int, known: Callable[[str], bool]
-) -> list[Decision]:
+    state: OpenPairWindows,
+    watermark: int,
+    rules: WindowRules,
+    max_rejected: int,
+    known: Callable[[str], bool],
+) -> list[PairDecision]:
     """Decide what event time has passed, and forget what nothing can ask for any more.
 
     `known(item)`: the item has a SID; others are left out.
     """
-    decisions: list[Decision] = []
+    decisions: list[PairDecision] = []
     for item, sales in state.purchases.items():
         for place, (ts, standing) in enumerate(sales):
             if standing == WAITS and rules.closes(ts) <= watermark:
@@ -148,7 +152,7 @@ def close(
     return decisions
 
 
-def due(state: Open, rules: Rules, watermark: int | None = None) -> int | None:
+def due(state: OpenPairWindows, rules: WindowRules, watermark: int | None = None) -> int | None:
     """When something closes next (ms), after `watermark`; None: nothing does."""
     times = [rules.forgets(state.last_ts)] if state.last_ts else []
     if state.clicks:  # a purchase is compared with clicks; without any, a late one makes it due
@@ -162,12 +166,12 @@ def due(state: Open, rules: Rules, watermark: int | None = None) -> int | None:
     return min((t for t in times if watermark is None or t > watermark), default=None)
 
 
-def empty(state: Open, watermark: int, rules: Rules) -> bool:
+def empty(state: OpenPairWindows, watermark: int, rules: WindowRules) -> bool:
     """True where the state may be deleted: an event seen again would be too late by now."""
     return not (state.clicks or state.purchases or state.slates) and rules.forgets(state.last_ts) <= watermark
 
 
-def pair_id(user: str, decision: Decision, codebook: str) -> str:
+def pair_id(user: str, decision: PairDecision, codebook: str) -> str:
     """32 hex digits: the same decision under the same codebook is the same pair."""
     content = msgspec.json.encode(
         [
@@ -178,7 +182,7 @@ def pair_id(user: str, decision: Decision, codebook: str) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
-def _slate(state: Open, request_id: str) -> Slate:
+def _slate(state: OpenPairWindows, request_id: str) -> Slate:
     slate = state.slates.get(request_id)
     if slate is None:
         if len(state.slates) >= MAX_SLATES:
@@ -192,20 +196,25 @@ def _earliest(times: dict[str, int], item: str, ts: int) -> None:
     times[item] = min(ts, times.get(item, ts))
 
 
-def _buy(state: Open, ts: int, item: str, standing: int) -> None:
+def _buy(state: OpenPairWindows, ts: int, item: str, standing: int) -> None:
     sales = state.purchases.setdefault(item, [])
     # Bought twice in one moment, or seen again: one decision, and once decided it does not wait again.
     if not any(at == ts and (other == OF_SLATE) == (standing == OF_SLATE) for at, other in sales):
         sales.append((ts, standing))
 
 
-def _bought(state: Open, item: str, first: int, last: int) -> bool:
+def _bought(state: OpenPairWindows, item: str, first: int, last: int) -> bool:
     return any(first <= ts <= last for ts, _ in state.purchases.get(item, ()))
 
 
 def _of_purchase(
-    state: Open, ts: int, item: str, rules: Rules, max_rejected: int, known: Callable[[str], bool]
-) -> Decision | None:
+    state: OpenPairWindows,
+    ts: int,
+    item: str,
+    rules: WindowRules,
+    max_rejected: int,
+    known: Callable[[str], bool],
+) -> PairDecision | None:
     if not state.clicks or not known(item):
         return None
     window = rules.window_ms
@@ -227,13 +236,13 @@ def _of_purchase(
     rejected.sort(key=lambda what: (-max(clicks[what]), what))
     rejected = rejected[:max_rejected]
     before = min([ts, *clicks.get(item, ()), *(at for what in rejected for at in clicks[what])])
-    return Decision("purchased_over_clicked", ts, before, item, tuple(rejected), moment=ts)
+    return PairDecision("purchased_over_clicked", ts, before, item, tuple(rejected), moment=ts)
 
 
 def _of_slate(
-    state: Open, request_id: str, slate: Slate, opened: int, rules: Rules, max_rejected: int,
+    state: OpenPairWindows, request_id: str, slate: Slate, opened: int, rules: WindowRules, max_rejected: int,
     known: Callable[[str], bool],
-) -> list[Decision]:  # fmt: skip
+) -> list[PairDecision]:  # fmt: skip
     last = opened + rules.window_ms
     shown = list(
         dict.fromkeys(
@@ -245,14 +254,14 @@ def _of_slate(
     left = [i for i in shown if i not in bought and not _bought(state, i, opened, last)]
     passed_over = [i for i in left if i in clicked]
     ignored = [i for i in left if i not in clicked]
-    decisions: list[Decision] = []
+    decisions: list[PairDecision] = []
 
     def decide(scheme: Scheme, chosen: dict[str, int], rejected: Iterable[str]) -> None:
         few = tuple(rejected)[:max_rejected]
         for item, ts in chosen.items():
             if few:
                 about = (request_id, slate.trigger, opened, slate.scene)
-                decisions.append(Decision(scheme, ts, opened, item, few, *about))
+                decisions.append(PairDecision(scheme, ts, opened, item, few, *about))
 
     decide("purchased_over_clicked", bought, passed_over)
     decide("purchased_over_shown", bought, ignored)

@@ -12,7 +12,7 @@ from kafka.errors import KafkaError
 from streams.errors import SidstreamError
 from streams.events import Event, EventError, Rollout, decode
 from streams.settings import KafkaSettings
-from streams.wire.admin import missing, unreachable
+from streams.wire.admin import missing_topic_error, unreachable_error
 from streams.wire.connect import client_options
 
 E = TypeVar("E", bound=Event)
@@ -48,11 +48,11 @@ def read_all(kafka: KafkaSettings, kind: type[E]) -> Iterator[tuple[str, E | Non
             **client_options(kafka), enable_auto_commit=False, group_id=None, allow_auto_create_topics=False
         )
     except KafkaError as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     try:
         numbers = consumer.partitions_for_topic(kind.topic)
         if not numbers:
-            raise missing(kind.topic)
+            raise missing_topic_error(kind.topic)
         partitions = [TopicPartition(kind.topic, number) for number in sorted(numbers)]
         consumer.assign(partitions)
         consumer.seek_to_beginning(*partitions)
@@ -74,7 +74,7 @@ def read_all(kafka: KafkaSettings, kind: type[E]) -> Iterator[tuple[str, E | Non
                     except EventError as error:
                         _LOG.warning("%s[%d]@%d: %s", record.topic, record.partition, record.offset, error)
     except KafkaError as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     finally:
         consumer.close()
 

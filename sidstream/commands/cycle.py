@@ -72,7 +72,7 @@ def _working(settings: Settings, ended: threading.Event) -> Iterator[Cycle]:
     from sidstream.commands.registry import promoting
     from sidstream.commands.train import lines, one_cycle
     from sidstream.unattended import Cycle
-    from streams.state.redisdb import client as redis_client
+    from streams.state.redisdb import redis_client
 
     with redis_client(settings.redis) as redis, lines() as line:
         yield Cycle(

@@ -65,12 +65,12 @@ def demo(
         first = runner.command("train", "--max-seconds", str(train_seconds))
         stage.detail = _trained(first)
 
-    from streams.replay import past_of, source_of
+    from streams.replay import source_of, user_item_sequences
     from streams.wire.client import Client
 
     log = source_of("online-retail")
     titles = {item.item_id: item for item in log.catalogue()}
-    user, item = _visitor(past_of(log))
+    user, item = _visitor(user_item_sequences(log))
     with Client(settings.kafka) as client:
         with runner.stage("in service") as stage:
             stage.detail = runner.until(
@@ -243,18 +243,18 @@ def _show(answer: Recommendation, titles: dict[str, CatalogItem]) -> None:
 
 def _drain(runner: Runner, settings: Settings) -> None:
     """Wait until the agents have applied every event."""
-    from streams.wire.admin import lag
+    from streams.wire.admin import consumer_group_lag
 
     runner.until(
-        lambda: "done" if lag(settings.kafka, settings.agents.group) == 0 else None,
+        lambda: "done" if consumer_group_lag(settings.kafka, settings.agents.group) == 0 else None,
         300, "the agents to apply every event",
     )  # fmt: skip
 
 
 def _count(settings: Settings, pattern: str) -> int:
-    from streams.state.redisdb import client
+    from streams.state.redisdb import redis_client
 
-    with client(settings.redis) as server:
+    with redis_client(settings.redis) as server:
         return sum(1 for _ in server.scan_iter(match=pattern, count=1000))
 
 

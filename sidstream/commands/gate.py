@@ -59,7 +59,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
     from sidstream.commands.registry import promoting
     from sidstream.pictures import keep_picture
     from sidstream.settings import load
-    from streams.state.redisdb import client as redis_client
+    from streams.state.redisdb import redis_client
 
     _check(mode)
     settings = load()

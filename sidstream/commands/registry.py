@@ -204,7 +204,7 @@ def promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
     """The registry and a client, while this process alone may change what is in service."""
     from registry.bundles.store import Registry
     from registry.releases.lease import promoter
-    from streams.state.redisdb import client as redis_client
+    from streams.state.redisdb import redis_client
     from streams.wire.client import Client
 
     with (

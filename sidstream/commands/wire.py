@@ -37,7 +37,7 @@ def replay(
     """
     from sidstream.settings import load
     from streams.replay import JsonLines, source_of
-    from streams.replay.engine import Replayed, parse_speed, parse_time, replay_raw
+    from streams.replay.engine import ReplaySummary, parse_speed, parse_time, replay_raw
     from streams.replay.engine import replay as run
     from streams.wire.admin import create_topics
 
@@ -49,7 +49,7 @@ def replay(
     log = source_of(source, data, topic)
     kafka = load().kafka
     create_topics(kafka)
-    done: Replayed
+    done: ReplaySummary
     if raw:
         if not isinstance(log, JsonLines):
             raise SidstreamError(
@@ -136,13 +136,13 @@ def topics_list(as_json: Json = False) -> None:
     Example: sidstream topics list
     """
     from sidstream.settings import load
-    from streams.wire.admin import spans
-    from streams.wire.topics import topics
+    from streams.wire.admin import offset_spans
+    from streams.wire.topics import all_topics
 
     kafka = load().kafka
-    standing = spans(kafka)
+    standing = offset_spans(kafka)
     rows = []
-    for topic in topics(kafka):
+    for topic in all_topics(kafka):
         held = standing.get(topic.name)
         rows.append(
             {
@@ -192,7 +192,7 @@ def contract(
     Example: sidstream contract docs/reference
     """
     from sidstream.settings import read
-    from streams.contract import write
+    from streams.contract import write_documents
 
-    files = write(read().kafka, folder)
+    files = write_documents(read().kafka, folder)
     emit({"files": [str(path) for path in files]}, as_json, f"{len(files)} files in {folder}")

@@ -18,7 +18,7 @@ from sidstream.stack import kafka_jars
 from sidstream.stack.children import Child, spawn
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from streams.wire.admin import admin
+from streams.wire.admin import admin_client
 
 HOST = "127.0.0.1"
 _POLL_S = 0.1
@@ -172,7 +172,7 @@ class LocalKafka:
         if not all(listening(node.port) for node in self.nodes):
             return False
         try:
-            with admin(KafkaSettings.model_validate({"bootstrap": self.bootstrap})) as client:
+            with admin_client(KafkaSettings.model_validate({"bootstrap": self.bootstrap})) as client:
                 brokers = client.describe_cluster()["brokers"]
         except (SidstreamError, KafkaError):
             return False  # it listens, but is still busy starting

@@ -166,12 +166,12 @@ def kafka(given: KafkaSettings, live: StackState | None, startable: bool) -> Che
         return _startable("kafka", startable, "mend what fails above")
     from kafka.errors import KafkaError
 
-    from streams.wire.admin import admin
+    from streams.wire.admin import admin_client
 
     if not any(_listens(broker) for broker in address.split(",")):
         return Check("kafka", False, f"nothing listens at {address}", remedy)
     try:
-        with admin(given.model_copy(update={"bootstrap": address})) as client:
+        with admin_client(given.model_copy(update={"bootstrap": address})) as client:
             brokers = len(client.describe_cluster()["brokers"])
     except (SidstreamError, KafkaError) as error:
         return Check("kafka", False, f"{address} does not answer ({type(error).__name__})", remedy)

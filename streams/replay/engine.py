@@ -12,17 +12,17 @@ from typing import Any
 
 from streams.errors import SidstreamError
 from streams.events import Event
-from streams.replay.source import Source
+from streams.replay.source import EventSource
 from streams.settings import KafkaSettings
-from streams.wire.bulk import BulkWriter
-from streams.wire.records import Record, fitting, record
+from streams.wire.bulk_writer import BulkWriter
+from streams.wire.records import KafkaRecord, kafka_record, require_size_within_limit
 
 # A shorter wait costs more in flushing than it gives in evenness.
 _SHORTEST_WAIT_S = 0.01
 
 
 @dataclass
-class Replayed:
+class ReplaySummary:
     """What was written: confirmed records by topic, first and last `ts` of events, seconds it took."""
 
     topics: dict[str, int] = field(default_factory=dict)
@@ -67,52 +67,54 @@ def parse_speed(text: str) -> float | None:
 
 def replay(
     kafka: KafkaSettings,
-    source: Source,
+    source: EventSource,
     start: int | None = None,
     end: int | None = None,
     speed: float | None = None,
     catalog: bool = True,
     events: bool = True,
     on_progress: Callable[[int], None] | None = None,
-) -> Replayed:
+) -> ReplaySummary:
     """Write `source` to Kafka: its catalogue and profiles, then its events of start <= ts < end (ms).
 
     `speed`: times faster than it happened; None: as fast as it goes. Returns when everything is confirmed.
     Order holds within a partition, so a user's events keep theirs. Raises SidstreamError.
     """
 
-    async def run(done: Replayed) -> None:
+    async def run(done: ReplaySummary) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
             if catalog:
                 for event in chain(source.catalogue(), source.profiles()):
-                    await _add(writer, record(event, kafka.max_event_bytes), done)
+                    await _add_record(writer, kafka_record(event, kafka.max_event_bytes), done)
                 # Whoever reads an event should be able to have read its item and its user before.
                 await writer.flush()
-            pace = _Pace(speed)
+            pace = _Pacer(speed)
             for event in source.events(start, end) if events else ():
                 await pace.wait(event, writer)
-                await _add(writer, record(event, kafka.max_event_bytes), done)
+                await _add_record(writer, kafka_record(event, kafka.max_event_bytes), done)
                 done.first_ts = event.ts if done.first_ts is None else done.first_ts
                 done.last_ts = event.ts
 
-    return _timed(run)
+    return _run_timed(run)
 
 
 def replay_raw(
-    kafka: KafkaSettings, records: Iterator[Record], on_progress: Callable[[int], None] | None = None
-) -> Replayed:
+    kafka: KafkaSettings, records: Iterator[KafkaRecord], on_progress: Callable[[int], None] | None = None
+) -> ReplaySummary:
     """Write records as they are, unchecked but for their size. Returns when everything is confirmed."""
 
-    async def run(done: Replayed) -> None:
+    async def run(done: ReplaySummary) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
             for item in records:
-                fitting(f"A line for {item.topic}", item.key, item.value, kafka.max_event_bytes)
-                await _add(writer, item, done)
+                require_size_within_limit(
+                    f"A line for {item.topic}", item.key, item.value, kafka.max_event_bytes
+                )
+                await _add_record(writer, item, done)
 
-    return _timed(run)
+    return _run_timed(run)
 
 
-class _Pace:
+class _Pacer:
     """Lets an event go when its time has come on a clock that runs `speed` times faster."""
 
     def __init__(self, speed: float | None) -> None:
@@ -132,14 +134,14 @@ class _Pace:
             await asyncio.sleep(ahead)
 
 
-async def _add(writer: BulkWriter, item: Record, done: Replayed) -> None:
+async def _add_record(writer: BulkWriter, item: KafkaRecord, done: ReplaySummary) -> None:
     done.topics[item.topic] = done.topics.get(item.topic, 0) + 1
     if writer.add(item):
         await writer.send()
 
 
-def _timed(run: Callable[[Replayed], Coroutine[Any, Any, None]]) -> Replayed:
-    done = Replayed()
+def _run_timed(run: Callable[[ReplaySummary], Coroutine[Any, Any, None]]) -> ReplaySummary:
+    done = ReplaySummary()
     begun = time.monotonic()
     asyncio.run(run(done))
     done.seconds = time.monotonic() - begun

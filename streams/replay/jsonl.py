@@ -10,8 +10,8 @@ import msgspec
 
 from streams.errors import SidstreamError
 from streams.events import BY_TOPIC, CatalogItem, Event, EventError, UserProfile, decode
-from streams.replay.source import inside
-from streams.wire.records import Record
+from streams.replay.source import in_time_range
+from streams.wire.records import KafkaRecord
 
 
 class _Line(msgspec.Struct):
@@ -44,21 +44,21 @@ class JsonLines:
         return (
             event
             for event in self._events
-            if not isinstance(event, CatalogItem) and inside(event.ts, start, end)
+            if not isinstance(event, CatalogItem) and in_time_range(event.ts, start, end)
         )
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many events `events` gives."""
         return sum(1 for _ in self.events(start, end))
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[KafkaRecord]:
         """Every line as it stands, unchecked, in the file's order: a way to try what a bad event does.
 
         The key is taken from the value where it can be, else it is empty.
         """
         for number, line in self._lines():
             topic, value = self._split(number, line)
-            yield Record(topic, _key(topic, value), value)
+            yield KafkaRecord(topic, _key(topic, value), value)
 
     @cached_property
     def _events(self) -> list[Event]:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Purchase, UserProfile
-from streams.replay.source import inside, listed, simulated_commission, tidy
+from streams.replay.source import catalogue_item, collapse_spaces, in_time_range, simulated_commission
 
 COLUMNS = (
     "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
@@ -52,7 +52,7 @@ class Rees46:
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Click | Purchase]:
         """Clicks, carts and purchases in event time; `event_id` is the line's number and a hash of it."""
         for row in self._rows:
-            if not inside(row.ts, start, end):
+            if not in_time_range(row.ts, start, end):
                 continue
             if row.kind == "purchase":
                 yield Purchase(
@@ -75,7 +75,7 @@ class Rees46:
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many events `events` gives."""
-        return sum(inside(row.ts, start, end) for row in self._rows)
+        return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
     def profiles(self) -> Iterator[UserProfile]:
         """None: the file says nothing of users."""
@@ -95,11 +95,11 @@ class Rees46:
         for item, row in first.items():
             path = row.category.replace("_", " ").split(".") if row.category else []
             seen = prices.get(item)
-            yield listed(
+            yield catalogue_item(
                 "rees46",
                 row.ts,
                 item_id=item,
-                title=tidy(" ".join([row.brand, *path])) or f"category {row.category_id}",
+                title=collapse_spaces(" ".join([row.brand, *path])) or f"category {row.category_id}",
                 category=" > ".join(path),
                 brand=row.brand,
                 price=round(median(seen), 4) if seen else None,
@@ -141,7 +141,7 @@ class Rees46:
         )  # fmt: skip
 
 
-def find(folder: Path | None) -> Path:
+def find_rees46_file(folder: Path | None) -> Path:
     """REES46's file: `folder` itself, or the first of rees46/events.csv(.gz), events.csv(.gz) in it.
 
     Raises SidstreamError when there is none.

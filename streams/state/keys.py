@@ -87,6 +87,6 @@ def clock(partition: int) -> str:
     return f"clock:{{{partition}}}"
 
 
-def hashed(user_id: str) -> str:
+def anonymous_user(user_id: str) -> str:
     """Twelve hex digits that stand for a user in logs: equal ids stay equal, the id stays private."""
     return blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

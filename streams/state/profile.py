@@ -20,7 +20,7 @@ _HEAD: Final = 15
 
 # KEYS profile | ARGV packed profile, or '' for a user that was deleted. Returns 1 where it took effect. Bytes
 # are compared by hand: `<` on strings is strcoll, whose order depends on the locale.
-SCRIPT: Final = """
+STORE_IF_NEWER: Final = """
 local byte = string.byte
 if ARGV[1] == '' then return redis.call('DEL', KEYS[1]) end
 local held = redis.call('GETRANGE', KEYS[1], 0, 14)
@@ -41,18 +41,18 @@ return 1
 """
 
 
-def order(event: UserProfile) -> bytes:
+def newest_order_key(event: UserProfile) -> bytes:
     """What profiles of one user are compared by; the greatest counts."""
     named = event.event_id.encode("utf-8", "surrogatepass")
     return event.ts.to_bytes(6, "big") + blake2b(named, digest_size=8).digest()
 
 
-def pack(event: UserProfile) -> bytes:
+def pack_profile(event: UserProfile) -> bytes:
     """The bytes of a profile."""
-    return bytes((VERSION,)) + order(event) + msgspec.json.encode(event.attributes)
+    return bytes((VERSION,)) + newest_order_key(event) + msgspec.json.encode(event.attributes)
 
 
-def unpack(value: bytes | None) -> dict[str, str]:
+def unpack_profile(value: bytes | None) -> dict[str, str]:
     """The attributes of a packed profile; None has none. Raises SidstreamError for other bytes."""
     if value is None:
         return {}

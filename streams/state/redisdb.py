@@ -29,7 +29,7 @@ OUTAGES: tuple[type[BaseException], ...] = (
 )
 
 
-def url(settings: RedisSettings) -> str:
+def redis_url(settings: RedisSettings) -> str:
     """The server's address. Raises SidstreamError when none is known."""
     if settings.url is None:
         raise SidstreamError(
@@ -38,15 +38,17 @@ def url(settings: RedisSettings) -> str:
     return settings.url.get_secret_value()
 
 
-def client(settings: RedisSettings) -> redis.Redis:
+def redis_client(settings: RedisSettings) -> redis.Redis:
     """A blocking client; replies are bytes."""
-    return redis.Redis.from_url(url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    return redis.Redis.from_url(
+        redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+    )
 
 
 def async_client(settings: RedisSettings) -> redis.asyncio.Redis:
     """A client for asyncio; replies are bytes."""
     return redis.asyncio.Redis.from_url(
-        url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+        redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
     )
 
 

@@ -26,8 +26,8 @@ from kafka.errors import (
 
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from streams.wire.connect import bootstrap, client_options
-from streams.wire.topics import topics
+from streams.wire.connect import bootstrap_servers, client_options
+from streams.wire.topics import all_topics
 
 # Metadata shows a topic created or deleted only later than the answer: how long to wait, how often to look.
 _WAIT_S = 30.0
@@ -36,30 +36,30 @@ _POLL_S = 0.05
 _BOOTSTRAP_MS = 10_000
 
 
-def unreachable(kafka: KafkaSettings, error: Exception) -> SidstreamError:
+def unreachable_error(kafka: KafkaSettings, error: Exception) -> SidstreamError:
     """The error to raise where no broker answers."""
     return SidstreamError(
-        f"Kafka at {','.join(bootstrap(kafka))} does not answer ({type(error).__name__}): "
+        f"Kafka at {','.join(bootstrap_servers(kafka))} does not answer ({type(error).__name__}): "
         "start the local stack with `sidstream up`, or correct SIDSTREAM_KAFKA__BOOTSTRAP"
     )
 
 
-def missing(topic: str) -> SidstreamError:
+def missing_topic_error(topic: str) -> SidstreamError:
     """The error to raise where a topic is not there."""
     return SidstreamError(f"topic {topic} does not exist: create the topics with `sidstream topics create`")
 
 
 @contextmanager
-def admin(kafka: KafkaSettings) -> Iterator[KafkaAdminClient]:
+def admin_client(kafka: KafkaSettings) -> Iterator[KafkaAdminClient]:
     """A connected admin client, closed at the end. Raises SidstreamError when no broker answers."""
     try:
         client = KafkaAdminClient(**client_options(kafka), bootstrap_timeout_ms=_BOOTSTRAP_MS)
     except KafkaError as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     try:
         yield client
     except (KafkaConnectionError, KafkaTimeoutError) as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     except KafkaError as error:
         raise SidstreamError(
             f"Kafka refused ({type(error).__name__}: {error}): check the user's rights and the broker's log"
@@ -74,9 +74,9 @@ def create_topics(kafka: KafkaSettings) -> list[str]:
     Returns when every topic has a leader for each partition. Raises SidstreamError when a topic stands with
     other partitions than wanted (a user's events would change partition), or the broker refuses one.
     """
-    wanted = {topic.name: topic for topic in topics(kafka)}
-    with admin(kafka) as client:
-        standing = _described(client)
+    wanted = {topic.name: topic for topic in all_topics(kafka)}
+    with admin_client(kafka) as client:
+        standing = _describe_topics(client)
         for name in sorted(set(wanted) & set(standing)):
             have, want = len(standing[name]["partitions"]), wanted[name].partitions
             if have != want:
@@ -85,8 +85,8 @@ def create_topics(kafka: KafkaSettings) -> list[str]:
                     f"SIDSTREAM_KAFKA__PARTITIONS to the number that stands, or delete the topics "
                     "(`sidstream topics delete`) and replay"
                 )
-        missing = [name for name in wanted if name not in standing]
-        for name in missing:
+        missing_names = [name for name in wanted if name not in standing]
+        for name in missing_names:
             topic = wanted[name]
             spec = {
                 "num_partitions": topic.partitions,
@@ -103,8 +103,8 @@ def create_topics(kafka: KafkaSettings) -> list[str]:
                     f"partitions and {kafka.replication} replicas: check SIDSTREAM_KAFKA__REPLICATION "
                     "against the number of brokers, and the rights of the user"
                 ) from error
-        _wait(lambda: _not_ready(client, kafka), "topics have no leader yet")
-    return missing
+        _wait_until_empty(lambda: _topics_without_leader(client, kafka), "topics have no leader yet")
+    return missing_names
 
 
 def delete_topics(kafka: KafkaSettings) -> list[str]:
@@ -112,22 +112,22 @@ def delete_topics(kafka: KafkaSettings) -> list[str]:
 
     Returns when the broker no longer shows them.
     """
-    ours = {topic.name for topic in topics(kafka)}
-    with admin(kafka) as client:
-        standing = sorted(ours & set(_described(client)))
+    ours = {topic.name for topic in all_topics(kafka)}
+    with admin_client(kafka) as client:
+        standing = sorted(ours & set(_describe_topics(client)))
         for name in standing:
             try:
                 client.delete_topics([name])
             except UnknownTopicOrPartitionError:
                 continue  # deleted by somebody else in between
-        _wait(lambda: sorted(ours & set(_described(client))), "topics are still shown")
+        _wait_until_empty(lambda: sorted(ours & set(_describe_topics(client))), "topics are still shown")
     return standing
 
 
-def names(kafka: KafkaSettings) -> set[str]:
+def topic_names(kafka: KafkaSettings) -> set[str]:
     """Every topic on the broker, the product's and others."""
-    with admin(kafka) as client:
-        return set(_described(client))
+    with admin_client(kafka) as client:
+        return set(_describe_topics(client))
 
 
 def incarnations(kafka: KafkaSettings) -> dict[str, int]:
@@ -136,36 +136,36 @@ def incarnations(kafka: KafkaSettings) -> dict[str, int]:
     CRC-32 of the topic's UUID (KIP-516) and its number of partitions: with another number a key's records
     continue in another partition. Offsets of two incarnations do not compare.
     """
-    ours = {topic.name for topic in topics(kafka)}
-    with admin(kafka) as client:
+    ours = {topic.name for topic in all_topics(kafka)}
+    with admin_client(kafka) as client:
         return {
             name: zlib.crc32(
                 UUID(str(described["topic_id"])).bytes + len(described["partitions"]).to_bytes(4, "big")
             )
-            for name, described in _described(client).items()
+            for name, described in _describe_topics(client).items()
             if name in ours
         }
 
 
-class Span(NamedTuple):
+class OffsetSpan(NamedTuple):
     """What one partition holds: records at offsets from `begin` up to, not including, `end`."""
 
     begin: int
     end: int
 
 
-def spans(kafka: KafkaSettings) -> dict[str, dict[int, Span]]:
+def offset_spans(kafka: KafkaSettings) -> dict[str, dict[int, OffsetSpan]]:
     """For every topic of the product that stands: partition -> its span."""
-    ours = {topic.name for topic in topics(kafka)}
-    with admin(kafka) as client:
+    ours = {topic.name for topic in all_topics(kafka)}
+    with admin_client(kafka) as client:
         asked = [
             TopicPartition(name, partition["partition_index"])
-            for name, described in _described(client).items()
+            for name, described in _describe_topics(client).items()
             if name in ours
             for partition in described["partitions"]
         ]
-        found = _spans(client, asked)
-    result: dict[str, dict[int, Span]] = {}
+        found = _offset_spans(client, asked)
+    result: dict[str, dict[int, OffsetSpan]] = {}
     for at, span in sorted(found.items()):
         result.setdefault(at.topic, {})[at.partition] = span
     return result
@@ -173,22 +173,22 @@ def spans(kafka: KafkaSettings) -> dict[str, dict[int, Span]]:
 
 def end_offsets(kafka: KafkaSettings, topic: str) -> dict[int, int]:
     """Partition -> offset of the next record of one topic. Raises SidstreamError when it does not exist."""
-    with admin(kafka) as client:
-        described = _described(client).get(topic)
+    with admin_client(kafka) as client:
+        described = _describe_topics(client).get(topic)
         if described is None:
-            raise missing(topic)
+            raise missing_topic_error(topic)
         asked = [TopicPartition(topic, partition["partition_index"]) for partition in described["partitions"]]
-        return {at.partition: span.end for at, span in sorted(_spans(client, asked).items())}
+        return {at.partition: span.end for at, span in sorted(_offset_spans(client, asked).items())}
 
 
-def lag(kafka: KafkaSettings, group: str) -> int:
+def consumer_group_lag(kafka: KafkaSettings, group: str) -> int:
     """How many records a consumer group has not committed, over the partitions that it reads.
 
     Those are the partitions assigned to its members and the ones that it committed before; a partition
     without a commit counts from its begin. Raises SidstreamError when the group reads nothing.
     """
-    with admin(kafka) as client:
-        committed, members = _group(client, group)
+    with admin_client(kafka) as client:
+        committed, members = _describe_group(client, group)
         read = {at for at, position in committed.items() if position.offset >= 0}
         for member in members:
             assigned = member["member_assignment"]
@@ -196,14 +196,14 @@ def lag(kafka: KafkaSettings, group: str) -> int:
                 read |= {TopicPartition(part["topic"], number) for number in part["partitions"]}
         if not read:
             raise SidstreamError(f"consumer group {group} reads no topic: start it, or correct its name")
-        found = _spans(client, sorted(read))
+        found = _offset_spans(client, sorted(read))
     return sum(
         max(0, span.end - max(span.begin, committed[at].offset if at in committed else 0))
         for at, span in found.items()
     )
 
 
-def _group(
+def _describe_group(
     client: KafkaAdminClient, group: str
 ) -> tuple[dict[TopicPartition, OffsetAndMetadata], list[dict[str, Any]]]:
     """What the group committed, and its members; retried while the broker sets groups up at first use."""
@@ -220,15 +220,17 @@ def _group(
             time.sleep(_POLL_S)
 
 
-def _spans(client: KafkaAdminClient, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Span]:
+def _offset_spans(
+    client: KafkaAdminClient, partitions: Sequence[TopicPartition]
+) -> dict[TopicPartition, OffsetSpan]:
     if not partitions:
         return {}
     begin = client.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.EARLIEST))
     end = client.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
-    return {at: Span(begin[at].offset, end[at].offset) for at in partitions}
+    return {at: OffsetSpan(begin[at].offset, end[at].offset) for at in partitions}
 
 
-def _described(client: KafkaAdminClient) -> dict[str, dict[str, Any]]:
+def _describe_topics(client: KafkaAdminClient) -> dict[str, dict[str, Any]]:
     """What the broker shows, without topics that are on their way out."""
     return {
         topic["name"]: topic
@@ -238,19 +240,19 @@ def _described(client: KafkaAdminClient) -> dict[str, dict[str, Any]]:
     }
 
 
-def _not_ready(client: KafkaAdminClient, kafka: KafkaSettings) -> list[str]:
+def _topics_without_leader(client: KafkaAdminClient, kafka: KafkaSettings) -> list[str]:
     """Topics that lack a leader, or whose partitions are not all shown."""
-    shown = _described(client)
+    shown = _describe_topics(client)
     return [
         topic.name
-        for topic in topics(kafka)
+        for topic in all_topics(kafka)
         if topic.name not in shown
         or len(shown[topic.name]["partitions"]) != topic.partitions
         or any(part["error_code"] or part["leader_id"] < 0 for part in shown[topic.name]["partitions"])
     ]
 
 
-def _wait(pending: Callable[[], list[str]], complaint: str) -> None:
+def _wait_until_empty(pending: Callable[[], list[str]], complaint: str) -> None:
     """Poll until `pending` is empty; SidstreamError after the deadline."""
     deadline = time.monotonic() + _WAIT_S
     while left := pending():

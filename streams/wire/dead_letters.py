@@ -16,7 +16,7 @@ from prometheus_client import Counter
 
 from streams.events import DeadLetter, encode
 
-DEAD_LETTERS: Final = Counter(
+DEAD_LETTER_COUNT: Final = Counter(
     "sidstream_dead_letters_total", "Records that could not be applied", ["stage", "reason"]
 )
 # A message from a decoder may quote what it read.
@@ -26,7 +26,7 @@ _CUT_BYTES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedRecord:
     """A record (topic, partition, offset, key, value), and why it was refused."""
 
     record: Any
@@ -36,7 +36,7 @@ class Refusal:
     attempt: int = 1
 
 
-def dead_letter(refusal: Refusal) -> DeadLetter:
+def dead_letter(refusal: RefusedRecord) -> DeadLetter:
     """The event for a refused record; the same record refused again by the same stage has the same id."""
     record = refusal.record
     content = msgspec.msgpack.encode(
@@ -56,16 +56,16 @@ def dead_letter(refusal: Refusal) -> DeadLetter:
     )
 
 
-async def write(producer: AIOKafkaProducer, refusals: Iterable[Refusal]) -> None:
+async def write_dead_letters(producer: AIOKafkaProducer, refusals: Iterable[RefusedRecord]) -> None:
     """Write them all and return when the broker has them. Raises KafkaError when it does not take them."""
     refusals = list(refusals)
     letters = [dead_letter(refusal) for refusal in refusals]
-    await asyncio.gather(*[_send(producer, letter) for letter in letters])
+    await asyncio.gather(*[_send_dead_letter(producer, letter) for letter in letters])
     for refusal in refusals:
-        DEAD_LETTERS.labels(refusal.stage, refusal.reason).inc()
+        DEAD_LETTER_COUNT.labels(refusal.stage, refusal.reason).inc()
 
 
-async def _send(producer: AIOKafkaProducer, letter: DeadLetter) -> None:
+async def _send_dead_letter(producer: AIOKafkaProducer, letter: DeadLetter) -> None:
     try:
         await producer.send_and_wait(letter.topic, encode(letter), key=letter.key)
     except MessageSizeTooLargeError:

@@ -15,7 +15,7 @@ from streams.events import Event, EventError, decode, encode
 BATCH_OVERHEAD = 96
 
 
-class Record(NamedTuple):
+class KafkaRecord(NamedTuple):
     """What goes to the broker."""
 
     topic: str
@@ -30,7 +30,7 @@ def partition_of(key: bytes, partitions: int) -> int:
     return int(murmur2(key) & 0x7FFFFFFF) % partitions
 
 
-def record(event: Event, max_event_bytes: int) -> Record:
+def kafka_record(event: Event, max_event_bytes: int) -> KafkaRecord:
     """The event's record.
 
     Raises SidstreamError when the event breaks the contract (it would end in dead letters) or weighs more
@@ -41,10 +41,14 @@ def record(event: Event, max_event_bytes: int) -> Record:
         decode(type(event), value)
     except EventError as error:
         raise SidstreamError(f"{type(event).__name__} {event.event_id} was not sent: {error}") from error
-    return Record(event.topic, event.key, fitting(type(event).__name__, event.key, value, max_event_bytes))
+    return KafkaRecord(
+        event.topic,
+        event.key,
+        require_size_within_limit(type(event).__name__, event.key, value, max_event_bytes),
+    )
 
 
-def fitting(what: str, key: bytes | None, value: bytes, max_event_bytes: int) -> bytes:
+def require_size_within_limit(what: str, key: bytes | None, value: bytes, max_event_bytes: int) -> bytes:
     """The value, if it fits the topic. Raises SidstreamError when it is larger than the limit."""
     size = len(key or b"") + len(value) + BATCH_OVERHEAD
     if size > max_event_bytes:

@@ -22,7 +22,7 @@ _POLL_MS = 100
 _START_S = 30.0
 
 
-class Reader(Protocol):
+class RecommendationReader(Protocol):
     """What is needed of a Kafka consumer."""
 
     def poll(self, timeout_ms: int) -> Mapping[Any, Iterable[Any]]:
@@ -32,19 +32,19 @@ class Reader(Protocol):
         """Give its connections back."""
 
 
-class _Head(msgspec.Struct):
+class _RequestIdOnly(msgspec.Struct):
     """The one field that is read of everybody's answers."""
 
     request_id: str
 
 
-class _Waiting(NamedTuple):
+class _PendingRequest(NamedTuple):
     future: Future[Recommendation]
     deadline: float
     timeout: float
 
 
-def no_answer(request_id: str, timeout: float) -> SidstreamError:
+def no_answer_error(request_id: str, timeout: float) -> SidstreamError:
     """The error for a request that nobody answered in time."""
     return SidstreamError(
         f"no answer to request {request_id} within {timeout:g} s: check that serving runs "
@@ -59,15 +59,15 @@ class Replies:
     When the thread dies, everybody who waits is told why, and the next `start` makes a new one.
     """
 
-    def __init__(self, open_reader: Callable[[], Reader]) -> None:
+    def __init__(self, open_reader: Callable[[], RecommendationReader]) -> None:
         self._open_reader = open_reader
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, _PendingRequest] = {}
         self._lock = threading.Lock()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._reading = False  # guarded by _lock: positions are resolved, and the thread has not failed
         self._stop = threading.Event()
-        self._head = msgspec.json.Decoder(_Head)
+        self._head = msgspec.json.Decoder(_RequestIdOnly)
 
     def start(self) -> None:
         """Return when answers are being read from here on. Raises SidstreamError where that fails."""
@@ -92,7 +92,7 @@ class Replies:
 
     def expect(self, request_id: str, timeout: float) -> Future[Recommendation]:
         """A future for the answer to `request_id`, failing with SidstreamError after `timeout` seconds."""
-        waiting = _Waiting(Future(), time.monotonic() + timeout, timeout)
+        waiting = _PendingRequest(Future(), time.monotonic() + timeout, timeout)
         with self._lock:
             if self._stop.is_set():
                 raise SidstreamError("the client is closed: make a new one")
@@ -164,7 +164,7 @@ class Replies:
             late = [request_id for request_id, waiting in self._waiting.items() if waiting.deadline <= now]
             expired = [(request_id, self._waiting.pop(request_id)) for request_id in late]
         for request_id, waiting in expired:
-            waiting.future.set_exception(no_answer(request_id, waiting.timeout))
+            waiting.future.set_exception(no_answer_error(request_id, waiting.timeout))
 
     def _end(self, reason: str) -> None:
         """Take no more requests, and fail those that wait: one step, so that none can slip in between."""

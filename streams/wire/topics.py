@@ -12,7 +12,7 @@ _COMPACT_SEGMENT_MS = 3_600_000
 
 
 @dataclass(frozen=True)
-class Topic:
+class TopicSpec:
     """One topic: what it carries, how it is cut and how long it is kept."""
 
     name: str
@@ -31,7 +31,7 @@ _COMPACTED = frozenset({"catalog", "users", "sids", "rollout"})
 _SINGLE = frozenset({"rollout"})
 
 
-def topics(kafka: KafkaSettings) -> tuple[Topic, ...]:
+def all_topics(kafka: KafkaSettings) -> tuple[TopicSpec, ...]:
     """All topics of the product, as the settings want them."""
     made = []
     for event in events.EVENTS:
@@ -53,5 +53,5 @@ def topics(kafka: KafkaSettings) -> tuple[Topic, ...]:
                 "message.timestamp.type": "LogAppendTime",
             }
         partitions = 1 if event.topic in _SINGLE else kafka.partitions
-        made.append(Topic(event.topic, event, partitions, configs))
+        made.append(TopicSpec(event.topic, event, partitions, configs))
     return tuple(made)

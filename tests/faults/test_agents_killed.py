@@ -55,7 +55,7 @@ def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_
 
         def in_histories() -> int:
             names = list(store.scan_iter(match="h:*", count=1000))
-            return sum(len(history.decode(store.get(name)).entries) for name in names)
+            return sum(len(history.decode_history(store.get(name)).entries) for name in names)
 
         seen_twice = kills = 0
         while not seen_twice and kills < KILLS:

@@ -20,7 +20,7 @@ from streams import events
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from streams.state import profile
-from streams.wire.admin import incarnations, missing, spans, unreachable
+from streams.wire.admin import incarnations, missing_topic_error, offset_spans, unreachable_error
 from streams.wire.connect import client_options
 from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
 from trainer.log.pair_filter import Withdrawal, newest_of_each, withdraw
@@ -105,7 +105,7 @@ class Window:
                 continue
             one = decoder.decode(value)
             held = newest.get(one.user_id)
-            if held is None or profile.order(one) >= profile.order(held):
+            if held is None or profile.newest_order_key(one) >= profile.newest_order_key(held):
                 newest[one.user_id] = one
         return {user: one.attributes for user, one in newest.items()}
 
@@ -260,7 +260,7 @@ async def _drain(
         await consumer.start()
     except KafkaError as error:
         await consumer.stop()
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     try:
         consumer.assign(list(ends))
         for at in ends:
@@ -292,7 +292,7 @@ async def _drain(
                     f"Kafka sent no record of {names} for {_SILENCE_S:.0f} seconds; see `sidstream doctor`"
                 )
     except KafkaError as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     finally:
         await consumer.stop()
     for buffer in buffers.values():
@@ -311,14 +311,14 @@ def read_window(
     that was made again since then is new as a whole. `advance(n)` is called for every n records read. Raises
     SidstreamError when the broker does not answer or a topic is missing.
     """
-    now = spans(kafka)
+    now = offset_spans(kafka)
     lives = incarnations(kafka)
     buffers: dict[str, _Buffer] = {}
     ends: dict[TopicPartition, int] = {}
     ranges: Ranges = {}
     for topic in TOPICS:
         if topic not in now:
-            raise missing(topic)
+            raise missing_topic_error(topic)
         logged = log.ends(topic, lives[topic])
         begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
         buffers[topic] = _Buffer(topic, lives[topic], begin)

@@ -13,7 +13,7 @@ import pytest
 import redis
 from kafka import KafkaProducer
 
-from agents.app import check
+from agents.app import check_prerequisites
 from harness.agents_worker import worker, write_codebook
 from harness.servers import read_all, wait_until
 from registry.releases.current import read_newest
@@ -32,8 +32,8 @@ from streams.events import (
 )
 from streams.settings import KafkaSettings, RedisSettings
 from streams.state import history, keys
-from streams.wire.admin import create_topics, delete_topics, end_offsets, lag
-from streams.wire.bulk import publish_all
+from streams.wire.admin import consumer_group_lag, create_topics, delete_topics, end_offsets
+from streams.wire.bulk_writer import publish_all
 from streams.wire.connect import client_options
 from streams.wire.records import partition_of
 from tests.conftest import FreshStack
@@ -71,12 +71,12 @@ def count(kafka: KafkaSettings, topic: str) -> int:
     return sum(end_offsets(kafka, topic).values())
 
 
-def entries(store: redis.Redis, user: str) -> list[history.Entry]:
-    return history.decode(store.get(keys.history(user))).entries
+def entries(store: redis.Redis, user: str) -> list[history.HistoryEntry]:
+    return history.decode_history(store.get(keys.history(user))).entries
 
 
 def total(store: redis.Redis) -> int:
-    return sum(len(history.decode(store.get(key)).entries) for key in store.scan_iter(match="h:*"))
+    return sum(len(history.decode_history(store.get(key)).entries) for key in store.scan_iter(match="h:*"))
 
 
 def test_what_cannot_be_applied_ends_in_dead_letters_and_its_neighbours_are_applied(
@@ -270,7 +270,7 @@ def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(
 def caught_up(kafka: KafkaSettings, group: str) -> bool:
     """True when the group has committed every record."""
     try:
-        return lag(kafka, group) == 0
+        return consumer_group_lag(kafka, group) == 0
     except SidstreamError:  # the group has not begun
         return False
 
@@ -301,8 +301,8 @@ def test_without_the_topics_the_worker_says_so_in_one_sentence(kafka: KafkaSetti
     delete_topics(kafka)
     store = RedisSettings.model_validate({"url": redis_url})
     with pytest.raises(SidstreamError, match="topics create"):
-        check(kafka, store)
+        check_prerequisites(kafka, store)
     create_topics(kafka)
-    check(kafka, store)
+    check_prerequisites(kafka, store)
     with pytest.raises(SidstreamError, match="SIDSTREAM_REDIS__URL"):
-        check(kafka, RedisSettings.model_validate({"url": "redis://127.0.0.1:1/0"}))
+        check_prerequisites(kafka, RedisSettings.model_validate({"url": "redis://127.0.0.1:1/0"}))

@@ -32,7 +32,7 @@ from streams.events import (
 from streams.settings import KafkaSettings
 from streams.state import history, keys
 from streams.wire.admin import end_offsets
-from streams.wire.bulk import publish_all
+from streams.wire.bulk_writer import publish_all
 from streams.wire.client import Client
 from tests.conftest import FreshStack
 from tests.serving_support import PATIENCE_S, Versions, running
@@ -95,7 +95,7 @@ def begun(store: redis.Redis, codebook: Codebook, users: Iterable[int]) -> bool:
 
 def told(store: redis.Redis) -> int:
     """How many events the histories hold, those that wait included."""
-    some = [history.decode(value) for value in stored(store).values()]
+    some = [history.decode_history(value) for value in stored(store).values()]
     return sum(len(one.entries) + len(one.waiting) for one in some)
 
 
@@ -151,7 +151,7 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
             # The new codebook comes, at first without the SIDs of two items; then more events.
             publish_all(kafka, assigned(NEW, ITEMS[:14]))
             wait_until(lambda: everywhere(store, NEW, users), WAIT_S, "histories under the new codebook")
-            waiting = [history.decode(value).waiting for value in stored(store).values()]
+            waiting = [history.decode_history(value).waiting for value in stored(store).values()]
             expected = [event for event in first if event.item_id in late]  # type: ignore[attr-defined]
             assert sum(map(len, waiting)) == len(expected) > 0
             assert {e.sid for some in waiting for _, e in some} == {SIDS[OLD.id][item] for item in late}

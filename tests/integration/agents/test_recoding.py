@@ -11,16 +11,16 @@ import pytest
 import redis
 import redis.asyncio
 
-from agents.histories import Histories
-from agents.parking import Parking
-from agents.recoding import Recoding, Replace, Replacer
-from agents.sids import Sids
+from agents.assigned_sids import AssignedSids
+from agents.history_recoder import HistoryRecoder, HistoryReplacer, ReplaceHistories
+from agents.history_writer import HistoryWriter
+from agents.parked_events import ParkedEvents
 from harness.servers import PARTITIONS
 from streams.events import Click, SidAssignment
 from streams.settings import HistorySettings, KafkaSettings
 from streams.state import history, keys
-from streams.wire.batches import Incoming
-from streams.wire.records import Record, partition_of
+from streams.wire.batch_loop import ReceivedEvent
+from streams.wire.records import KafkaRecord, partition_of
 from tests.clock import Clock
 
 pytestmark = pytest.mark.integration
@@ -40,14 +40,14 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-class Place(Record):
+class Place(KafkaRecord):
     """A record with a place on its topic."""
 
     offset = 0
     partition = 0
 
 
-def clicks(user: str, items: Sequence[int], since: int = 0) -> list[Incoming]:
+def clicks(user: str, items: Sequence[int], since: int = 0) -> list[ReceivedEvent]:
     """One click on each of these items, at offsets and minutes from `since` on."""
     made = []
     for at, item in enumerate(items, since):
@@ -56,18 +56,18 @@ def clicks(user: str, items: Sequence[int], since: int = 0) -> list[Incoming]:
         )  # fmt: skip
         record = Place("clicks", event.key, b"")
         record.offset = at
-        made.append(Incoming(record, event))
+        made.append(ReceivedEvent(record, event))
     return made
 
 
-def pure(batch: Sequence[Incoming], codebook: str) -> bytes:
+def pure(batch: Sequence[ReceivedEvent], codebook: str) -> bytes:
     """The history of one user's events by the pure function, under one codebook."""
     changes = [
-        history.Change("clicks", record.offset, history.pack_entry(
+        history.HistoryChange("clicks", record.offset, history.pack_entry(
             event.ts, history.CLICK, event.event_id, history.pack_sid(SIDS[codebook][event.item_id])))
         for record, event in batch
     ]  # fmt: skip
-    value, _, _ = history.apply(
+    value, _, _ = history.apply_changes(
         None, changes, codebook=codebook, levels=len(SIDS[codebook]["i0"]), incarnations=LIVES,
         bounds=HistorySettings(),
     )  # fmt: skip
@@ -80,14 +80,14 @@ class Worker:
 
     def __init__(
         self, store: redis.asyncio.Redis, partitions: Sequence[int] = range(PARTITIONS),
-        replace: Replace | None = None,
+        replace: ReplaceHistories | None = None,
     ) -> None:  # fmt: skip
         self._clock = Clock()
-        self.sids = Sids(KafkaSettings(), store, self._clock)
-        self.recoding = Recoding(store, self.sids, HistorySettings(), replace)
+        self.sids = AssignedSids(KafkaSettings(), store, self._clock)
+        self.recoding = HistoryRecoder(store, self.sids, HistorySettings(), replace)
         self.recoding.own(partitions, PARTITIONS)
-        self.histories = Histories(
-            store, self.sids, Parking(store, self.sids, 30), self.recoding, HistorySettings(), LIVES
+        self.histories = HistoryWriter(
+            store, self.sids, ParkedEvents(store, self.sids, 30), self.recoding, HistorySettings(), LIVES
         )
 
     def know(self, codebook: str, items: Sequence[str] = ITEMS) -> None:
@@ -169,7 +169,7 @@ def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restar
         made.know(NEW, ITEMS[:5])
         await made.scan()
         for value in [await store.get(keys.history(user)) for user in USERS]:
-            decoded = history.decode(value)
+            decoded = history.decode_history(value)
             assert [e.sid for e in decoded.entries] == [SIDS[NEW][f"i{n}"] for n in (0, 2, 1)]
             assert [(tag, e.sid) for tag, e in decoded.waiting] == [(OLD[:8], SIDS[OLD]["i5"])]
         await made.histories.apply(clicks("u3", [4], since=4))
@@ -194,7 +194,7 @@ def test_a_write_in_between_is_not_lost(run) -> None:
             # A worker that has not heard of the new codebook yet writes after the read.
             if next(calls) == 0:
                 await other.histories.apply(clicks("u1", [3], since=4))
-            return await Replacer(store).replace(values)
+            return await HistoryReplacer(store).replace(values)
 
         made = await begun(store, replace=overtaken)
         made.know(NEW)
@@ -206,7 +206,7 @@ def test_a_write_in_between_is_not_lost(run) -> None:
 def test_a_worker_that_dies_half_way_is_followed_by_one_that_brings_over_the_rest(run) -> None:
     async def work(store: Any) -> None:
         async def dying(values: Any) -> list[int]:
-            await Replacer(store).replace(values[: len(values) // 2])
+            await HistoryReplacer(store).replace(values[: len(values) // 2])
             raise Killed
 
         made = await begun(store, replace=dying)

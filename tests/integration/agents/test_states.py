@@ -10,21 +10,21 @@ import pytest
 import redis
 import redis.asyncio
 
-from agents.attribution.states import States, Sum, Write
+from agents.attribution.window_states import StateWrite, SumChange, WindowStates
 from streams.settings import RedisSettings
 from streams.state import keys, redisdb
 
 pytestmark = pytest.mark.integration
 
-SUM = Sum("trial", "champion", "bundle", 7, 3, 2, 1)
+SUM = SumChange("trial", "champion", "bundle", 7, 3, 2, 1)
 
 
-def with_states(url: str, body: Callable[[States, redis.asyncio.Redis], Awaitable[None]]) -> None:
+def with_states(url: str, body: Callable[[WindowStates, redis.asyncio.Redis], Awaitable[None]]) -> None:
     async def run() -> None:
         store = redisdb.async_client(RedisSettings.model_validate({"url": url}))
         try:
             await store.flushall()
-            await body(States(store, "outcomes"), store)
+            await body(WindowStates(store, "outcomes"), store)
         finally:
             await store.aclose()
 
@@ -32,8 +32,11 @@ def with_states(url: str, body: Callable[[States, redis.asyncio.Redis], Awaitabl
 
 
 def test_a_state_is_read_back_and_found_when_it_is_due(redis_url: str) -> None:
-    async def body(states: States, store: redis.asyncio.Redis) -> None:
-        assert await states.write([Write("u", 1, b"", b"body", 50), Write("v", 1, b"", b"other", 60)]) == []
+    async def body(states: WindowStates, store: redis.asyncio.Redis) -> None:
+        assert (
+            await states.write([StateWrite("u", 1, b"", b"body", 50), StateWrite("v", 1, b"", b"other", 60)])
+            == []
+        )
         assert {user: body for user, (_, body) in (await states.read(["u", "v", "w"])).items()} == {
             "u": b"body", "v": b"other",
         }  # fmt: skip
@@ -45,13 +48,13 @@ def test_a_state_is_read_back_and_found_when_it_is_due(redis_url: str) -> None:
 
 
 def test_an_overtaken_writer_writes_neither_state_nor_sums(redis_url: str) -> None:
-    async def body(states: States, store: redis.asyncio.Redis) -> None:
-        await states.write([Write("u", 0, b"", b"one", 5)])
+    async def body(states: WindowStates, store: redis.asyncio.Redis) -> None:
+        await states.write([StateWrite("u", 0, b"", b"one", 5)])
         token = (await states.read(["u"]))["u"][0]
-        assert await states.write([Write("u", 0, token, b"two", 6, [SUM])]) == []
+        assert await states.write([StateWrite("u", 0, token, b"two", 6, [SUM])]) == []
         # The zombie still names the first token, or believes that there is no state at all.
         for stale in (token, b""):
-            assert await states.write([Write("u", 0, stale, b"zombie", 7, [SUM])]) == ["u"]
+            assert await states.write([StateWrite("u", 0, stale, b"zombie", 7, [SUM])]) == ["u"]
         assert (await states.read(["u"]))["u"][1] == b"two"
         row = await store.hgetall(keys.sums("trial", "u"))
         assert row == {
@@ -62,10 +65,10 @@ def test_an_overtaken_writer_writes_neither_state_nor_sums(redis_url: str) -> No
 
 
 def test_numbers_that_move_to_another_cohort_leave_nothing_behind(redis_url: str) -> None:
-    async def body(states: States, store: redis.asyncio.Redis) -> None:
-        async def move(*sums: Sum) -> dict[bytes, bytes]:
+    async def body(states: WindowStates, store: redis.asyncio.Redis) -> None:
+        async def move(*sums: SumChange) -> dict[bytes, bytes]:
             token = (await states.read(["u"])).get("u", (b"", b""))[0]
-            assert await states.write([Write("u", 0, token, b"state", 5, sums)]) == []
+            assert await states.write([StateWrite("u", 0, token, b"state", 5, sums)]) == []
             return await store.hgetall(keys.sums("trial", "u"))
 
         names = {b"arm": b"champion", b"bundle": b"bundle"}
@@ -86,22 +89,22 @@ def test_numbers_that_move_to_another_cohort_leave_nothing_behind(redis_url: str
 
 
 def test_a_deleted_and_remade_state_does_not_accept_an_old_token(redis_url: str) -> None:
-    async def body(states: States, store: redis.asyncio.Redis) -> None:
-        await states.write([Write("u", 0, b"", b"one", 5)])
+    async def body(states: WindowStates, store: redis.asyncio.Redis) -> None:
+        await states.write([StateWrite("u", 0, b"", b"one", 5)])
         token = (await states.read(["u"]))["u"][0]
-        assert await states.write([Write("u", 0, token, None, None)]) == []
+        assert await states.write([StateWrite("u", 0, token, None, None)]) == []
         assert not await store.exists(keys.outcomes("u"), keys.due("outcomes", 0))
-        await states.write([Write("u", 0, b"", b"again", 5)])
-        assert await states.write([Write("u", 0, token, b"zombie", 5)]) == ["u"]
+        await states.write([StateWrite("u", 0, b"", b"again", 5)])
+        assert await states.write([StateWrite("u", 0, token, b"zombie", 5)]) == ["u"]
 
     with_states(redis_url, body)
 
 
 def test_a_server_without_the_script_is_served_by_trying_again(redis_url: str) -> None:
-    async def body(states: States, store: redis.asyncio.Redis) -> None:
-        await states.write([Write("u", 0, b"", b"one", 5)])
+    async def body(states: WindowStates, store: redis.asyncio.Redis) -> None:
+        await states.write([StateWrite("u", 0, b"", b"one", 5)])
         await store.script_flush()
-        write = Write("v", 0, b"", b"two", 5)
+        write = StateWrite("v", 0, b"", b"two", 5)
         assert await states.write([write]) == ["v"]
         assert await states.write([write]) == []
 
@@ -109,7 +112,7 @@ def test_a_server_without_the_script_is_served_by_trying_again(redis_url: str) -
 
 
 def test_event_time_in_redis_never_goes_back(redis_url: str) -> None:
-    async def body(states: States, store: redis.asyncio.Redis) -> None:
+    async def body(states: WindowStates, store: redis.asyncio.Redis) -> None:
         assert await states.watermark(3) is None
         for watermark in (100, 900, 200):
             await states.set_watermark(3, watermark)

@@ -34,7 +34,7 @@ from streams.events import (
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from streams.state import history, keys, profile
-from streams.wire.admin import admin, end_offsets
+from streams.wire.admin import admin_client, end_offsets
 from streams.wire.client import Client
 from tests.serving_support import PATIENCE_S, Versions, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
@@ -87,8 +87,8 @@ def stack(fresh_stack: Callable, tmp_path):
 
 def test_a_trigger_is_answered_from_history_and_trigger_with_bundle_and_arm_named(stack):
     kafka, redis_url, source, client = stack
-    value, _, _ = history.apply(
-        None, [history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
+    value, _, _ = history.apply_changes(
+        None, [history.HistoryChange(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
         codebook=tiny_codebook(SIZES).id, levels=3, incarnations={"clicks": 1, "purchases": 1},
         bounds=HistorySettings(),
     )  # fmt: skip
@@ -122,7 +122,8 @@ def test_scene_profile_and_preferences_reach_the_model_of_an_answer(stack, tmp_p
     client.publish(rollout(champion=("v2", source.bundles["v2"])))
     with redis.Redis.from_url(redis_url) as connection:
         connection.set(
-            keys.profile("u4"), profile.pack(UserProfile.new(user_id="u4", attributes={"country": "peru"}))
+            keys.profile("u4"),
+            profile.pack_profile(UserProfile.new(user_id="u4", attributes={"country": "peru"})),
         )
     number = itertools.count(100)
 
@@ -226,7 +227,7 @@ def test_a_bad_trigger_becomes_a_dead_letter_as_it_came_and_the_next_is_answered
 def test_an_answer_goes_to_reply_to_as_well_and_a_wrong_name_costs_nobody_an_answer(stack):
     kafka, redis_url, source, client = stack
     topic = f"replies-{time.time_ns()}"
-    with admin(kafka) as connection:
+    with admin_client(kafka) as connection:
         connection.create_topics({topic: {"num_partitions": 1, "replication_factor": 1}})
     with running(kafka, redis_url, source) as agent:
         agent.wait_ready()
@@ -254,9 +255,9 @@ def test_without_redis_requests_are_answered_without_histories_and_with_them_whe
         (tmp_path / "redis").mkdir()
         with local_redis(tmp_path / "redis", port) as url:
             with redis.Redis.from_url(url) as connection:
-                value, _, _ = history.apply(
+                value, _, _ = history.apply_changes(
                     None,
-                    [history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
+                    [history.HistoryChange(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
                     codebook=tiny_codebook(SIZES).id, levels=3,
                     incarnations={"clicks": 1, "purchases": 1}, bounds=HistorySettings(),
                 )  # fmt: skip
@@ -339,7 +340,7 @@ def test_a_draw_that_topics_are_too_small_for_costs_nobody_an_answer(stack):
 
 def test_exploring_without_the_topic_for_it_is_refused_at_the_start(stack):
     kafka, redis_url, source, _ = stack
-    with admin(kafka) as connection:
+    with admin_client(kafka) as connection:
         connection.delete_topics(["explorations"])
 
     async def start() -> None:

@@ -20,7 +20,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from harness.servers import free_port, kafka_settings, local_kafka, wait_until
 from sidstream.stack.children import born
 from streams.settings import KafkaSettings
-from streams.wire.admin import admin
+from streams.wire.admin import admin_client
 
 # A start takes seconds on an idle machine; a busy one may need minutes for the three servers.
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -124,7 +124,7 @@ def test_a_bare_machine_gets_a_stack_that_a_second_up_finds_and_a_kill_ends(whol
     assert {service["name"]: service["state"] for service in shown["services"]} == dict.fromkeys(
         ("mlflow", "redis", "kafka"), "up"
     )
-    with admin(kafka_settings(shown["kafka"])) as client:
+    with admin_client(kafka_settings(shown["kafka"])) as client:
         assert {"clicks", "dead-letters"} <= {topic["name"] for topic in client.describe_topics()}
     with _redis(shown) as connection:
         assert connection.config_get("appendonly") == {"appendonly": "yes"}
@@ -225,7 +225,7 @@ def test_a_start_that_fails_says_why_in_one_line_and_leaves_nothing_running(tmp_
 def test_three_brokers_form_a_cluster_that_survives_the_loss_of_one(tmp_path: Path) -> None:
     with local_kafka(tmp_path, brokers=3) as cluster:
         kafka = kafka_settings(cluster.bootstrap)
-        with admin(kafka) as client:
+        with admin_client(kafka) as client:
             described = client.describe_cluster()
             assert sorted(broker["broker_id"] for broker in described["brokers"]) == [1, 2, 3]
             client.create_topics({"clicks": {"num_partitions": 1, "replication_factor": 3}})

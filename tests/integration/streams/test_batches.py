@@ -13,12 +13,12 @@ from kafka import KafkaProducer
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click
 from streams.settings import KafkaSettings
-from streams.wire.admin import lag
-from streams.wire.batches import BatchLoop, BatchOptions, Incoming
-from streams.wire.bulk import publish_all
+from streams.wire.admin import consumer_group_lag
+from streams.wire.batch_loop import BatchLoop, BatchOptions, ReceivedEvent
+from streams.wire.bulk_writer import publish_all
 from streams.wire.connect import client_options
-from streams.wire.dead_letters import Refusal
-from streams.wire.tables import TopicTable
+from streams.wire.dead_letters import RefusedRecord
+from streams.wire.topic_table import TopicTable
 from tests.conftest import FreshStack
 from tests.integration.agents.test_agents import read
 
@@ -37,7 +37,7 @@ class Recorder:
         self.applied: list[str] = []
         self.calls = 0
 
-    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         self.calls += 1
         for _, event in batch:
             failure = self.trouble(event)
@@ -69,7 +69,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 async def committed(kafka: KafkaSettings, group: str) -> int:
     """Records that the group has not committed; -1: it has not begun."""
     try:
-        return await asyncio.to_thread(lag, kafka, group)
+        return await asyncio.to_thread(consumer_group_lag, kafka, group)
     except SidstreamError:
         return -1
 
@@ -103,7 +103,7 @@ def test_a_record_that_hangs_is_dead_lettered_at_its_deadline(fresh_stack: Fresh
     publish_all(kafka, clicks(3))
 
     class Hanging(Recorder):
-        async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+        async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
             if any(event.event_id == "e1" for _, event in batch):
                 await asyncio.Event().wait()
             return await super().apply(batch)

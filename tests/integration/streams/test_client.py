@@ -15,8 +15,8 @@ from streams.events import Click, Purchase, Recommendation, Trigger, UserProfile
 from streams.settings import KafkaSettings
 from streams.wire.admin import create_topics, end_offsets
 from streams.wire.client import Client
-from streams.wire.records import BATCH_OVERHEAD, partition_of, record
-from streams.wire.replies import Reader
+from streams.wire.records import BATCH_OVERHEAD, kafka_record, partition_of
+from streams.wire.replies import RecommendationReader
 from tests.responder import Responder, read_new
 
 pytestmark = pytest.mark.integration
@@ -88,7 +88,7 @@ def test_the_largest_event_that_the_client_takes_the_broker_takes_too(
             user_id="u", event_id="e", ts=1_767_225_600_000, attributes={"a": "x" * length}
         )
 
-    made = record(event(0), topics.max_event_bytes)
+    made = kafka_record(event(0), topics.max_event_bytes)
     length = topics.max_event_bytes - BATCH_OVERHEAD - len(made.key) - len(made.value)
     with pytest.raises(SidstreamError, match="weighs 262,145"):
         client.publish(event(length + 1))
@@ -159,7 +159,7 @@ def test_when_reading_answers_dies_questions_under_way_are_told_why(topics: Kafk
         def close(self) -> None:
             """Nothing is held."""
 
-    def reader() -> Reader:
+    def reader() -> RecommendationReader:
         return Cut()
 
     with Client(topics, open_reader=reader) as client:

@@ -20,7 +20,7 @@ from streams.events import (
 )
 from streams.settings import KafkaSettings
 from streams.wire.admin import end_offsets
-from streams.wire.bulk import publish_all
+from streams.wire.bulk_writer import publish_all
 from streams.wire.records import partition_of
 from tests import foreign_producers as foreign
 from tests.conftest import FreshStack

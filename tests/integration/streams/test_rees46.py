@@ -14,7 +14,7 @@ from harness.servers import wait_until
 from streams.errors import SidstreamError
 from streams.replay import DATA_VARIABLE, Rees46
 from streams.replay.engine import replay
-from streams.replay.rees46 import find
+from streams.replay.rees46 import find_rees46_file
 from streams.settings import KafkaSettings
 from streams.state import history
 from streams.wire.admin import end_offsets
@@ -35,7 +35,7 @@ def rees46() -> Rees46:
     named = os.environ.get(DATA_VARIABLE)
     folder = Path(named) if named else Path(__file__).parents[4] / "shared" / "data"
     try:
-        return Rees46(find(folder))
+        return Rees46(find_rees46_file(folder))
     except SidstreamError as error:
         pytest.skip(str(error))
 
@@ -64,7 +64,7 @@ def test_every_event_is_accounted_for_and_every_pair_is_the_references(
             names = list(store.scan_iter(match="h:*", count=1000))
             if not names:
                 return 0
-            return sum(len(history.decode(value).entries) for value in store.mget(names) if value)
+            return sum(len(history.decode_history(value).entries) for value in store.mget(names) if value)
 
         def accounted() -> int:
             return entries() + dropped + sum(end_offsets(kafka, "dead-letters").values())
@@ -90,7 +90,7 @@ def test_every_event_is_accounted_for_and_every_pair_is_the_references(
 def _push_event_time_on(kafka: KafkaSettings, ts: int) -> None:
     """One impression without a request in every partition."""
     from streams.events import Impression
-    from streams.wire.bulk import publish_all
+    from streams.wire.bulk_writer import publish_all
     from streams.wire.records import partition_of
 
     users: dict[int, str] = {}

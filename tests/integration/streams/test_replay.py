@@ -14,7 +14,7 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Event, Purchase, UserProfile, decode, encode
 from streams.replay import JsonLines, OnlineRetail
 from streams.replay.engine import replay, replay_raw
-from streams.replay.source import inside
+from streams.replay.source import in_time_range
 from streams.wire.admin import end_offsets
 from tests.conftest import FreshStack
 from tests.responder import read_new
@@ -35,7 +35,7 @@ class Few:
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         for n in range(3):
-            if inside(T + 300 * n, start, end):
+            if in_time_range(T + 300 * n, start, end):
                 yield Click.new(event_id=f"e{n}", ts=T + 300 * n, user_id="u", item_id="i")
 
     def count(self, start: int | None = None, end: int | None = None) -> int:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import redis.asyncio
 
-from agents.sids import Sids
+from agents.assigned_sids import AssignedSids
 from streams.events import SidAssignment
 from streams.settings import KafkaSettings
 from streams.state.history import pack_sid
@@ -24,7 +24,7 @@ def clock():
 
 @pytest.fixture
 def known(clock):
-    made = Sids(KafkaSettings(), redis.asyncio.Redis(), clock)
+    made = AssignedSids(KafkaSettings(), redis.asyncio.Redis(), clock)
     stamps = itertools.count(T0)
 
     def tell(item, sid, codebook, ts=None):

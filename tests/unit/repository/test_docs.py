@@ -12,7 +12,7 @@ import pytest
 from streams.events import BY_TOPIC, Event, EventError, decode
 from streams.settings import KafkaSettings
 from streams.wire.records import partition_of
-from streams.wire.topics import topics
+from streams.wire.topics import all_topics
 
 ROOT = Path(__file__).resolve().parents[3]
 EVENTS_MD = (ROOT / "docs/events.md").read_text()
@@ -94,7 +94,7 @@ def test_required_and_optional_fields_are_told_apart(topic: str) -> None:
 
 def test_the_table_of_topics_is_what_is_created() -> None:
     documented = {row[0].strip("`"): row for row in tables(EVENTS_MD)["topic"]}
-    made = {topic.name: topic for topic in topics(KafkaSettings())}
+    made = {topic.name: topic for topic in all_topics(KafkaSettings())}
     assert set(documented) == set(made)
     for name, topic in made.items():
         assert documented[name][1] == f"`{topic.event.key_name()}`", name
@@ -137,7 +137,7 @@ def reasons_in_sources() -> set[str]:
     """Every reason that a record may be refused for, as the sources write it down."""
     place = {"Refusal": 2, "_refusal": 1, "EventError": 0}
     found: set[str] = set()
-    files = [ROOT / "streams/events.py", ROOT / "streams/wire/batches.py", ROOT / "serving/agent.py"]
+    files = [ROOT / "streams/events.py", ROOT / "streams/wire/batch_loop.py", ROOT / "serving/agent.py"]
     for path in [*files, *(ROOT / "agents").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in place:

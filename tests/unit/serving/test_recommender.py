@@ -79,10 +79,10 @@ def service(generator, popular=(), names=("champion",), bundles=("b0",)):
 
 def past(*sids, codebook=BOOK):
     changes = [
-        history.Change(None, 0, history.pack_entry(10**12 + at, 1, f"e{at}", history.pack_sid(sid)))
+        history.HistoryChange(None, 0, history.pack_entry(10**12 + at, 1, f"e{at}", history.pack_sid(sid)))
         for at, sid in enumerate(sids)
     ]
-    value, _, _ = history.apply(
+    value, _, _ = history.apply_changes(
         None, changes, codebook=codebook, levels=2, incarnations={"clicks": 1, "purchases": 1},
         bounds=HistorySettings(),
     )  # fmt: skip
@@ -244,8 +244,8 @@ def test_a_model_that_fails_on_one_request_costs_only_that_one_its_ranking():
 
 def test_a_bundle_is_told_what_it_knows_of_scene_and_profile(caplog):
     about = [
-        profile.pack(UserProfile.new(user_id="u", attributes={"country": "Peru", "mood": "odd"})), None,
-        b"\x07not a profile", profile.pack(UserProfile.new(user_id="u", attributes={"country": "Mars"})),
+        profile.pack_profile(UserProfile.new(user_id="u", attributes={"country": "Peru", "mood": "odd"})), None,
+        b"\x07not a profile", profile.pack_profile(UserProfile.new(user_id="u", attributes={"country": "Mars"})),
     ]  # fmt: skip
     requests = [
         Request(trigger(item_id="i00", scene="home", user_id="somebody"), None, packed) for packed in about

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agents.attribution.clock import AHEAD_USERS, PartitionClock
+from agents.attribution.event_time import AHEAD_USERS, PartitionClock
 
 WALL = 2_000_000_000_000
 T0 = 1_600_000_000_000

@@ -43,11 +43,11 @@ Cohorts = dict[int, list[int]]
 def by_cohort(*events: Event) -> dict[Owner, Cohorts]:
     """What the sums of user u hold after the events, each in a step of its own, through storage."""
     found: dict[Owner, Cohorts] = {}
-    stored = msgspec.msgpack.encode(outcomes.Open())
+    stored = msgspec.msgpack.encode(outcomes.OpenOutcomes())
     for event in events:
-        state = msgspec.msgpack.decode(stored, type=outcomes.Open)
+        state = msgspec.msgpack.decode(stored, type=outcomes.OpenOutcomes)
         outcomes.add(state, event, RULES, None)
-        for moved in outcomes.recount(state, RULES):
+        for moved in outcomes.sum_changes(state, RULES):
             cohorts = found.setdefault((moved.trial, "u", moved.arm, moved.bundle), {})
             total = cohorts.setdefault(moved.cohort, [0, 0, 0])
             for place, number in enumerate((moved.impressions, moved.clicks, moved.orders)):
@@ -87,7 +87,7 @@ def test_events_that_come_before_their_answer_are_joined_when_it_comes() -> None
 
 
 def test_a_request_that_never_got_an_answer_is_counted_as_unattributed_and_forgotten() -> None:
-    state = outcomes.Open()
+    state = outcomes.OpenOutcomes()
     for event in (show("ab", 1), click("a", 5), click("b", 6)):
         outcomes.add(state, event, RULES, None)
     assert outcomes.close(state, T0 + 6 + 2 * W + L - 1, RULES) == 0
@@ -96,16 +96,16 @@ def test_a_request_that_never_got_an_answer_is_counted_as_unattributed_and_forgo
 
 
 def test_an_event_older_than_what_was_forgotten_changes_nothing() -> None:
-    state = outcomes.Open()
+    state = outcomes.OpenOutcomes()
     assert not outcomes.add(state, click("a", 0), RULES, T0 + 2 * W + L)
-    assert state == outcomes.Open()
+    assert state == outcomes.OpenOutcomes()
 
 
 def test_two_trials_of_a_user_are_summed_apart() -> None:
-    state = outcomes.Open()
+    state = outcomes.OpenOutcomes()
     for event in (answer(trial="t1"), answer(request="q", trial="t2"), show("a", 1), show("ab", 1, "q")):
         outcomes.add(state, event, RULES, None)
-    assert {s.trial: s.impressions for s in outcomes.recount(state, RULES)} == {"t1": 1, "t2": 2}
+    assert {s.trial: s.impressions for s in outcomes.sum_changes(state, RULES)} == {"t1": 1, "t2": 2}
 
 
 FIRST = T0 // C
@@ -134,13 +134,13 @@ def test_without_an_impression_the_answer_gives_the_cohort() -> None:
 
 
 def test_requests_that_change_places_between_two_cohorts_move_nothing() -> None:
-    state = outcomes.Open()
+    state = outcomes.OpenOutcomes()
     for event in (answer(), answer(request="q"), show("a", at(2)), show("a", at(1), "q")):
         outcomes.add(state, event, RULES, None)
-    assert len(outcomes.recount(state, RULES)) == 2
+    assert len(outcomes.sum_changes(state, RULES)) == 2
     outcomes.add(state, show("a", at(1)), RULES, None)
     state.requests["q"].shown_at = T0 + at(2)
-    assert outcomes.recount(state, RULES) == []
+    assert outcomes.sum_changes(state, RULES) == []
 
 
 requests = st.sampled_from("rq")

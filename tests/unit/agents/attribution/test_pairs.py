@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.attribution import pairs
-from agents.attribution.windows import Fences, Rules, fenced
+from agents.attribution.window_stage import Fences, WindowRules, unapplied_events
 from streams.events import Click, Event, Impression, Purchase, RankedItem, Recommendation
-from streams.wire.batches import Incoming
+from streams.wire.batch_loop import ReceivedEvent
 from tests.reference_pairs import Pair, reference
 
 T0 = 1_600_000_000_000
 W, L = 1000, 100
-RULES = Rules(W, L)
+RULES = WindowRules(W, L)
 
 
 def click(item: str, at: int, request: str | None = None, kind: str = "click") -> Click:
@@ -46,7 +46,7 @@ class User:
         self.most = most
         self.stored: bytes | None = None
         self.matured: int | None = None
-        self.made: list[pairs.Decision] = []
+        self.made: list[pairs.PairDecision] = []
 
     def add(self, *events: Event) -> None:
         state = self._state()
@@ -75,11 +75,15 @@ class User:
     def pairs(self) -> set[Pair]:
         return {("u", d.scheme, d.request_id or d.moment, d.chosen, d.rejected) for d in self.made}
 
-    def _state(self) -> pairs.Open:
-        return pairs.Open() if self.stored is None else msgspec.msgpack.decode(self.stored, type=pairs.Open)
+    def _state(self) -> pairs.OpenPairWindows:
+        return (
+            pairs.OpenPairWindows()
+            if self.stored is None
+            else msgspec.msgpack.decode(self.stored, type=pairs.OpenPairWindows)
+        )
 
 
-def decided(*events: Event, most: int = 8) -> list[pairs.Decision]:
+def decided(*events: Event, most: int = 8) -> list[pairs.PairDecision]:
     user = User(most)
     user.add(*events)
     user.mature(100_000)
@@ -182,7 +186,7 @@ def test_slates_that_are_never_shown_do_not_pile_up() -> None:
     user.mature(W + L + 1)
     assert len(user.made) == 1
     assert user.stored is not None
-    assert len(msgspec.msgpack.decode(user.stored, type=pairs.Open).slates) <= pairs.MAX_SLATES
+    assert len(msgspec.msgpack.decode(user.stored, type=pairs.OpenPairWindows).slates) <= pairs.MAX_SLATES
 
 
 def test_a_state_is_deleted_once_nothing_can_ask_for_it() -> None:
@@ -195,8 +199,8 @@ def test_a_state_is_deleted_once_nothing_can_ask_for_it() -> None:
 
 
 def test_a_pair_id_depends_on_the_decision_and_not_on_the_order_of_the_rejected() -> None:
-    one = pairs.Decision("purchased_over_clicked", T0, T0, "x", ("a", "b"), moment=T0)
-    two = pairs.Decision("purchased_over_clicked", T0, T0 - 5, "x", ("b", "a"), moment=T0)
+    one = pairs.PairDecision("purchased_over_clicked", T0, T0, "x", ("a", "b"), moment=T0)
+    two = pairs.PairDecision("purchased_over_clicked", T0, T0 - 5, "x", ("b", "a"), moment=T0)
     assert pairs.pair_id("u", one, "book") == pairs.pair_id("u", two, "book")
     assert pairs.pair_id("u", one, "book") != pairs.pair_id("v", one, "book")
     assert pairs.pair_id("u", one, "book") != pairs.pair_id("u", one, "other")
@@ -216,13 +220,15 @@ def test_a_closed_slate_that_is_seen_again_decides_nothing_anew() -> None:
 
 
 def test_the_fences_let_an_event_pass_once_and_start_anew_with_a_new_topic() -> None:
-    def incoming(offset: int) -> Incoming:
-        return Incoming(SimpleNamespace(topic="clicks", offset=offset), offset)
+    def incoming(offset: int) -> ReceivedEvent:
+        return ReceivedEvent(SimpleNamespace(topic="clicks", offset=offset), offset)
 
     fences: Fences = {}
-    assert [e for _, e in fenced(fences, [incoming(3), incoming(4)], {"clicks": 7})] == [3, 4]
-    assert [e for _, e in fenced(fences, [incoming(3), incoming(4), incoming(5)], {"clicks": 7})] == [5]
-    assert [e for _, e in fenced(fences, [incoming(0), incoming(1)], {"clicks": 8})] == [0, 1]
+    assert [e for _, e in unapplied_events(fences, [incoming(3), incoming(4)], {"clicks": 7})] == [3, 4]
+    assert [
+        e for _, e in unapplied_events(fences, [incoming(3), incoming(4), incoming(5)], {"clicks": 7})
+    ] == [5]
+    assert [e for _, e in unapplied_events(fences, [incoming(0), incoming(1)], {"clicks": 8})] == [0, 1]
     assert fences == {"clicks": (8, 2)}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Purchase, UserProfile, decode, encode
-from streams.replay import OnlineRetail, past_of, source_of
+from streams.replay import OnlineRetail, source_of, user_item_sequences
 from streams.replay.online_retail import FILE
 
 DECEMBER_2011 = 1_322_697_600_000
@@ -91,7 +91,7 @@ def test_a_window_holds_its_start_and_not_its_end(shop: OnlineRetail, purchases:
 
 
 def test_a_users_past_is_their_items_oldest_first(shop: OnlineRetail, purchases: list[Purchase]) -> None:
-    past = past_of(shop)
+    past = user_item_sequences(shop)
     assert len(past) == 4_334
     assert past["17850"] == [event.item_id for event in purchases if event.user_id == "17850"]
 

@@ -11,16 +11,16 @@ from streams.settings import HistorySettings
 from streams.state.history import (
     CLICK,
     PURCHASE,
-    Change,
-    apply,
-    cut,
-    decode,
+    HistoryChange,
+    apply_changes,
+    decode_history,
     event_hash,
     pack_entry,
     pack_sid,
+    split_parts,
     unpack_entry,
 )
-from streams.state.translation import foreign, recode, under
+from streams.state.translation import entries_under, needs_recoding, recode_history
 
 OLD, NEW, NEWER = "00000000aaaaaaaa", "11111111bbbbbbbb", "22222222cccccccc"
 LEVELS = {OLD: 2, NEW: 3, NEWER: 1}
@@ -62,17 +62,17 @@ def packed(minute, kind, item, codebook):
 def made(events, codebook, limits=None, value=None):
     """The history of (minute, kind, item) events; offsets in the order in which they come."""
     changes = [
-        Change("purchases" if kind == PURCHASE else "clicks", at, packed(minute, kind, item, codebook))
+        HistoryChange("purchases" if kind == PURCHASE else "clicks", at, packed(minute, kind, item, codebook))
         for at, (minute, kind, item) in enumerate(events)
     ]
-    return apply(
+    return apply_changes(
         value, changes, codebook=codebook, levels=LEVELS[codebook], incarnations=LIVES,
         bounds=limits or bounds(),
     )[0]  # fmt: skip
 
 
 def moved(value, codebook, known=ITEMS, limits=None):
-    return recode(
+    return recode_history(
         value, translator(codebook, known), codebook=codebook, levels=LEVELS[codebook],
         bounds=limits or bounds(),
     )  # fmt: skip
@@ -103,8 +103,8 @@ def test_bringing_over_twice_is_bringing_over_once(log, known) -> None:
 
 @given(events, some_items)
 def test_order_kinds_times_and_events_are_kept_and_only_what_has_no_sid_waits(log, known) -> None:
-    before = decode(made(log, OLD))
-    after = decode(moved(made(log, OLD), NEW, known))
+    before = decode_history(made(log, OLD))
+    after = decode_history(moved(made(log, OLD), NEW, known))
     assert sorted(told([*after.entries, *(entry for _, entry in after.waiting)])) == told(before.entries)
     assert told(after.entries) == sorted(told(after.entries))
     assert {entry.sid for entry in after.entries} <= {SIDS[NEW][item] for item in known}
@@ -123,9 +123,9 @@ def test_what_waited_takes_its_place_when_its_sids_come_whatever_happened_meanwh
     if seen:
         value = made([(minute + 50, *rest) for minute, *rest in seen], NEW, value=_fenceless(value))
     value = moved(moved(value, NEW, known | by_then), NEW)
-    assert decode(value).waiting == []
+    assert decode_history(value).waiting == []
     everything = [*log, *((minute + 50, *rest) for minute, *rest in seen)]
-    assert decode(value).entries == decode(made(everything, NEW)).entries
+    assert decode_history(value).entries == decode_history(made(everything, NEW)).entries
 
 
 def _fenceless(value):
@@ -143,10 +143,10 @@ def test_there_and_back_gives_the_same_history(log, known, known_newer) -> None:
 @given(events, some_items)
 def test_a_reader_of_either_codebook_sees_the_same_events_without_a_change(log, known) -> None:
     value = moved(made(log, OLD), NEW, known)
-    assert under(value, OLD, translator(OLD)) == decode(made(log, OLD)).entries
-    seen = under(value, NEW, translator(NEW, known))
+    assert entries_under(value, OLD, translator(OLD)) == decode_history(made(log, OLD)).entries
+    seen = entries_under(value, NEW, translator(NEW, known))
     assert [entry.sid for entry in seen] == [
-        SIDS[NEW][item] for item in map(_item_of, decode(made(log, OLD)).entries) if item in known
+        SIDS[NEW][item] for item in map(_item_of, decode_history(made(log, OLD)).entries) if item in known
     ]
 
 
@@ -159,40 +159,47 @@ def test_what_waits_is_bounded_apart_so_that_it_pushes_nothing_out() -> None:
     log = [(minute, CLICK, minute % 8) for minute in range(40)]
     limits = bounds(5)
     both = moved(made(log, OLD, bounds(40)), NEW, {0, 1}, limits)
-    assert [e.ts for e in decode(both).entries] == [T0 + m * 60_000 for m in range(40) if m % 8 < 2][-5:]
-    assert [e.ts for _, e in decode(both).waiting] == [T0 + m * 60_000 for m in range(40) if m % 8 > 1][-5:]
+    assert [e.ts for e in decode_history(both).entries] == [T0 + m * 60_000 for m in range(40) if m % 8 < 2][
+        -5:
+    ]
+    assert [e.ts for _, e in decode_history(both).waiting] == [
+        T0 + m * 60_000 for m in range(40) if m % 8 > 1
+    ][-5:]
 
 
 def test_the_same_event_told_under_two_codebooks_is_one() -> None:
     value = moved(made([(1, CLICK, 3)], OLD), NEW, set())
     again = made([(1, CLICK, 3)], NEW, value=_fenceless(value))
-    assert len(decode(again).entries) == len(decode(again).waiting) == 1
-    assert len(under(again, NEW, translator(NEW))) == 1
-    assert moved(again, NEW) == again[:6].replace(b"\x02", b"\x01", 1) + again[6:26] + cut(again).entries[0]
+    assert len(decode_history(again).entries) == len(decode_history(again).waiting) == 1
+    assert len(entries_under(again, NEW, translator(NEW))) == 1
+    assert (
+        moved(again, NEW)
+        == again[:6].replace(b"\x02", b"\x01", 1) + again[6:26] + split_parts(again).entries[0]
+    )
 
 
 def test_the_sids_of_a_codebook_that_nobody_knows_any_more_are_kept() -> None:
     value = made([(1, CLICK, 3), (2, PURCHASE, 4)], OLD)
-    kept = recode(value, lambda _tag, _sid: None, codebook=NEW, levels=3, bounds=bounds())
-    assert decode(kept).entries == []
-    assert [entry for _, entry in decode(kept).waiting] == decode(value).entries
-    assert under(kept, NEW, lambda _tag, _sid: None) == []
+    kept = recode_history(value, lambda _tag, _sid: None, codebook=NEW, levels=3, bounds=bounds())
+    assert decode_history(kept).entries == []
+    assert [entry for _, entry in decode_history(kept).waiting] == decode_history(value).entries
+    assert entries_under(kept, NEW, lambda _tag, _sid: None) == []
 
 
 def test_only_histories_with_something_to_bring_over_are_foreign() -> None:
     old = made([(1, CLICK, 3)], OLD)
-    assert not foreign(old[:6], OLD)
-    assert foreign(old[:6], NEW)
-    assert foreign(moved(old, NEW, set())[:6], NEW)
-    assert not foreign(moved(old, NEW)[:6], NEW)
-    assert not foreign(b"", NEW)
-    assert not foreign(b"\x09" + old[1:6], NEW)
+    assert not needs_recoding(old[:6], OLD)
+    assert needs_recoding(old[:6], NEW)
+    assert needs_recoding(moved(old, NEW, set())[:6], NEW)
+    assert not needs_recoding(moved(old, NEW)[:6], NEW)
+    assert not needs_recoding(b"", NEW)
+    assert not needs_recoding(b"\x09" + old[1:6], NEW)
 
 
 def test_no_history_has_no_entries_and_another_layout_is_refused() -> None:
-    assert under(None, NEW, translator(NEW)) == []
+    assert entries_under(None, NEW, translator(NEW)) == []
     with pytest.raises(SidstreamError, match=r"layout 9.*replay"):
-        under(b"\x09" + bytes(30), NEW, translator(NEW))
+        entries_under(b"\x09" + bytes(30), NEW, translator(NEW))
 
 
 def test_an_entry_unpacks_to_what_it_was_packed_from() -> None:

@@ -18,8 +18,8 @@ from typing import Final, Protocol
 import redis.asyncio
 from aiokafka import AIOKafkaProducer, TopicPartition
 
+from agents.assigned_sids import AssignedSids, sid_codes
 from agents.metrics import SIDS
-from agents.sids import Sids, as_list
 from registry.bundles.codebook import Codebook
 from registry.bundles.embedder import Embedder, embedder_of, item_text
 from streams.errors import SidstreamError
@@ -27,21 +27,21 @@ from streams.events import CatalogItem, SidAssignment, encode
 from streams.settings import KafkaSettings
 from streams.state import keys
 from streams.state.history import pack_sid
-from streams.wire.batches import Hooks, Incoming
-from streams.wire.dead_letters import Refusal
+from streams.wire.batch_loop import BatchHooks, ReceivedEvent
+from streams.wire.dead_letters import RefusedRecord
 from streams.wire.records import partition_of
-from streams.wire.tables import TopicTable
+from streams.wire.topic_table import TopicTable
 
 log = logging.getLogger(__name__)
 
 # Items embedded and claimed together.
-_AT_ONCE: Final = 500
+_ITEMS_PER_CALL: Final = 500
 # Slots offered for an item at a time; nearly every item finds a free one among its first few.
-_OFFERS: Final = 16
+_SLOTS_PER_OFFER: Final = 16
 
 # KEYS sids, slots | ARGV per item: item, number of slots n, n packed SIDs, nearest first.
 # Returns per item the SID that it holds from now on, or '' where every offered slot is another item's.
-_CLAIM: Final = """
+_CLAIM_SLOTS: Final = """
 local result, i = {}, 1
 while i <= #ARGV do
   local item, n = ARGV[i], tonumber(ARGV[i + 1])
@@ -63,7 +63,7 @@ return result
 """
 
 
-class Codebooks(Protocol):
+class CodebookRegistry(Protocol):
     """What the catalogue needs of the registry; the calls block."""
 
     def current_codebook(self) -> str | None: ...
@@ -73,14 +73,14 @@ class Codebooks(Protocol):
     def encoder(self, codebook: str) -> Path: ...
 
 
-class Catalogue(Hooks):
+class SlotAllocator(BatchHooks):
     """The stage that reads `catalog`, and the looks for a new codebook between its batches."""
 
     name = "catalogue"
 
     def __init__(
-        self, kafka: KafkaSettings, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: Sids,
-        codebooks: Codebooks, check_s: float,
+        self, kafka: KafkaSettings, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: AssignedSids,
+        codebooks: CodebookRegistry, check_s: float,
     ) -> None:  # fmt: skip
         self._kafka = kafka
         self._producer = producer
@@ -95,9 +95,9 @@ class Catalogue(Hooks):
         self._codebook: Codebook | None = None
         self._partitions: frozenset[int] = frozenset()
         self._covered: frozenset[int] = frozenset()
-        self._claim = store.register_script(_CLAIM)
+        self._claim = store.register_script(_CLAIM_SLOTS)
 
-    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         """Give new items their SID; one that has one keeps it, whatever its title became."""
         if self._codebook is not None:
             # Only the newest record of an item in a batch: its title is the one that counts.
@@ -110,7 +110,7 @@ class Catalogue(Hooks):
         self._partitions = frozenset(p.partition for p in partitions)
         self._covered &= self._partitions
 
-    async def tick(self) -> Sequence[Refusal]:
+    async def tick(self) -> Sequence[RefusedRecord]:
         """Keep Redis at the topic `sids`; where a new codebook is current, cover the catalogue with it."""
         await self._sids.write()
         due = time.monotonic() - self._checked_at >= self._check_s
@@ -169,14 +169,14 @@ class Catalogue(Hooks):
         if not lacking:
             return
         await self._sids.write()
-        for start in range(0, len(lacking), _AT_ONCE):
-            chunk = lacking[start : start + _AT_ONCE]
+        for start in range(0, len(lacking), _ITEMS_PER_CALL):
+            chunk = lacking[start : start + _ITEMS_PER_CALL]
             claimed = await self._claim_slots(codebook, chunk)
             events = [
                 SidAssignment.new(
                     event_id=f"sid-{codebook.id}-{item_id}"[:128],
                     item_id=item_id,
-                    sid=as_list(packed),
+                    sid=sid_codes(packed),
                     codebook=codebook.id,
                 )
                 for item_id, packed in claimed.items()
@@ -194,7 +194,7 @@ class Catalogue(Hooks):
         while offers:
             arguments: list[str | bytes | int] = []
             for item_id, slots in offers.items():
-                offered = _some(slots)
+                offered = _next_offers(slots)
                 if not offered:
                     raise SidstreamError(
                         f"codebook {codebook.id} has no free slot for item {item_id}: "
@@ -211,5 +211,5 @@ class Catalogue(Hooks):
         return claimed
 
 
-def _some(slots: Iterator[tuple[int, ...]]) -> list[bytes]:
-    return [pack_sid(sid) for sid in islice(slots, _OFFERS)]
+def _next_offers(slots: Iterator[tuple[int, ...]]) -> list[bytes]:
+    return [pack_sid(sid) for sid in islice(slots, _SLOTS_PER_OFFER)]

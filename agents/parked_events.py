@@ -9,21 +9,21 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import redis.asyncio
 
+from agents.assigned_sids import AssignedSids
 from agents.metrics import PARKED
-from agents.sids import Sids
 from streams.events import BY_TOPIC, decode
 from streams.state import keys
 from streams.state.redisdb import run_pipeline
-from streams.wire.batches import EVENTS, Incoming
-from streams.wire.dead_letters import Refusal
+from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
+from streams.wire.dead_letters import RefusedRecord
 
 # How often the parked items are looked at while no new SID came.
-_LOOK_EVERY_S: Final = 1.0
+_SWEEP_EVERY_S: Final = 1.0
 # Items in one go, so that a sweep of many does not keep the batches waiting for long.
-_ITEMS_AT_ONCE: Final = 200
+_ITEMS_PER_SWEEP: Final = 200
 
 
-class Parked(NamedTuple):
+class ParkedRecord(NamedTuple):
     """A record that waits; looks like a consumer's record."""
 
     topic: str
@@ -35,13 +35,13 @@ class Parked(NamedTuple):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Parked)
+_decoder = msgspec.msgpack.Decoder(ParkedRecord)
 
 
-class Parking:
+class ParkedEvents:
     """Parks records by item; sweeps those of this worker's partitions."""
 
-    def __init__(self, store: redis.asyncio.Redis, sids: Sids, park_seconds: int) -> None:
+    def __init__(self, store: redis.asyncio.Redis, sids: AssignedSids, park_seconds: int) -> None:
         self._store = store
         self._sids = sids
         self._park_ms = park_seconds * 1000
@@ -55,40 +55,42 @@ class Parking:
         self._partitions = frozenset(partitions)
         self._looked_at, self._more = 0.0, True
 
-    async def park(self, waiting: Sequence[Incoming]) -> None:
+    async def park(self, waiting: Sequence[ReceivedEvent]) -> None:
         """Keep these records; keeping one twice is keeping it once."""
         now = time.time_ns() // 1_000_000
         commands: list[tuple[Any, ...]] = []
         for record, event in waiting:
             place = f"{record.topic}:{record.partition}:{record.offset}"
-            parked = Parked(record.topic, record.partition, record.offset, record.key, record.value, now)
+            parked = ParkedRecord(
+                record.topic, record.partition, record.offset, record.key, record.value, now
+            )
             # HSETNX: a record that is seen again must not wait longer for that.
             commands.append(("HSETNX", keys.parked(event.item_id), place, _encoder.encode(parked)))
             commands.append(("ZADD", keys.parked_items(record.partition), "NX", now, event.item_id))
         results = await run_pipeline(self._store, commands)
         for (record, _), new in zip(waiting, results[::2], strict=True):
-            EVENTS.labels(record.topic, "parked").inc(new)
+            EVENT_COUNT.labels(record.topic, "parked").inc(new)
         self._more = True
 
-    async def sweep(self, apply: Callable[[list[Any]], Awaitable[None]]) -> list[Refusal]:
+    async def sweep(self, apply: Callable[[list[Any]], Awaitable[None]]) -> list[RefusedRecord]:
         """Give events whose SID came to `apply`; return those whose time is up, to be dead-lettered.
 
         A returned record stays parked until `forget`.
         """
         now = time.monotonic()
-        if not self._more and self._changes == self._sids.changes and now - self._looked_at < _LOOK_EVERY_S:
+        if not self._more and self._changes == self._sids.changes and now - self._looked_at < _SWEEP_EVERY_S:
             return []
         self._looked_at, self._changes, self._more = now, self._sids.changes, False
         since = self._sids.whole_since_ms()
-        refused: list[Refusal] = []
+        refused: list[RefusedRecord] = []
         for partition in sorted(self._partitions):
             index = keys.parked_items(partition)
             found: list[Any] = await self._store.zrange(index, 0, -1)
             items = [item.decode() for item in found]
             PARKED.labels(partition).set(len(items))
             ready = [item for item in items if self._sids.get(item) is not None]
-            self._more = self._more or len(ready) > _ITEMS_AT_ONCE
-            for item in ready[:_ITEMS_AT_ONCE]:
+            self._more = self._more or len(ready) > _ITEMS_PER_SWEEP
+            for item in ready[:_ITEMS_PER_SWEEP]:
                 records = await self._records(item, partition)
                 await apply([decode(BY_TOPIC[r.topic], r.value) for r in records])
                 await self._remove(item, records)
@@ -97,14 +99,14 @@ class Parking:
                 refused += await self._expired(partition, since)
         return refused
 
-    async def forget(self, refused: Iterable[Refusal]) -> None:
+    async def forget(self, refused: Iterable[RefusedRecord]) -> None:
         """Remove records that now stand in dead letters."""
         for refusal in refused:
             record = refusal.record
             item = decode(BY_TOPIC[record.topic], record.value).item_id  # type: ignore[attr-defined]
             await self._remove(item, [record])
 
-    async def _expired(self, partition: int, since_ms: int) -> list[Refusal]:
+    async def _expired(self, partition: int, since_ms: int) -> list[RefusedRecord]:
         wall = time.time_ns() // 1_000_000
         # Without a codebook an event waits as long as it takes: the time counts from when there is one.
         if since_ms + self._park_ms > wall:
@@ -112,7 +114,7 @@ class Parking:
         index = keys.parked_items(partition)
         refused = []
         late: list[Any] = await self._store.zrangebyscore(
-            index, "-inf", wall - self._park_ms, start=0, num=_ITEMS_AT_ONCE
+            index, "-inf", wall - self._park_ms, start=0, num=_ITEMS_PER_SWEEP
         )
         for raw in late:
             item = raw.decode()
@@ -123,7 +125,7 @@ class Parking:
             detail = (
                 f"item_id is {item!r}, which had no SID for {self._park_ms / 1000:g} s: publish it on catalog"
             )
-            refused += [Refusal(record, "histories", "unknown_item", detail) for record in overdue]
+            refused += [RefusedRecord(record, "histories", "unknown_item", detail) for record in overdue]
             left = [r.parked_ms for r in records if r not in overdue]
             if left:
                 await self._store.zadd(index, {item: min(left)})
@@ -131,7 +133,7 @@ class Parking:
                 await self._store.zrem(index, item)
         return refused
 
-    async def _records(self, item: str, partition: int) -> list[Parked]:
+    async def _records(self, item: str, partition: int) -> list[ParkedRecord]:
         found: dict[Any, Any] = await self._store.hgetall(keys.parked(item))
         records = [_decoder.decode(value) for value in found.values()]
         return sorted(r for r in records if r.partition == partition)

@@ -18,9 +18,9 @@ import redis.asyncio
 from streams.events import SidAssignment
 from streams.settings import KafkaSettings
 from streams.state import keys
-from streams.state.codebooks import Newest
-from streams.state.history import pack_sid, tag_of
-from streams.wire.tables import TopicTable
+from streams.state.history import codebook_tag, pack_sid
+from streams.state.newest_codebook import NewestCodebook
+from streams.wire.topic_table import TopicTable
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ _SETTLE_S: Final = 1.0
 _SETTLE_AT_MOST_S: Final = 60.0
 _POLL_S: Final = 0.05
 # Items a script call: some 0.5 ms of Redis's time.
-_CHUNK: Final = 500
+_ITEMS_PER_CALL: Final = 500
 
 # KEYS sids, slots | ARGV item, packed SID, item, packed SID ...
 # Idempotent, and never over a slot that another item holds.
-_MIRROR: Final = """
+_MIRROR_SIDS: Final = """
 for i = 1, #ARGV, 2 do
   if redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1]) == 1 then
     redis.call('HSETNX', KEYS[2], ARGV[i + 1], ARGV[i])
@@ -45,7 +45,7 @@ return redis.status_reply('OK')
 """
 
 
-class Sids:
+class AssignedSids:
     """`get(item)` -> packed SID under the codebook in use; `translate` an SID of another one.
 
     `clock()`: seconds, by which a codebook's SIDs have all come.
@@ -56,11 +56,11 @@ class Sids:
     ) -> None:
         self._table = TopicTable(kafka, SidAssignment, self.see)
         self._clock = clock
-        self._mirror = store.register_script(_MIRROR)
+        self._mirror = store.register_script(_MIRROR_SIDS)
         self._packed: dict[str, dict[str, bytes]] = {}
         # By tag; made where a codebook's SIDs are first translated, so that one codebook costs nothing.
         self._holders: dict[str, dict[bytes, str]] = {}
-        self._newest = Newest()
+        self._newest = NewestCodebook()
         self._seen_at: dict[str, float] = {}
         self._unwritten: list[SidAssignment] = []
         self._changed_at = 0.0
@@ -103,7 +103,7 @@ class Sids:
         """The item that has this SID under the codebook with this tag; None: nobody, or it is not known."""
         held = self._holders.get(tag)
         if held is None:
-            named = [codebook for codebook in self._packed if tag_of(codebook) == tag]
+            named = [codebook for codebook in self._packed if codebook_tag(codebook) == tag]
             if not named:
                 return None
             held = self._holders[tag] = {}
@@ -144,7 +144,7 @@ class Sids:
     async def write(self) -> None:
         """Bring Redis up to what was read. Raises RedisError; the next call goes on where it failed."""
         while self._unwritten:
-            chunk = self._unwritten[:_CHUNK]
+            chunk = self._unwritten[:_ITEMS_PER_CALL]
             by_codebook: dict[str, list[bytes | str]] = {}
             for event in chunk:
                 by_codebook.setdefault(event.codebook, []).extend((event.item_id, pack_sid(event.sid)))
@@ -165,7 +165,7 @@ class Sids:
             return
         packed = pack_sid(event.sid)
         known[event.item_id] = packed
-        held = self._holders.get(tag_of(event.codebook))
+        held = self._holders.get(codebook_tag(event.codebook))
         if held is not None:
             held.setdefault(packed, event.item_id)
         self._changed_at = now
@@ -185,6 +185,6 @@ class Sids:
             self.levels = len(next(iter(self._packed[codebook].values()))) // 2
 
 
-def as_list(packed: bytes) -> Sequence[int]:
+def sid_codes(packed: bytes) -> Sequence[int]:
     """Codes of a packed SID as the wire has them."""
     return [int.from_bytes(packed[at : at + 2], "big") for at in range(0, len(packed), 2)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streams.events import SidAssignment
 
 
-class Newest:
+class NewestCodebook:
     """`codebook` after the assignments that were seen, in whichever order they came."""
 
     def __init__(self) -> None:

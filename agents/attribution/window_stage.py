@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from agents.attribution.clock import PartitionClock
-from agents.attribution.states import DUE_AT_ONCE, States, Sum, Write
+from agents.attribution.event_time import PartitionClock
+from agents.attribution.window_states import DUE_USERS_PER_READ, StateWrite, SumChange, WindowStates
 from agents.metrics import WATERMARK
-from streams.wire.batches import Incoming
-from streams.wire.dead_letters import Refusal
+from streams.wire.batch_loop import ReceivedEvent
+from streams.wire.dead_letters import RefusedRecord
 
 S = TypeVar("S")
 Fences = dict[str, tuple[int, int]]
@@ -27,7 +27,7 @@ _STORE_EVERY_MS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class WindowRules:
     """Times in milliseconds of event time."""
 
     window_ms: int
@@ -43,15 +43,17 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Step(Generic[S]):
+class StateChange(Generic[S]):
     """A user's state after some work; None: nothing is open. `due`: when to look again (ms)."""
 
     state: S | None
     due: int | None
-    sums: Sequence[Sum] = ()
+    sums: Sequence[SumChange] = ()
 
 
-def fenced(fences: Fences, events: Iterable[Incoming], incarnations: Mapping[str, int]) -> list[Incoming]:
+def unapplied_events(
+    fences: Fences, events: Iterable[ReceivedEvent], incarnations: Mapping[str, int]
+) -> list[ReceivedEvent]:
     """The events that the fences have not seen; the fences move past them."""
     fresh = []
     seen = dict(fences)
@@ -68,14 +70,14 @@ def fenced(fences: Fences, events: Iterable[Incoming], incarnations: Mapping[str
     return fresh
 
 
-class Windowed(ABC, Generic[S]):
+class WindowStage(ABC, Generic[S]):
     """A stage of the batch loop whose users' states live in Redis."""
 
     name: str
     topics: frozenset[str]
 
     def __init__(
-        self, states: States, clocks: Mapping[int, PartitionClock], incarnations: Mapping[str, int]
+        self, states: WindowStates, clocks: Mapping[int, PartitionClock], incarnations: Mapping[str, int]
     ) -> None:
         self._states = states
         self._clocks = clocks
@@ -96,9 +98,9 @@ class Windowed(ABC, Generic[S]):
         """Up to which event time (ms) the partition is matured."""
         return self._matured.get(partition)
 
-    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         """Add the batch to the users' states."""
-        by_user: dict[str, tuple[int, list[Incoming]]] = {}
+        by_user: dict[str, tuple[int, list[ReceivedEvent]]] = {}
         for incoming in batch:
             record, event = incoming
             if record.topic in self.topics and self.wants(event):
@@ -119,7 +121,7 @@ class Windowed(ABC, Generic[S]):
                 continue
             while users := await self._states.due(partition, watermark):
                 await self._work({user: (partition, []) for user in users}, watermark)
-                if len(users) < DUE_AT_ONCE:
+                if len(users) < DUE_USERS_PER_READ:
                     break
             self._matured[partition] = watermark
             if watermark - self._stored.get(partition, 0) >= _STORE_EVERY_MS:
@@ -127,7 +129,7 @@ class Windowed(ABC, Generic[S]):
                 self._stored[partition] = watermark
             WATERMARK.labels(self.name, partition).set(watermark / 1000)
 
-    async def _work(self, work: dict[str, tuple[int, list[Incoming]]], watermark: int | None) -> None:
+    async def _work(self, work: dict[str, tuple[int, list[ReceivedEvent]]], watermark: int | None) -> None:
         while work:
             stored = await self._states.read(list(work))
             writes = []
@@ -141,7 +143,7 @@ class Windowed(ABC, Generic[S]):
                 else:
                     step = self.close(user, state, watermark)
                 packed = None if step.state is None else self.encode(step.state)
-                writes.append(Write(user, partition, token, packed, step.due, step.sums))
+                writes.append(StateWrite(user, partition, token, packed, step.due, step.sums))
             await self.emit()
             overtaken = await self._states.write(writes)
             work = {user: work[user] for user in overtaken}
@@ -170,9 +172,11 @@ class Windowed(ABC, Generic[S]):
         """Bytes of a state."""
 
     @abstractmethod
-    def add(self, user: str, state: S | None, events: Sequence[Incoming], matured: int | None) -> Step[S]:
+    def add(
+        self, user: str, state: S | None, events: Sequence[ReceivedEvent], matured: int | None
+    ) -> StateChange[S]:
         """The state with the events; those that could only matter before `matured` (ms) are left out."""
 
     @abstractmethod
-    def close(self, user: str, state: S | None, watermark: int) -> Step[S]:
+    def close(self, user: str, state: S | None, watermark: int) -> StateChange[S]:
         """The state after everything due at `watermark` (ms) is closed."""

@@ -14,9 +14,9 @@ from aiokafka.errors import KafkaError
 from streams.errors import SidstreamError
 from streams.events import Event
 from streams.settings import KafkaSettings
-from streams.wire.admin import missing, unreachable
+from streams.wire.admin import missing_topic_error, unreachable_error
 from streams.wire.connect import client_options
-from streams.wire.records import Record, partition_of, record
+from streams.wire.records import KafkaRecord, kafka_record, partition_of
 
 # About 500 events a batch: enough that the cost of a request vanishes, small enough for smooth progress.
 _BATCH_BYTES = 131_072
@@ -54,7 +54,7 @@ class BulkWriter:
             cluster = await self._producer.client.fetch_all_metadata()
         except KafkaError as error:
             await self._producer.stop()
-            raise unreachable(self._kafka, error) from error
+            raise unreachable_error(self._kafka, error) from error
         self._partitions = {topic: len(cluster.partitions_for_topic(topic)) for topic in cluster.topics()}
         return self
 
@@ -69,14 +69,14 @@ class BulkWriter:
             # After a failure the other batches' results are of no interest, but must be taken.
             await asyncio.gather(*(future for _, future in self._under_way), return_exceptions=True)
 
-    def add(self, item: Record) -> bool:
+    def add(self, item: KafkaRecord) -> bool:
         """Put one record into its partition's batch; True when a batch is full and `send` is due.
 
         Raises SidstreamError when the topic does not exist.
         """
         partitions = self._partitions.get(item.topic)
         if partitions is None:
-            raise missing(item.topic)
+            raise missing_topic_error(item.topic)
         place = (item.topic, partition_of(item.key, partitions))
         batch = self._filling.get(place)
         if batch is None:
@@ -139,7 +139,7 @@ def publish_all(
     async def run() -> int:
         async with BulkWriter(kafka, on_progress) as writer:
             for event in events:
-                if writer.add(record(event, kafka.max_event_bytes)):
+                if writer.add(kafka_record(event, kafka.max_event_bytes)):
                     await writer.send()
         return writer.confirmed
 

@@ -21,7 +21,7 @@ from streams.state.redisdb import run_pipeline
 # KEYS state, sums ... | ARGV expected token ('' = absent), new value ('' = delete), then per sums key:
 # arm, bundle, cohort, impressions, clicks, orders to add. All or nothing: sums, state and fences agree. A
 # field that comes to 0 goes, and with the last of them the hash: what moved away leaves nothing behind.
-SWAP: Final = """
+_REPLACE_STATE: Final = """
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return 0 end
 if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
 for k = 2, #KEYS do
@@ -36,17 +36,17 @@ end
 return 1
 """
 # KEYS clock | ARGV stage, watermark. Never backwards.
-_ADVANCE: Final = """
+_ADVANCE_WATERMARK: Final = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
 if not stored or tonumber(stored) < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
 return redis.status_reply('OK')
 """
 # Users matured in one go; more are found by the next round.
-DUE_AT_ONCE: Final = 2000
+DUE_USERS_PER_READ: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class SumChange:
     """What to add to one cohort's sums of one trial of a user."""
 
     trial: str
@@ -59,7 +59,7 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class StateWrite:
     """One user's new state; body None: nothing is open, forget the user. `due` in ms of event time."""
 
     user: str
@@ -67,10 +67,10 @@ class Write:
     token: bytes
     body: bytes | None
     due: int | None
-    sums: Sequence[Sum] = ()
+    sums: Sequence[SumChange] = ()
 
 
-class States:
+class WindowStates:
     """The states of one stage ('preferences' or 'outcomes')."""
 
     def __init__(self, store: redis.asyncio.Redis, stage: str) -> None:
@@ -89,16 +89,16 @@ class States:
     async def due(self, partition: int, watermark: int) -> list[str]:
         """Users with something that matures at or before `watermark`, at most DUE_AT_ONCE."""
         found: list[Any] = await self._store.zrangebyscore(
-            keys.due(self._stage, partition), "-inf", watermark, start=0, num=DUE_AT_ONCE
+            keys.due(self._stage, partition), "-inf", watermark, start=0, num=DUE_USERS_PER_READ
         )
         return [user.decode() for user in found]
 
-    async def write(self, writes: Sequence[Write]) -> list[str]:
+    async def write(self, writes: Sequence[StateWrite]) -> list[str]:
         """Replace states; return the users whose state was changed by somebody else meanwhile."""
         if not writes:
             return []
         if self._swap is None:
-            self._swap = await self._store.script_load(SWAP)
+            self._swap = await self._store.script_load(_REPLACE_STATE)
         commands: list[tuple[Any, ...]] = []
         for write in writes:
             # The index first: an entry without a state is harmless, a state without an entry never matures.
@@ -128,4 +128,4 @@ class States:
 
     async def set_watermark(self, partition: int, watermark: int) -> None:
         """Store it; a smaller one than stands changes nothing."""
-        await self._store.eval(_ADVANCE, 1, keys.clock(partition), self._stage, watermark)
+        await self._store.eval(_ADVANCE_WATERMARK, 1, keys.clock(partition), self._stage, watermark)

@@ -10,42 +10,42 @@ import msgspec
 import redis.asyncio
 from aiokafka import AIOKafkaProducer
 
+from agents.assigned_sids import AssignedSids, sid_codes
 from agents.attribution import pairs
-from agents.attribution.clock import PartitionClock
-from agents.attribution.states import States
-from agents.attribution.windows import Rules, Step, Windowed, fenced
+from agents.attribution.event_time import PartitionClock
+from agents.attribution.window_stage import StateChange, WindowRules, WindowStage, unapplied_events
+from agents.attribution.window_states import WindowStates
 from agents.metrics import PAIRS
-from agents.sids import Sids, as_list
 from streams.errors import SidstreamError
 from streams.events import Click, Impression, PreferencePair, Purchase, Recommendation, encode
 from streams.state import keys
-from streams.state.history import Entry
+from streams.state.history import HistoryEntry
 from streams.state.redisdb import run_pipeline
-from streams.state.translation import under
-from streams.wire.batches import EVENTS, Incoming
+from streams.state.translation import entries_under
+from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
 
 VERSION = 1
 
 
-class Preferences(Windowed[pairs.Open]):
+class PairStage(WindowStage[pairs.OpenPairWindows]):
     """Pairs are acknowledged by Kafka before the state that made them is replaced."""
 
     name = "preferences"
     topics = frozenset(kind.topic for kind in (Click, Purchase, Impression, Recommendation))
 
     def __init__(
-        self, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: Sids, rules: Rules,
+        self, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: AssignedSids, rules: WindowRules,
         max_rejected: int, clocks: Mapping[int, PartitionClock], incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
-        super().__init__(States(store, self.name), clocks, incarnations)
+        super().__init__(WindowStates(store, self.name), clocks, incarnations)
         self._store = store
         self._producer = producer
         self._sids = sids
         self._rules = rules
         self._max_rejected = max_rejected
-        self._decided: list[tuple[str, pairs.Decision]] = []
+        self._decided: list[tuple[str, pairs.PairDecision]] = []
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(pairs.Open)
+        self._decoder = msgspec.msgpack.Decoder(pairs.OpenPairWindows)
 
     def wants(self, event: Any) -> bool:
         """Impressions without a request open nothing."""
@@ -55,7 +55,7 @@ class Preferences(Windowed[pairs.Open]):
         """Without a codebook nothing has a SID: windows stay open until there is one."""
         return self._sids.whole_since_ms() is not None
 
-    def decode(self, body: bytes) -> pairs.Open:
+    def decode(self, body: bytes) -> pairs.OpenPairWindows:
         """Read a stored state."""
         state = self._decoder.decode(body)
         if state.version != VERSION:
@@ -65,35 +65,41 @@ class Preferences(Windowed[pairs.Open]):
             )
         return state
 
-    def encode(self, state: pairs.Open) -> bytes:
+    def encode(self, state: pairs.OpenPairWindows) -> bytes:
         """Bytes of a state."""
         return self._encoder.encode(state)
 
     def add(
-        self, user: str, state: pairs.Open | None, events: Sequence[Incoming], matured: int | None
-    ) -> Step[pairs.Open]:
+        self,
+        user: str,
+        state: pairs.OpenPairWindows | None,
+        events: Sequence[ReceivedEvent],
+        matured: int | None,
+    ) -> StateChange[pairs.OpenPairWindows]:
         """The state with the events."""
-        opened = state or pairs.Open()
+        opened = state or pairs.OpenPairWindows()
         kept = False
-        for record, event in fenced(opened.fences, events, self._incarnations):
+        for record, event in unapplied_events(opened.fences, events, self._incarnations):
             if pairs.add(opened, event, self._rules, matured):
                 kept = True
             else:
-                EVENTS.labels(record.topic, "too_late_for_pairs").inc()
+                EVENT_COUNT.labels(record.topic, "too_late_for_pairs").inc()
         if not kept and state is None:
-            return Step(None, None)
-        return Step(opened, pairs.due(opened, self._rules))
+            return StateChange(None, None)
+        return StateChange(opened, pairs.due(opened, self._rules))
 
-    def close(self, user: str, state: pairs.Open | None, watermark: int) -> Step[pairs.Open]:
+    def close(
+        self, user: str, state: pairs.OpenPairWindows | None, watermark: int
+    ) -> StateChange[pairs.OpenPairWindows]:
         """Decide what is due; the pairs go out by `emit`."""
         if state is None:
-            return Step(None, None)
+            return StateChange(None, None)
         known = lambda item: self._sids.get(item) is not None  # noqa: E731
         for decision in pairs.close(state, watermark, self._rules, self._max_rejected, known):
             self._decided.append((user, decision))
         if pairs.empty(state, watermark, self._rules):
-            return Step(None, None)
-        return Step(state, pairs.due(state, self._rules, watermark))
+            return StateChange(None, None)
+        return StateChange(state, pairs.due(state, self._rules, watermark))
 
     async def emit(self) -> None:
         """Write the decided pairs and wait until Kafka has them."""
@@ -106,7 +112,7 @@ class Preferences(Windowed[pairs.Open]):
         assert codebook is not None
         # Told under the codebook of the pair, also where a history was not brought over to it yet.
         pasts = {
-            user: under(value, codebook, self._sids.translate)
+            user: entries_under(value, codebook, self._sids.translate)
             for user, value in zip(users, values, strict=True)
         }
         made = [self.pair(user, decision, pasts[user]) for user, decision in decided]
@@ -115,7 +121,7 @@ class Preferences(Windowed[pairs.Open]):
         for pair in made:
             PAIRS.labels(pair.scheme).inc()
 
-    def pair(self, user: str, decision: pairs.Decision, past: Sequence[Entry]) -> PreferencePair:
+    def pair(self, user: str, decision: pairs.PairDecision, past: Sequence[HistoryEntry]) -> PreferencePair:
         """The event of a decision; its history is what the user did strictly before."""
         codebook = self._sids.codebook
         assert codebook is not None
@@ -131,7 +137,7 @@ class Preferences(Windowed[pairs.Open]):
             rejected_items=list(decision.rejected),
             rejected=[self._sid(item) for item in decision.rejected],
             history=[list(e.sid) for e in past if e.ts < decision.before],
-            trigger=None if trigger is None else as_list(trigger),
+            trigger=None if trigger is None else sid_codes(trigger),
             request_id=decision.request_id,
             scene=decision.scene,
         )
@@ -139,4 +145,4 @@ class Preferences(Windowed[pairs.Open]):
     def _sid(self, item: str) -> Sequence[int]:
         packed = self._sids.get(item)
         assert packed is not None
-        return as_list(packed)
+        return sid_codes(packed)

@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from streams.errors import SidstreamError
 from streams.events import Event, EventError, decode
 from streams.settings import KafkaSettings
-from streams.wire.admin import missing, unreachable
+from streams.wire.admin import missing_topic_error, unreachable_error
 from streams.wire.connect import client_options
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,10 @@ class TopicTable(Generic[E]):
                 begin = await consumer.beginning_offsets(partitions)
         except (UnknownTopicOrPartitionError, TimeoutError) as error:
             await consumer.stop()
-            raise missing(topic) from error
+            raise missing_topic_error(topic) from error
         except KafkaError as error:
             await consumer.stop()
-            raise unreachable(self._kafka, error) from error
+            raise unreachable_error(self._kafka, error) from error
         self._position = {partition.partition: offset for partition, offset in begin.items()}
         self._consumer = consumer
         self._caught_up = asyncio.get_running_loop().create_future()

@@ -18,39 +18,43 @@ from typing import Any, Final
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
+from agents.assigned_sids import AssignedSids
 from agents.metrics import RECODED
-from agents.sids import Sids
 from streams.errors import SidstreamError
 from streams.settings import HistorySettings
 from streams.state import keys
-from streams.state.history import cut
+from streams.state.history import split_parts
 from streams.state.redisdb import run_pipeline
-from streams.state.translation import REPLACE, foreign, recode
+from streams.state.translation import REPLACE_IF_UNCHANGED, needs_recoding, recode_history
 from streams.wire.records import partition_of
 
 log = logging.getLogger(__name__)
 
 # Histories translated in one go, and keys looked at by one SCAN: some milliseconds each.
-_AT_ONCE: Final = 500
-_KEYS_A_LOOK: Final = 1000
+_HISTORIES_PER_PIPELINE: Final = 500
+_KEYS_PER_SCAN: Final = 1000
 # What a scan takes of the time between two batches, seconds.
 _SCAN_S: Final = 0.05
 
 
 # (user, old, new) of some histories -> for each 1 where the old bytes still stood and are replaced, else 0.
-Replace = Callable[[Sequence[tuple[str, bytes, bytes]]], Awaitable[list[int]]]
+ReplaceHistories = Callable[[Sequence[tuple[str, bytes, bytes]]], Awaitable[list[int]]]
 
 
-class Recoding:
+class HistoryRecoder:
     """Keeps `h:{user}` of this worker's users under the codebook in use. `replace`: by default in Redis."""
 
     def __init__(
-        self, store: redis.asyncio.Redis, sids: Sids, bounds: HistorySettings, replace: Replace | None = None
+        self,
+        store: redis.asyncio.Redis,
+        sids: AssignedSids,
+        bounds: HistorySettings,
+        replace: ReplaceHistories | None = None,
     ) -> None:
         self._store = store
         self._sids = sids
         self._bounds = bounds
-        self._replace = replace or Replacer(store).replace
+        self._replace = replace or HistoryReplacer(store).replace
         self._partitions: frozenset[int] = frozenset()
         self._count = 1
         self._cursor: int | None = 0  # of the scan; None: it is done
@@ -70,13 +74,13 @@ class Recoding:
         """Whether histories are still to be looked at."""
         return self._cursor is not None
 
-    async def recode(self, users: Iterable[str], how: str) -> None:
+    async def recode_users(self, users: Iterable[str], how: str) -> None:
         """Bring these users' histories over. `how` stands in the metric: touch, scan or sid."""
         codebook = self._sids.codebook
         assert codebook is not None
         left = list(users)
         while left:
-            chunk = left[:_AT_ONCE]
+            chunk = left[:_HISTORIES_PER_PIPELINE]
             values: list[Any] = await run_pipeline(self._store, [("GET", keys.history(u)) for u in chunk])
             old = {u: value for u, value in zip(chunk, values, strict=True) if value is not None}
             new = {user: self._recoded(user, value, codebook, how) for user, value in old.items()}
@@ -86,7 +90,7 @@ class Recoding:
             for user in old.keys() - overtaken:
                 self._wait(user, new[user])
             RECODED.labels(how).inc(len(changed) - len(overtaken))
-            left = [*overtaken, *left[_AT_ONCE:]]
+            left = [*overtaken, *left[_HISTORIES_PER_PIPELINE:]]
 
     async def tick(self) -> None:
         """Go on with the scan for a while, and bring over what waited for SIDs that came."""
@@ -107,7 +111,7 @@ class Recoding:
         changes = self._sids.changes
         ready = [item for item in self._waiting if self._sids.get(item) is not None]
         users = {user for item in ready for user in self._waiting[item]}
-        await self.recode(users, "sid")
+        await self.recode_users(users, "sid")
         for item in ready:
             del self._waiting[item]
         self._changes = changes
@@ -116,25 +120,27 @@ class Recoding:
         until = time.monotonic() + _SCAN_S
         while self._cursor is not None and time.monotonic() < until:
             looked: tuple[int, list[Any]] = await self._store.scan(
-                self._cursor, match=keys.history("*"), count=_KEYS_A_LOOK
+                self._cursor, match=keys.history("*"), count=_KEYS_PER_SCAN
             )
             cursor, found = looked
             users = [user for user in (keys.user_of_history(key) for key in found) if self._mine(user)]
             starts = await run_pipeline(self._store, [("GETRANGE", keys.history(u), 0, 5) for u in users])
-            some = [user for user, start in zip(users, starts, strict=True) if foreign(start, codebook)]
-            await self.recode(some, "scan")
+            some = [
+                user for user, start in zip(users, starts, strict=True) if needs_recoding(start, codebook)
+            ]
+            await self.recode_users(some, "scan")
             # Last: a look that failed half-way is repeated.
             self._cursor = cursor or None
 
     def _recoded(self, user: str, value: bytes, codebook: str, how: str) -> bytes:
         try:
-            return recode(
+            return recode_history(
                 value, self._sids.translate, codebook=codebook, levels=self._sids.levels, bounds=self._bounds
             )
         except (SidstreamError, IndexError) as error:
             if how == "touch":  # the event that touched it is refused; a scan only leaves it as it is
                 raise
-            log.error("the history of user %s stays as it is: %s", keys.hashed(user), error)
+            log.error("the history of user %s stays as it is: %s", keys.anonymous_user(user), error)
             return value
 
     def _mine(self, user: str) -> bool:
@@ -142,7 +148,7 @@ class Recoding:
 
     def _wait(self, user: str, value: bytes) -> None:
         try:
-            waiting = cut(value).waiting
+            waiting = split_parts(value).waiting
         except (SidstreamError, IndexError):  # said where it was to be brought over
             return
         for tag, entry in waiting:
@@ -153,7 +159,7 @@ class Recoding:
                 self._changes = -1
 
 
-class Replacer:
+class HistoryReplacer:
     """Replaces histories in Redis, each only where nobody changed it since it was read."""
 
     def __init__(self, store: redis.asyncio.Redis) -> None:
@@ -164,7 +170,7 @@ class Replacer:
         """As `Replace` says. Raises RedisError."""
         while values:
             if self._script is None:
-                self._script = await self._store.script_load(REPLACE)
+                self._script = await self._store.script_load(REPLACE_IF_UNCHANGED)
             try:
                 return await run_pipeline(
                     self._store,

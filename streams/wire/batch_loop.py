@@ -39,15 +39,17 @@ from streams.events import Event, EventError, decode
 from streams.settings import KafkaSettings
 from streams.state import redisdb
 from streams.wire.connect import client_options
-from streams.wire.dead_letters import Refusal, write
+from streams.wire.dead_letters import RefusedRecord, write_dead_letters
 from streams.wire.records import partition_of
 
 log = logging.getLogger(__name__)
 
-EVENTS: Final = Counter(
+EVENT_COUNT: Final = Counter(
     "sidstream_events_total", "Records read, by what became of them", ["topic", "outcome"]
 )
-LAG: Final = Gauge("sidstream_consumer_lag_records", "Records not yet applied", ["topic", "partition"])
+CONSUMER_LAG: Final = Gauge(
+    "sidstream_consumer_lag_records", "Records not yet applied", ["topic", "partition"]
+)
 # A batch takes from some milliseconds (a few events) to seconds (a full one on a busy machine).
 BATCH_SECONDS: Final = Histogram(
     "sidstream_batch_seconds", "Time to apply one batch", ["stage"],
@@ -68,14 +70,14 @@ _BACKOFF_S: Final = (0.1, 5.0)
 _NOT_OUTAGES: Final = (MessageSizeTooLargeError, IllegalStateError)
 
 
-class Incoming(NamedTuple):
+class ReceivedEvent(NamedTuple):
     """A Kafka record and its event; event None: the key was deleted (compacted topics only)."""
 
     record: Any
     event: Any
 
 
-class Stage(Protocol):
+class BatchStage(Protocol):
     """One idempotent step. It may raise: the loop retries, isolates and dead-letters."""
 
     @property
@@ -83,7 +85,7 @@ class Stage(Protocol):
         """Stands in dead letters and metrics."""
         ...
 
-    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         """Apply the batch wholly; return the records that can never be applied."""
         ...
 
@@ -99,11 +101,11 @@ class BatchOptions:
     session_timeout_s: float
 
 
-class Abandoned(Exception):
+class BatchAbandoned(Exception):
     """The batch must be let go uncommitted: its partitions go elsewhere, or the worker stops."""
 
 
-class Hooks:
+class BatchHooks:
     """What else happens in the loop's own task, between batches."""
 
     async def started(self) -> None:
@@ -118,11 +120,11 @@ class Hooks:
     async def observed(self, partition: TopicPartition, lag: int) -> None:
         """About once a second: how many records of the partition are not yet read."""
 
-    async def tick(self) -> Sequence[Refusal]:
+    async def tick(self) -> Sequence[RefusedRecord]:
         """After each fetch, also an empty one. Returned records are dead-lettered."""
         return ()
 
-    async def buried(self, refused: Sequence[Refusal]) -> None:
+    async def buried(self, refused: Sequence[RefusedRecord]) -> None:
         """What `tick` returned stands in dead letters."""
 
 
@@ -133,9 +135,9 @@ class BatchLoop(Service):
         self,
         kafka: KafkaSettings,
         kinds: Sequence[type[Event]],
-        stages: Sequence[Stage],
+        stages: Sequence[BatchStage],
         options: BatchOptions,
-        hooks: Hooks | None = None,
+        hooks: BatchHooks | None = None,
         *,
         tombstones: bool = False,
         **service: Any,
@@ -145,7 +147,7 @@ class BatchLoop(Service):
         self._kinds = {kind.topic: kind for kind in kinds}
         self._stages = stages
         self._options = options
-        self._hooks = hooks or Hooks()
+        self._hooks = hooks or BatchHooks()
         self._tombstones = tombstones
         self._working = asyncio.Lock()
         self._let_go = asyncio.Event()
@@ -180,7 +182,7 @@ class BatchLoop(Service):
         await self._producer.start()
         await self._hooks.started()
         await self._consumer.start()
-        self._consumer.subscribe(topics=sorted(self._kinds), listener=_Listener(self))
+        self._consumer.subscribe(topics=sorted(self._kinds), listener=_RebalanceListener(self))
 
     async def on_stop(self) -> None:
         """Finish the batch in work, commit it and leave the group."""
@@ -203,7 +205,7 @@ class BatchLoop(Service):
                     # Partitions went away while the lock was taken: the next owner reads these records.
                     if epoch == self._epoch and not self.should_stop:
                         await self._turn(fetched)
-            except Abandoned:
+            except BatchAbandoned:
                 log.warning("a batch was abandoned; its records are read again")
             except KafkaError as error:
                 log.warning("reading failed, trying again: %s", error)
@@ -220,7 +222,7 @@ class BatchLoop(Service):
         await self._measure_lag()
         refused = await self._persist("tick", self._hooks.tick)
         if refused:
-            await self._persist("dead letters", lambda: write(self._producer, refused))
+            await self._persist("dead letters", lambda: write_dead_letters(self._producer, refused))
             await self._persist("tick", lambda: self._hooks.buried(refused))
 
     async def _watch_offsets(self, fetched: dict[TopicPartition, list[Any]]) -> None:
@@ -239,37 +241,37 @@ class BatchLoop(Service):
         if misplaced:
             await self._persist("reroute", lambda: self._reroute(misplaced))
         if refused:
-            await self._persist("dead letters", lambda: write(self._producer, refused))
+            await self._persist("dead letters", lambda: write_dead_letters(self._producer, refused))
         offsets = {partition: records[-1].offset + 1 for partition, records in fetched.items()}
         await self._persist("commit", lambda: self._commit(offsets))
         self._count(fetched, refused, misplaced)
 
     def _read(
         self, fetched: dict[TopicPartition, list[Any]]
-    ) -> tuple[list[Incoming], list[Refusal], list[Incoming]]:
+    ) -> tuple[list[ReceivedEvent], list[RefusedRecord], list[ReceivedEvent]]:
         """Events to apply, records that break the contract, events in a partition that is not theirs."""
         now = time.time_ns() // 1_000_000
-        batch: list[Incoming] = []
-        refused: list[Refusal] = []
-        misplaced: list[Incoming] = []
+        batch: list[ReceivedEvent] = []
+        refused: list[RefusedRecord] = []
+        misplaced: list[ReceivedEvent] = []
         for partition, records in fetched.items():
             kind = self._kinds[partition.topic]
             known = self._consumer.partitions_for_topic(partition.topic)
             count = len(known) if known else self._kafka.partitions
             for record in records:
                 if record.value is None and self._tombstones:
-                    batch.append(Incoming(record, None))
+                    batch.append(ReceivedEvent(record, None))
                     continue
                 try:
                     event = decode(kind, record.value, now)
                 except EventError as error:
-                    refused.append(Refusal(record, "decode", error.reason, error.detail))
+                    refused.append(RefusedRecord(record, "decode", error.reason, error.detail))
                     continue
                 right = partition_of(event.key, count) == partition.partition
-                (batch if right else misplaced).append(Incoming(record, event))
+                (batch if right else misplaced).append(ReceivedEvent(record, event))
         return batch, refused, misplaced
 
-    async def _reroute(self, misplaced: Sequence[Incoming]) -> None:
+    async def _reroute(self, misplaced: Sequence[ReceivedEvent]) -> None:
         await asyncio.gather(
             *[
                 self._producer.send_and_wait(record.topic, record.value, key=event.key)
@@ -283,9 +285,11 @@ class BatchLoop(Service):
         except (CommitFailedError, IllegalStateError, RebalanceInProgressError) as error:
             # The group moved on: the next owner reads these records again, and its stages know them.
             log.warning("a commit came too late, records will be seen twice: %s", error)
-            raise Abandoned from error
+            raise BatchAbandoned from error
 
-    async def _isolate(self, stage: Stage, batch: Sequence[Incoming], attempts: int) -> list[Refusal]:
+    async def _isolate(
+        self, stage: BatchStage, batch: Sequence[ReceivedEvent], attempts: int
+    ) -> list[RefusedRecord]:
         """Apply the batch; halve it where it fails until the failing record stands alone."""
         failure = None
         for attempt in range(1, attempts + 1):
@@ -293,7 +297,7 @@ class BatchLoop(Service):
                 return list(
                     await self._persist(stage.name, lambda: stage.apply(batch), self._options.deadline_s)
                 )
-            except Abandoned:
+            except BatchAbandoned:
                 raise
             except Exception as error:
                 failure = error
@@ -307,7 +311,7 @@ class BatchLoop(Service):
         if len(batch) == 1:
             reason = "timeout" if isinstance(failure, TimeoutError) else "failed"
             detail = f"{type(failure).__name__}: {failure}"
-            return [Refusal(batch[0].record, stage.name, reason, detail, attempts)]
+            return [RefusedRecord(batch[0].record, stage.name, reason, detail, attempts)]
         middle = len(batch) // 2
         refused = []
         for half in (batch[:middle], batch[middle:]):
@@ -341,7 +345,7 @@ class BatchLoop(Service):
             await asyncio.wait_for(self._let_go.wait(), delay)
         except TimeoutError:
             return
-        raise Abandoned
+        raise BatchAbandoned
 
     async def _measure_lag(self) -> None:
         now = time.monotonic()
@@ -353,19 +357,19 @@ class BatchLoop(Service):
             if end is None:  # nothing was fetched yet
                 continue
             position = await self._consumer.position(partition)
-            LAG.labels(partition.topic, partition.partition).set(max(0, end - position))
+            CONSUMER_LAG.labels(partition.topic, partition.partition).set(max(0, end - position))
             await self._hooks.observed(partition, max(0, end - position))
 
     def _count(
-        self, fetched: dict[TopicPartition, list[Any]], refused: Sequence[Refusal],
-        misplaced: Sequence[Incoming],
+        self, fetched: dict[TopicPartition, list[Any]], refused: Sequence[RefusedRecord],
+        misplaced: Sequence[ReceivedEvent],
     ) -> None:  # fmt: skip
         for partition, records in fetched.items():
-            EVENTS.labels(partition.topic, "read").inc(len(records))
+            EVENT_COUNT.labels(partition.topic, "read").inc(len(records))
         for refusal in refused:
-            EVENTS.labels(refusal.record.topic, "dead_letter").inc()
+            EVENT_COUNT.labels(refusal.record.topic, "dead_letter").inc()
         for record, _ in misplaced:
-            EVENTS.labels(record.topic, "rerouted").inc()
+            EVENT_COUNT.labels(record.topic, "rerouted").inc()
 
     async def release(self) -> None:
         """Called before partitions go: returns when no record of them is in work."""
@@ -374,7 +378,7 @@ class BatchLoop(Service):
             self._epoch += 1
             self._assigned = None
             self._next.clear()
-            LAG.clear()
+            CONSUMER_LAG.clear()
 
     def take_over(self) -> None:
         """Called when partitions are this worker's."""
@@ -382,7 +386,7 @@ class BatchLoop(Service):
             self._let_go.clear()
 
 
-class _Listener(ConsumerRebalanceListener):
+class _RebalanceListener(ConsumerRebalanceListener):
     def __init__(self, loop: BatchLoop) -> None:
         self._loop = loop
 
