@@ -22,7 +22,8 @@ from prometheus_client import start_http_server
 
 from agents.assigned_sids import AssignedSids
 from agents.attribution.event_time import PartitionClock
-from agents.attribution.outcomes import OutcomeRules, OutcomeStage, store_rules
+from agents.attribution.outcome_stage import OutcomeStage, store_rules
+from agents.attribution.outcomes import OutcomeRules
 from agents.attribution.pair_stage import PairStage
 from agents.history_recoder import HistoryRecoder
 from agents.history_writer import HistoryWriter
@@ -76,20 +77,20 @@ class UserEventHooks(BatchHooks):
         self._clocks: dict[int, PartitionClock] = {}
         self._incarnations: dict[str, int] = {}
         self._sids = sids
-        self._parking = ParkedEvents(store, sids, settings.park_seconds)
-        self._recoding = HistoryRecoder(store, sids, history)
-        self._histories = HistoryWriter(
-            store, sids, self._parking, self._recoding, history, self._incarnations
+        self._parked_events = ParkedEvents(store, sids, settings.park_seconds)
+        self._recoder = HistoryRecoder(store, sids, history)
+        self._history_writer = HistoryWriter(
+            store, sids, self._parked_events, self._recoder, history, self._incarnations
         )
-        self._preferences = PairStage(
+        self._pair_stage = PairStage(
             store, producer, sids, rules, settings.max_rejected, self._clocks, self._incarnations
         )
-        self._outcomes = OutcomeStage(store, rules, self._clocks, self._incarnations)
+        self._outcome_stage = OutcomeStage(store, rules, self._clocks, self._incarnations)
 
     @property
     def stages(self) -> tuple[Any, ...]:
         """In the order in which a batch passes them; event time moves last, when all else is done."""
-        return self._histories, self._preferences, self._outcomes, self
+        return self._history_writer, self._pair_stage, self._outcome_stage, self
 
     async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         """Move event time."""
@@ -100,11 +101,11 @@ class UserEventHooks(BatchHooks):
                 clock.observe(record.topic, event.user_id, event.ts, now, wall)
         return ()
 
-    async def started(self) -> None:
+    async def on_start(self) -> None:
         """Learn the topics' incarnations. Raises SidstreamError when a topic is missing or cut otherwise."""
-        await self.rewound()
+        await self.on_rewound()
 
-    async def rewound(self) -> None:
+    async def on_rewound(self) -> None:
         """A topic may have been made anew: its offsets no longer compare with those in Redis."""
         found = await asyncio.to_thread(incarnations, self._kafka)
         for kind in USER_EVENTS:
@@ -112,49 +113,49 @@ class UserEventHooks(BatchHooks):
                 raise missing_topic_error(kind.topic)
             self._incarnations[kind.topic] = found[kind.topic]
 
-    async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Resume event time and parked records of the partitions."""
         # A topic that was given more partitions shows here first, and a worker with other settings.
-        await self.rewound()
+        await self.on_rewound()
         counted = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
         await store_rules(self._store, self._rules, len(counted))
         numbers = sorted({p.partition for p in partitions})
         for number in numbers:
-            await self._forget_other_lives(number)
-        await self._preferences.load(numbers)
-        await self._outcomes.load(numbers)
+            await self._forget_earlier_incarnations(number)
+        await self._pair_stage.take_partitions(numbers)
+        await self._outcome_stage.take_partitions(numbers)
         now = time.monotonic()
         self._clocks.clear()
         for number in numbers:
-            floors = [self._preferences.reached(number), self._outcomes.reached(number)]
+            floors = [self._pair_stage.closed_until(number), self._outcome_stage.closed_until(number)]
             floor = max((f for f in floors if f is not None), default=None)
             self._clocks[number] = PartitionClock(
                 CLOCK_TOPICS, self._idle_s, now, floor, (Recommendation.topic,)
             )
-        self._parking.own(numbers)
-        self._recoding.own(numbers, len(counted))
+        self._parked_events.take_partitions(numbers)
+        self._recoder.take_partitions(numbers, len(counted))
 
-    async def observed(self, partition: TopicPartition, lag: int) -> None:
+    async def on_lag(self, partition: TopicPartition, lag: int) -> None:
         """Tell the clock whether a topic is read to its end."""
         clock = self._clocks.get(partition.partition)
         if clock is not None:
-            clock.position(partition.topic, lag)
+            clock.observe_lag(partition.topic, lag)
 
-    async def tick(self) -> Sequence[RefusedRecord]:
+    async def on_tick(self) -> Sequence[RefusedRecord]:
         """Change over to a new codebook, close windows, apply or give up parked records."""
         # Here and nowhere else: a batch and a round of closing see one codebook from beginning to end.
-        self._sids.follow()
-        await self._recoding.tick()
-        refused = await self._parking.sweep(self._histories.apply_parked)
-        await self._preferences.mature()
-        await self._outcomes.mature()
+        self._sids.switch_to_newest()
+        await self._recoder.run_slice()
+        refused = await self._parked_events.sweep(self._history_writer.apply_parked)
+        await self._pair_stage.close_due_windows()
+        await self._outcome_stage.close_due_windows()
         return refused
 
-    async def buried(self, refused: Sequence[RefusedRecord]) -> None:
+    async def on_dead_lettered(self, refused: Sequence[RefusedRecord]) -> None:
         """Parked records that stand in dead letters now."""
-        await self._parking.forget(refused)
+        await self._parked_events.remove_dead_lettered(refused)
 
-    async def _forget_other_lives(self, partition: int) -> None:
+    async def _forget_earlier_incarnations(self, partition: int) -> None:
         """Event time belongs to one life of the topics: events of new ones may be older."""
         life = " ".join(str(self._incarnations[topic]) for topic in CLOCK_TOPICS)
         stored = await self._store.hget(keys.clock(partition), "incarnations")

@@ -61,16 +61,16 @@ class HistoryRecoder:
         self._scanned: str | None = None  # the codebook that it is for
         # item -> users of whose histories an entry waits for its SID; looked at when SIDs came.
         self._waiting: dict[str, set[str]] = {}
-        self._changes = -1
+        self._change_count_seen = -1
 
-    def own(self, partitions: Iterable[int], count: int) -> None:
+    def take_partitions(self, partitions: Iterable[int], count: int) -> None:
         """This worker's partitions of `count`: all its users' histories are looked at."""
         self._partitions, self._count = frozenset(partitions), count
         self._waiting.clear()
         self._cursor = 0
 
     @property
-    def scanning(self) -> bool:
+    def is_scanning(self) -> bool:
         """Whether histories are still to be looked at."""
         return self._cursor is not None
 
@@ -88,11 +88,11 @@ class HistoryRecoder:
             replaced = await self._replace([(user, old[user], new[user]) for user in changed])
             overtaken = {user for user, done in zip(changed, replaced, strict=True) if not done}
             for user in old.keys() - overtaken:
-                self._wait(user, new[user])
+                self._remember_waiting(user, new[user])
             RECODED.labels(how).inc(len(changed) - len(overtaken))
             left = [*overtaken, *left[_HISTORIES_PER_PIPELINE:]]
 
-    async def tick(self) -> None:
+    async def run_slice(self) -> None:
         """Go on with the scan for a while, and bring over what waited for SIDs that came."""
         codebook = self._sids.codebook
         if codebook is None:
@@ -101,20 +101,20 @@ class HistoryRecoder:
             self._scanned, self._cursor = codebook, 0
             self._waiting.clear()
         # Under the only codebook that ever was, nothing is to be brought over.
-        if self._sids.several:
+        if self._sids.has_several_codebooks:
             await self._scan(codebook)
-        await self._arrived()
+        await self._recode_waiting()
 
-    async def _arrived(self) -> None:
-        if self._changes == self._sids.changes:
+    async def _recode_waiting(self) -> None:
+        if self._change_count_seen == self._sids.change_count:
             return
-        changes = self._sids.changes
+        changes = self._sids.change_count
         ready = [item for item in self._waiting if self._sids.get(item) is not None]
         users = {user for item in ready for user in self._waiting[item]}
         await self.recode_users(users, "sid")
         for item in ready:
             del self._waiting[item]
-        self._changes = changes
+        self._change_count_seen = changes
 
     async def _scan(self, codebook: str) -> None:
         until = time.monotonic() + _SCAN_S
@@ -123,7 +123,7 @@ class HistoryRecoder:
                 self._cursor, match=keys.history("*"), count=_KEYS_PER_SCAN
             )
             cursor, found = looked
-            users = [user for user in (keys.user_of_history(key) for key in found) if self._mine(user)]
+            users = [user for user in (keys.user_of_history(key) for key in found) if self._is_own_user(user)]
             starts = await run_pipeline(self._store, [("GETRANGE", keys.history(u), 0, 5) for u in users])
             some = [
                 user for user, start in zip(users, starts, strict=True) if needs_recoding(start, codebook)
@@ -143,20 +143,20 @@ class HistoryRecoder:
             log.error("the history of user %s stays as it is: %s", keys.anonymous_user(user), error)
             return value
 
-    def _mine(self, user: str) -> bool:
+    def _is_own_user(self, user: str) -> bool:
         return partition_of(user.encode(), self._count) in self._partitions
 
-    def _wait(self, user: str, value: bytes) -> None:
+    def _remember_waiting(self, user: str, value: bytes) -> None:
         try:
             waiting = split_parts(value).waiting
         except (SidstreamError, IndexError):  # said where it was to be brought over
             return
         for tag, entry in waiting:
-            item = self._sids.holder(tag, entry[10:])
+            item = self._sids.item_with_sid(tag, entry[10:])
             # An SID of a codebook that nobody tells of any more waits without hope, and is kept all the same.
             if item is not None:
                 self._waiting.setdefault(item, set()).add(user)
-                self._changes = -1
+                self._change_count_seen = -1
 
 
 class HistoryReplacer:

@@ -33,8 +33,8 @@ class HistoryWriter:
     ) -> None:  # fmt: skip
         self._store = store
         self._sids = sids
-        self._parking = parking
-        self._recoding = recoding
+        self._parked_events = parking
+        self._recoder = recoding
         self._bounds = bounds
         self._incarnations = incarnations
         self._script: str | None = None
@@ -55,7 +55,7 @@ class HistoryWriter:
                     history.HistoryChange(record.topic, record.offset, packed_entry(event, packed))
                 )
         if waiting:
-            await self._parking.park(waiting)
+            await self._parked_events.park(waiting)
         applied, repeated = await self._write(changes)
         for topic in history.SOURCE_TOPICS:
             EVENT_COUNT.labels(topic, "in_history").inc(applied[topic])
@@ -83,7 +83,7 @@ class HistoryWriter:
         for start in range(0, len(users), _SCRIPTS_PER_PIPELINE):
             chunk = users[start : start + _SCRIPTS_PER_PIPELINE]
             results = await self._run([self._command(user, changes[user]) for user in chunk])
-            await self._bring_over(chunk, changes, results)
+            await self._recode_and_retry(chunk, changes, results)
             for user, (_, skipped) in zip(chunk, results, strict=True):
                 for change in changes[user]:
                     if change.source is None:
@@ -95,7 +95,7 @@ class HistoryWriter:
                         applied[change.source] += 1
         return applied, repeated
 
-    async def _bring_over(
+    async def _recode_and_retry(
         self,
         users: Sequence[str],
         changes: Mapping[str, Sequence[history.HistoryChange]],
@@ -103,7 +103,7 @@ class HistoryWriter:
     ) -> None:
         """Bring histories of another codebook over, apply their changes, and put the results in place."""
         while old := [at for at, result in enumerate(results) if result == history.OTHER_CODEBOOK_RESULT]:
-            await self._recoding.recode_users([users[at] for at in old], "touch")
+            await self._recoder.recode_users([users[at] for at in old], "touch")
             again = await self._run([self._command(users[at], changes[users[at]]) for at in old])
             for at, result in zip(old, again, strict=True):
                 results[at] = result

@@ -46,14 +46,14 @@ class ParkedEvents:
         self._sids = sids
         self._park_ms = park_seconds * 1000
         self._partitions: frozenset[int] = frozenset()
-        self._looked_at = 0.0
-        self._changes = -1
-        self._more = False
+        self._swept_at = 0.0
+        self._change_count_seen = -1
+        self._has_more = False
 
-    def own(self, partitions: Iterable[int]) -> None:
+    def take_partitions(self, partitions: Iterable[int]) -> None:
         """The partitions whose parked records this worker looks after."""
         self._partitions = frozenset(partitions)
-        self._looked_at, self._more = 0.0, True
+        self._swept_at, self._has_more = 0.0, True
 
     async def park(self, waiting: Sequence[ReceivedEvent]) -> None:
         """Keep these records; keeping one twice is keeping it once."""
@@ -70,7 +70,7 @@ class ParkedEvents:
         results = await run_pipeline(self._store, commands)
         for (record, _), new in zip(waiting, results[::2], strict=True):
             EVENT_COUNT.labels(record.topic, "parked").inc(new)
-        self._more = True
+        self._has_more = True
 
     async def sweep(self, apply: Callable[[list[Any]], Awaitable[None]]) -> list[RefusedRecord]:
         """Give events whose SID came to `apply`; return those whose time is up, to be dead-lettered.
@@ -78,10 +78,14 @@ class ParkedEvents:
         A returned record stays parked until `forget`.
         """
         now = time.monotonic()
-        if not self._more and self._changes == self._sids.changes and now - self._looked_at < _SWEEP_EVERY_S:
+        if (
+            not self._has_more
+            and self._change_count_seen == self._sids.change_count
+            and now - self._swept_at < _SWEEP_EVERY_S
+        ):
             return []
-        self._looked_at, self._changes, self._more = now, self._sids.changes, False
-        since = self._sids.whole_since_ms()
+        self._swept_at, self._change_count_seen, self._has_more = now, self._sids.change_count, False
+        since = self._sids.complete_since_ms()
         refused: list[RefusedRecord] = []
         for partition in sorted(self._partitions):
             index = keys.parked_items(partition)
@@ -89,7 +93,7 @@ class ParkedEvents:
             items = [item.decode() for item in found]
             PARKED.labels(partition).set(len(items))
             ready = [item for item in items if self._sids.get(item) is not None]
-            self._more = self._more or len(ready) > _ITEMS_PER_SWEEP
+            self._has_more = self._has_more or len(ready) > _ITEMS_PER_SWEEP
             for item in ready[:_ITEMS_PER_SWEEP]:
                 records = await self._records(item, partition)
                 await apply([decode(BY_TOPIC[r.topic], r.value) for r in records])
@@ -99,7 +103,7 @@ class ParkedEvents:
                 refused += await self._expired(partition, since)
         return refused
 
-    async def forget(self, refused: Iterable[RefusedRecord]) -> None:
+    async def remove_dead_lettered(self, refused: Iterable[RefusedRecord]) -> None:
         """Remove records that now stand in dead letters."""
         for refusal in refused:
             record = refusal.record

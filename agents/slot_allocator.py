@@ -90,11 +90,11 @@ class SlotAllocator(BatchHooks):
         self._embedder: Embedder | None = None
         self._check_s = check_s
         self._checked_at = float("-inf")
-        self._changes = 0
-        self._complaint = ""
+        self._change_count_seen = 0
+        self._last_complaint = ""
         self._codebook: Codebook | None = None
         self._partitions: frozenset[int] = frozenset()
-        self._covered: frozenset[int] = frozenset()
+        self._covered_partitions: frozenset[int] = frozenset()
         self._claim = store.register_script(_CLAIM_SLOTS)
 
     async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
@@ -105,25 +105,25 @@ class SlotAllocator(BatchHooks):
             await self._assign(self._codebook, newest.values())
         return ()
 
-    async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Partitions that were another worker's are looked over once."""
         self._partitions = frozenset(p.partition for p in partitions)
-        self._covered &= self._partitions
+        self._covered_partitions &= self._partitions
 
-    async def tick(self) -> Sequence[RefusedRecord]:
+    async def on_tick(self) -> Sequence[RefusedRecord]:
         """Keep Redis at the topic `sids`; where a new codebook is current, cover the catalogue with it."""
-        await self._sids.write()
+        await self._sids.mirror_to_redis()
         due = time.monotonic() - self._checked_at >= self._check_s
         # SIDs of a codebook that is not known here: it was just fitted, so do not wait.
         unknown = self._sids.newest is not None and (
             self._codebook is None or self._codebook.id != self._sids.newest
         )
-        if due or (unknown and self._changes != self._sids.changes):
+        if due or (unknown and self._change_count_seen != self._sids.change_count):
             self._checked_at = time.monotonic()
-            self._changes = self._sids.changes
+            self._change_count_seen = self._sids.change_count
             await self._look_for_codebook()
-        if self._codebook is not None and self._partitions - self._covered:
-            await self._cover(self._codebook)
+        if self._codebook is not None and self._partitions - self._covered_partitions:
+            await self._assign_missing(self._codebook)
         return ()
 
     async def _look_for_codebook(self) -> None:
@@ -137,17 +137,17 @@ class SlotAllocator(BatchHooks):
                 embedder = await asyncio.to_thread(embedder_of, codebook, self._codebooks.encoder)
         except SidstreamError as error:
             # Without the registry new items wait; everything else goes on.
-            if str(error) != self._complaint:
+            if str(error) != self._last_complaint:
                 log.warning("%s", error)
-            self._complaint = str(error)
+            self._last_complaint = str(error)
             return
         log.info("codebook %s is current", current)
-        self._complaint = ""
+        self._last_complaint = ""
         self._embedder = embedder
         self._codebook = codebook
-        self._covered = frozenset()
+        self._covered_partitions = frozenset()
 
-    async def _cover(self, codebook: Codebook) -> None:
+    async def _assign_missing(self, codebook: Codebook) -> None:
         """Give a SID to every item of this worker's partitions that has none."""
         partitions = self._partitions
         # All that was published by whoever fitted the codebook, before slots are called free.
@@ -156,19 +156,19 @@ class SlotAllocator(BatchHooks):
         await table.start()
         try:
             await table.wait_caught_up()
-            count = len(table.position())
+            count = len(table.next_offsets())
             mine = [i for i in table.values() if partition_of(i.key, count) in partitions]
         finally:
             await table.stop()
         await self._assign(codebook, mine)
-        self._covered = partitions
+        self._covered_partitions = partitions
 
     async def _assign(self, codebook: Codebook, items: Iterable[CatalogItem]) -> None:
-        held = self._sids.under(codebook.id)
+        held = self._sids.sids_under(codebook.id)
         lacking = [item for item in items if item.item_id not in held]
         if not lacking:
             return
-        await self._sids.write()
+        await self._sids.mirror_to_redis()
         for start in range(0, len(lacking), _ITEMS_PER_CALL):
             chunk = lacking[start : start + _ITEMS_PER_CALL]
             claimed = await self._claim_slots(codebook, chunk)

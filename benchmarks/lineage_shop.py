@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.attribution.pairs import OpenPairWindows, PairDecision, add, close
+from agents.attribution.pairs import OpenPairWindows, PairDecision, PairRules
 from agents.attribution.window_stage import WindowRules
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
@@ -239,7 +239,7 @@ class Shop:
             if not isinstance(event, Impression | Click | Purchase):
                 continue
             user = event.user_id
-            add(self.open[user], event, RULES, None)
+            self.open[user].add_event(event, RULES, None)
             sums_of = self.seen.setdefault(user, np.zeros(3, np.int64))
             if isinstance(event, Impression):
                 sums_of[0] += len(event.item_ids)
@@ -257,7 +257,7 @@ class Shop:
         trip = ShoppingTrip(Answering(self), self.truth, self.shoppers, self.shoppers_settings, self.now)
         self.now = trip.run(sessions, self.prices).end_ts + 2 * WINDOW_MS
         for user, state in self.open.items():
-            for decision in close(state, self.now, RULES, 10, lambda item: item in self.row):
+            for decision in state.close_due(self.now, PairRules(RULES, 10, lambda item: item in self.row)):
                 self.pairs.append(self._pair(user, decision))
 
     def _pair(self, user: str, decision: PairDecision) -> PreferencePair:

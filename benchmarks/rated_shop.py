@@ -19,7 +19,8 @@ import redis.asyncio
 
 from agents.app import CLOCK_TOPICS
 from agents.attribution.event_time import PartitionClock
-from agents.attribution.outcomes import OutcomeRules, OutcomeStage, store_rules
+from agents.attribution.outcome_stage import OutcomeStage, store_rules
+from agents.attribution.outcomes import OutcomeRules
 from registry.bundles.store import DPO, SFT
 from registry.releases.rollout import arm_of
 from sidstream.settings import Settings
@@ -85,7 +86,7 @@ class Shop:
         agents = settings.agents
         rules = OutcomeRules(agents.attribution_window_s * 1000, agents.allowed_lateness_s * 1000,
                              agents.cohort_s * 1000)  # fmt: skip
-        self._closed_ms = rules.closes(0)
+        self._closed_ms = rules.closes_at(0)
         self._clock = PartitionClock(CLOCK_TOPICS, agents.idle_s, 0.0, None, (Recommendation.topic,))
         store = redis.asyncio.Redis.from_url(url)
         self._outcomes = OutcomeStage(store, rules, {0: self._clock}, dict.fromkeys(OutcomeStage.topics, 1))
@@ -112,7 +113,7 @@ class Shop:
         # The next day's first visitors: event time passes the end of every window of this day.
         for topic in (*CLOCK_TOPICS, Recommendation.topic):
             self._clock.observe(topic, "", self._now() + self._closed_ms, 0.0, time.time_ns() // 1_000_000)
-        self._runner.run(self._outcomes.mature())
+        self._runner.run(self._outcomes.close_due_windows())
 
     def _now(self) -> int:
         return _BEGIN_MS + self.day_number * _DAY_MS

@@ -104,7 +104,7 @@ class Catalogue:
         """An assignment arrived. A deletion is ignored: the table is append-only."""
         if not isinstance(event, SidAssignment):
             return
-        self._newest.see(event)
+        self._newest.observe(event)
         table = self._tables.get(event.codebook)
         if table is None:
             table = self._tables[event.codebook] = SidTable(len(event.sid))

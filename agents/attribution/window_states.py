@@ -60,13 +60,13 @@ class SumChange:
 
 @dataclass(frozen=True, slots=True)
 class StateWrite:
-    """One user's new state; body None: nothing is open, forget the user. `due` in ms of event time."""
+    """One user's new state; body None: nothing is open, forget the user. `due_ms` is event time."""
 
     user: str
     partition: int
     token: bytes
     body: bytes | None
-    due: int | None
+    due_ms: int | None
     sums: Sequence[SumChange] = ()
 
 
@@ -86,7 +86,7 @@ class WindowStates:
         values = await run_pipeline(self._store, [("GET", self._key(user)) for user in users])
         return {user: (value[:8], value[8:]) for user, value in zip(users, values, strict=True) if value}
 
-    async def due(self, partition: int, watermark: int) -> list[str]:
+    async def due_users(self, partition: int, watermark: int) -> list[str]:
         """Users with something that matures at or before `watermark`, at most DUE_AT_ONCE."""
         found: list[Any] = await self._store.zrangebyscore(
             keys.due(self._stage, partition), "-inf", watermark, start=0, num=DUE_USERS_PER_READ
@@ -103,10 +103,10 @@ class WindowStates:
         for write in writes:
             # The index first: an entry without a state is harmless, a state without an entry never matures.
             index = keys.due(self._stage, write.partition)
-            if write.due is None:
+            if write.due_ms is None:
                 commands.append(("ZREM", index, write.user))
             else:
-                commands.append(("ZADD", index, write.due, write.user))
+                commands.append(("ZADD", index, write.due_ms, write.user))
             value = b"" if write.body is None else os.urandom(8) + write.body
             sums = [keys.sums(s.trial, write.user) for s in write.sums]
             arguments: list[Any] = [write.token, value]

@@ -253,4 +253,6 @@ def decode_history(value: bytes | None) -> History:
         for i, source in enumerate(SOURCE_TOPICS)
     }
     waiting = [(tag, unpack_entry(entry)) for tag, entry in stored.waiting]
-    return History(stored.header[2:].hex(), [unpack_entry(entry) for entry in stored.entries], fences, waiting)
+    return History(
+        stored.header[2:].hex(), [unpack_entry(entry) for entry in stored.entries], fences, waiting
+    )

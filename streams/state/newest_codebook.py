@@ -12,7 +12,7 @@ class NewestCodebook:
         self._first_ts: dict[str, int] = {}
         self.codebook: str | None = None
 
-    def see(self, event: SidAssignment) -> None:
+    def observe(self, event: SidAssignment) -> None:
         """Take note of one assignment.
 
         By first appearance: an item that is given its SID under an old codebook late does not bring it back.

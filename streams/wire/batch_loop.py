@@ -108,23 +108,23 @@ class BatchAbandoned(Exception):
 class BatchHooks:
     """What else happens in the loop's own task, between batches."""
 
-    async def started(self) -> None:
+    async def on_start(self) -> None:
         """Before the first fetch."""
 
-    async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """The partitions that are this worker's from now on."""
 
-    async def rewound(self) -> None:
+    async def on_rewound(self) -> None:
         """A partition gave an offset that was seen already: the topic may have been made anew."""
 
-    async def observed(self, partition: TopicPartition, lag: int) -> None:
+    async def on_lag(self, partition: TopicPartition, lag: int) -> None:
         """About once a second: how many records of the partition are not yet read."""
 
-    async def tick(self) -> Sequence[RefusedRecord]:
+    async def on_tick(self) -> Sequence[RefusedRecord]:
         """After each fetch, also an empty one. Returned records are dead-lettered."""
         return ()
 
-    async def buried(self, refused: Sequence[RefusedRecord]) -> None:
+    async def on_dead_lettered(self, refused: Sequence[RefusedRecord]) -> None:
         """What `tick` returned stands in dead letters."""
 
 
@@ -149,11 +149,11 @@ class BatchLoop(Service):
         self._options = options
         self._hooks = hooks or BatchHooks()
         self._tombstones = tombstones
-        self._working = asyncio.Lock()
-        self._let_go = asyncio.Event()
-        self._next: dict[TopicPartition, int] = {}
-        self._lag_at = 0.0
-        self._epoch = 0  # counts rebalances
+        self._work_lock = asyncio.Lock()
+        self._must_release = asyncio.Event()
+        self._next_offsets: dict[TopicPartition, int] = {}
+        self._lag_measured_at = 0.0
+        self._rebalance_count = 0  # counts rebalances
         self._assigned: frozenset[TopicPartition] | None = None
         self._consumer: Any = None
         self._producer: Any = None
@@ -180,14 +180,14 @@ class BatchLoop(Service):
             isolation_level="read_committed",
         )
         await self._producer.start()
-        await self._hooks.started()
+        await self._hooks.on_start()
         await self._consumer.start()
         self._consumer.subscribe(topics=sorted(self._kinds), listener=_RebalanceListener(self))
 
     async def on_stop(self) -> None:
         """Finish the batch in work, commit it and leave the group."""
-        self._let_go.set()
-        async with self._working:
+        self._must_release.set()
+        async with self._work_lock:
             pass
         await self._consumer.stop()
         await self._producer.stop()
@@ -200,53 +200,53 @@ class BatchLoop(Service):
                 fetched = await self._consumer.getmany(
                     timeout_ms=_POLL_MS, max_records=self._options.batch_size
                 )
-                epoch = self._epoch
-                async with self._working:
+                epoch = self._rebalance_count
+                async with self._work_lock:
                     # Partitions went away while the lock was taken: the next owner reads these records.
-                    if epoch == self._epoch and not self.should_stop:
-                        await self._turn(fetched)
+                    if epoch == self._rebalance_count and not self.should_stop:
+                        await self._process_fetch(fetched)
             except BatchAbandoned:
                 log.warning("a batch was abandoned; its records are read again")
             except KafkaError as error:
                 log.warning("reading failed, trying again: %s", error)
                 await asyncio.sleep(_BACKOFF_S[0])
 
-    async def _turn(self, fetched: dict[TopicPartition, list[Any]]) -> None:
+    async def _process_fetch(self, fetched: dict[TopicPartition, list[Any]]) -> None:
         assigned = frozenset(self._consumer.assignment())
         if assigned != self._assigned:
-            await self._persist("assignment", lambda: self._hooks.assigned(assigned))
+            await self._retry_outages("assignment", lambda: self._hooks.on_assigned(assigned))
             self._assigned = assigned
-        await self._watch_offsets(fetched)
+        await self._notice_rewound_offsets(fetched)
         if fetched:
             await self._apply(fetched)
         await self._measure_lag()
-        refused = await self._persist("tick", self._hooks.tick)
+        refused = await self._retry_outages("tick", self._hooks.on_tick)
         if refused:
-            await self._persist("dead letters", lambda: write_dead_letters(self._producer, refused))
-            await self._persist("tick", lambda: self._hooks.buried(refused))
+            await self._retry_outages("dead letters", lambda: write_dead_letters(self._producer, refused))
+            await self._retry_outages("tick", lambda: self._hooks.on_dead_lettered(refused))
 
-    async def _watch_offsets(self, fetched: dict[TopicPartition, list[Any]]) -> None:
+    async def _notice_rewound_offsets(self, fetched: dict[TopicPartition, list[Any]]) -> None:
         for partition, records in fetched.items():
-            if records[0].offset < self._next.get(partition, 0):
-                await self._persist("rewound", self._hooks.rewound)
-            self._next[partition] = records[-1].offset + 1
+            if records[0].offset < self._next_offsets.get(partition, 0):
+                await self._retry_outages("rewound", self._hooks.on_rewound)
+            self._next_offsets[partition] = records[-1].offset + 1
 
     async def _apply(self, fetched: dict[TopicPartition, list[Any]]) -> None:
-        batch, refused, misplaced = self._read(fetched)
+        batch, refused, misplaced = self._decode_records(fetched)
         for stage in self._stages:
             if batch:
                 began = time.perf_counter()
-                refused += await self._isolate(stage, batch, self._options.attempts)
+                refused += await self._apply_isolating_failures(stage, batch, self._options.attempts)
                 BATCH_SECONDS.labels(stage.name).observe(time.perf_counter() - began)
         if misplaced:
-            await self._persist("reroute", lambda: self._reroute(misplaced))
+            await self._retry_outages("reroute", lambda: self._reroute(misplaced))
         if refused:
-            await self._persist("dead letters", lambda: write_dead_letters(self._producer, refused))
+            await self._retry_outages("dead letters", lambda: write_dead_letters(self._producer, refused))
         offsets = {partition: records[-1].offset + 1 for partition, records in fetched.items()}
-        await self._persist("commit", lambda: self._commit(offsets))
-        self._count(fetched, refused, misplaced)
+        await self._retry_outages("commit", lambda: self._commit(offsets))
+        self._count_outcomes(fetched, refused, misplaced)
 
-    def _read(
+    def _decode_records(
         self, fetched: dict[TopicPartition, list[Any]]
     ) -> tuple[list[ReceivedEvent], list[RefusedRecord], list[ReceivedEvent]]:
         """Events to apply, records that break the contract, events in a partition that is not theirs."""
@@ -287,7 +287,7 @@ class BatchLoop(Service):
             log.warning("a commit came too late, records will be seen twice: %s", error)
             raise BatchAbandoned from error
 
-    async def _isolate(
+    async def _apply_isolating_failures(
         self, stage: BatchStage, batch: Sequence[ReceivedEvent], attempts: int
     ) -> list[RefusedRecord]:
         """Apply the batch; halve it where it fails until the failing record stands alone."""
@@ -295,7 +295,9 @@ class BatchLoop(Service):
         for attempt in range(1, attempts + 1):
             try:
                 return list(
-                    await self._persist(stage.name, lambda: stage.apply(batch), self._options.deadline_s)
+                    await self._retry_outages(
+                        stage.name, lambda: stage.apply(batch), self._options.deadline_s
+                    )
                 )
             except BatchAbandoned:
                 raise
@@ -307,7 +309,7 @@ class BatchLoop(Service):
                     exc_info=error,
                 )  # fmt: skip
             if attempt < attempts:
-                await self._wait(attempt)
+                await self._back_off(attempt)
         if len(batch) == 1:
             reason = "timeout" if isinstance(failure, TimeoutError) else "failed"
             detail = f"{type(failure).__name__}: {failure}"
@@ -316,10 +318,12 @@ class BatchLoop(Service):
         refused = []
         for half in (batch[:middle], batch[middle:]):
             # Only the record that stands alone is worth every attempt.
-            refused += await self._isolate(stage, half, self._options.attempts if len(half) == 1 else 1)
+            refused += await self._apply_isolating_failures(
+                stage, half, self._options.attempts if len(half) == 1 else 1
+            )
         return refused
 
-    async def _persist(
+    async def _retry_outages(
         self, what: str, action: Callable[[], Awaitable[Any]], deadline_s: float | None = None
     ) -> Any:
         """Do it, again and again while Redis or Kafka is away. Other errors pass; TimeoutError: too long."""
@@ -336,31 +340,31 @@ class BatchLoop(Service):
                 attempt += 1
                 FAILURES.labels(what, "outage").inc()
                 log.warning("%s waits (try %d): %s: %s", what, attempt, type(error).__name__, error)
-            await self._wait(attempt)
+            await self._back_off(attempt)
 
-    async def _wait(self, attempt: int) -> None:
+    async def _back_off(self, attempt: int) -> None:
         """Back off. Raises Abandoned when the partitions must be let go."""
         delay = min(_BACKOFF_S[0] * 2 ** min(attempt - 1, 10), _BACKOFF_S[1])
         try:
-            await asyncio.wait_for(self._let_go.wait(), delay)
+            await asyncio.wait_for(self._must_release.wait(), delay)
         except TimeoutError:
             return
         raise BatchAbandoned
 
     async def _measure_lag(self) -> None:
         now = time.monotonic()
-        if now - self._lag_at < _LAG_EVERY_S:
+        if now - self._lag_measured_at < _LAG_EVERY_S:
             return
-        self._lag_at = now
+        self._lag_measured_at = now
         for partition in self._consumer.assignment():
             end = self._consumer.highwater(partition)
             if end is None:  # nothing was fetched yet
                 continue
             position = await self._consumer.position(partition)
             CONSUMER_LAG.labels(partition.topic, partition.partition).set(max(0, end - position))
-            await self._hooks.observed(partition, max(0, end - position))
+            await self._hooks.on_lag(partition, max(0, end - position))
 
-    def _count(
+    def _count_outcomes(
         self, fetched: dict[TopicPartition, list[Any]], refused: Sequence[RefusedRecord],
         misplaced: Sequence[ReceivedEvent],
     ) -> None:  # fmt: skip
@@ -371,19 +375,19 @@ class BatchLoop(Service):
         for record, _ in misplaced:
             EVENT_COUNT.labels(record.topic, "rerouted").inc()
 
-    async def release(self) -> None:
+    async def release_partitions(self) -> None:
         """Called before partitions go: returns when no record of them is in work."""
-        self._let_go.set()
-        async with self._working:
-            self._epoch += 1
+        self._must_release.set()
+        async with self._work_lock:
+            self._rebalance_count += 1
             self._assigned = None
-            self._next.clear()
+            self._next_offsets.clear()
             CONSUMER_LAG.clear()
 
-    def take_over(self) -> None:
+    def accept_partitions(self) -> None:
         """Called when partitions are this worker's."""
         if not self.should_stop:
-            self._let_go.clear()
+            self._must_release.clear()
 
 
 class _RebalanceListener(ConsumerRebalanceListener):
@@ -391,7 +395,7 @@ class _RebalanceListener(ConsumerRebalanceListener):
         self._loop = loop
 
     async def on_partitions_revoked(self, revoked: Any) -> None:
-        await self._loop.release()
+        await self._loop.release_partitions()
 
     async def on_partitions_assigned(self, assigned: Any) -> None:
-        self._loop.take_over()
+        self._loop.accept_partitions()

@@ -21,7 +21,7 @@ from streams.wire.records import KafkaRecord, kafka_record, partition_of
 # About 500 events a batch: enough that the cost of a request vanishes, small enough for smooth progress.
 _BATCH_BYTES = 131_072
 # Batches under way before the next one waits for the oldest: 4 MB of memory at most.
-_IN_FLIGHT = 32
+_MAX_IN_FLIGHT = 32
 
 
 class BulkWriter:
@@ -37,9 +37,9 @@ class BulkWriter:
         self._kafka = kafka
         self._on_progress = on_progress
         self._partitions: dict[str, int] = {}
-        self._filling: dict[tuple[str, int], Any] = {}
-        self._full: deque[tuple[tuple[str, int], Any]] = deque()
-        self._under_way: deque[tuple[int, asyncio.Future[Any]]] = deque()
+        self._open_batches: dict[tuple[str, int], Any] = {}
+        self._full_batches: deque[tuple[tuple[str, int], Any]] = deque()
+        self._in_flight: deque[tuple[int, asyncio.Future[Any]]] = deque()
         self.confirmed = 0
 
     async def __aenter__(self) -> Self:
@@ -67,7 +67,7 @@ class BulkWriter:
         finally:
             await self._producer.stop()
             # After a failure the other batches' results are of no interest, but must be taken.
-            await asyncio.gather(*(future for _, future in self._under_way), return_exceptions=True)
+            await asyncio.gather(*(future for _, future in self._in_flight), return_exceptions=True)
 
     def add(self, item: KafkaRecord) -> bool:
         """Put one record into its partition's batch; True when a batch is full and `send` is due.
@@ -78,49 +78,49 @@ class BulkWriter:
         if partitions is None:
             raise missing_topic_error(item.topic)
         place = (item.topic, partition_of(item.key, partitions))
-        batch = self._filling.get(place)
+        batch = self._open_batches.get(place)
         if batch is None:
-            batch = self._filling[place] = self._producer.create_batch()
+            batch = self._open_batches[place] = self._producer.create_batch()
         if batch.append(timestamp=None, key=item.key, value=item.value) is None:
-            self._full.append((place, batch))
-            batch = self._filling[place] = self._producer.create_batch()
+            self._full_batches.append((place, batch))
+            batch = self._open_batches[place] = self._producer.create_batch()
             batch.append(timestamp=None, key=item.key, value=item.value)
-        return bool(self._full)
+        return bool(self._full_batches)
 
     async def send(self) -> None:
         """Hand full batches to the broker. Waits only where too many are under way."""
-        while self._full:
-            (topic, partition), batch = self._full.popleft()
+        while self._full_batches:
+            (topic, partition), batch = self._full_batches.popleft()
             batch.close()
             try:
                 future = await self._producer.send_batch(batch, topic, partition=partition)
             except KafkaError as error:
-                raise self._unconfirmed(error) from error
-            self._under_way.append((batch.record_count(), future))
+                raise self._unconfirmed_error(error) from error
+            self._in_flight.append((batch.record_count(), future))
             # The connection's tasks run only when this one yields.
             await asyncio.sleep(0)
-        while self._under_way and (len(self._under_way) > _IN_FLIGHT or self._under_way[0][1].done()):
+        while self._in_flight and (len(self._in_flight) > _MAX_IN_FLIGHT or self._in_flight[0][1].done()):
             await self._confirm()
 
     async def flush(self) -> None:
         """Send what was added, full or not, and return when the broker has confirmed everything."""
-        self._full.extend(self._filling.items())
-        self._filling.clear()
+        self._full_batches.extend(self._open_batches.items())
+        self._open_batches.clear()
         await self.send()
-        while self._under_way:
+        while self._in_flight:
             await self._confirm()
 
     async def _confirm(self) -> None:
-        count, future = self._under_way.popleft()
+        count, future = self._in_flight.popleft()
         try:
             await future
         except KafkaError as error:
-            raise self._unconfirmed(error) from error
+            raise self._unconfirmed_error(error) from error
         self.confirmed += count
         if self._on_progress:
             self._on_progress(count)
 
-    def _unconfirmed(self, error: KafkaError) -> SidstreamError:
+    def _unconfirmed_error(self, error: KafkaError) -> SidstreamError:
         return SidstreamError(
             f"Kafka did not confirm a batch ({type(error).__name__}: {error}), {self.confirmed:,} events "
             "before it are confirmed: check the broker (`sidstream status`), then send again"

@@ -100,11 +100,11 @@ class Client:
         try:
             sent = self._producer.send(made.topic, key=made.key, value=made.value)
         except KafkaError as error:
-            self._replies.fail(trigger.request_id, self._undelivered("Trigger", made.topic, error))
+            self._replies.fail(trigger.request_id, self._undelivered_error("Trigger", made.topic, error))
             return future
         sent.add_errback(
             lambda error: self._replies.fail(
-                trigger.request_id, self._undelivered("Trigger", made.topic, error)
+                trigger.request_id, self._undelivered_error("Trigger", made.topic, error)
             )
         )
         return future
@@ -128,10 +128,10 @@ class Client:
         try:
             placed = self._producer.send(topic, key=key, value=value).get(timeout=_DELIVERY_S + 5)
         except KafkaError as error:
-            raise self._undelivered(what, topic, error) from error
+            raise self._undelivered_error(what, topic, error) from error
         return DeliveredRecord(placed.topic, placed.partition, placed.offset)
 
-    def _undelivered(self, what: str, topic: str, error: BaseException) -> SidstreamError:
+    def _undelivered_error(self, what: str, topic: str, error: BaseException) -> SidstreamError:
         # kafka-python names a missing topic, a dead broker and a slow one alike: a time-out.
         if isinstance(error, KafkaTimeoutError) and topic not in topic_names(self._kafka):
             return missing_topic_error(topic)

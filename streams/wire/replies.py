@@ -129,20 +129,20 @@ class Replies:
                 while not self._stop.is_set():
                     for records in reader.poll(timeout_ms=_POLL_MS).values():
                         for record in records:
-                            self._take(record.value)
+                            self._deliver(record.value)
                     self._expire()
             finally:
                 reader.close()
-            self._end("the client was closed before the answer came")
+            self._fail_all("the client was closed before the answer came")
         except Exception as error:
             # Whatever ended the thread: nobody may go on waiting for it.
             log.warning("reading answers ended", exc_info=error)
             reason = f"reading answers from Kafka ended ({type(error).__name__}: {error}): ask again"
-            self._end(reason)
+            self._fail_all(reason)
             if not started.done():
                 started.set_exception(error if isinstance(error, SidstreamError) else SidstreamError(reason))
 
-    def _take(self, value: bytes | None) -> None:
+    def _deliver(self, value: bytes | None) -> None:
         try:
             request_id = self._head.decode(value or b"").request_id
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -166,7 +166,7 @@ class Replies:
         for request_id, waiting in expired:
             waiting.future.set_exception(no_answer_error(request_id, waiting.timeout))
 
-    def _end(self, reason: str) -> None:
+    def _fail_all(self, reason: str) -> None:
         """Take no more requests, and fail those that wait: one step, so that none can slip in between."""
         with self._lock:
             self._reading = False

@@ -43,7 +43,7 @@ class TopicTable(Generic[E]):
         self._on_change = on_change
         self._rows: dict[str, E] = {}
         self._position: dict[int, int] = {}
-        self._until: dict[TopicPartition, int] = {}
+        self._catch_up_to: dict[TopicPartition, int] = {}
         self._caught_up: asyncio.Future[None] | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._task: asyncio.Task[None] | None = None
@@ -59,7 +59,7 @@ class TopicTable(Generic[E]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def position(self) -> dict[int, int]:
+    def next_offsets(self) -> dict[int, int]:
         """For each partition the offset of the next record to read: all before it is in the table."""
         return dict(self._position)
 
@@ -77,7 +77,7 @@ class TopicTable(Generic[E]):
             async with asyncio.timeout(_START_S):
                 await consumer.start()
                 partitions = list(consumer.assignment())
-                self._until = await consumer.end_offsets(partitions)
+                self._catch_up_to = await consumer.end_offsets(partitions)
                 begin = await consumer.beginning_offsets(partitions)
         except (UnknownTopicOrPartitionError, TimeoutError) as error:
             await consumer.stop()
@@ -103,7 +103,7 @@ class TopicTable(Generic[E]):
         """Return once everything that is in the topic now is in the table."""
         await self.wait_caught_up()
         assert self._consumer is not None
-        self._until = await self._consumer.end_offsets(list(self._until))
+        self._catch_up_to = await self._consumer.end_offsets(list(self._catch_up_to))
         self._caught_up = asyncio.get_running_loop().create_future()
         await self.wait_caught_up()
 
@@ -122,26 +122,26 @@ class TopicTable(Generic[E]):
                 fetched = await consumer.getmany(timeout_ms=_POLL_MS)
                 for partition, records in fetched.items():
                     for record in records:
-                        self._take(record)
+                        self._apply_record(record)
                     # Not of a lost assignment: this consumer assigned its partitions itself.
                     self._position[partition.partition] = records[-1].offset + 1
-                await self._check_caught_up(consumer)
+                await self._mark_caught_up(consumer)
             except KafkaError as error:
                 log.warning("reading %s: %s; trying again", self._kind.topic, error)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _check_caught_up(self, consumer: AIOKafkaConsumer) -> None:
+    async def _mark_caught_up(self, consumer: AIOKafkaConsumer) -> None:
         assert self._caught_up is not None
         if self._caught_up.done():
             return
-        for partition, end in self._until.items():
+        for partition, end in self._catch_up_to.items():
             if self._position[partition.partition] < end:
                 # Offsets may be missing below the end (transaction marks): the consumer knows.
                 self._position[partition.partition] = await consumer.position(partition)
-        if all(self._position[p.partition] >= end for p, end in self._until.items()):
+        if all(self._position[p.partition] >= end for p, end in self._catch_up_to.items()):
             self._caught_up.set_result(None)
 
-    def _take(self, record: Any) -> None:
+    def _apply_record(self, record: Any) -> None:
         try:
             if record.value is None:
                 key = record.key.decode()

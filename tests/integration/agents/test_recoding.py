@@ -84,27 +84,27 @@ class Worker:
     ) -> None:  # fmt: skip
         self._clock = Clock()
         self.sids = AssignedSids(KafkaSettings(), store, self._clock)
-        self.recoding = HistoryRecoder(store, self.sids, HistorySettings(), replace)
-        self.recoding.own(partitions, PARTITIONS)
-        self.histories = HistoryWriter(
-            store, self.sids, ParkedEvents(store, self.sids, 30), self.recoding, HistorySettings(), LIVES
+        self.recoder = HistoryRecoder(store, self.sids, HistorySettings(), replace)
+        self.recoder.take_partitions(partitions, PARTITIONS)
+        self.history_writer = HistoryWriter(
+            store, self.sids, ParkedEvents(store, self.sids, 30), self.recoder, HistorySettings(), LIVES
         )
 
-    def know(self, codebook: str, items: Sequence[str] = ITEMS) -> None:
+    def learn_sids(self, codebook: str, items: Sequence[str] = ITEMS) -> None:
         for item in items:
             event = SidAssignment.new(
                 item_id=item, sid=list(SIDS[codebook][item]), codebook=codebook,
                 ts=T0 + (codebook == NEW),
             )  # fmt: skip
-            self.sids.see(event.key.decode(), event)
+            self.sids.add_record(event.key.decode(), event)
         # Long enough for the codebook to count as whole.
         self._clock.now += 60
-        self.sids.follow()
+        self.sids.switch_to_newest()
 
     async def scan(self) -> None:
-        await self.recoding.tick()
-        while self.recoding.scanning:
-            await self.recoding.tick()
+        await self.recoder.run_slice()
+        while self.recoder.is_scanning:
+            await self.recoder.run_slice()
 
 
 def stored(store: redis.Redis) -> dict[str, bytes]:
@@ -131,16 +131,16 @@ def run(redis_url: str) -> Callable[[Callable[[Any], Awaitable[None]]], dict[str
 async def begun(store: redis.asyncio.Redis, **worker: Any) -> Worker:
     """A worker that has written four clicks of each user under the old codebook."""
     made = Worker(store, **worker)
-    made.know(OLD)
+    made.learn_sids(OLD)
     for user in USERS:
-        await made.histories.apply(clicks(user, [0, 5, 2, 1]))
+        await made.history_writer.apply(clicks(user, [0, 5, 2, 1]))
     return made
 
 
 def test_the_scan_brings_over_this_workers_users_and_no_others(run) -> None:
     async def work(store: Any) -> None:
         made = await begun(store, partitions=[1, 3])
-        made.know(NEW)
+        made.learn_sids(NEW)
         await made.scan()
 
     for user, value in run(work).items():
@@ -151,11 +151,11 @@ def test_the_scan_brings_over_this_workers_users_and_no_others(run) -> None:
 def test_an_event_brings_its_history_over_and_a_redelivered_one_changes_nothing(run) -> None:
     async def work(store: Any) -> None:
         made = await begun(store)
-        made.know(NEW)
+        made.learn_sids(NEW)
         # The last two of the old time are seen again, beside a new one.
         again = clicks("u7", [0, 5, 2, 1, 3])[2:]
-        await made.histories.apply(again)
-        await made.histories.apply(again)
+        await made.history_writer.apply(again)
+        await made.history_writer.apply(again)
 
     after = run(work)
     assert after["u7"] == pure(clicks("u7", [0, 5, 2, 1, 3]), NEW)
@@ -166,20 +166,20 @@ def test_an_event_brings_its_history_over_and_a_redelivered_one_changes_nothing(
 def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restart(run, restarted) -> None:
     async def work(store: Any) -> None:
         made = await begun(store)
-        made.know(NEW, ITEMS[:5])
+        made.learn_sids(NEW, ITEMS[:5])
         await made.scan()
         for value in [await store.get(keys.history(user)) for user in USERS]:
             decoded = history.decode_history(value)
             assert [e.sid for e in decoded.entries] == [SIDS[NEW][f"i{n}"] for n in (0, 2, 1)]
             assert [(tag, e.sid) for tag, e in decoded.waiting] == [(OLD[:8], SIDS[OLD]["i5"])]
-        await made.histories.apply(clicks("u3", [4], since=4))
+        await made.history_writer.apply(clicks("u3", [4], since=4))
         if restarted:
             made = Worker(store)
-            made.know(OLD)
-            made.know(NEW, ITEMS[:5])
+            made.learn_sids(OLD)
+            made.learn_sids(NEW, ITEMS[:5])
             await made.scan()
-        made.know(NEW, ITEMS[5:])
-        await made.recoding.tick()
+        made.learn_sids(NEW, ITEMS[5:])
+        await made.recoder.run_slice()
 
     for user, value in run(work).items():
         assert value == pure(clicks(user, [0, 5, 2, 1, 4] if user == "u3" else [0, 5, 2, 1]), NEW)
@@ -188,16 +188,16 @@ def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restar
 def test_a_write_in_between_is_not_lost(run) -> None:
     async def work(store: Any) -> None:
         other, calls = Worker(store), itertools.count()
-        other.know(OLD)
+        other.learn_sids(OLD)
 
         async def overtaken(values: Any) -> list[int]:
             # A worker that has not heard of the new codebook yet writes after the read.
             if next(calls) == 0:
-                await other.histories.apply(clicks("u1", [3], since=4))
+                await other.history_writer.apply(clicks("u1", [3], since=4))
             return await HistoryReplacer(store).replace(values)
 
         made = await begun(store, replace=overtaken)
-        made.know(NEW)
+        made.learn_sids(NEW)
         await made.scan()
 
     assert run(work)["u1"] == pure(clicks("u1", [0, 5, 2, 1, 3]), NEW)
@@ -210,15 +210,15 @@ def test_a_worker_that_dies_half_way_is_followed_by_one_that_brings_over_the_res
             raise Killed
 
         made = await begun(store, replace=dying)
-        made.know(NEW)
+        made.learn_sids(NEW)
         with pytest.raises(Killed):
             await made.scan()
         tags = [(await store.get(keys.history(user)))[2:6].hex() for user in USERS]
         assert set(tags) == {OLD[:8], NEW[:8]}
         next_one = Worker(store)
-        next_one.know(OLD)
-        next_one.know(NEW)
-        await next_one.histories.apply(clicks("u0", [0, 5, 2, 1])[1:])  # what was not committed
+        next_one.learn_sids(OLD)
+        next_one.learn_sids(NEW)
+        await next_one.history_writer.apply(clicks("u0", [0, 5, 2, 1])[1:])  # what was not committed
         await next_one.scan()
 
     assert run(work) == {user: pure(clicks(user, [0, 5, 2, 1]), NEW) for user in USERS}
@@ -229,7 +229,7 @@ def test_a_history_that_cannot_be_read_stops_neither_the_scan_nor_the_others(run
         made = await begun(store)
         await store.set(keys.history("broken"), b"\x02\x02abcd" + bytes(20) + b"\x00\x00\x00\x09x")
         await store.set(keys.history("future"), b"\x09" + bytes(30))
-        made.know(NEW)
+        made.learn_sids(NEW)
         await made.scan()
 
     after = run(work)
@@ -242,7 +242,7 @@ def test_under_the_only_codebook_that_ever_was_nothing_is_looked_at(run) -> None
     async def work(store: Any) -> None:
         made = await begun(store)
         looked = (await store.info("commandstats")).get("cmdstat_scan", {}).get("calls", 0)
-        await made.recoding.tick()
+        await made.recoder.run_slice()
         assert (await store.info("commandstats")).get("cmdstat_scan", {}).get("calls", 0) == looked
 
     run(work)

@@ -40,9 +40,9 @@ def test_a_state_is_read_back_and_found_when_it_is_due(redis_url: str) -> None:
         assert {user: body for user, (_, body) in (await states.read(["u", "v", "w"])).items()} == {
             "u": b"body", "v": b"other",
         }  # fmt: skip
-        assert await states.due(1, 49) == []
-        assert await states.due(1, 50) == ["u"]
-        assert await states.due(2, 100) == []
+        assert await states.due_users(1, 49) == []
+        assert await states.due_users(1, 50) == ["u"]
+        assert await states.due_users(2, 100) == []
 
     with_states(redis_url, body)
 
@@ -93,7 +93,7 @@ def test_a_deleted_and_remade_state_does_not_accept_an_old_token(redis_url: str)
         await states.write([StateWrite("u", 0, b"", b"one", 5)])
         token = (await states.read(["u"]))["u"][0]
         assert await states.write([StateWrite("u", 0, token, None, None)]) == []
-        assert not await store.exists(keys.outcomes("u"), keys.due("outcomes", 0))
+        assert not await store.exists(keys.outcomes("u"), keys.due_users("outcomes", 0))
         await states.write([StateWrite("u", 0, b"", b"again", 5)])
         assert await states.write([StateWrite("u", 0, token, b"zombie", 5)]) == ["u"]
 

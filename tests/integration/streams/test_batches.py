@@ -214,7 +214,7 @@ def test_a_table_follows_its_topic_and_forgets_deleted_keys(fresh_stack: FreshSt
             titles = {row.item_id: row.title for row in table.values()}
             assert titles == {f"i{n}": f"title {15 + n}" for n in range(5)}
             assert len(changes) == 20
-            assert sum(table.position().values()) == 20
+            assert sum(table.next_offsets().values()) == 20
             await asyncio.to_thread(_delete, kafka, b"i3")
             await asyncio.to_thread(publish_all, kafka, [CatalogItem.new(item_id="i9", title="new")])
             await table.refresh()
