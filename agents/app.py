@@ -1,8 +1,8 @@
 """The Faust app of the agents: three batch loops as services, no tables, no web server, no Faust consumer.
 
 One loop reads the topics keyed by user in one consumer group and runs histories, preferences and outcomes on
-each batch, in this order: a pair's history must know what came before it. The second gives new items their
-SID, the third keeps users' profiles.
+each batch, in this order: a pair's history must hold what came before it. The second loop gives new items
+their SID, the third keeps users' profiles.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ from streams.wire.dead_letters import RefusedRecord
 log = logging.getLogger(__name__)
 
 USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
-# The topics whose events carry event time forward. Answers only hold it back: a worker that catches up must
-# not close the windows of answers that it has yet to read, and an answer only repeats its trigger's time.
+# The topics whose events move event time forward. Answers only hold it back: a worker that catches up must not
+# close the windows of answers that it has not read yet, and an answer only repeats its trigger's time.
 CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
 # Loggers of libraries whose lower levels are noise, or slow.
 _NOISY_LOGGERS: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
 
 
 class UserEventHooks(BatchHooks):
-    """What happens around the batches of user events: event time, open windows, parked records."""
+    """The work around the batches of user events: event time, open windows, parked records."""
 
     name = "clock"
 
@@ -89,7 +89,7 @@ class UserEventHooks(BatchHooks):
 
     @property
     def stages(self) -> tuple[Any, ...]:
-        """In the order in which a batch passes them; event time moves last, when all else is done."""
+        """In the order in which a batch passes them; event time moves last, after all other stages."""
         return self._history_writer, self._pair_stage, self._outcome_stage, self
 
     async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
@@ -102,23 +102,23 @@ class UserEventHooks(BatchHooks):
         return ()
 
     async def on_start(self) -> None:
-        """Learn the topics' incarnations. Raises SidstreamError when a topic is missing or cut otherwise."""
+        """Read the topics' incarnations. Raises SidstreamError when a topic is missing."""
         await self.on_rewound()
 
     async def on_rewound(self) -> None:
-        """A topic may have been made anew: its offsets no longer compare with those in Redis."""
-        found = await asyncio.to_thread(incarnations, self._kafka)
+        """Read the incarnations again: a topic may be new, and its offsets do not compare with those in Redis."""
+        current = await asyncio.to_thread(incarnations, self._kafka)
         for kind in USER_EVENTS:
-            if kind.topic not in found:
+            if kind.topic not in current:
                 raise missing_topic_error(kind.topic)
-            self._incarnations[kind.topic] = found[kind.topic]
+            self._incarnations[kind.topic] = current[kind.topic]
 
     async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Resume event time and parked records of the partitions."""
-        # A topic that was given more partitions shows here first, and a worker with other settings.
+        # An assignment is the first sign of a topic with more partitions, or of a worker with other settings.
         await self.on_rewound()
-        counted = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
-        await store_rules(self._store, self._rules, len(counted))
+        partition_ends = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
+        await store_rules(self._store, self._rules, len(partition_ends))
         numbers = sorted({p.partition for p in partitions})
         for number in numbers:
             await self._forget_earlier_incarnations(number)
@@ -127,23 +127,23 @@ class UserEventHooks(BatchHooks):
         now = time.monotonic()
         self._clocks.clear()
         for number in numbers:
-            floors = [self._pair_stage.closed_until(number), self._outcome_stage.closed_until(number)]
-            floor = max((f for f in floors if f is not None), default=None)
+            watermarks = [self._pair_stage.closed_until(number), self._outcome_stage.closed_until(number)]
+            floor = max((ms for ms in watermarks if ms is not None), default=None)
             self._clocks[number] = PartitionClock(
                 CLOCK_TOPICS, self._idle_s, now, floor, (Recommendation.topic,)
             )
         self._parked_events.take_partitions(numbers)
-        self._recoder.take_partitions(numbers, len(counted))
+        self._recoder.take_partitions(numbers, len(partition_ends))
 
     async def on_lag(self, partition: TopicPartition, lag: int) -> None:
-        """Tell the clock whether a topic is read to its end."""
+        """Tell the clock how far the topic is read."""
         clock = self._clocks.get(partition.partition)
         if clock is not None:
             clock.observe_lag(partition.topic, lag)
 
     async def on_tick(self) -> Sequence[RefusedRecord]:
-        """Change over to a new codebook, close windows, apply or give up parked records."""
-        # Here and nowhere else: a batch and a round of closing see one codebook from beginning to end.
+        """Switch to a new codebook, close windows, apply parked records or return the expired ones."""
+        # Only here: a batch, and a round of closing windows, see one codebook from beginning to end.
         self._sids.switch_to_newest()
         await self._recoder.run_slice()
         refused = await self._parked_events.sweep(self._history_writer.apply_parked)
@@ -152,16 +152,16 @@ class UserEventHooks(BatchHooks):
         return refused
 
     async def on_dead_lettered(self, refused: Sequence[RefusedRecord]) -> None:
-        """Parked records that stand in dead letters now."""
+        """Remove parked records that are in dead letters now."""
         await self._parked_events.remove_dead_lettered(refused)
 
     async def _forget_earlier_incarnations(self, partition: int) -> None:
-        """Event time belongs to one life of the topics: events of new ones may be older."""
-        life = " ".join(str(self._incarnations[topic]) for topic in CLOCK_TOPICS)
+        """Drop watermarks of earlier incarnations of the topics: events of the new ones may be older."""
+        current = " ".join(str(self._incarnations[topic]) for topic in CLOCK_TOPICS)
         stored = await self._store.hget(keys.clock(partition), "incarnations")
-        if stored is not None and stored.decode() != life:
+        if stored is not None and stored.decode() != current:
             await self._store.delete(keys.clock(partition))
-        await self._store.hset(keys.clock(partition), "incarnations", life)
+        await self._store.hset(keys.clock(partition), "incarnations", current)
 
 
 class Agents(Service):
@@ -186,7 +186,7 @@ class Agents(Service):
         settings = self._settings
         if settings.metrics_port is not None:
             start_http_server(settings.metrics_port, settings.metrics_host)
-        self._store = redisdb.async_client(self._redis)
+        self._store = redisdb.async_redis_client(self._redis)
         self._producer = AIOKafkaProducer(
             **client_options(self._kafka), enable_idempotence=True, max_batch_size=131_072
         )
@@ -232,7 +232,7 @@ class Agents(Service):
 
 
 class _ServicesOnlyBoot(BootStrategy):
-    """Faust's own consumer, producer, tables and web stay off: the loops bring what they need."""
+    """Faust's own consumer, producer, tables and web server stay off: the loops bring their own clients."""
 
     enable_kafka = False
     enable_web = False
@@ -257,7 +257,7 @@ def create_app(
         topic_allow_declare=False,
         table_standby_replicas=0,
         store="memory://",
-        # Faust makes this folder at each start; nothing is written there without tables.
+        # Faust creates this folder at each start; without tables it writes nothing there.
         datadir=platformdirs.user_cache_path("sidstream") / "faust",
     )
 
@@ -271,9 +271,9 @@ def create_app(
 
 def check_prerequisites(kafka: KafkaSettings, redis: RedisSettings) -> None:
     """Raise SidstreamError, in one sentence, where a worker could not start."""
-    found = incarnations(kafka)
+    standing_topics = incarnations(kafka)
     for kind in (*USER_EVENTS, CatalogItem, UserProfile, SidAssignment):
-        if kind.topic not in found:
+        if kind.topic not in standing_topics:
             raise missing_topic_error(kind.topic)
     try:
         with redisdb.redis_client(redis) as store:
@@ -291,7 +291,7 @@ def run_worker(make_app: Callable[[], faust.App]) -> None:
 
     mode.loop.use("uvloop")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    quieten(_NOISY_LOGGERS)
+    silence_loggers(_NOISY_LOGGERS)
     app = make_app()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -300,8 +300,8 @@ def run_worker(make_app: Callable[[], faust.App]) -> None:
     worker.execute_from_commandline()
 
 
-def quieten(loggers: Iterable[str]) -> None:
-    """Warnings and worse only."""
+def silence_loggers(loggers: Iterable[str]) -> None:
+    """Let these loggers write warnings and errors only."""
     for name in loggers:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -20,12 +20,13 @@ from streams.settings import KafkaSettings
 from streams.state import keys
 from streams.state.history import codebook_tag, pack_sid
 from streams.state.newest_codebook import NewestCodebook
+from streams.state.redisdb import RedisScript, run_pipeline
 from streams.wire.topic_table import TopicTable
 
 log = logging.getLogger(__name__)
 
-# A new codebook's SIDs count as complete once no SID came for this long: `codebook fit` publishes thousands of
-# SIDs in one go.
+# A new codebook's SIDs count as complete once no SID came for this long: `codebook fit` publishes thousands
+# of them in one go.
 _QUIET_S: Final = 1.0
 # Also complete after this: where items are listed without a pause, the topic is never quiet for a second.
 _COMPLETE_AFTER_S: Final = 60.0
@@ -35,14 +36,14 @@ _ITEMS_PER_CALL: Final = 500
 
 # KEYS sids, slots | ARGV item, packed SID, item, packed SID ...
 # Idempotent, and never over a slot that another item holds.
-_MIRROR_SIDS: Final = """
+_MIRROR_SIDS: Final = RedisScript("""
 for i = 1, #ARGV, 2 do
   if redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1]) == 1 then
     redis.call('HSETNX', KEYS[2], ARGV[i + 1], ARGV[i])
   end
 end
 return redis.status_reply('OK')
-"""
+""")
 
 
 class AssignedSids:
@@ -56,7 +57,7 @@ class AssignedSids:
     ) -> None:
         self._table = TopicTable(kafka, SidAssignment, self.add_record)
         self._clock = clock
-        self._mirror = store.register_script(_MIRROR_SIDS)
+        self._store = store
         self._sids_by_codebook: dict[str, dict[str, bytes]] = {}
         # By codebook tag; filled at the first translation of that codebook's SIDs.
         self._items_by_sid: dict[str, dict[bytes, str]] = {}
@@ -112,7 +113,7 @@ class AssignedSids:
         return items_by_sid.get(packed)
 
     def translate(self, tag: str, packed: bytes) -> bytes | None:
-        """The packed SID under the codebook in use, of the item that has `packed` under the codebook `tag`."""
+        """The packed SID, under the codebook in use, of the item that has `packed` under codebook `tag`."""
         item = self.item_with_sid(tag, packed)
         return None if item is None else self.get(item)
 
@@ -149,7 +150,8 @@ class AssignedSids:
             for event in chunk:
                 by_codebook.setdefault(event.codebook, []).extend((event.item_id, pack_sid(event.sid)))
             for codebook, arguments in by_codebook.items():
-                await self._mirror(keys=[keys.sids(codebook), keys.slots(codebook)], args=arguments)
+                call = _MIRROR_SIDS.command([keys.sids(codebook), keys.slots(codebook)], arguments)
+                await run_pipeline(self._store, [call], _MIRROR_SIDS)
             del self._not_mirrored[: len(chunk)]
 
     def add_record(self, _key: str, event: SidAssignment | None) -> None:

@@ -1,4 +1,4 @@
-"""Clicks and purchases -> packed histories: one script a user and batch, fenced by source offsets."""
+"""Clicks and purchases -> packed histories: one script call a user and batch, fenced by source offsets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import redis.asyncio
-from redis.exceptions import NoScriptError
 
 from agents.assigned_sids import AssignedSids
 from agents.history_recoder import HistoryRecoder
@@ -18,44 +17,44 @@ from streams.state.redisdb import run_pipeline
 from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 
-# Scripts in one write: enough to hide the round trip, small against the server's and our buffers.
+# Script calls in one round trip: enough to hide its latency, small against the buffers of both sides.
 _SCRIPTS_PER_PIPELINE: Final = 500
 
 
 class HistoryWriter:
-    """The stage that writes `h:{user}`; events on items without a SID go to `parking`."""
+    """The stage that writes `h:{user}`; events on items without a SID are parked."""
 
     name = "histories"
 
     def __init__(
-        self, store: redis.asyncio.Redis, sids: AssignedSids, parking: ParkedEvents, recoding: HistoryRecoder,
+        self, store: redis.asyncio.Redis, sids: AssignedSids, parked_events: ParkedEvents,
+        recoder: HistoryRecoder,
         bounds: HistorySettings, incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
         self._store = store
         self._sids = sids
-        self._parked_events = parking
-        self._recoder = recoding
+        self._parked_events = parked_events
+        self._recoder = recoder
         self._bounds = bounds
         self._incarnations = incarnations
-        self._script: str | None = None
 
     async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
-        """Write what has a SID, park what has none."""
+        """Write events on items with a SID, park the others."""
         changes: dict[str, list[history.HistoryChange]] = {}
-        waiting: list[ReceivedEvent] = []
-        for incoming in batch:
-            record, event = incoming
+        without_sid: list[ReceivedEvent] = []
+        for received in batch:
+            record, event = received
             if record.topic not in history.SOURCE_TOPICS:
                 continue
             packed = self._sids.get(event.item_id)
             if packed is None:
-                waiting.append(incoming)
+                without_sid.append(received)
             else:
                 changes.setdefault(event.user_id, []).append(
                     history.HistoryChange(record.topic, record.offset, packed_entry(event, packed))
                 )
-        if waiting:
-            await self._parked_events.park(waiting)
+        if without_sid:
+            await self._parked_events.park(without_sid)
         applied, repeated = await self._write(changes)
         for topic in history.SOURCE_TOPICS:
             EVENT_COUNT.labels(topic, "in_history").inc(applied[topic])
@@ -63,7 +62,7 @@ class HistoryWriter:
         return ()
 
     async def apply_parked(self, events: Iterable[Any]) -> None:
-        """Write events whose items have a SID by now, whatever the fences say: equal entries are one."""
+        """Write parked events whose items have a SID now; no fence skips them, equal entries are kept once."""
         changes: dict[str, list[history.HistoryChange]] = {}
         for event in events:
             packed = self._sids.get(event.item_id)
@@ -76,13 +75,13 @@ class HistoryWriter:
     async def _write(
         self, changes: Mapping[str, Sequence[history.HistoryChange]]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Run the script for each user; (applied, skipped by the fence), by source topic of whole users."""
+        """Run the script for each user; the numbers of changes applied and skipped by the fence, by topic."""
         applied = dict.fromkeys(history.SOURCE_TOPICS, 0)
         repeated = dict.fromkeys(history.SOURCE_TOPICS, 0)
         users = list(changes)
         for start in range(0, len(users), _SCRIPTS_PER_PIPELINE):
             chunk = users[start : start + _SCRIPTS_PER_PIPELINE]
-            results = await self._run([self._command(user, changes[user]) for user in chunk])
+            results = await self._run([self._call(user, changes[user]) for user in chunk])
             await self._recode_and_retry(chunk, changes, results)
             for user, (_, skipped) in zip(chunk, results, strict=True):
                 for change in changes[user]:
@@ -101,36 +100,30 @@ class HistoryWriter:
         changes: Mapping[str, Sequence[history.HistoryChange]],
         results: list[list[int]],
     ) -> None:
-        """Bring histories of another codebook over, apply their changes, and put the results in place."""
-        while old := [at for at, result in enumerate(results) if result == history.OTHER_CODEBOOK_RESULT]:
-            await self._recoder.recode_users([users[at] for at in old], "touch")
-            again = await self._run([self._command(users[at], changes[users[at]]) for at in old])
-            for at, result in zip(old, again, strict=True):
+        """Recode histories of another codebook, apply their changes, and put the results into `results`."""
+
+        def other_codebook() -> list[int]:
+            return [at for at, result in enumerate(results) if result == history.OTHER_CODEBOOK_RESULT]
+
+        while places := other_codebook():
+            await self._recoder.recode_users([users[at] for at in places], "touch")
+            retried = await self._run([self._call(users[at], changes[users[at]]) for at in places])
+            for at, result in zip(places, retried, strict=True):
                 results[at] = result
 
-    def _command(self, user: str, changes: Sequence[history.HistoryChange]) -> tuple[Any, ...]:
+    def _call(self, user: str, changes: Sequence[history.HistoryChange]) -> tuple[Any, ...]:
         assert self._sids.codebook is not None
-        return (
-            keys.history(user),
-            *history.script_arguments(
-                changes,
-                codebook=self._sids.codebook,
-                levels=self._sids.levels,
-                incarnations=self._incarnations,
-                bounds=self._bounds,
-            ),
+        arguments = history.script_arguments(
+            changes,
+            codebook=self._sids.codebook,
+            levels=self._sids.levels,
+            incarnations=self._incarnations,
+            bounds=self._bounds,
         )
+        return history.APPLY_CHANGES.command([keys.history(user)], arguments)
 
-    async def _run(self, arguments: Sequence[tuple[Any, ...]]) -> list[list[int]]:
-        while True:
-            if self._script is None:
-                self._script = await self._store.script_load(history.APPLY_CHANGES)
-            try:
-                return await run_pipeline(
-                    self._store, [("EVALSHA", self._script, 1, *argument) for argument in arguments]
-                )
-            except NoScriptError:
-                self._script = None  # a restarted server has no scripts; what was written is written again
+    async def _run(self, calls: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+        return await run_pipeline(self._store, calls, history.APPLY_CHANGES)
 
 
 def packed_entry(event: Any, packed_sid: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Events whose item has no SID yet: kept in Redis with their bytes until the SID comes or the time is up."""
+"""Events whose item has no SID yet: their bytes wait in Redis until the SID comes or their time is up."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from streams.state.redisdb import run_pipeline
 from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 
-# How often the parked items are looked at while no new SID came.
+# How often the parked items are swept while no new SID comes.
 _SWEEP_EVERY_S: Final = 1.0
-# Items in one go, so that a sweep of many does not keep the batches waiting for long.
+# Items of one sweep, so that a sweep of many does not delay the batches for long.
 _ITEMS_PER_SWEEP: Final = 200
 
 
 class ParkedRecord(NamedTuple):
-    """A record that waits; looks like a consumer's record."""
+    """A record that waits. It has the fields of a consumer's record, so it can be dead-lettered like one."""
 
     topic: str
     partition: int
@@ -39,7 +39,7 @@ _decoder = msgspec.msgpack.Decoder(ParkedRecord)
 
 
 class ParkedEvents:
-    """Parks records by item; sweeps those of this worker's partitions."""
+    """Parks records by item, and sweeps those of this worker's partitions."""
 
     def __init__(self, store: redis.asyncio.Redis, sids: AssignedSids, park_seconds: int) -> None:
         self._store = store
@@ -51,31 +51,31 @@ class ParkedEvents:
         self._has_more = False
 
     def take_partitions(self, partitions: Iterable[int]) -> None:
-        """The partitions whose parked records this worker looks after."""
+        """The partitions whose parked records this worker sweeps from now on."""
         self._partitions = frozenset(partitions)
         self._swept_at, self._has_more = 0.0, True
 
-    async def park(self, waiting: Sequence[ReceivedEvent]) -> None:
-        """Keep these records; keeping one twice is keeping it once."""
+    async def park(self, without_sid: Sequence[ReceivedEvent]) -> None:
+        """Store these records; a record that is parked twice is stored once."""
         now = time.time_ns() // 1_000_000
         commands: list[tuple[Any, ...]] = []
-        for record, event in waiting:
-            place = f"{record.topic}:{record.partition}:{record.offset}"
+        for record, event in without_sid:
+            position = f"{record.topic}:{record.partition}:{record.offset}"
             parked = ParkedRecord(
                 record.topic, record.partition, record.offset, record.key, record.value, now
             )
-            # HSETNX: a record that is seen again must not wait longer for that.
-            commands.append(("HSETNX", keys.parked(event.item_id), place, _encoder.encode(parked)))
+            # HSETNX: a record that is read again keeps the time at which it was first parked.
+            commands.append(("HSETNX", keys.parked(event.item_id), position, _encoder.encode(parked)))
             commands.append(("ZADD", keys.parked_items(record.partition), "NX", now, event.item_id))
         results = await run_pipeline(self._store, commands)
-        for (record, _), new in zip(waiting, results[::2], strict=True):
+        for (record, _), new in zip(without_sid, results[::2], strict=True):
             EVENT_COUNT.labels(record.topic, "parked").inc(new)
         self._has_more = True
 
     async def sweep(self, apply: Callable[[list[Any]], Awaitable[None]]) -> list[RefusedRecord]:
-        """Give events whose SID came to `apply`; return those whose time is up, to be dead-lettered.
+        """Give events whose item has a SID now to `apply`; return those whose time is up, for dead letters.
 
-        A returned record stays parked until `forget`.
+        A returned record stays parked until `remove_dead_lettered`.
         """
         now = time.monotonic()
         if (
@@ -85,12 +85,12 @@ class ParkedEvents:
         ):
             return []
         self._swept_at, self._change_count_seen, self._has_more = now, self._sids.change_count, False
-        since = self._sids.complete_since_ms()
+        complete_since_ms = self._sids.complete_since_ms()
         refused: list[RefusedRecord] = []
         for partition in sorted(self._partitions):
             index = keys.parked_items(partition)
-            found: list[Any] = await self._store.zrange(index, 0, -1)
-            items = [item.decode() for item in found]
+            members: list[Any] = await self._store.zrange(index, 0, -1)
+            items = [item.decode() for item in members]
             PARKED.labels(partition).set(len(items))
             ready = [item for item in items if self._sids.get(item) is not None]
             self._has_more = self._has_more or len(ready) > _ITEMS_PER_SWEEP
@@ -99,28 +99,28 @@ class ParkedEvents:
                 await apply([decode(BY_TOPIC[r.topic], r.value) for r in records])
                 await self._remove(item, records)
                 await self._store.zrem(index, item)
-            if since is not None:
-                refused += await self._expired(partition, since)
+            if complete_since_ms is not None:
+                refused += await self._expired(partition, complete_since_ms)
         return refused
 
     async def remove_dead_lettered(self, refused: Iterable[RefusedRecord]) -> None:
-        """Remove records that now stand in dead letters."""
+        """Remove records that are in dead letters now."""
         for refusal in refused:
             record = refusal.record
             item = decode(BY_TOPIC[record.topic], record.value).item_id  # type: ignore[attr-defined]
             await self._remove(item, [record])
 
-    async def _expired(self, partition: int, since_ms: int) -> list[RefusedRecord]:
+    async def _expired(self, partition: int, complete_since_ms: int) -> list[RefusedRecord]:
         wall = time.time_ns() // 1_000_000
-        # Without a codebook an event waits as long as it takes: the time counts from when there is one.
-        if since_ms + self._park_ms > wall:
+        # Without a codebook no event expires: its time counts from when the SIDs are complete.
+        if complete_since_ms + self._park_ms > wall:
             return []
         index = keys.parked_items(partition)
         refused = []
-        late: list[Any] = await self._store.zrangebyscore(
+        expired_items: list[Any] = await self._store.zrangebyscore(
             index, "-inf", wall - self._park_ms, start=0, num=_ITEMS_PER_SWEEP
         )
-        for raw in late:
+        for raw in expired_items:
             item = raw.decode()
             if self._sids.get(item) is not None:
                 continue
@@ -130,19 +130,19 @@ class ParkedEvents:
                 f"item_id is {item!r}, which had no SID for {self._park_ms / 1000:g} s: publish it on catalog"
             )
             refused += [RefusedRecord(record, "histories", "unknown_item", detail) for record in overdue]
-            left = [r.parked_ms for r in records if r not in overdue]
-            if left:
-                await self._store.zadd(index, {item: min(left)})
+            remaining = [r.parked_ms for r in records if r not in overdue]
+            if remaining:
+                await self._store.zadd(index, {item: min(remaining)})
             elif not overdue:
                 await self._store.zrem(index, item)
         return refused
 
     async def _records(self, item: str, partition: int) -> list[ParkedRecord]:
-        found: dict[Any, Any] = await self._store.hgetall(keys.parked(item))
-        records = [_decoder.decode(value) for value in found.values()]
+        stored: dict[Any, Any] = await self._store.hgetall(keys.parked(item))
+        records = [_decoder.decode(value) for value in stored.values()]
         return sorted(r for r in records if r.partition == partition)
 
     async def _remove(self, item: str, records: Sequence[Any]) -> None:
         if records:
-            places = [f"{r.topic}:{r.partition}:{r.offset}" for r in records]
-            await self._store.hdel(keys.parked(item), *places)
+            positions = [f"{r.topic}:{r.partition}:{r.offset}" for r in records]
+            await self._store.hdel(keys.parked(item), *positions)

@@ -1,8 +1,8 @@
-"""Items of the catalogue -> SIDs: the frozen codebook's nearest free slot, claimed in Redis, told on `sids`.
+"""Items of the catalogue -> SIDs: the nearest free slot of the frozen codebook, claimed in Redis.
 
-Before there is a codebook, items only wait on their topic. Whoever fits one publishes the SIDs of the items
-that stand, and makes it current last; then the agents read those SIDs, go once over the whole catalogue for
-items that were left out, and from there on give every new item its SID as it comes.
+Before there is a codebook, items only wait on their topic. `codebook fit` publishes the SIDs of all listed
+items on `sids`, and makes the codebook current last. Then the agents read those SIDs, go once over the whole
+catalogue for items without one, and from there on give every new item its SID as it comes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from streams.events import CatalogItem, SidAssignment, encode
 from streams.settings import KafkaSettings
 from streams.state import keys
 from streams.state.history import pack_sid
+from streams.state.redisdb import RedisScript, run_pipeline
 from streams.wire.batch_loop import BatchHooks, ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 from streams.wire.records import partition_of
@@ -34,37 +35,37 @@ from streams.wire.topic_table import TopicTable
 
 log = logging.getLogger(__name__)
 
-# Items embedded and claimed together.
+# Items embedded, and their slots claimed, together.
 _ITEMS_PER_CALL: Final = 500
-# Slots offered for an item at a time; nearly every item finds a free one among its first few.
+# Slots offered for an item at a time; for nearly every item one of the first few is free.
 _SLOTS_PER_OFFER: Final = 16
 
 # KEYS sids, slots | ARGV per item: item, number of slots n, n packed SIDs, nearest first.
-# Returns per item the SID that it holds from now on, or '' where every offered slot is another item's.
-_CLAIM_SLOTS: Final = """
+# Returns per item its SID from now on, or '' where every offered slot belongs to another item.
+_CLAIM_SLOTS: Final = RedisScript("""
 local result, i = {}, 1
 while i <= #ARGV do
   local item, n = ARGV[i], tonumber(ARGV[i + 1])
-  local held = redis.call('HGET', KEYS[1], item)
-  if not held then
-    held = ''
+  local sid = redis.call('HGET', KEYS[1], item)
+  if not sid then
+    sid = ''
     for s = i + 2, i + 1 + n do
       if redis.call('HSETNX', KEYS[2], ARGV[s], item) == 1 then
-        held = ARGV[s]
-        redis.call('HSET', KEYS[1], item, held)
+        sid = ARGV[s]
+        redis.call('HSET', KEYS[1], item, sid)
         break
       end
     end
   end
-  result[#result + 1] = held
+  result[#result + 1] = sid
   i = i + 2 + n
 end
 return result
-"""
+""")
 
 
 class CodebookRegistry(Protocol):
-    """What the catalogue needs of the registry; the calls block."""
+    """The part of the registry that the allocator needs; the calls block."""
 
     def current_codebook(self) -> str | None: ...
 
@@ -74,13 +75,13 @@ class CodebookRegistry(Protocol):
 
 
 class SlotAllocator(BatchHooks):
-    """The stage that reads `catalog`, and the looks for a new codebook between its batches."""
+    """The stage that reads `catalog`; between its batches it asks the registry for a new codebook."""
 
     name = "catalogue"
 
     def __init__(
-        self, kafka: KafkaSettings, store: redis.asyncio.Redis, producer: AIOKafkaProducer, sids: AssignedSids,
-        codebooks: CodebookRegistry, check_s: float,
+        self, kafka: KafkaSettings, store: redis.asyncio.Redis, producer: AIOKafkaProducer,
+        sids: AssignedSids, codebooks: CodebookRegistry, check_s: float,
     ) -> None:  # fmt: skip
         self._kafka = kafka
         self._producer = producer
@@ -95,30 +96,29 @@ class SlotAllocator(BatchHooks):
         self._codebook: Codebook | None = None
         self._partitions: frozenset[int] = frozenset()
         self._covered_partitions: frozenset[int] = frozenset()
-        self._claim = store.register_script(_CLAIM_SLOTS)
 
     async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
-        """Give new items their SID; one that has one keeps it, whatever its title became."""
+        """Give new items their SID; an item that has one keeps it, also with another title."""
         if self._codebook is not None:
-            # Only the newest record of an item in a batch: its title is the one that counts.
+            # The newest record of an item in the batch: its title is the one to embed.
             newest = {event.item_id: event for _, event in batch if event is not None}
             await self._assign(self._codebook, newest.values())
         return ()
 
     async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        """Partitions that were another worker's are looked over once."""
+        """Note the partitions; items of those that another worker had are checked once."""
         self._partitions = frozenset(p.partition for p in partitions)
         self._covered_partitions &= self._partitions
 
     async def on_tick(self) -> Sequence[RefusedRecord]:
-        """Keep Redis at the topic `sids`; where a new codebook is current, cover the catalogue with it."""
+        """Copy new SIDs to Redis; where a new codebook is current, give every item its SID under it."""
         await self._sids.mirror_to_redis()
         due = time.monotonic() - self._checked_at >= self._check_s
-        # SIDs of a codebook that is not known here: it was just fitted, so do not wait.
-        unknown = self._sids.newest is not None and (
+        # SIDs of another codebook than this one: it was just fitted, so do not wait.
+        has_other_codebook = self._sids.newest is not None and (
             self._codebook is None or self._codebook.id != self._sids.newest
         )
-        if due or (unknown and self._change_count_seen != self._sids.change_count):
+        if due or (has_other_codebook and self._change_count_seen != self._sids.change_count):
             self._checked_at = time.monotonic()
             self._change_count_seen = self._sids.change_count
             await self._look_for_codebook()
@@ -136,7 +136,7 @@ class SlotAllocator(BatchHooks):
             if embedder is None or embedder.id != codebook.embedder:
                 embedder = await asyncio.to_thread(embedder_of, codebook, self._codebooks.encoder)
         except SidstreamError as error:
-            # Without the registry new items wait; everything else goes on.
+            # Without the registry new items wait, and everything else goes on.
             if str(error) != self._last_complaint:
                 log.warning("%s", error)
             self._last_complaint = str(error)
@@ -150,27 +150,27 @@ class SlotAllocator(BatchHooks):
     async def _assign_missing(self, codebook: Codebook) -> None:
         """Give a SID to every item of this worker's partitions that has none."""
         partitions = self._partitions
-        # All that was published by whoever fitted the codebook, before slots are called free.
+        # All SIDs that `codebook fit` published must be read before a slot counts as free.
         await self._sids.refresh()
         table = TopicTable(self._kafka, CatalogItem)
         await table.start()
         try:
             await table.wait_caught_up()
             count = len(table.next_offsets())
-            mine = [i for i in table.values() if partition_of(i.key, count) in partitions]
+            own_items = [i for i in table.values() if partition_of(i.key, count) in partitions]
         finally:
             await table.stop()
-        await self._assign(codebook, mine)
+        await self._assign(codebook, own_items)
         self._covered_partitions = partitions
 
     async def _assign(self, codebook: Codebook, items: Iterable[CatalogItem]) -> None:
-        held = self._sids.sids_under(codebook.id)
-        lacking = [item for item in items if item.item_id not in held]
-        if not lacking:
+        assigned = self._sids.sids_under(codebook.id)
+        without_sid = [item for item in items if item.item_id not in assigned]
+        if not without_sid:
             return
         await self._sids.mirror_to_redis()
-        for start in range(0, len(lacking), _ITEMS_PER_CALL):
-            chunk = lacking[start : start + _ITEMS_PER_CALL]
+        for start in range(0, len(without_sid), _ITEMS_PER_CALL):
+            chunk = without_sid[start : start + _ITEMS_PER_CALL]
             claimed = await self._claim_slots(codebook, chunk)
             events = [
                 SidAssignment.new(
@@ -181,8 +181,8 @@ class SlotAllocator(BatchHooks):
                 )
                 for item_id, packed in claimed.items()
             ]
-            sent = [await self._producer.send(e.topic, encode(e), key=e.key) for e in events]
-            await asyncio.gather(*sent)
+            confirmations = [await self._producer.send(e.topic, encode(e), key=e.key) for e in events]
+            await asyncio.gather(*confirmations)
             SIDS.inc(len(events))
             log.info("%d items were given SIDs", len(events))
 
@@ -194,16 +194,15 @@ class SlotAllocator(BatchHooks):
         while offers:
             arguments: list[str | bytes | int] = []
             for item_id, slots in offers.items():
-                offered = _next_offers(slots)
-                if not offered:
+                packed_sids = _next_offers(slots)
+                if not packed_sids:
                     raise SidstreamError(
                         f"codebook {codebook.id} has no free slot for item {item_id}: "
                         "fit a larger one with `sidstream codebook fit --replace`"
                     )
-                arguments += (item_id, len(offered), *offered)
-            results: list[bytes] = await self._claim(
-                keys=[keys.sids(codebook.id), keys.slots(codebook.id)], args=arguments
-            )
+                arguments += (item_id, len(packed_sids), *packed_sids)
+            call = _CLAIM_SLOTS.command([keys.sids(codebook.id), keys.slots(codebook.id)], arguments)
+            (results,) = await run_pipeline(self._store, [call], _CLAIM_SLOTS)
             for item_id, packed in zip(list(offers), results, strict=True):
                 if packed:
                     claimed[item_id] = packed

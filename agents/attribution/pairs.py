@@ -49,7 +49,7 @@ class PairRules:
 
 @dataclass(frozen=True, slots=True)
 class PairDecision:
-    """A pair before it has SIDs: with the history before `before` (ms) the user took `chosen`, not `rejected`.
+    """A pair before it has SIDs: after the history before `before` (ms) the user took `chosen`.
 
     `moment` (ms) is the time of the purchase or of the first impression. It is part of the pair's identity.
     """

@@ -1,8 +1,8 @@
-"""Per-user state in Redis with open windows: read, advance in event time, compare-and-set, never lost.
+"""Per-user states in Redis with open windows, replaced by compare-and-set.
 
 A value is 8 random bytes (the token that a writer must name to replace it) and a msgpack body. The sorted set
-`due:<stage>:{partition}` says which users have something that matures, so that a restart resumes. A writer
-that was overtaken (two workers during a rebalance) writes nothing and starts over from what stands.
+`due:<stage>:{partition}` says which users have a window that closes, and when, so that a restart resumes. A
+writer that was overtaken (two workers during a rebalance) writes nothing and starts again from the new state.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import redis.asyncio
-from redis.exceptions import NoScriptError
 
 from streams.state import keys
-from streams.state.redisdb import run_pipeline
+from streams.state.redisdb import RedisScript, run_pipeline
 
 # KEYS state, sums ... | ARGV expected token ('' = absent), new value ('' = delete), then per sums key:
 # arm, bundle, cohort, impressions, clicks, orders to add. All or nothing: sums, state and fences agree. A
-# field that comes to 0 goes, and with the last of them the hash: what moved away leaves nothing behind.
-_REPLACE_STATE: Final = """
+# field that comes to 0 is deleted, and with the last of them the hash.
+_REPLACE_STATE: Final = RedisScript("""
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return 0 end
 if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
 for k = 2, #KEYS do
@@ -34,20 +33,20 @@ for k = 2, #KEYS do
   if redis.call('HLEN', KEYS[k]) == 2 then redis.call('DEL', KEYS[k]) end
 end
 return 1
-"""
-# KEYS clock | ARGV stage, watermark. Never backwards.
-_ADVANCE_WATERMARK: Final = """
+""")
+# KEYS clock | ARGV stage, watermark. The stored watermark never becomes smaller.
+_ADVANCE_WATERMARK: Final = RedisScript("""
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
 if not stored or tonumber(stored) < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
 return redis.status_reply('OK')
-"""
-# Users matured in one go; more are found by the next round.
+""")
+# Users read in one round; the next round reads more.
 DUE_USERS_PER_READ: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class SumChange:
-    """What to add to one cohort's sums of one trial of a user."""
+    """The numbers to add to a user's sums of one trial and cohort; they may be negative."""
 
     trial: str
     arm: str
@@ -60,7 +59,10 @@ class SumChange:
 
 @dataclass(frozen=True, slots=True)
 class StateWrite:
-    """One user's new state; body None: nothing is open, forget the user. `due_ms` is event time."""
+    """One user's new state; `token`: of the state that it replaces; body None: delete the state.
+
+    `due_ms`: event time at which a window closes next; None: no window is open.
+    """
 
     user: str
     partition: int
@@ -77,7 +79,6 @@ class WindowStates:
         self._store = store
         self._stage = stage
         self._key = {"preferences": keys.preferences, "outcomes": keys.outcomes}[stage]
-        self._swap: str | None = None
 
     async def read(self, users: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
         """(token, body) of each user that has a state."""
@@ -88,20 +89,18 @@ class WindowStates:
 
     async def due_users(self, partition: int, watermark: int) -> list[str]:
         """Users with something that matures at or before `watermark`, at most DUE_AT_ONCE."""
-        found: list[Any] = await self._store.zrangebyscore(
+        members: list[Any] = await self._store.zrangebyscore(
             keys.due(self._stage, partition), "-inf", watermark, start=0, num=DUE_USERS_PER_READ
         )
-        return [user.decode() for user in found]
+        return [user.decode() for user in members]
 
     async def write(self, writes: Sequence[StateWrite]) -> list[str]:
-        """Replace states; return the users whose state was changed by somebody else meanwhile."""
+        """Replace states; return the users whose state another writer changed meanwhile."""
         if not writes:
             return []
-        if self._swap is None:
-            self._swap = await self._store.script_load(_REPLACE_STATE)
         commands: list[tuple[Any, ...]] = []
         for write in writes:
-            # The index first: an entry without a state is harmless, a state without an entry never matures.
+            # The index first: an entry without a state does no harm, a state without an entry never closes.
             index = keys.due(self._stage, write.partition)
             if write.due_ms is None:
                 commands.append(("ZREM", index, write.user))
@@ -112,20 +111,17 @@ class WindowStates:
             arguments: list[Any] = [write.token, value]
             for s in write.sums:
                 arguments += (s.arm, s.bundle, s.cohort, s.impressions, s.clicks, s.orders)
-            commands.append(("EVALSHA", self._swap, 1 + len(sums), self._key(write.user), *sums, *arguments))
-        try:
-            results = await run_pipeline(self._store, commands)
-        except NoScriptError:
-            # A restarted server has no scripts; what was written in part is seen as overtaken and redone.
-            self._swap = None
-            return [write.user for write in writes]
-        return [write.user for write, done in zip(writes, results[1::2], strict=True) if not done]
+            commands.append(_REPLACE_STATE.command([self._key(write.user), *sums], arguments))
+        # Where the script is loaded on the way, a state that was already replaced counts as overtaken.
+        results = await run_pipeline(self._store, commands, _REPLACE_STATE)
+        return [write.user for write, replaced in zip(writes, results[1::2], strict=True) if not replaced]
 
     async def watermark(self, partition: int) -> int | None:
-        """The watermark (ms) up to which this stage matured the partition."""
+        """The watermark (ms) up to which this stage closed the partition's windows."""
         stored = await self._store.hget(keys.clock(partition), self._stage)
         return None if stored is None else int(stored)
 
     async def set_watermark(self, partition: int, watermark: int) -> None:
-        """Store it; a smaller one than stands changes nothing."""
-        await self._store.eval(_ADVANCE_WATERMARK, 1, keys.clock(partition), self._stage, watermark)
+        """Store the watermark (ms); one smaller than the stored one changes nothing."""
+        command = _ADVANCE_WATERMARK.command([keys.clock(partition)], [self._stage, watermark])
+        await run_pipeline(self._store, [command], _ADVANCE_WATERMARK)

@@ -28,6 +28,7 @@ from typing import Final, NamedTuple
 
 from streams.errors import SidstreamError
 from streams.settings import HistorySettings
+from streams.state.redisdb import RedisScript
 
 VERSION: Final = 1
 # The layout of a history with entries that wait.
@@ -38,7 +39,9 @@ PURCHASE: Final = 3
 KIND_CODES: Final = {"click": CLICK, "cart": CART, "purchase": PURCHASE}
 SOURCE_TOPICS: Final = ("clicks", "purchases")
 
-APPLY_CHANGES: Final = resources.files("streams.state").joinpath("history.lua").read_text(encoding="utf-8")
+APPLY_CHANGES: Final = RedisScript(
+    resources.files("streams.state").joinpath("history.lua").read_text(encoding="utf-8")
+)
 
 _FENCES_AT: Final = 6
 _ENTRIES_AT: Final = 26

@@ -14,13 +14,14 @@ import msgspec
 
 from streams.errors import SidstreamError
 from streams.events import UserProfile
+from streams.state.redisdb import RedisScript
 
 VERSION: Final = 1
 _HEAD: Final = 15
 
 # KEYS profile | ARGV packed profile, or '' for a user that was deleted. Returns 1 where it took effect. Bytes
 # are compared by hand: `<` on strings is strcoll, whose order depends on the locale.
-STORE_IF_NEWER: Final = """
+STORE_IF_NEWER: Final = RedisScript("""
 local byte = string.byte
 if ARGV[1] == '' then return redis.call('DEL', KEYS[1]) end
 local held = redis.call('GETRANGE', KEYS[1], 0, 14)
@@ -38,7 +39,7 @@ if held ~= '' then
 end
 redis.call('SET', KEYS[1], ARGV[1])
 return 1
-"""
+""")
 
 
 def newest_order_key(event: UserProfile) -> bytes:

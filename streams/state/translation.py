@@ -24,16 +24,17 @@ from streams.state.history import (
     split_parts,
     unpack_entry,
 )
+from streams.state.redisdb import RedisScript
 
 # (tag of a codebook, packed SID under it) -> packed SID of the same item under the codebook that is wanted.
 TranslateSid = Callable[[str, bytes], bytes | None]
 
 # KEYS history | ARGV expected value, new value. 0: somebody else changed it meanwhile, and nothing was done.
-REPLACE_IF_UNCHANGED: Final = """
+REPLACE_IF_UNCHANGED: Final = RedisScript("""
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 return 1
-"""
+""")
 
 
 def recode_history(

@@ -59,8 +59,8 @@ batches = st.lists(st.lists(change, max_size=12), min_size=1, max_size=5)
 def test_script_and_function_agree_on_every_sequence_of_batches(store, batches, length, days, lives) -> None:
     bounds = HistorySettings(max_length=length, max_age_days=days)
     script, replace = (
-        store.register_script(history.APPLY_CHANGES),
-        store.register_script(REPLACE_IF_UNCHANGED),
+        store.register_script(history.APPLY_CHANGES.source),
+        store.register_script(REPLACE_IF_UNCHANGED.source),
     )
     store.delete("h:{test}")
     value: bytes | None = None
@@ -99,5 +99,5 @@ def test_a_history_of_another_layout_is_left_alone(store) -> None:
         changes, codebook=BOOKS[0], levels=3, incarnations={"clicks": 1, "purchases": 1}, bounds=bounds
     )
     with pytest.raises(redis.ResponseError, match="layout 9"):
-        store.register_script(history.APPLY_CHANGES)(keys=["h:{test}"], args=arguments)
+        store.register_script(history.APPLY_CHANGES.source)(keys=["h:{test}"], args=arguments)
     assert store.get("h:{test}") == b"\x09" + bytes(30)

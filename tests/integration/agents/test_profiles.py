@@ -49,7 +49,7 @@ profiles = st.builds(
 @given(st.lists(profiles, min_size=1, max_size=8, unique_by=lambda one: (one.ts, one.event_id)), st.randoms())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_and_any_repetition_leaves_the_newest(store, events, random) -> None:
-    script = store.register_script(profile.STORE_IF_NEWER)
+    script = store.register_script(profile.STORE_IF_NEWER.source)
     key = keys.profile("u")
     store.delete(key)
     seen = [*events, *random.choices(events, k=4)]
@@ -69,7 +69,7 @@ def test_another_layout_is_named_and_not_written_over(store) -> None:
     key = keys.profile("later")
     store.set(key, b"\x02" + bytes(20))
     with pytest.raises(redis.ResponseError, match="profile of layout 2"):
-        store.register_script(profile.STORE_IF_NEWER)(
+        store.register_script(profile.STORE_IF_NEWER.source)(
             keys=[key], args=[profile.pack_profile(about("later", 0))]
         )
     store.delete(key)

@@ -134,7 +134,7 @@ def test_sums_that_are_no_whole_numbers_by_cohort_are_refused_without_naming_the
 
 def test_a_worker_with_other_rules_is_warned_about_and_the_newest_rules_stand(store, redis_url, caplog):
     async def tell(rules):
-        connection = redisdb.async_client(RedisSettings.model_validate({"url": redis_url}))
+        connection = redisdb.async_redis_client(RedisSettings.model_validate({"url": redis_url}))
         try:
             await store_rules(connection, rules, PARTITIONS)
         finally:

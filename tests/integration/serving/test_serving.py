@@ -257,7 +257,11 @@ def test_without_redis_requests_are_answered_without_histories_and_with_them_whe
             with redis.Redis.from_url(url) as connection:
                 value, _, _ = history.apply_changes(
                     None,
-                    [history.HistoryChange(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
+                    [
+                        history.HistoryChange(
+                            None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5]))
+                        )
+                    ],
                     codebook=tiny_codebook(SIZES).id, levels=3,
                     incarnations={"clicks": 1, "purchases": 1}, bounds=HistorySettings(),
                 )  # fmt: skip

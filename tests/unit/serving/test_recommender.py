@@ -244,8 +244,10 @@ def test_a_model_that_fails_on_one_request_costs_only_that_one_its_ranking():
 
 def test_a_bundle_is_told_what_it_knows_of_scene_and_profile(caplog):
     about = [
-        profile.pack_profile(UserProfile.new(user_id="u", attributes={"country": "Peru", "mood": "odd"})), None,
-        b"\x07not a profile", profile.pack_profile(UserProfile.new(user_id="u", attributes={"country": "Mars"})),
+        profile.pack_profile(UserProfile.new(user_id="u", attributes={"country": "Peru", "mood": "odd"})),
+        None,
+        b"\x07not a profile",
+        profile.pack_profile(UserProfile.new(user_id="u", attributes={"country": "Mars"})),
     ]  # fmt: skip
     requests = [
         Request(trigger(item_id="i00", scene="home", user_id="somebody"), None, packed) for packed in about
