@@ -51,8 +51,8 @@ from streams.wire.dead_letters import RefusedRecord
 log = logging.getLogger(__name__)
 
 USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
-# The topics whose events move event time forward. Answers only hold it back: a worker that catches up must not
-# close the windows of answers that it has not read yet, and an answer only repeats its trigger's time.
+# The topics whose events move event time forward. Answers only hold it back: a worker that catches up must
+# not close the windows of answers that it has not read yet, and an answer only repeats its trigger's time.
 CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
 # Loggers of libraries whose lower levels are noise, or slow.
 _NOISY_LOGGERS: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
@@ -106,7 +106,7 @@ class UserEventHooks(BatchHooks):
         await self.on_rewound()
 
     async def on_rewound(self) -> None:
-        """Read the incarnations again: a topic may be new, and its offsets do not compare with those in Redis."""
+        """Read the incarnations again: offsets of a new topic do not compare with those in Redis."""
         current = await asyncio.to_thread(incarnations, self._kafka)
         for kind in USER_EVENTS:
             if kind.topic not in current:
@@ -115,7 +115,7 @@ class UserEventHooks(BatchHooks):
 
     async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Resume event time and parked records of the partitions."""
-        # An assignment is the first sign of a topic with more partitions, or of a worker with other settings.
+        # An assignment is the first sign of a topic with more partitions, or of other settings.
         await self.on_rewound()
         partition_ends = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
         await store_rules(self._store, self._rules, len(partition_ends))

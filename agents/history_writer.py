@@ -62,7 +62,7 @@ class HistoryWriter:
         return ()
 
     async def apply_parked(self, events: Iterable[Any]) -> None:
-        """Write parked events whose items have a SID now; no fence skips them, equal entries are kept once."""
+        """Write parked events whose items have a SID now. No fence skips them; equal entries are one."""
         changes: dict[str, list[history.HistoryChange]] = {}
         for event in events:
             packed = self._sids.get(event.item_id)

@@ -16,7 +16,7 @@ from streams.settings import KafkaSettings
 from streams.wire.topics import TopicSpec, all_topics
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-# What an application around the recommender writes; everything else it reads.
+# The topics that an application around the recommender writes; it reads the others.
 PRODUCER_TOPICS = ("clicks", "impressions", "purchases", "triggers", "catalog", "users")
 # Versions of the specification and of its Kafka bindings.
 _ASYNCAPI, _BINDING = "3.0.0", "0.5.0"
@@ -35,7 +35,7 @@ def schema(kind: type[Event]) -> dict[str, Any]:
 def asyncapi(kafka: KafkaSettings) -> dict[str, Any]:
     """The AsyncAPI 3.0 document, seen from an application that uses sidstream."""
     _, schemas = msgspec.json.schema_components(EVENTS, ref_template="#/components/schemas/{name}")
-    made = all_topics(kafka)
+    specs = all_topics(kafka)
     return {
         "asyncapi": _ASYNCAPI,
         "info": {
@@ -59,11 +59,11 @@ def asyncapi(kafka: KafkaSettings) -> dict[str, Any]:
                 },
             }
         },
-        "channels": {topic.name: _channel(topic, kafka) for topic in made},
-        "operations": {_operation_id(topic): _operation(topic) for topic in made},
+        "channels": {topic.name: _channel(topic, kafka) for topic in specs},
+        "operations": {_operation_id(topic): _operation(topic) for topic in specs},
         "components": {
             "schemas": _single_line_descriptions(schemas),
-            "messages": {topic.event.__name__: _message(topic) for topic in made},
+            "messages": {topic.event.__name__: _message(topic) for topic in specs},
         },
     }
 
@@ -153,8 +153,8 @@ def _operation(topic: TopicSpec) -> dict[str, Any]:
 
 def documents(kafka: KafkaSettings) -> dict[str, dict[str, Any]]:
     """Every document of the contract by its path below docs/reference."""
-    made = {f"schemas/{kind.topic}.json": schema(kind) for kind in EVENTS}
-    return {**made, "asyncapi.json": asyncapi(kafka)}
+    schemas = {f"schemas/{kind.topic}.json": schema(kind) for kind in EVENTS}
+    return {**schemas, "asyncapi.json": asyncapi(kafka)}
 
 
 def write_documents(kafka: KafkaSettings, folder: Path) -> list[Path]:

@@ -64,17 +64,18 @@ def replay(
         total += sum(1 for _ in (*log.catalogue(), *log.profiles())) if send_catalog else 0
         with progress(f"replay {source}", total) as advance:
             done = run(kafka, log, start, end, pace, send_catalog, send_events, advance)
-    rate = done.sent / done.seconds if done.seconds else 0.0
+    rate = done.record_count / done.seconds if done.seconds else 0.0
     parts = (
         ", ".join(f"{count:,} on {name}" for name, count in sorted(done.topics.items())) or "nothing to send"
     )
     emit(
         {
-            "sent": done.sent, "topics": done.topics, "first_ts": done.first_ts, "last_ts": done.last_ts,
+            "sent": done.record_count, "topics": done.topics,
+            "first_ts": done.first_ts, "last_ts": done.last_ts,
             "seconds": round(done.seconds, 3), "per_second": round(rate),
         },
         as_json,
-        f"{done.sent:,} events confirmed in {done.seconds:.1f} s ({rate:,.0f}/s): {parts}",
+        f"{done.record_count:,} events confirmed in {done.seconds:.1f} s ({rate:,.0f}/s): {parts}",
     )  # fmt: skip
 
 

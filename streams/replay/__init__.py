@@ -26,8 +26,8 @@ def source_of(name: str, data: Path | None = None, topic: str | None = None) -> 
     if name == "online-retail":
         return OnlineRetail()
     if name == "rees46":
-        named = os.environ.get(DATA_VARIABLE)
-        return Rees46(find_rees46_file(data or (Path(named) if named else None)))
+        default_folder = os.environ.get(DATA_VARIABLE)
+        return Rees46(find_rees46_file(data or (Path(default_folder) if default_folder else None)))
     path = Path(name)
     if not path.is_file():
         raise SidstreamError(

@@ -1,4 +1,4 @@
-"""Writing a log to Kafka: what stands first, then the events in event time, as fast as told, confirmed."""
+"""Writing a log to Kafka: catalogue and profiles, then events in event time at the given speed, confirmed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHORTEST_WAIT_S = 0.01
 
 @dataclass
 class ReplaySummary:
-    """What was written: confirmed records by topic, first and last `ts` of events, seconds it took."""
+    """The result of a replay: confirmed records by topic, first and last `ts` of events, and its seconds."""
 
     topics: dict[str, int] = field(default_factory=dict)
     first_ts: int | None = None
@@ -31,7 +31,7 @@ class ReplaySummary:
     seconds: float = 0.0
 
     @property
-    def sent(self) -> int:
+    def record_count(self) -> int:
         """Records of all topics."""
         return sum(self.topics.values())
 
@@ -53,7 +53,7 @@ def parse_time(text: str) -> int:
 
 
 def parse_speed(text: str) -> float | None:
-    """How many times faster than it happened; None for `max`. Raises SidstreamError for anything else."""
+    """A speed as a multiple of real time; None for `max`. Raises SidstreamError for anything else."""
     if text == "max":
         return None
     try:
@@ -77,23 +77,23 @@ def replay(
 ) -> ReplaySummary:
     """Write `source` to Kafka: its catalogue and profiles, then its events of start <= ts < end (ms).
 
-    `speed`: times faster than it happened; None: as fast as it goes. Returns when everything is confirmed.
+    `speed`: a multiple of real time; None: as fast as possible. Returns when everything is confirmed.
     Order holds within a partition, so a user's events keep theirs. Raises SidstreamError.
     """
 
-    async def run(done: ReplaySummary) -> None:
+    async def run(summary: ReplaySummary) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
             if catalog:
                 for event in chain(source.catalogue(), source.profiles()):
-                    await _add_record(writer, kafka_record(event, kafka.max_event_bytes), done)
-                # Whoever reads an event should be able to have read its item and its user before.
+                    await _add_record(writer, kafka_record(event, kafka.max_event_bytes), summary)
+                # A reader of an event can then have read its item and its user before.
                 await writer.flush()
             pace = _Pacer(speed)
             for event in source.events(start, end) if events else ():
                 await pace.wait(event, writer)
-                await _add_record(writer, kafka_record(event, kafka.max_event_bytes), done)
-                done.first_ts = event.ts if done.first_ts is None else done.first_ts
-                done.last_ts = event.ts
+                await _add_record(writer, kafka_record(event, kafka.max_event_bytes), summary)
+                summary.first_ts = event.ts if summary.first_ts is None else summary.first_ts
+                summary.last_ts = event.ts
 
     return _run_timed(run)
 
@@ -101,21 +101,21 @@ def replay(
 def replay_raw(
     kafka: KafkaSettings, records: Iterator[KafkaRecord], on_progress: Callable[[int], None] | None = None
 ) -> ReplaySummary:
-    """Write records as they are, unchecked but for their size. Returns when everything is confirmed."""
+    """Write records with no check but of their size. Returns when everything is confirmed."""
 
-    async def run(done: ReplaySummary) -> None:
+    async def run(summary: ReplaySummary) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
-            for item in records:
+            for record in records:
                 require_size_within_limit(
-                    f"A line for {item.topic}", item.key, item.value, kafka.max_event_bytes
+                    f"A line for {record.topic}", record.key, record.value, kafka.max_event_bytes
                 )
-                await _add_record(writer, item, done)
+                await _add_record(writer, record, summary)
 
     return _run_timed(run)
 
 
 class _Pacer:
-    """Lets an event go when its time has come on a clock that runs `speed` times faster."""
+    """Delays each event to its time on a clock that runs `speed` times faster than real time."""
 
     def __init__(self, speed: float | None) -> None:
         self._speed = speed
@@ -127,22 +127,22 @@ class _Pacer:
         now = time.monotonic()
         if self._origin is None:
             self._origin = now, event.ts
-        begun, first = self._origin
-        ahead = begun + (event.ts - first) / 1000 / self._speed - now
+        started_at, first_ts = self._origin
+        ahead = started_at + (event.ts - first_ts) / 1000 / self._speed - now
         if ahead > _SHORTEST_WAIT_S:
             await writer.flush()
             await asyncio.sleep(ahead)
 
 
-async def _add_record(writer: BulkWriter, item: KafkaRecord, done: ReplaySummary) -> None:
-    done.topics[item.topic] = done.topics.get(item.topic, 0) + 1
-    if writer.add(item):
+async def _add_record(writer: BulkWriter, record: KafkaRecord, summary: ReplaySummary) -> None:
+    summary.topics[record.topic] = summary.topics.get(record.topic, 0) + 1
+    if writer.add(record):
         await writer.send()
 
 
 def _run_timed(run: Callable[[ReplaySummary], Coroutine[Any, Any, None]]) -> ReplaySummary:
-    done = ReplaySummary()
-    begun = time.monotonic()
-    asyncio.run(run(done))
-    done.seconds = time.monotonic() - begun
-    return done
+    summary = ReplaySummary()
+    started_at = time.monotonic()
+    asyncio.run(run(summary))
+    summary.seconds = time.monotonic() - started_at
+    return summary

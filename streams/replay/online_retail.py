@@ -88,9 +88,9 @@ class OnlineRetail:
         for place, row in enumerate(self._rows):
             first.setdefault(row.item, row.ts)
             prices.setdefault(row.item, []).append(row.price)
-            named = titles.setdefault(row.item, Counter())
+            descriptions = titles.setdefault(row.item, Counter())
             if row.description:
-                named[row.description] += 1
+                descriptions[row.description] += 1
                 last_seen[row.item, row.description] = place
         for item, ts in first.items():
             counts = titles[item]
@@ -107,10 +107,10 @@ class OnlineRetail:
 
     def profiles(self) -> Iterator[UserProfile]:
         """The country of every user, from the first purchase on; the few who change keep the first one."""
-        known: set[str] = set()
+        users: set[str] = set()
         for row in self._rows:
-            if row.user not in known:
-                known.add(row.user)
+            if row.user not in users:
+                users.add(row.user)
                 yield user_profile("online-retail", row.ts, row.user, {"country": row.country})
 
     @cached_property

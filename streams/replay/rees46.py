@@ -78,7 +78,7 @@ class Rees46:
         return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
     def profiles(self) -> Iterator[UserProfile]:
-        """None: the file says nothing of users."""
+        """Nothing: the file has no attributes of users."""
         return iter(())
 
     def catalogue(self) -> Iterator[CatalogItem]:
@@ -94,7 +94,7 @@ class Rees46:
                 prices.setdefault(row.item, []).append(row.price)
         for item, row in first.items():
             path = row.category.replace("_", " ").split(".") if row.category else []
-            seen = prices.get(item)
+            item_prices = prices.get(item)
             yield catalogue_item(
                 "rees46",
                 row.ts,
@@ -102,21 +102,21 @@ class Rees46:
                 title=collapse_spaces(" ".join([row.brand, *path])) or f"category {row.category_id}",
                 category=" > ".join(path),
                 brand=row.brand,
-                price=round(median(seen), 4) if seen else None,
+                price=round(median(item_prices), 4) if item_prices else None,
                 commission_rate=simulated_commission(path[0] if path else row.category_id),
             )
 
     @cached_property
     def _rows(self) -> list[_Row]:
         """All rows, oldest first, ties in the file's order."""
-        opened = gzip.open if self._path.suffix == ".gz" else open
+        open_file = gzip.open if self._path.suffix == ".gz" else open
         rows = []
-        with opened(self._path, "rt", encoding="utf-8", newline="") as file:
+        with open_file(self._path, "rt", encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            lacking = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-            if lacking:
+            missing_columns = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+            if missing_columns:
                 raise SidstreamError(
-                    f"{self._path} lacks the column(s) {', '.join(lacking)}: give REES46's own CSV"
+                    f"{self._path} lacks the column(s) {', '.join(missing_columns)}: give REES46's own CSV"
                 )
             for row in reader:
                 rows.append(self._row(reader.line_num, row))

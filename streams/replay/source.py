@@ -17,10 +17,10 @@ class EventSource(Protocol):
     """A log of the past. Reading it twice gives the same events, `event_id`s included."""
 
     def catalogue(self) -> Iterator[CatalogItem]:
-        """Every item that the log knows, by the time at which it was first seen."""
+        """Every item of the log, by the time of its first event."""
 
     def profiles(self) -> Iterator[UserProfile]:
-        """What the log knows of users, by the time from which it does; nothing for many logs."""
+        """Every user's attributes, by the time from which they hold; many logs have none."""
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         """Events of start <= ts < end (ms since 1970 UTC) in event time, ties in the log's order."""
@@ -54,14 +54,14 @@ def collapse_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
-def simulated_commission(about: str) -> float:
-    """A commission rate of 2 to 15 %, in whole percents, that the name of a kind of items decides.
+def simulated_commission(kind_name: str) -> float:
+    """A commission rate of 2 to 15 %, in whole percents, that the name of an item's kind decides.
 
-    Simulated: no log that ships or can be brought has commissions. Items of one kind have one rate, as in
-    the tables of affiliate programmes.
+    Simulated, since none of these logs has commissions. Items of one kind have one rate, as in the tables of
+    affiliate programmes.
     """
-    drawn = int.from_bytes(hashlib.blake2b(about.casefold().encode(), digest_size=8).digest())
-    return (2 + drawn % 14) / 100
+    hash_value = int.from_bytes(hashlib.blake2b(kind_name.casefold().encode(), digest_size=8).digest())
+    return (2 + hash_value % 14) / 100
 
 
 def _content_hash(content: Any) -> str:
@@ -70,9 +70,9 @@ def _content_hash(content: Any) -> str:
 
 def user_item_sequences(source: EventSource) -> dict[str, list[str]]:
     """Every user's items, oldest first, repeats kept: clicks and purchases alike."""
-    past: dict[str, list[str]] = {}
+    sequences: dict[str, list[str]] = {}
     for event in source.events():
         user, item = getattr(event, "user_id", None), getattr(event, "item_id", None)
         if user is not None and item is not None:
-            past.setdefault(user, []).append(item)
-    return past
+            sequences.setdefault(user, []).append(item)
+    return sequences

@@ -1,8 +1,8 @@
--- Apply interactions to one packed history (layout and rules: streams/state/history.py, whose `apply` gives the
--- same bytes). Strings are never compared with `<`: that is strcoll, whose order depends on the locale.
+-- Apply interactions to one packed history (layout and rules: streams/state/history.py, whose `apply_changes` gives
+-- the same bytes). Strings are never compared with `<`: that is strcoll, whose order depends on the locale.
 -- KEYS[1] history | ARGV: 1 head (6 bytes), 2 incarnations (2 x 4 bytes), 3 max_length, 4 max_age_ms,
 -- 5 changes: per change source u8 (0 none, 1 clicks, 2 purchases), offset u48, entry
--- Returns {applied, skipped by the fence}, or {-1, 0} for a history under another codebook: it is left as it is.
+-- Returns {applied, skipped by the fence}, or {-1, 0} for a history under another codebook: it is not changed.
 local byte, sub = string.byte, string.sub
 
 local function u48(s, at)
@@ -33,7 +33,7 @@ local size = 10 + 2 * byte(head, 2)
 
 local fences = {string.rep('\0', 10), string.rep('\0', 10)}
 local entries, n = {}, 0
-local waiting = '' -- with its length in front; only carried along
+local waiting = '' -- the block of waiting entries with its length; copied as it is
 local stored = redis.call('GET', KEYS[1])
 if stored then
   if byte(stored, 1) ~= 1 and byte(stored, 1) ~= 2 then

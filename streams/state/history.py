@@ -4,17 +4,17 @@ Layout 1, big-endian: version u8 | levels u8 | codebook tag 4 bytes | fence of c
 entries. A fence is incarnation u32 | next offset u48. An entry is ts_ms u48 | kind u8 | event hash u24 |
 codes u16 x levels; entries stand in ascending order of their bytes, so the newest is last.
 
-Layout 2 has, between fences and entries, length u32 | entries that wait, each as codebook tag 4 bytes |
+Layout 2 has, between fences and entries, length u32 | waiting entries, each as codebook tag 4 bytes |
 levels u8 | entry: those under another codebook, whose items have no SID under this one
 (streams.state.translation).
 
 Entries form a set: an equal entry is the same event. The newest `max_length` of them stay, and of those the
-ones not older than `max_age` before the newest. Both bounds only ever drop from the old end, so any order of
-the same events gives the same entries. The fence holds, for each source topic, the offset below which every
-event of this user was applied; a topic that was made anew has another incarnation and starts again.
+ones not older than `max_age` before the newest. Both bounds only drop the oldest entries, so any order of the
+same events gives the same entries. The fence holds, for each source topic, the offset below which every event
+of this user is applied; a topic that is deleted and created again has another incarnation and starts again.
 
-A change is only applied to a history under its own codebook: another one is brought over first, and loses
-nothing by it (streams.state.translation).
+A change is only applied to a history under its own codebook: a history under another one is recoded first,
+and loses nothing by that (streams.state.translation).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from streams.settings import HistorySettings
 from streams.state.redisdb import RedisScript
 
 VERSION: Final = 1
-# The layout of a history with entries that wait.
+# The layout of a history with waiting entries.
 WAITING: Final = 2
 CLICK: Final = 1
 CART: Final = 2
@@ -46,13 +46,13 @@ APPLY_CHANGES: Final = RedisScript(
 _FENCES_AT: Final = 6
 _ENTRIES_AT: Final = 26
 _NO_FENCE: Final = bytes(10)
-# What the script answers for a history under another codebook, which it leaves as it is.
+# The script's reply for a history under another codebook, which it does not change.
 OTHER_CODEBOOK_RESULT: Final = [-1, 0]
 _DAY_MS: Final = 86_400_000
 
 
 class OffsetFence(NamedTuple):
-    """Below `next_offset` of that incarnation of the topic, everything was applied."""
+    """All offsets below `next_offset` of this incarnation of the topic are applied."""
 
     incarnation: int
     next_offset: int
@@ -72,7 +72,7 @@ class OtherCodebookError(Exception):
 
 
 class HistoryParts(NamedTuple):
-    """A history's bytes, cut. `header`: layout, levels and tag; `waiting`: (tag, packed entry), ascending."""
+    """A history's bytes by part. `header`: layout, levels, tag; `waiting`: (tag, packed entry), ascending."""
 
     header: bytes
     fences: bytes
@@ -81,7 +81,7 @@ class HistoryParts(NamedTuple):
 
 
 class HistoryChange(NamedTuple):
-    """A packed entry and where it came from; `source` None: applied whatever the fence says."""
+    """A packed entry, its source topic and offset; `source` None: no fence skips it."""
 
     source: str | None
     offset: int
@@ -92,7 +92,7 @@ class HistoryChange(NamedTuple):
 class History:
     """A decoded history, entries oldest first; `codebook_tag` is the first 8 hex digits of its codebook.
 
-    `waiting`: (codebook tag, entry) of those whose items have no SID under that codebook yet.
+    `waiting`: (codebook tag, entry) of entries whose items have no SID under this codebook yet.
     """
 
     codebook_tag: str
@@ -102,7 +102,7 @@ class History:
 
 
 def event_hash(event_id: str) -> bytes:
-    """Three bytes that tell events of one user, kind and millisecond apart."""
+    """Three bytes that distinguish events of one user, kind and millisecond."""
     return blake2b(event_id.encode("utf-8", "surrogatepass"), digest_size=3).digest()
 
 
@@ -130,7 +130,7 @@ def unpack_entry(entry: bytes) -> HistoryEntry:
 
 
 def codebook_tag(codebook: str) -> str:
-    """What a history keeps of a codebook's id: its first 8 hex digits."""
+    """The part of a codebook's id that a history stores: its first 8 hex digits."""
     return codebook[:8]
 
 
@@ -151,7 +151,7 @@ def script_arguments(
 ) -> tuple[bytes, bytes, int, int, bytes]:  # fmt: skip
     """ARGV of the script; KEYS[1] is the history's key.
 
-    The script returns [applied, skipped], or OTHER_CODEBOOK where nothing was done.
+    The script returns [applied, skipped], or OTHER_CODEBOOK_RESULT where it changed nothing.
     """
     blob = b"".join(
         bytes((0 if c.source is None else SOURCE_TOPICS.index(c.source) + 1,))
@@ -167,49 +167,49 @@ def apply_changes(
     value: bytes | None, changes: Sequence[HistoryChange], *, codebook: str, levels: int,
     incarnations: Mapping[str, int], bounds: HistorySettings,
 ) -> tuple[bytes | None, int, int]:  # fmt: skip
-    """The history after `changes`, how many were applied and how many the fence skipped.
+    """The history after `changes`, the number of applied ones, and of those that the fence skipped.
 
-    Equal to what the script writes, byte for byte. `value` None: no history yet. Raises OtherCodebook where
-    the history is under another one, and SidstreamError on another layout version.
+    Equal to what the script writes, byte for byte. `value` None: no history yet. Raises OtherCodebookError
+    where the history is under another one, and SidstreamError on another layout version.
     """
-    start = header_of(codebook, levels)
-    stored = (
-        HistoryParts(start, _NO_FENCE * len(SOURCE_TOPICS), [], []) if value is None else split_parts(value)
-    )
-    if stored.header[1:] != start[1:]:
+    header = header_of(codebook, levels)
+    no_fences = _NO_FENCE * len(SOURCE_TOPICS)
+    stored = HistoryParts(header, no_fences, [], []) if value is None else split_parts(value)
+    if stored.header[1:] != header[1:]:
         raise OtherCodebookError(stored.header[2:].hex())
     fences = {source: stored.fences[10 * i : 10 * i + 10] for i, source in enumerate(SOURCE_TOPICS)}
     entries = set(stored.entries)
-    nexts: dict[str, int] = {}
+    next_offsets: dict[str, int] = {}
     for topic, fence in fences.items():
-        same = int.from_bytes(fence[:4], "big") == incarnations[topic]
-        nexts[topic] = int.from_bytes(fence[4:], "big") if same else 0
-    reached = dict(nexts)
+        is_same_incarnation = int.from_bytes(fence[:4], "big") == incarnations[topic]
+        next_offsets[topic] = int.from_bytes(fence[4:], "big") if is_same_incarnation else 0
+    next_after = dict(next_offsets)
     applied = skipped = 0
     for source, offset, entry in changes:
         if source is not None:
-            if offset < nexts[source]:
+            if offset < next_offsets[source]:
                 skipped += 1
                 continue
-            reached[source] = max(reached[source], offset + 1)
+            next_after[source] = max(next_after[source], offset + 1)
         applied += 1
         entries.add(entry)
     if not applied:
         return value, 0, skipped
     for topic in SOURCE_TOPICS:
-        if reached[topic] > nexts[topic]:
-            fences[topic] = incarnations[topic].to_bytes(4, "big") + reached[topic].to_bytes(6, "big")
-    kept = keep_newest(sorted(entries), bounds)
-    return join_parts(HistoryParts(start, b"".join(fences.values()), stored.waiting, kept)), applied, skipped
+        if next_after[topic] > next_offsets[topic]:
+            fences[topic] = incarnations[topic].to_bytes(4, "big") + next_after[topic].to_bytes(6, "big")
+    bounded = keep_newest(sorted(entries), bounds)
+    parts = HistoryParts(header, b"".join(fences.values()), stored.waiting, bounded)
+    return join_parts(parts), applied, skipped
 
 
 def keep_newest(entries: Sequence[bytes], bounds: HistorySettings) -> list[bytes]:
-    """The entries, oldest first, that a history may hold; those of any codebooks."""
-    kept = list(entries[-bounds.max_length :])
-    if not kept:
-        return kept
-    oldest = int.from_bytes(kept[-1][:6], "big") - bounds.max_age_days * _DAY_MS
-    return [entry for entry in kept if int.from_bytes(entry[:6], "big") >= oldest]
+    """The entries within the bounds, of those given oldest first; they may be of several codebooks."""
+    newest = list(entries[-bounds.max_length :])
+    if not newest:
+        return newest
+    oldest = int.from_bytes(newest[-1][:6], "big") - bounds.max_age_days * _DAY_MS
+    return [entry for entry in newest if int.from_bytes(entry[:6], "big") >= oldest]
 
 
 def split_parts(value: bytes) -> HistoryParts:
@@ -234,13 +234,13 @@ def split_parts(value: bytes) -> HistoryParts:
 
 
 def join_parts(parts: HistoryParts) -> bytes:
-    """The bytes of a history; layout 2 only where entries wait."""
+    """The bytes of a history; layout 2 only where it has waiting entries."""
     block = b"".join(
         bytes.fromhex(tag) + bytes(((len(entry) - 10) // 2,)) + entry for tag, entry in parts.waiting
     )
     layout = bytes((WAITING if block else VERSION,))
-    sized = len(block).to_bytes(4, "big") + block if block else b""
-    return layout + parts.header[1:] + parts.fences + sized + b"".join(parts.entries)
+    waiting_block = len(block).to_bytes(4, "big") + block if block else b""
+    return layout + parts.header[1:] + parts.fences + waiting_block + b"".join(parts.entries)
 
 
 def decode_history(value: bytes | None) -> History:

@@ -6,18 +6,18 @@ from streams.events import SidAssignment
 
 
 class NewestCodebook:
-    """`codebook` after the assignments that were seen, in whichever order they came."""
+    """`codebook` is the newest one among the observed assignments, in whatever order they came."""
 
     def __init__(self) -> None:
         self._first_ts: dict[str, int] = {}
         self.codebook: str | None = None
 
     def observe(self, event: SidAssignment) -> None:
-        """Take note of one assignment.
+        """Note one assignment.
 
-        By first appearance: an item that is given its SID under an old codebook late does not bring it back.
+        A codebook's age is its first SID's: a late SID under an old codebook does not make that the newest.
         """
-        known = self._first_ts.get(event.codebook)
-        if known is None or event.ts < known:
+        first_ts = self._first_ts.get(event.codebook)
+        if first_ts is None or event.ts < first_ts:
             self._first_ts[event.codebook] = event.ts
             self.codebook = max(self._first_ts, key=lambda codebook: (self._first_ts[codebook], codebook))

@@ -1,8 +1,8 @@
 """A user's profile as bytes, and the one rule by which it changes: the newest event counts.
 
 Layout 1, big-endian: version u8 | ts_ms u48 | hash of the event's id, 8 bytes | attributes as a JSON object.
-Newest by `ts`, equals by that hash, so that any order of the same events, seen any number of times, leaves
-the same profile.
+Newest by `ts`, of equal ones by that hash, so that any order of the same events, with any repeats, gives the
+same profile.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from streams.state.redisdb import RedisScript
 VERSION: Final = 1
 _HEAD: Final = 15
 
-# KEYS profile | ARGV packed profile, or '' for a user that was deleted. Returns 1 where it took effect. Bytes
-# are compared by hand: `<` on strings is strcoll, whose order depends on the locale.
+# KEYS profile | ARGV packed profile, or '' for a user that was deleted. Returns 1 where it changed
+# the profile. Bytes are compared one by one: `<` on strings is strcoll, whose order depends on the locale.
 STORE_IF_NEWER: Final = RedisScript("""
 local byte = string.byte
 if ARGV[1] == '' then return redis.call('DEL', KEYS[1]) end
-local held = redis.call('GETRANGE', KEYS[1], 0, 14)
-if held ~= '' then
-  if byte(held, 1) ~= 1 then
-    return redis.error_reply('SIDSTREAM profile of layout ' .. byte(held, 1))
+local stored = redis.call('GETRANGE', KEYS[1], 0, 14)
+if stored ~= '' then
+  if byte(stored, 1) ~= 1 then
+    return redis.error_reply('SIDSTREAM profile of layout ' .. byte(stored, 1))
   end
   for at = 2, 15 do
-    local old, new = byte(held, at), byte(ARGV[1], at)
+    local old, new = byte(stored, at), byte(ARGV[1], at)
     if old ~= new then
       if new < old then return 0 end
       break
@@ -43,9 +43,9 @@ return 1
 
 
 def newest_order_key(event: UserProfile) -> bytes:
-    """What profiles of one user are compared by; the greatest counts."""
-    named = event.event_id.encode("utf-8", "surrogatepass")
-    return event.ts.to_bytes(6, "big") + blake2b(named, digest_size=8).digest()
+    """Profiles of one user are compared by these bytes; the greatest is the newest."""
+    id_bytes = event.event_id.encode("utf-8", "surrogatepass")
+    return event.ts.to_bytes(6, "big") + blake2b(id_bytes, digest_size=8).digest()
 
 
 def pack_profile(event: UserProfile) -> bytes:
@@ -54,7 +54,7 @@ def pack_profile(event: UserProfile) -> bytes:
 
 
 def unpack_profile(value: bytes | None) -> dict[str, str]:
-    """The attributes of a packed profile; None has none. Raises SidstreamError for other bytes."""
+    """The attributes of a packed profile; {} for None. Raises SidstreamError for other bytes."""
     if value is None:
         return {}
     if value[:1] != bytes((VERSION,)):

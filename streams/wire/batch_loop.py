@@ -1,17 +1,17 @@
-"""An at-least-once loop over batches: read, apply, write what was refused, commit, in this order.
+"""An at-least-once loop over batches: read, apply, write dead letters, commit, in this order.
 
-A record is committed only when every stage has applied it or its bytes stand in dead letters. A stage must
-therefore be idempotent: after a crash, a rebalance or a failed commit it sees records again.
+A record is committed only when every stage has applied it or its bytes are in dead letters. A stage must
+therefore be idempotent: after a crash, a rebalance or a failed commit it gets records again.
 
-What may go wrong, and what follows:
-- a record that breaks the contract: dead letter; its neighbours go on.
-- a record in a partition that its key does not belong to (a producer without murmur2): sent again with the
-  right key, since all events of a user must meet in one worker.
-- a stage fails: tried again `attempts` times, then the batch is halved until the failing record stands alone
-  and is dead-lettered.
-- Redis or Kafka is away: tried again for ever; nothing is refused for that, nothing is committed meanwhile.
-- partitions are taken away: the batch in work is finished and committed first; where it cannot be, because
-  something is away, it is abandoned, and the next owner reads it again.
+Failures, and what the loop does:
+- a record breaks the contract: it is dead-lettered, and the others of its batch go on.
+- a record is in a partition that its key does not belong to (a producer without murmur2): it is sent again
+  with the right key, since all events of a user must meet in one worker.
+- a stage fails: the batch is tried `attempts` times, then halved until the failing record stands alone and is
+  dead-lettered.
+- Redis or Kafka is away: the loop tries again for ever; it refuses and commits nothing meanwhile.
+- partitions are revoked: the batch in work is finished and committed first; where that cannot be, because
+  Redis or Kafka is away, the batch is abandoned, and the next owner reads it again.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ FAILURES: Final = Counter(
     ["stage", "kind"],
 )
 
-# A fetch that finds nothing returns after this; it bounds how late ticks and a stop are noticed.
+# An empty fetch returns after this; it bounds the delay of ticks and of a stop.
 _POLL_MS: Final = 200
 _LAG_EVERY_S: Final = 1.0
 # First wait after a failure and the longest one: an outage of minutes is noticed within seconds of its end.
 _BACKOFF_S: Final = (0.1, 5.0)
-# Kafka's errors that lie with the record or with us, not with a broker that is away.
+# Kafka's errors whose cause is the record or this program, not a broker that is away.
 _NOT_OUTAGES: Final = (MessageSizeTooLargeError, IllegalStateError)
 
 
 class ReceivedEvent(NamedTuple):
-    """A Kafka record and its event; event None: the key was deleted (compacted topics only)."""
+    """A Kafka record and its decoded event; event None: the key was deleted (compacted topics only)."""
 
     record: Any
     event: Any
@@ -82,17 +82,17 @@ class BatchStage(Protocol):
 
     @property
     def name(self) -> str:
-        """Stands in dead letters and metrics."""
+        """The stage's name in dead letters and metrics."""
         ...
 
     async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
-        """Apply the batch wholly; return the records that can never be applied."""
+        """Apply the whole batch; return the records that can never be applied."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """How a loop reads: see agents.settings.AgentsSettings for the meanings."""
+    """How a loop reads; agents.settings.AgentsSettings describes the fields."""
 
     group: str
     batch_size: int
@@ -102,30 +102,30 @@ class BatchOptions:
 
 
 class BatchAbandoned(Exception):
-    """The batch must be let go uncommitted: its partitions go elsewhere, or the worker stops."""
+    """The batch is given up without a commit: its partitions are revoked, or the worker stops."""
 
 
 class BatchHooks:
-    """What else happens in the loop's own task, between batches."""
+    """Calls that the loop makes in its own task, between batches. All do nothing by default."""
 
     async def on_start(self) -> None:
-        """Before the first fetch."""
+        """Called before the first fetch."""
 
     async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        """The partitions that are this worker's from now on."""
+        """Called with all partitions of this worker after each assignment."""
 
     async def on_rewound(self) -> None:
-        """A partition gave an offset that was seen already: the topic may have been made anew."""
+        """Called when a partition gives an offset again: the topic may have been deleted and created."""
 
     async def on_lag(self, partition: TopicPartition, lag: int) -> None:
-        """About once a second: how many records of the partition are not yet read."""
+        """Called about once a second with the number of records of the partition that are not read yet."""
 
     async def on_tick(self) -> Sequence[RefusedRecord]:
-        """After each fetch, also an empty one. Returned records are dead-lettered."""
+        """Called after each fetch, also an empty one. Returned records are dead-lettered."""
         return ()
 
     async def on_dead_lettered(self, refused: Sequence[RefusedRecord]) -> None:
-        """What `tick` returned stands in dead letters."""
+        """Called when the records that `on_tick` returned are in dead letters."""
 
 
 class BatchLoop(Service):
@@ -153,14 +153,14 @@ class BatchLoop(Service):
         self._must_release = asyncio.Event()
         self._next_offsets: dict[TopicPartition, int] = {}
         self._lag_measured_at = 0.0
-        self._rebalance_count = 0  # counts rebalances
+        self._rebalance_count = 0
         self._assigned: frozenset[TopicPartition] | None = None
         self._consumer: Any = None
         self._producer: Any = None
 
     async def on_start(self) -> None:
         """Connect and join the group."""
-        # Few records go out here (refused ones, ones in the wrong partition): bytes matter more than time.
+        # Few records leave here (dead letters, ones in the wrong partition): size matters more than time.
         self._producer = AIOKafkaProducer(
             **client_options(self._kafka),
             enable_idempotence=True,
@@ -196,13 +196,13 @@ class BatchLoop(Service):
     async def _run(self) -> None:
         while not self.should_stop:
             try:
-                # Not under the lock: during a rebalance this waits until `release` has had it.
+                # Not under the lock: in a rebalance the fetch waits until `release_partitions` had the lock.
                 fetched = await self._consumer.getmany(
                     timeout_ms=_POLL_MS, max_records=self._options.batch_size
                 )
                 epoch = self._rebalance_count
                 async with self._work_lock:
-                    # Partitions went away while the lock was taken: the next owner reads these records.
+                    # Partitions revoked during the wait for the lock: the next owner reads the records.
                     if epoch == self._rebalance_count and not self.should_stop:
                         await self._process_fetch(fetched)
             except BatchAbandoned:
@@ -249,15 +249,15 @@ class BatchLoop(Service):
     def _decode_records(
         self, fetched: dict[TopicPartition, list[Any]]
     ) -> tuple[list[ReceivedEvent], list[RefusedRecord], list[ReceivedEvent]]:
-        """Events to apply, records that break the contract, events in a partition that is not theirs."""
+        """Events to apply, records that break the contract, and events in a partition that is not theirs."""
         now = time.time_ns() // 1_000_000
         batch: list[ReceivedEvent] = []
         refused: list[RefusedRecord] = []
         misplaced: list[ReceivedEvent] = []
         for partition, records in fetched.items():
             kind = self._kinds[partition.topic]
-            known = self._consumer.partitions_for_topic(partition.topic)
-            count = len(known) if known else self._kafka.partitions
+            partitions = self._consumer.partitions_for_topic(partition.topic)
+            count = len(partitions) if partitions else self._kafka.partitions
             for record in records:
                 if record.value is None and self._tombstones:
                     batch.append(ReceivedEvent(record, None))
@@ -267,8 +267,8 @@ class BatchLoop(Service):
                 except EventError as error:
                     refused.append(RefusedRecord(record, "decode", error.reason, error.detail))
                     continue
-                right = partition_of(event.key, count) == partition.partition
-                (batch if right else misplaced).append(ReceivedEvent(record, event))
+                is_own = partition_of(event.key, count) == partition.partition
+                (batch if is_own else misplaced).append(ReceivedEvent(record, event))
         return batch, refused, misplaced
 
     async def _reroute(self, misplaced: Sequence[ReceivedEvent]) -> None:
@@ -283,8 +283,8 @@ class BatchLoop(Service):
         try:
             await self._consumer.commit(offsets)
         except (CommitFailedError, IllegalStateError, RebalanceInProgressError) as error:
-            # The group moved on: the next owner reads these records again, and its stages know them.
-            log.warning("a commit came too late, records will be seen twice: %s", error)
+            # The partitions have a new owner, which reads these records again; its stages are idempotent.
+            log.warning("a commit came too late, records will be read twice: %s", error)
             raise BatchAbandoned from error
 
     async def _apply_isolating_failures(
@@ -317,16 +317,16 @@ class BatchLoop(Service):
         middle = len(batch) // 2
         refused = []
         for half in (batch[:middle], batch[middle:]):
-            # Only the record that stands alone is worth every attempt.
+            # Only a record that stands alone is tried `attempts` times.
             refused += await self._apply_isolating_failures(
                 stage, half, self._options.attempts if len(half) == 1 else 1
             )
         return refused
 
     async def _retry_outages(
-        self, what: str, action: Callable[[], Awaitable[Any]], deadline_s: float | None = None
+        self, label: str, action: Callable[[], Awaitable[Any]], deadline_s: float | None = None
     ) -> Any:
-        """Do it, again and again while Redis or Kafka is away. Other errors pass; TimeoutError: too long."""
+        """Run `action`, again while Redis or Kafka is away. Raises its other errors, and TimeoutError."""
         attempt = 0
         while True:
             try:
@@ -338,12 +338,12 @@ class BatchLoop(Service):
                 if limit.expired():
                     raise
                 attempt += 1
-                FAILURES.labels(what, "outage").inc()
-                log.warning("%s waits (try %d): %s: %s", what, attempt, type(error).__name__, error)
+                FAILURES.labels(label, "outage").inc()
+                log.warning("%s waits (try %d): %s: %s", label, attempt, type(error).__name__, error)
             await self._back_off(attempt)
 
     async def _back_off(self, attempt: int) -> None:
-        """Back off. Raises Abandoned when the partitions must be let go."""
+        """Wait before the next try. Raises BatchAbandoned when the partitions must be released."""
         delay = min(_BACKOFF_S[0] * 2 ** min(attempt - 1, 10), _BACKOFF_S[1])
         try:
             await asyncio.wait_for(self._must_release.wait(), delay)
@@ -376,7 +376,7 @@ class BatchLoop(Service):
             EVENT_COUNT.labels(record.topic, "rerouted").inc()
 
     async def release_partitions(self) -> None:
-        """Called before partitions go: returns when no record of them is in work."""
+        """Called before partitions are revoked; returns when no record of them is in work."""
         self._must_release.set()
         async with self._work_lock:
             self._rebalance_count += 1
@@ -385,7 +385,7 @@ class BatchLoop(Service):
             CONSUMER_LAG.clear()
 
     def accept_partitions(self) -> None:
-        """Called when partitions are this worker's."""
+        """Called after an assignment: batches may be worked on again."""
         if not self.should_stop:
             self._must_release.clear()
 

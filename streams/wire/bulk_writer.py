@@ -1,4 +1,4 @@
-"""Many events at once: batches built per partition, every one confirmed, order kept within a partition."""
+"""Many events at once, in batches per partition; each batch is confirmed, and a partition keeps its order."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from streams.wire.records import KafkaRecord, kafka_record, partition_of
 
 # About 500 events a batch: enough that the cost of a request vanishes, small enough for smooth progress.
 _BATCH_BYTES = 131_072
-# Batches under way before the next one waits for the oldest: 4 MB of memory at most.
+# Batches in flight before the next one waits for the oldest: 4 MB of memory at most.
 _MAX_IN_FLIGHT = 32
 
 
 class BulkWriter:
     """Sends records in batches that it fills itself: no future, no lock and no callback for each record.
 
-    `add` never waits; after it said that a batch is full, await `send`. Leaving the context confirms the
-    rest. The producer is idempotent and every replica acknowledges. For one task at a time.
+    `add` never waits; where it returns True, await `send`. Leaving the context sends and confirms the rest.
+    The producer is idempotent and every replica acknowledges. For one task at a time.
     """
 
-    _producer: Any  # made in __aenter__: it needs the running loop
+    _producer: Any  # created in __aenter__: it needs the running loop
 
     def __init__(self, kafka: KafkaSettings, on_progress: Callable[[int], None] | None = None) -> None:
         self._kafka = kafka
@@ -43,7 +43,7 @@ class BulkWriter:
         self.confirmed = 0
 
     async def __aenter__(self) -> Self:
-        """Connect and learn the topics' partitions. Raises SidstreamError when no broker answers."""
+        """Connect and read the topics' partitions. Raises SidstreamError when no broker answers."""
         self._producer = AIOKafkaProducer(
             **client_options(self._kafka),
             enable_idempotence=True,
@@ -66,7 +66,7 @@ class BulkWriter:
                 await self.flush()
         finally:
             await self._producer.stop()
-            # After a failure the other batches' results are of no interest, but must be taken.
+            # After a failure the results of the other batches do not matter, but asyncio wants them awaited.
             await asyncio.gather(*(future for _, future in self._in_flight), return_exceptions=True)
 
     def add(self, item: KafkaRecord) -> bool:
@@ -88,7 +88,7 @@ class BulkWriter:
         return bool(self._full_batches)
 
     async def send(self) -> None:
-        """Hand full batches to the broker. Waits only where too many are under way."""
+        """Hand full batches to the broker. Waits only where too many are in flight."""
         while self._full_batches:
             (topic, partition), batch = self._full_batches.popleft()
             batch.close()
@@ -103,7 +103,7 @@ class BulkWriter:
             await self._confirm()
 
     async def flush(self) -> None:
-        """Send what was added, full or not, and return when the broker has confirmed everything."""
+        """Send all records that were added, and return when the broker has confirmed them."""
         self._full_batches.extend(self._open_batches.items())
         self._open_batches.clear()
         await self.send()

@@ -20,14 +20,14 @@ from streams.wire.connect import client_options
 from streams.wire.records import kafka_record, require_size_within_limit
 from streams.wire.replies import RecommendationReader, Replies, no_answer_error
 
-# A broker that restarts is back within this time, and the producer has retried until then.
+# A broker that restarts is back within this time; the producer retries until then.
 _DELIVERY_S = 30.0
-# How long a send waits to learn where a topic's partitions are.
+# How long a send waits for the metadata of a topic's partitions.
 _METADATA_MS = 10_000
 
 
 class DeliveredRecord(NamedTuple):
-    """Where the broker has put a record."""
+    """The place of a record on the broker."""
 
     topic: str
     partition: int
@@ -72,39 +72,39 @@ class Client:
         self.close()
 
     def publish(self, event: Event) -> DeliveredRecord:
-        """Send one event and return where it stands, confirmed by the broker.
+        """Send one event and return its place, confirmed by the broker.
 
         Raises SidstreamError when the event breaks the contract, is too large, or is not confirmed in time.
         """
-        made = kafka_record(event, self._kafka.max_event_bytes)
-        return self._send(type(event).__name__, made.topic, made.key, made.value)
+        record = kafka_record(event, self._kafka.max_event_bytes)
+        return self._send(type(event).__name__, record.topic, record.key, record.value)
 
     def publish_raw(self, topic: str, key: bytes | None, value: bytes) -> DeliveredRecord:
-        """Send bytes as they are, unchecked but for their size: what a faulty producer would do."""
+        """Send bytes without a check but of their size, as a faulty producer would."""
         require_size_within_limit("The value", key, value, self._kafka.max_event_bytes)
         return self._send("the value", topic, key, value)
 
     def publish_all(self, events: Iterable[Event], on_progress: Callable[[int], None] | None = None) -> int:
-        """Send many events in the order given, confirmed; return how many (`wire.bulk.publish_all`)."""
+        """Send many events in the order given, confirmed; return their number."""
         return bulk_writer.publish_all(self._kafka, events, on_progress)
 
     def submit(self, trigger: Trigger, timeout: float = 30.0) -> Future[Recommendation]:
-        """Send a trigger and return a future for its answer, so that many can be under way.
+        """Send a trigger and return a future for its answer, so that many can be in flight.
 
         The future fails with SidstreamError when no answer came within `timeout` seconds, when the trigger
         was not delivered, or when reading answers ended.
         """
-        made = kafka_record(trigger, self._kafka.max_event_bytes)
+        record = kafka_record(trigger, self._kafka.max_event_bytes)
         self._replies.start()
         future = self._replies.expect(trigger.request_id, timeout)
         try:
-            sent = self._producer.send(made.topic, key=made.key, value=made.value)
+            delivery = self._producer.send(record.topic, key=record.key, value=record.value)
         except KafkaError as error:
-            self._replies.fail(trigger.request_id, self._undelivered_error("Trigger", made.topic, error))
+            self._replies.fail(trigger.request_id, self._undelivered_error("Trigger", record.topic, error))
             return future
-        sent.add_errback(
+        delivery.add_errback(
             lambda error: self._replies.fail(
-                trigger.request_id, self._undelivered_error("Trigger", made.topic, error)
+                trigger.request_id, self._undelivered_error("Trigger", record.topic, error)
             )
         )
         return future
@@ -120,24 +120,24 @@ class Client:
             raise failure from error
 
     def close(self) -> None:
-        """Confirm what is under way, fail what still waits for an answer, and end both threads."""
+        """Confirm records in flight, fail requests without an answer, and end both threads."""
         self._replies.close()
         self._producer.close(timeout=_DELIVERY_S)
 
-    def _send(self, what: str, topic: str, key: bytes | None, value: bytes) -> DeliveredRecord:
+    def _send(self, description: str, topic: str, key: bytes | None, value: bytes) -> DeliveredRecord:
         try:
-            placed = self._producer.send(topic, key=key, value=value).get(timeout=_DELIVERY_S + 5)
+            metadata = self._producer.send(topic, key=key, value=value).get(timeout=_DELIVERY_S + 5)
         except KafkaError as error:
-            raise self._undelivered_error(what, topic, error) from error
-        return DeliveredRecord(placed.topic, placed.partition, placed.offset)
+            raise self._undelivered_error(description, topic, error) from error
+        return DeliveredRecord(metadata.topic, metadata.partition, metadata.offset)
 
-    def _undelivered_error(self, what: str, topic: str, error: BaseException) -> SidstreamError:
-        # kafka-python names a missing topic, a dead broker and a slow one alike: a time-out.
+    def _undelivered_error(self, description: str, topic: str, error: BaseException) -> SidstreamError:
+        # kafka-python raises a time-out for a missing topic, a dead broker and a slow one alike.
         if isinstance(error, KafkaTimeoutError) and topic not in topic_names(self._kafka):
             return missing_topic_error(topic)
         return SidstreamError(
-            f"Kafka did not confirm {what} on topic {topic} ({type(error).__name__}: {error}): check the "
-            "broker with `sidstream status`, then send it again with the same event_id"
+            f"Kafka did not confirm {description} on topic {topic} ({type(error).__name__}: {error}): check "
+            "the broker with `sidstream status`, then send it again with the same event_id"
         )
 
 
@@ -163,7 +163,7 @@ def _reader_at_end(kafka: KafkaSettings) -> RecommendationReader:
         consumer.assign(partitions)
         consumer.seek_to_end(*partitions)
         for partition in partitions:
-            # The end is looked up lazily: an answer that came before the look-up would be missed.
+            # The consumer asks for the end lazily: an answer that came before would be missed.
             if consumer.position(partition, timeout_ms=_METADATA_MS) is None:
                 raise SidstreamError(
                     f"the end of {topic} partition {partition.partition} is not known after "

@@ -10,7 +10,7 @@ from streams.settings import KafkaSettings
 
 
 def bootstrap_servers(kafka: KafkaSettings) -> list[str]:
-    """The brokers' addresses. Raises SidstreamError when none is known."""
+    """The brokers' addresses. Raises SidstreamError where the settings have none."""
     if not kafka.bootstrap:
         raise SidstreamError(
             "no Kafka address: start the local stack with `sidstream up`, or set SIDSTREAM_KAFKA__BOOTSTRAP"

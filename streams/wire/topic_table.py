@@ -1,4 +1,4 @@
-"""A compacted topic as a table in memory: the newest record of each key, kept current."""
+"""A compacted topic as a table in memory: the newest record of each key, followed as records arrive."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Event)
 
-# How long a broker may take to tell of a topic that was just created.
+# How long the metadata of a topic that was just created may take.
 _START_S = 15.0
-# A fetch that finds nothing returns after this; it bounds how late a stop is noticed.
+# An empty fetch returns after this; it bounds the delay of a stop.
 _POLL_MS = 200
 # Wait after a broker error before the next fetch; aiokafka reconnects by itself meanwhile.
 _RETRY_S = 1.0
@@ -32,7 +32,7 @@ class TopicTable(Generic[E]):
     """`get` and `values` of a topic, read from its beginning without a consumer group, then followed.
 
     `on_change(key, event)` is called for each record in the order of its partition; event None: deleted.
-    Records that break the contract are logged and skipped: whoever owns the topic dead-letters them.
+    Records that break the contract are logged and skipped: the topic's own consumer dead-letters them.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class TopicTable(Generic[E]):
         self._task = asyncio.create_task(self._follow(consumer), name=f"table {topic}")
 
     async def wait_caught_up(self) -> None:
-        """Return once everything that was in the topic at `start` is in the table."""
+        """Return once all records that were in the topic at `start` are in the table."""
         if self._caught_up is None or self._task is None:
             raise SidstreamError(f"the table of {self._kind.topic} was not started: call start() first")
         await asyncio.wait({self._caught_up, self._task}, return_when=asyncio.FIRST_COMPLETED)
         if not self._caught_up.done():
-            await self._task  # raises what ended it
+            await self._task  # raises the error that ended it
             raise SidstreamError(f"the table of {self._kind.topic} was stopped before it was read")
 
     async def refresh(self) -> None:
-        """Return once everything that is in the topic now is in the table."""
+        """Return once all records that are in the topic now are in the table."""
         await self.wait_caught_up()
         assert self._consumer is not None
         self._catch_up_to = await self._consumer.end_offsets(list(self._catch_up_to))
@@ -123,7 +123,7 @@ class TopicTable(Generic[E]):
                 for partition, records in fetched.items():
                     for record in records:
                         self._apply_record(record)
-                    # Not of a lost assignment: this consumer assigned its partitions itself.
+                    # Without a group no partition can be revoked meanwhile, so this position is current.
                     self._position[partition.partition] = records[-1].offset + 1
                 await self._mark_caught_up(consumer)
             except KafkaError as error:
@@ -136,7 +136,8 @@ class TopicTable(Generic[E]):
             return
         for partition, end in self._catch_up_to.items():
             if self._position[partition.partition] < end:
-                # Offsets may be missing below the end (transaction marks): the consumer knows.
+                # Offsets without a record below the end (compaction, transactions): only the consumer's
+                # position shows that the end is reached.
                 self._position[partition.partition] = await consumer.position(partition)
         if all(self._position[p.partition] >= end for p, end in self._catch_up_to.items()):
             self._caught_up.set_result(None)

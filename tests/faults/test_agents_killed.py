@@ -51,7 +51,7 @@ def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_
         with worker(kafka, url, tmp_path / "codebook", log, codebook_check_s=0.5, **options):
             wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, WAIT_S, "SIDs")
         begin, end = parse_time("2011-10-01"), parse_time("2011-12-01")
-        total = replay(kafka, shop, begin, end, catalog=False).sent
+        total = replay(kafka, shop, begin, end, catalog=False).record_count
 
         def in_histories() -> int:
             names = list(store.scan_iter(match="h:*", count=1000))

@@ -93,7 +93,7 @@ def test_a_deleted_and_remade_state_does_not_accept_an_old_token(redis_url: str)
         await states.write([StateWrite("u", 0, b"", b"one", 5)])
         token = (await states.read(["u"]))["u"][0]
         assert await states.write([StateWrite("u", 0, token, None, None)]) == []
-        assert not await store.exists(keys.outcomes("u"), keys.due_users("outcomes", 0))
+        assert not await store.exists(keys.outcomes("u"), keys.due("outcomes", 0))
         await states.write([StateWrite("u", 0, b"", b"again", 5)])
         assert await states.write([StateWrite("u", 0, token, b"zombie", 5)]) == ["u"]
 

@@ -49,7 +49,7 @@ def test_a_window_of_the_year_arrives_once_with_each_user_in_event_time(fresh_st
     done = replay(kafka, shop, start=DECEMBER_8, on_progress=progress.append)
     expected = list(shop.events(DECEMBER_8))
     assert done.topics == {"catalog": 3_659, "users": 4_334, "purchases": len(expected)}
-    assert done.sent == sum(progress) == sum(done.topics.values())
+    assert done.record_count == sum(progress) == sum(done.topics.values())
     assert (done.first_ts, done.last_ts) == (expected[0].ts, expected[-1].ts)
 
     records = read_new(kafka, "purchases", len(expected), dict.fromkeys(end_offsets(kafka, "purchases"), 0))
