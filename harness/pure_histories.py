@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from harness.servers import read_all
 from streams.events import Click, Purchase, decode
 from streams.replay import OnlineRetail
 from streams.settings import HistorySettings, KafkaSettings
@@ -14,6 +13,7 @@ from streams.state import history
 from streams.state.history import HistoryChange, pack_entry
 from streams.wire.admin import incarnations
 from streams.wire.records import partition_of
+from streams.wire.topic_reader import read_records
 
 
 def pure_histories(
@@ -40,7 +40,7 @@ def replayed_histories(
     """{user: packed history} of all clicks and purchases that are on Kafka. `sids` are packed."""
     changes: dict[str, list[HistoryChange]] = {}
     for kind in (Click, Purchase):
-        for record in read_all(kafka, kind.topic):
+        for record in read_records(kafka, kind.topic):
             event: Any = decode(kind, record.value)
             code = history.KIND_CODES[event.kind] if isinstance(event, Click) else history.PURCHASE
             entry = pack_entry(event.ts, code, event.event_id, sids[event.item_id])

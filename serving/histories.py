@@ -7,13 +7,10 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
+from streams.backoff import Backoff
 from streams.settings import RedisSettings
 from streams.state import keys
-from streams.state.redisdb import OUTAGES, redis_url
+from streams.state.redisdb import OUTAGES, async_redis_client
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +32,7 @@ class Histories:
     """
 
     def __init__(self, settings: RedisSettings, timeout_s: float, wait_s: float) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            redis_url(settings), socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )  # fmt: skip
+        self._redis = async_redis_client(settings, timeout_s, retries=False)
         self._wait_s = wait_s
         self.down = False
 
@@ -46,7 +40,7 @@ class Histories:
         """What there is of each user; None in the place of the list: Redis is away."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (0 if self.down else self._wait_s)
-        pause = _FIRST_RETRY_S
+        backoff = Backoff(_FIRST_RETRY_S)
         while True:
             try:
                 # Single GETs in one pipeline: MGET may not span the slots of a cluster.
@@ -56,13 +50,13 @@ class Histories:
                         pipeline.get(keys.profile(user))
                     values: list[bytes | None] = await pipeline.execute()
             except OUTAGES as error:
-                if loop.time() + pause > deadline:
+                wait_s = backoff.next_wait()
+                if loop.time() + wait_s > deadline:
                     if not self.down:
                         log.warning("Redis does not answer (%s): recommending without histories", error)
                     self.down = True
                     return None
-                await asyncio.sleep(pause)
-                pause *= 2
+                await asyncio.sleep(wait_s)
             else:
                 if self.down:
                     log.warning("Redis answers again")

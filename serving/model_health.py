@@ -15,15 +15,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from registry.experiment.health import BOUNDS_MS, MASS_UNIT
 from serving.recommender import Answer
 from streams.settings import RedisSettings
 from streams.state import keys
-from streams.state.redisdb import redis_url
+from streams.state.redisdb import async_redis_client
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +65,7 @@ class ModelHealth:
 
     def __init__(self, settings: RedisSettings) -> None:
         # No retries of the client's own: an increment that was done without our hearing of it would be twice.
-        self._redis = redis.asyncio.Redis.from_url(
-            redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )  # fmt: skip
+        self._redis = async_redis_client(settings, _TIMEOUT_S, retries=False)
         self._counts: Counts = {}
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None

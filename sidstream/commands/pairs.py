@@ -39,13 +39,13 @@ def report(
 
     Example: sidstream pairs report --plots pairs
     """
-    from registry.releases.current import read_all
     from sidstream.settings import load
     from streams.events import PreferencePair
+    from streams.wire.topic_reader import read_events
     from trainer.alignment.pairs_report import pairs_report
 
     settings = load()
-    pairs = [pair for _, pair in read_all(settings.kafka, PreferencePair) if pair is not None]
+    pairs = [pair for _, pair in read_events(settings.kafka, PreferencePair) if pair is not None]
     found = pairs_report(pairs, time.time_ns() // 1_000_000, _held_against_the_log(settings, pairs))
     if plots:
         _draw(found, plots)

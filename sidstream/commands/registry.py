@@ -35,10 +35,10 @@ def codebook_fit(
     Example: sidstream codebook fit
     """
     from registry.bundles.store import Registry
-    from registry.releases.current import read_newest
     from sidstream.settings import load
     from streams.events import CatalogItem, SidAssignment
     from streams.wire.client import Client
+    from streams.wire.topic_reader import read_newest_events
 
     try:
         from trainer.codebooks.co_interactions import touched
@@ -56,12 +56,12 @@ def codebook_fit(
             f"codebook {current} is current already, and SIDs made with it are in histories and models; "
             "to put a new one in its place, use --replace"
         )
-    items = list(read_newest(settings.kafka, CatalogItem).values())
+    items = list(read_newest_events(settings.kafka, CatalogItem).values())
     with status("loading the embedder"):
         embedder = open_embedder(settings.codebook.embedder, registry.cache)
     old = None
     if current and not fresh:
-        assigned = read_newest(settings.kafka, SidAssignment).values()
+        assigned = read_newest_events(settings.kafka, SidAssignment).values()
         sids = {one.item_id: tuple(one.sid) for one in assigned if one.codebook == current}
         old = Old(registry.codebook(current), sids)
     sequences = (

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from streams.events import CatalogItem, Recommendation
     from streams.settings import KafkaSettings
 
-# One poll of a topic that is being read to its end; more are made until it is.
-_POLL_MS = 500
-
 
 def serving() -> None:
     """Run one serving agent until it is told to stop; start more of them to share the triggers.
@@ -124,31 +121,11 @@ def _weights(given: Collection[str]) -> dict[str, float]:
 
 def _listed(kafka: KafkaSettings, wanted: Collection[str]) -> dict[str, CatalogItem]:
     """The catalogue's newest records of the wanted items; only theirs are decoded."""
-    from kafka import KafkaConsumer, TopicPartition
+    from streams.events import CatalogItem
+    from streams.wire.topic_reader import read_events
 
-    from streams.events import CatalogItem, EventError, decode
-    from streams.wire.connect import client_options
-
-    found: dict[str, CatalogItem] = {}
-    keys = {name.encode() for name in wanted}
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        numbers = consumer.partitions_for_topic(CatalogItem.topic) or ()
-        partitions = [TopicPartition(CatalogItem.topic, number) for number in numbers]
-        consumer.assign(partitions)
-        consumer.seek_to_beginning(*partitions)
-        ends = consumer.end_offsets(partitions)
-        while any(consumer.position(partition) < ends[partition] for partition in partitions):
-            for records in consumer.poll(timeout_ms=_POLL_MS).values():
-                for record in records:
-                    if record.key in keys and record.value is not None:
-                        try:
-                            found[record.key.decode()] = decode(CatalogItem, record.value)
-                        except EventError:
-                            continue  # the agents wrote it to dead letters; an older record still has a title
-    finally:
-        consumer.close()
-    return found
+    # Not the newest record only: a deleted item still has a title.
+    return {key: event for key, event in read_events(kafka, CatalogItem, wanted) if event is not None}
 
 
 def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str, Any]:

@@ -84,18 +84,18 @@ def _current(settings: Settings) -> Report:
 
     from registry.bundles.embedder import embedder_of, item_text
     from registry.bundles.store import Registry
-    from registry.releases.current import read_newest
     from streams.events import CatalogItem, SidAssignment
+    from streams.wire.topic_reader import read_newest_events
     from trainer.codebooks.co_interactions import touched
     from trainer.codebooks.embedding_cache import CachedEmbedder
     from trainer.codebooks.report import report
 
     registry = Registry(settings.registry)
     codebook = registry.codebook()
-    catalogue = {item.item_id: item for item in read_newest(settings.kafka, CatalogItem).values()}
+    catalogue = {item.item_id: item for item in read_newest_events(settings.kafka, CatalogItem).values()}
     sids = {
         one.item_id: tuple(one.sid)
-        for one in read_newest(settings.kafka, SidAssignment).values()
+        for one in read_newest_events(settings.kafka, SidAssignment).values()
         if one.codebook == codebook.id and one.item_id in catalogue
     }
     if not sids:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sidstream.stack.children import Child, born
 from sidstream.stack.settings import StackSettings
 from sidstream.stack.state import ServiceState
+from streams.backoff import Backoff
 from streams.errors import SidstreamError
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class Unit:
     child: Child | None = None
     began: float = 0.0
     next_start: float = 0.0
-    backoff: float = 0.0
+    backoff: Backoff | None = None
+    restart_wait_s: float = 0.0  # the wait before the last restart
     prepared: float = 0.0  # seconds that went into its first start before the process
 
     def launch(self) -> None:
@@ -85,16 +87,20 @@ class Unit:
 
     def _plan_restart(self, why: str, age: float, stack: StackSettings) -> None:
         if self.shown.state == "up" and age > stack.restart_backoff_max_s:
-            self.backoff = 0.0  # it had run well: this is a new trouble
-        self.backoff = min(
-            self.backoff * 2 if self.backoff else stack.restart_backoff_s, stack.restart_backoff_max_s
-        )
-        self.next_start = time.monotonic() + self.backoff
+            self.backoff = None  # it ran well, so this failure is a new one
+        if self.backoff is None:
+            self.backoff = Backoff(stack.restart_backoff_s, stack.restart_backoff_max_s)
+        self.restart_wait_s = self.backoff.next_wait()
+        self.next_start = time.monotonic() + self.restart_wait_s
         self.shown.state = "restarting"
         self.shown.pid = self.shown.born = self.shown.seconds = None
-        self.shown.note = f"{why}; started again after {self.backoff:.0f} s"
+        self.shown.note = f"{why}; started again after {self.restart_wait_s:.0f} s"
         log.warning(
-            "%s %s; starting it again in %.1f s (log: %s)", self.name, why, self.backoff, self.shown.log
+            "%s %s; starting it again in %.1f s (log: %s)",
+            self.name,
+            why,
+            self.restart_wait_s,
+            self.shown.log,
         )
 
 

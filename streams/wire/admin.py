@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -154,14 +154,16 @@ class OffsetSpan(NamedTuple):
     end: int
 
 
-def offset_spans(kafka: KafkaSettings) -> dict[str, dict[int, OffsetSpan]]:
-    """For every topic of the product that exists: partition -> its span."""
-    own_names = {topic.name for topic in all_topics(kafka)}
+def offset_spans(
+    kafka: KafkaSettings, topics: Collection[str] | None = None
+) -> dict[str, dict[int, OffsetSpan]]:
+    """For each of the topics that exists: partition -> its span; by default for the product's topics."""
+    names = {topic.name for topic in all_topics(kafka)} if topics is None else set(topics)
     with admin_client(kafka) as client:
         partitions = [
             TopicPartition(name, partition["partition_index"])
             for name, described in _describe_topics(client).items()
-            if name in own_names
+            if name in names
             for partition in described["partitions"]
         ]
         spans = _offset_spans(client, partitions)

@@ -35,6 +35,7 @@ from aiokafka.errors import (
 from mode import Service
 from prometheus_client import Counter, Gauge, Histogram
 
+from streams.backoff import Backoff
 from streams.events import Event, EventError, decode
 from streams.settings import KafkaSettings
 from streams.state import redisdb
@@ -65,7 +66,8 @@ FAILURES: Final = Counter(
 _POLL_MS: Final = 200
 _LAG_EVERY_S: Final = 1.0
 # First wait after a failure and the longest one: an outage of minutes is noticed within seconds of its end.
-_BACKOFF_S: Final = (0.1, 5.0)
+_FIRST_WAIT_S: Final = 0.1
+_LONGEST_WAIT_S: Final = 5.0
 # Kafka's errors whose cause is the record or this program, not a broker that is away.
 _NOT_OUTAGES: Final = (MessageSizeTooLargeError, IllegalStateError)
 
@@ -209,7 +211,7 @@ class BatchLoop(Service):
                 log.warning("a batch was abandoned; its records are read again")
             except KafkaError as error:
                 log.warning("reading failed, trying again: %s", error)
-                await asyncio.sleep(_BACKOFF_S[0])
+                await asyncio.sleep(_FIRST_WAIT_S)
 
     async def _process_fetch(self, fetched: dict[TopicPartition, list[Any]]) -> None:
         assigned = frozenset(self._consumer.assignment())
@@ -292,6 +294,7 @@ class BatchLoop(Service):
     ) -> list[RefusedRecord]:
         """Apply the batch; halve it where it fails until the failing record stands alone."""
         failure = None
+        backoff = Backoff(_FIRST_WAIT_S, _LONGEST_WAIT_S)
         for attempt in range(1, attempts + 1):
             try:
                 return list(
@@ -309,7 +312,7 @@ class BatchLoop(Service):
                     exc_info=error,
                 )  # fmt: skip
             if attempt < attempts:
-                await self._back_off(attempt)
+                await self._back_off(backoff)
         if len(batch) == 1:
             reason = "timeout" if isinstance(failure, TimeoutError) else "failed"
             detail = f"{type(failure).__name__}: {failure}"
@@ -328,6 +331,7 @@ class BatchLoop(Service):
     ) -> Any:
         """Run `action`, again while Redis or Kafka is away. Raises its other errors, and TimeoutError."""
         attempt = 0
+        backoff = Backoff(_FIRST_WAIT_S, _LONGEST_WAIT_S)
         while True:
             try:
                 async with asyncio.timeout(deadline_s) as limit:
@@ -340,13 +344,12 @@ class BatchLoop(Service):
                 attempt += 1
                 FAILURES.labels(label, "outage").inc()
                 log.warning("%s waits (try %d): %s: %s", label, attempt, type(error).__name__, error)
-            await self._back_off(attempt)
+            await self._back_off(backoff)
 
-    async def _back_off(self, attempt: int) -> None:
+    async def _back_off(self, backoff: Backoff) -> None:
         """Wait before the next try. Raises BatchAbandoned when the partitions must be released."""
-        delay = min(_BACKOFF_S[0] * 2 ** min(attempt - 1, 10), _BACKOFF_S[1])
         try:
-            await asyncio.wait_for(self._must_release.wait(), delay)
+            await asyncio.wait_for(self._must_release.wait(), backoff.next_wait())
         except TimeoutError:
             return
         raise BatchAbandoned

@@ -15,8 +15,7 @@ from kafka import KafkaProducer
 
 from agents.app import check_prerequisites
 from harness.agents_worker import worker, write_codebook
-from harness.servers import read_all, wait_until
-from registry.releases.current import read_newest
+from harness.servers import wait_until
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -36,6 +35,7 @@ from streams.wire.admin import consumer_group_lag, create_topics, delete_topics,
 from streams.wire.bulk_writer import publish_all
 from streams.wire.connect import client_options
 from streams.wire.records import partition_of
+from streams.wire.topic_reader import read_newest_events, read_records
 from tests.conftest import FreshStack
 from tests.reference_pairs import reference
 
@@ -64,7 +64,7 @@ def buy(user: str, number: int, at: int, request: str | None = None) -> Purchase
 
 def read(kafka: KafkaSettings, topic: str) -> list[dict[str, Any]]:
     """Every record of a topic."""
-    return [json.loads(record.value) for record in read_all(kafka, topic)]
+    return [json.loads(record.value) for record in read_records(kafka, topic)]
 
 
 def count(kafka: KafkaSettings, topic: str) -> int:
@@ -141,7 +141,7 @@ def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_ap
         assert not list(store.scan_iter(match="parked*"))
         assert not count(kafka, "dead-letters")
         # SIDs in Redis, in the histories and on the topic are the same ones, and no two items share one.
-        told = {a.item_id: tuple(a.sid) for a in read_newest(kafka, SidAssignment).values()}
+        told = {a.item_id: tuple(a.sid) for a in read_newest_events(kafka, SidAssignment).values()}
         held = store.hgetall(keys.sids(codebook.id))
         assert {i.decode(): history.unpack_sid(sid) for i, sid in held.items()} == told
         assert len(set(told.values())) == len(told) == 6
@@ -150,7 +150,7 @@ def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_ap
         published = count(kafka, "sids")
         publish_all(kafka, [item(1, "another title altogether"), item(6)])
         wait_until(lambda: count(kafka, "sids") > published, WAIT_S, "the SID of the new item")
-        assert read_newest(kafka, SidAssignment)[f"{codebook.id}/i1"].sid == list(told["i1"])
+        assert read_newest_events(kafka, SidAssignment)[f"{codebook.id}/i1"].sid == list(told["i1"])
         assert count(kafka, "sids") == published + 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from harness.agents_worker import start, worker, write_codebook
-from harness.servers import read_all, wait_until
+from harness.servers import wait_until
 from registry.experiment.outcomes import mature_until, read_outcomes
 from registry.releases.rollout import assign
 from streams.events import (
@@ -28,6 +28,7 @@ from streams.settings import KafkaSettings
 from streams.state import keys
 from streams.wire.admin import consumer_group_lag
 from streams.wire.bulk_writer import publish_all
+from streams.wire.topic_reader import read_records
 from tests.conftest import FreshStack
 from tests.reference_outcomes import Owner, reference
 
@@ -103,7 +104,7 @@ def horizon(at: int) -> list[Event]:
 def logged(kafka: KafkaSettings) -> list[Event]:
     """Every user event on the topics, a partition of a topic after the other."""
     kinds = {kind.topic: kind for kind in KINDS}
-    return [decode(kinds[record.topic], record.value) for record in read_all(kafka, *kinds)]
+    return [decode(kinds[record.topic], record.value) for record in read_records(kafka, *kinds)]
 
 
 def held(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:

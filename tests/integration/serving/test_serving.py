@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from harness.servers import free_port, local_redis, read_all, wait_until
+from harness.servers import free_port, local_redis, wait_until
 from registry.bundles.rewards import Rewards
 from registry.experiment.health import Health, read_health
 from serving.agent import ServingAgent
@@ -36,6 +36,7 @@ from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from streams.state import history, keys, profile
 from streams.wire.admin import admin_client, end_offsets
 from streams.wire.client import Client
+from streams.wire.topic_reader import read_records
 from tests.serving_support import PATIENCE_S, Versions, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
@@ -70,7 +71,7 @@ def trigger(number: int | str, **fields) -> Trigger:
 
 def dead_letters(kafka: KafkaSettings, count: int) -> list[DeadLetter]:
     wait_until(lambda: sum(end_offsets(kafka, "dead-letters").values()) >= count, PATIENCE_S, "dead letters")
-    return [decode(DeadLetter, record.value) for record in read_all(kafka, "dead-letters")]
+    return [decode(DeadLetter, record.value) for record in read_records(kafka, "dead-letters")]
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_a_bad_trigger_becomes_a_dead_letter_as_it_came_and_the_next_is_answered
             client.publish_raw("triggers", b"u1", value)
         assert len(client.ask(trigger("after"), PATIENCE_S).items) == 10
         letters = dead_letters(kafka, len(bad))
-    triggers = {(one.partition, one.offset): one.value for one in read_all(kafka, "triggers")}
+    triggers = {(one.partition, one.offset): one.value for one in read_records(kafka, "triggers")}
     assert {letter.reason for letter in letters} == {reason for _, reason in bad}
     for letter in letters:
         assert base64.b64decode(letter.value_base64 or "") == triggers[letter.partition, letter.offset]
@@ -237,7 +238,7 @@ def test_an_answer_goes_to_reply_to_as_well_and_a_wrong_name_costs_nobody_an_ans
         ]
         letters = dead_letters(kafka, 2)
     assert [len(answer.items) for answer in answers] == [10] * 4
-    assert [json.loads(one.value)["request_id"] for one in read_all(kafka, topic)] == ["r0"]
+    assert [json.loads(one.value)["request_id"] for one in read_records(kafka, topic)] == ["r0"]
     assert {letter.reason for letter in letters} == {"reply_topic"}
     assert any("no-such-topic" in letter.detail for letter in letters)
     assert len(letters) == 2
@@ -313,7 +314,8 @@ def test_an_explored_answer_comes_with_the_draw_that_its_first_item_is_from(stac
         answers = {one.request_id: one for one in (client.ask(each, PATIENCE_S) for each in asked)}
         unknown = client.ask(trigger("unknown", item_id=None), PATIENCE_S)
     events = {
-        one.request_id: one for one in (decode(Exploration, r.value) for r in read_all(kafka, "explorations"))
+        one.request_id: one
+        for one in (decode(Exploration, r.value) for r in read_records(kafka, "explorations"))
     }
     assert unknown.fallback == "popular"
     assert 5 < len(events) < 35
@@ -339,7 +341,9 @@ def test_a_draw_that_topics_are_too_small_for_costs_nobody_an_answer(stack):
         agent.wait_ready()
         assert len(client.ask(trigger(1), PATIENCE_S).items) == 10
         assert len(client.ask(trigger(2, exclude=[item(row) for row in range(4, 32)]), PATIENCE_S).items) == 3
-    assert [decode(Exploration, one.value).request_id for one in read_all(kafka, "explorations")] == ["r2"]
+    assert [decode(Exploration, one.value).request_id for one in read_records(kafka, "explorations")] == [
+        "r2"
+    ]
 
 
 def test_exploring_without_the_topic_for_it_is_refused_at_the_start(stack):
@@ -408,7 +412,7 @@ def test_an_arm_without_users_answers_nobody_and_its_model_is_watched(stack, tmp
         for number in range(10):
             client.ask(trigger(number, user_id=f"u{number}"), PATIENCE_S)
     kept = health(redis_url, "t2")
-    made = [decode(Recommendation, record.value) for record in read_all(kafka, "recommendations")]
+    made = [decode(Recommendation, record.value) for record in read_records(kafka, "recommendations")]
     assert [(one.arm, one.bundle) for one in made] == [("champion", source.bundles["v1"].id)] * 10
     assert kept["champion"].requests == 10
     shadow = kept["challenger-sft"]

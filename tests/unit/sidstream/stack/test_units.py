@@ -80,7 +80,7 @@ def test_the_pause_doubles_up_to_its_bound(tmp_path: Path) -> None:
     pauses = []
     for _ in range(5):
         wait_until(lambda: unit.check(stack, first=False) and unit.shown.state == "restarting", 30, "a death")
-        pauses.append(unit.backoff)
+        pauses.append(unit.restart_wait_s)
         wait_until(lambda: unit.check(stack, first=False) and unit.shown.state == "starting", 30, "a start")
     assert pauses == [0.05, 0.1, 0.2, 0.4, 0.4]
 
