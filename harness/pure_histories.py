@@ -45,18 +45,20 @@ def replayed_histories(
             code = history.KIND_CODES[event.kind] if isinstance(event, Click) else history.PURCHASE
             entry = pack_entry(event.ts, code, event.event_id, sids[event.item_id])
             changes.setdefault(event.user_id, []).append(HistoryChange(kind.topic, record.offset, entry))
-    known = incarnations(kafka)
-    return _applied(changes, codebook, levels, {source: known[source] for source in history.SOURCE_TOPICS})
+    topic_incarnations = incarnations(kafka)
+    return _applied(
+        changes, codebook, levels, {source: topic_incarnations[source] for source in history.SOURCE_TOPICS}
+    )
 
 
 def _applied(
     changes: Mapping[str, list[HistoryChange]], codebook: str, levels: int, lives: Mapping[str, int]
 ) -> dict[str, bytes]:
-    made = {}
+    histories = {}
     for user, mine in changes.items():
         value, _, _ = history.apply_changes(
             None, mine, codebook=codebook, levels=levels, incarnations=lives, bounds=HistorySettings()
         )
         assert value is not None
-        made[user] = value
-    return made
+        histories[user] = value
+    return histories

@@ -32,7 +32,7 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
         yield client
 
 
-def some(_tag: str, packed: bytes) -> bytes | None:
+def translate_most(_tag: str, packed: bytes) -> bytes | None:
     """Another SID for most, none for those that begin with 0 or 255: their entries wait."""
     return None if packed[:2] in (b"\x00\x00", b"\x00\xff") else packed[::-1]
 
@@ -81,7 +81,7 @@ def test_script_and_function_agree_on_every_sequence_of_batches(store, batches, 
             assert script(keys=["h:{test}"], args=arguments) == history.OTHER_CODEBOOK_RESULT
             assert store.get("h:{test}") == value
             assert value is not None
-            new = recode_history(value, some, codebook=book, levels=3, bounds=bounds)
+            new = recode_history(value, translate_most, codebook=book, levels=3, bounds=bounds)
             assert replace(keys=["h:{test}"], args=[value + b"x", new]) == 0
             assert replace(keys=["h:{test}"], args=[value, new]) == 1
             value, applied, skipped = apply_changes(

@@ -59,15 +59,15 @@ def shoppers(rng: random.Random) -> list[Event]:
                 **({"bundle": arm.bundle, "arm": arm.name, "trial": trial} if n % 20 else {}),
             )
         )  # fmt: skip
-        seen = at + rng.randrange(0, 5 * MINUTE)
+        first_look = at + rng.randrange(0, 5 * MINUTE)
         items = rng.sample(offered, 3) + rng.sample(ITEMS, 1)
         for _ in range(rng.randrange(4)):
             if rng.random() < 0.4:
                 items = rng.sample(offered, 3) + rng.sample(ITEMS, 1)
-            look = seen + rng.randrange(0, MINUTE)
-            log.append(Impression.new(user_id=user, item_ids=items, ts=look, request_id=request))
+            looked_at = first_look + rng.randrange(0, MINUTE)
+            log.append(Impression.new(user_id=user, item_ids=items, ts=looked_at, request_id=request))
             for item in items[: rng.randrange(4)]:
-                clicked = look + rng.randrange(0, 11 * MINUTE)
+                clicked = looked_at + rng.randrange(0, 11 * MINUTE)
                 log.append(Click.new(user_id=user, item_id=item, ts=clicked, request_id=request))
                 if rng.random() < 0.6:
                     bought = clicked + rng.randrange(0, 8 * MINUTE)
@@ -87,60 +87,60 @@ def arrivals(log: Sequence[Event], rng: random.Random) -> list[Event]:
     return [event for *_, event in sorted(due, key=lambda row: row[:2])]
 
 
-def horizon(at: int) -> list[Event]:
+def late_events(at: int) -> list[Event]:
     """Events of nobody's trial on every topic and partition, so that event time reaches `at`."""
-    made: list[Event] = []
+    events: list[Event] = []
     for n in range(32):
         user = f"w{n}"
-        made += [
+        events += [
             Click.new(user_id=user, item_id="i0", ts=at),
             Purchase.new(user_id=user, item_id="i0", ts=at, price=1.0),
             Impression.new(user_id=user, item_ids=["i0"], ts=at),
             Recommendation.new(request_id=f"w{n}", user_id=user, ts=at, items=[]),
         ]
-    return made
+    return events
 
 
-def logged(kafka: KafkaSettings) -> list[Event]:
+def user_events_on_topics(kafka: KafkaSettings) -> list[Event]:
     """Every user event on the topics, a partition of a topic after the other."""
     kinds = {kind.topic: kind for kind in KINDS}
     return [decode(kinds[record.topic], record.value) for record in read_records(kafka, *kinds)]
 
 
-def held(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
+def stored_sums(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
     """What stands in Redis, in the reference's form."""
-    found: dict[Owner, dict[int, list[int]]] = {}
+    sums: dict[Owner, dict[int, list[int]]] = {}
     for trial in ("t1", "t2"):
         for key in store.scan_iter(match=keys.sums_pattern(trial)):
             row = {name.decode(): value.decode() for name, value in store.hgetall(key).items()}
             user = key.decode().split("{")[1].rstrip("}")
-            cohorts = found.setdefault((trial, user, row.pop("arm"), row.pop("bundle")), {})
+            cohorts = sums.setdefault((trial, user, row.pop("arm"), row.pop("bundle")), {})
             for field, number in row.items():
                 cohort, _, kind = field.partition(":")
                 cohorts.setdefault(int(cohort), [0, 0, 0])["ico".index(kind)] = int(number)
-    return found
+    return sums
 
 
 def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder_and_repeats(
     fresh_stack: FreshStack, tmp_path: Path
 ) -> None:
     kafka, url = fresh_stack()
-    book, log = tmp_path / "codebook", tmp_path / "log"
-    write_codebook(book)
+    codebook, log = tmp_path / "codebook", tmp_path / "log"
+    write_codebook(codebook)
     publish_all(kafka, [CatalogItem.new(item_id=i, title=f"thing {i}", ts=T0) for i in ITEMS])
     rng = random.Random(11)
-    arriving = arrivals(shoppers(rng), rng)
+    arriving_events = arrivals(shoppers(rng), rng)
     # One part before the kill, one before the stop, one after it: neither comes when all is done.
-    third = len(arriving) // 3
+    third = len(arriving_events) // 3
     options = {
         "attribution_window_s": WINDOW_S, "allowed_lateness_s": LATENESS_S, "cohort_s": COHORT_S,
         "session_timeout_s": 6, "batch_size": 5, "group": "restarted",
     }  # fmt: skip
-    publish_all(kafka, arriving[:third])
+    publish_all(kafka, arriving_events[:third])
     with redis.Redis.from_url(url) as store:
-        killed = start(kafka, url, book, log, **options)
+        killed = start(kafka, url, codebook, log, **options)
         try:
-            wait_until(lambda: held(store), WAIT_S, "first sums")
+            wait_until(lambda: stored_sums(store), WAIT_S, "first sums")
             assert killed.poll() is None, log.read_text()[-3000:]
         finally:
             killed.kill()
@@ -148,25 +148,25 @@ def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder
         assert consumer_group_lag(kafka, "restarted") > 0, (
             "all was done before the kill: the test did not bite"
         )
-        at_kill = held(store)
-        publish_all(kafka, arriving[third : 2 * third])
-        with worker(kafka, url, book, log, **options):
-            wait_until(lambda: held(store) != at_kill, WAIT_S, "more sums")
-        stopped = held(store)
-        publish_all(kafka, arriving[2 * third :])
-        end = max(event.ts for event in arriving) + (3 * WINDOW_S + LATENESS_S + COHORT_S) * 1000
-        publish_all(kafka, horizon(end))
-        wanted = reference(logged(kafka), WINDOW_S * 1000, COHORT_S * 1000)
-        assert stopped != wanted
-        with worker(kafka, url, book, log, **options):
-            last = max(cohort for cohorts in wanted.values() for cohort in cohorts)
+        sums_at_kill = stored_sums(store)
+        publish_all(kafka, arriving_events[third : 2 * third])
+        with worker(kafka, url, codebook, log, **options):
+            wait_until(lambda: stored_sums(store) != sums_at_kill, WAIT_S, "more sums")
+        sums_after_stop = stored_sums(store)
+        publish_all(kafka, arriving_events[2 * third :])
+        end = max(event.ts for event in arriving_events) + (3 * WINDOW_S + LATENESS_S + COHORT_S) * 1000
+        publish_all(kafka, late_events(end))
+        expected = reference(user_events_on_topics(kafka), WINDOW_S * 1000, COHORT_S * 1000)
+        assert sums_after_stop != expected
+        with worker(kafka, url, codebook, log, **options):
+            last = max(cohort for cohorts in expected.values() for cohort in cohorts)
             wait_until(lambda: (mature_until(store) or 0) > last, WAIT_S, "the end of the last cohort")
-        assert held(store) == wanted
+        assert stored_sums(store) == expected
         assert not list(store.scan_iter(match=keys.outcomes("*"))), "requests are still open"
         for trial in ("t1", "t2"):
-            seen = read_outcomes(store, trial)
+            outcomes = read_outcomes(store, trial)
             for arm in ARMS:
-                users = [c for (t, _, name, _), c in wanted.items() if (t, name) == (trial, arm.name)]
+                users = [c for (t, _, name, _), c in expected.items() if (t, name) == (trial, arm.name)]
                 rows = sorted([sum(n) for n in zip(*cohorts.values(), strict=True)] for cohorts in users)
-                assert sorted(seen[arm.name].total().tolist()) == [row for row in rows if row[0]]
-    assert len(wanted) > 40
+                assert sorted(outcomes[arm.name].total().tolist()) == [row for row in rows if row[0]]
+    assert len(expected) > 40

@@ -52,9 +52,9 @@ def test_any_order_and_any_repetition_leaves_the_newest(store, events, random) -
     script = store.register_script(profile.STORE_IF_NEWER.source)
     key = keys.profile("u")
     store.delete(key)
-    seen = [*events, *random.choices(events, k=4)]
-    random.shuffle(seen)
-    for event in seen:
+    arrivals = [*events, *random.choices(events, k=4)]
+    random.shuffle(arrivals)
+    for event in arrivals:
         script(keys=[key], args=[profile.pack_profile(event)])
     newest = max(events, key=profile.newest_order_key)
     assert newest.ts == max(event.ts for event in events)

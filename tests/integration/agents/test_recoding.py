@@ -49,18 +49,18 @@ class Place(KafkaRecord):
 
 def clicks(user: str, items: Sequence[int], since: int = 0) -> list[ReceivedEvent]:
     """One click on each of these items, at offsets and minutes from `since` on."""
-    made = []
+    received = []
     for at, item in enumerate(items, since):
         event = Click.new(
             user_id=user, item_id=ITEMS[item], ts=T0 + at * 60_000, event_id=f"{user}-{at}"
         )  # fmt: skip
         record = Place("clicks", event.key, b"")
         record.offset = at
-        made.append(ReceivedEvent(record, event))
-    return made
+        received.append(ReceivedEvent(record, event))
+    return received
 
 
-def pure(batch: Sequence[ReceivedEvent], codebook: str) -> bytes:
+def expected_history(batch: Sequence[ReceivedEvent], codebook: str) -> bytes:
     """The history of one user's events by the pure function, under one codebook."""
     changes = [
         history.HistoryChange("clicks", record.offset, history.pack_entry(
@@ -128,61 +128,61 @@ def run(redis_url: str) -> Callable[[Callable[[Any], Awaitable[None]]], dict[str
     return go
 
 
-async def begun(store: redis.asyncio.Redis, **worker: Any) -> Worker:
+async def worker_with_old_histories(store: redis.asyncio.Redis, **worker: Any) -> Worker:
     """A worker that has written four clicks of each user under the old codebook."""
-    made = Worker(store, **worker)
-    made.learn_sids(OLD)
+    worker = Worker(store, **worker)
+    worker.learn_sids(OLD)
     for user in USERS:
-        await made.history_writer.apply(clicks(user, [0, 5, 2, 1]))
-    return made
+        await worker.history_writer.apply(clicks(user, [0, 5, 2, 1]))
+    return worker
 
 
 def test_the_scan_brings_over_this_workers_users_and_no_others(run) -> None:
     async def work(store: Any) -> None:
-        made = await begun(store, partitions=[1, 3])
-        made.learn_sids(NEW)
-        await made.scan()
+        worker = await worker_with_old_histories(store, partitions=[1, 3])
+        worker.learn_sids(NEW)
+        await worker.scan()
 
     for user, value in run(work).items():
         mine = partition_of(user.encode(), PARTITIONS) in (1, 3)
-        assert value == pure(clicks(user, [0, 5, 2, 1]), NEW if mine else OLD)
+        assert value == expected_history(clicks(user, [0, 5, 2, 1]), NEW if mine else OLD)
 
 
 def test_an_event_brings_its_history_over_and_a_redelivered_one_changes_nothing(run) -> None:
     async def work(store: Any) -> None:
-        made = await begun(store)
-        made.learn_sids(NEW)
+        worker = await worker_with_old_histories(store)
+        worker.learn_sids(NEW)
         # The last two of the old time are seen again, beside a new one.
-        again = clicks("u7", [0, 5, 2, 1, 3])[2:]
-        await made.history_writer.apply(again)
-        await made.history_writer.apply(again)
+        redelivered = clicks("u7", [0, 5, 2, 1, 3])[2:]
+        await worker.history_writer.apply(redelivered)
+        await worker.history_writer.apply(redelivered)
 
     after = run(work)
-    assert after["u7"] == pure(clicks("u7", [0, 5, 2, 1, 3]), NEW)
-    assert after["u8"] == pure(clicks("u8", [0, 5, 2, 1]), OLD)
+    assert after["u7"] == expected_history(clicks("u7", [0, 5, 2, 1, 3]), NEW)
+    assert after["u8"] == expected_history(clicks("u8", [0, 5, 2, 1]), OLD)
 
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restart(run, restarted) -> None:
     async def work(store: Any) -> None:
-        made = await begun(store)
-        made.learn_sids(NEW, ITEMS[:5])
-        await made.scan()
+        worker = await worker_with_old_histories(store)
+        worker.learn_sids(NEW, ITEMS[:5])
+        await worker.scan()
         for value in [await store.get(keys.history(user)) for user in USERS]:
             decoded = history.decode_history(value)
             assert [e.sid for e in decoded.entries] == [SIDS[NEW][f"i{n}"] for n in (0, 2, 1)]
             assert [(tag, e.sid) for tag, e in decoded.waiting] == [(OLD[:8], SIDS[OLD]["i5"])]
-        await made.history_writer.apply(clicks("u3", [4], since=4))
+        await worker.history_writer.apply(clicks("u3", [4], since=4))
         if restarted:
-            made = Worker(store)
-            made.learn_sids(OLD)
-            made.learn_sids(NEW, ITEMS[:5])
-            await made.scan()
-        made.learn_sids(NEW, ITEMS[5:])
-        await made.recoder.run_slice()
+            worker = Worker(store)
+            worker.learn_sids(OLD)
+            worker.learn_sids(NEW, ITEMS[:5])
+            await worker.scan()
+        worker.learn_sids(NEW, ITEMS[5:])
+        await worker.recoder.run_slice()
 
     for user, value in run(work).items():
-        assert value == pure(clicks(user, [0, 5, 2, 1, 4] if user == "u3" else [0, 5, 2, 1]), NEW)
+        assert value == expected_history(clicks(user, [0, 5, 2, 1, 4] if user == "u3" else [0, 5, 2, 1]), NEW)
 
 
 def test_a_write_in_between_is_not_lost(run) -> None:
@@ -196,11 +196,11 @@ def test_a_write_in_between_is_not_lost(run) -> None:
                 await other.history_writer.apply(clicks("u1", [3], since=4))
             return await HistoryReplacer(store).replace(values)
 
-        made = await begun(store, replace=overtaken)
-        made.learn_sids(NEW)
-        await made.scan()
+        worker = await worker_with_old_histories(store, replace=overtaken)
+        worker.learn_sids(NEW)
+        await worker.scan()
 
-    assert run(work)["u1"] == pure(clicks("u1", [0, 5, 2, 1, 3]), NEW)
+    assert run(work)["u1"] == expected_history(clicks("u1", [0, 5, 2, 1, 3]), NEW)
 
 
 def test_a_worker_that_dies_half_way_is_followed_by_one_that_brings_over_the_rest(run) -> None:
@@ -209,40 +209,40 @@ def test_a_worker_that_dies_half_way_is_followed_by_one_that_brings_over_the_res
             await HistoryReplacer(store).replace(values[: len(values) // 2])
             raise Killed
 
-        made = await begun(store, replace=dying)
-        made.learn_sids(NEW)
+        worker = await worker_with_old_histories(store, replace=dying)
+        worker.learn_sids(NEW)
         with pytest.raises(Killed):
-            await made.scan()
+            await worker.scan()
         tags = [(await store.get(keys.history(user)))[2:6].hex() for user in USERS]
         assert set(tags) == {OLD[:8], NEW[:8]}
-        next_one = Worker(store)
-        next_one.learn_sids(OLD)
-        next_one.learn_sids(NEW)
-        await next_one.history_writer.apply(clicks("u0", [0, 5, 2, 1])[1:])  # what was not committed
-        await next_one.scan()
+        next_worker = Worker(store)
+        next_worker.learn_sids(OLD)
+        next_worker.learn_sids(NEW)
+        await next_worker.history_writer.apply(clicks("u0", [0, 5, 2, 1])[1:])  # what was not committed
+        await next_worker.scan()
 
-    assert run(work) == {user: pure(clicks(user, [0, 5, 2, 1]), NEW) for user in USERS}
+    assert run(work) == {user: expected_history(clicks(user, [0, 5, 2, 1]), NEW) for user in USERS}
 
 
 def test_a_history_that_cannot_be_read_stops_neither_the_scan_nor_the_others(run) -> None:
     async def work(store: Any) -> None:
-        made = await begun(store)
+        worker = await worker_with_old_histories(store)
         await store.set(keys.history("broken"), b"\x02\x02abcd" + bytes(20) + b"\x00\x00\x00\x09x")
         await store.set(keys.history("future"), b"\x09" + bytes(30))
-        made.learn_sids(NEW)
-        await made.scan()
+        worker.learn_sids(NEW)
+        await worker.scan()
 
     after = run(work)
     assert after.pop("broken")[:2] == b"\x02\x02"
     assert after.pop("future")[:1] == b"\x09"
-    assert after == {user: pure(clicks(user, [0, 5, 2, 1]), NEW) for user in USERS}
+    assert after == {user: expected_history(clicks(user, [0, 5, 2, 1]), NEW) for user in USERS}
 
 
 def test_under_the_only_codebook_that_ever_was_nothing_is_looked_at(run) -> None:
     async def work(store: Any) -> None:
-        made = await begun(store)
-        looked = (await store.info("commandstats")).get("cmdstat_scan", {}).get("calls", 0)
-        await made.recoder.run_slice()
-        assert (await store.info("commandstats")).get("cmdstat_scan", {}).get("calls", 0) == looked
+        worker = await worker_with_old_histories(store)
+        scan_calls = (await store.info("commandstats")).get("cmdstat_scan", {}).get("calls", 0)
+        await worker.recoder.run_slice()
+        assert (await store.info("commandstats")).get("cmdstat_scan", {}).get("calls", 0) == scan_calls
 
     run(work)

@@ -57,10 +57,10 @@ def test_a_window_of_the_year_arrives_once_with_each_user_in_event_time(fresh_st
     for record in sorted(records, key=lambda record: (record.partition, record.offset)):
         event = decode(Purchase, record.value)
         arrived[event.user_id].append(event)
-    wanted: dict[str, list[Purchase]] = defaultdict(list)
+    expected_by_user: dict[str, list[Purchase]] = defaultdict(list)
     for event in expected:
-        wanted[event.user_id].append(event)
-    assert arrived == wanted
+        expected_by_user[event.user_id].append(event)
+    assert arrived == expected_by_user
 
 
 def test_each_part_can_be_left_out(fresh_stack: FreshStack) -> None:
@@ -72,10 +72,10 @@ def test_each_part_can_be_left_out(fresh_stack: FreshStack) -> None:
 
 def test_speed_is_a_multiple_of_the_time_it_took(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
-    begun = time.monotonic()
+    started_at = time.monotonic()
     replay(kafka, Few(), catalog=False, speed=1.0)
     # A lower bound, not a speed: 600 ms of the past take at least that long at speed 1.
-    assert time.monotonic() - begun >= 0.6
+    assert time.monotonic() - started_at >= 0.6
     stamps = [
         r.timestamp for r in read_new(kafka, "clicks", 3, dict.fromkeys(end_offsets(kafka, "clicks"), 0))
     ]

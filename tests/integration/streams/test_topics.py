@@ -32,7 +32,7 @@ def test_creating_makes_what_is_missing_with_its_partitions_and_policy(kafka: Ka
     assert not set(BY_TOPIC) & topic_names(kafka)
     assert set(create_topics(kafka)) == set(BY_TOPIC)
     assert create_topics(kafka) == []
-    assert {name: len(held) for name, held in offset_spans(kafka).items()} == {
+    assert {name: len(partitions) for name, partitions in offset_spans(kafka).items()} == {
         t.name: t.partitions for t in all_topics(kafka)
     }
 
@@ -41,10 +41,10 @@ def test_creating_makes_what_is_missing_with_its_partitions_and_policy(kafka: Ka
     from streams.wire.admin import admin_client
 
     with admin_client(kafka) as client:
-        found = client.describe_configs(
+        topic_configs = client.describe_configs(
             [ConfigResource(ConfigResourceType.TOPIC, t.name) for t in all_topics(kafka)]
         )
-    described = str(found)
+    described = str(topic_configs)
     assert "compact" in described
     assert str(kafka.max_event_bytes) in described
 

@@ -72,9 +72,9 @@ JSON_VALUES = st.one_of(
 
 
 def validator(topic: str) -> Draft202012Validator:
-    made = schema(BY_TOPIC[topic])
-    Draft202012Validator.check_schema(made)
-    return Draft202012Validator(made)
+    json_schema = schema(BY_TOPIC[topic])
+    Draft202012Validator.check_schema(json_schema)
+    return Draft202012Validator(json_schema)
 
 
 VALIDATORS = {topic: validator(topic) for topic in BY_TOPIC}
@@ -93,10 +93,10 @@ def accepted(topic: str, fields: object) -> tuple[bool, bool]:
 
 def test_the_files_are_what_the_types_say(tmp_path: Path) -> None:
     written = write_documents(KafkaSettings(), tmp_path)
-    made = {path.relative_to(tmp_path) for path in written}
-    kept = {path.relative_to(REFERENCE) for path in REFERENCE.rglob("*.json")}
-    assert kept == made, "run `sidstream contract docs/reference`"
-    for path in made:
+    generated = {path.relative_to(tmp_path) for path in written}
+    committed = {path.relative_to(REFERENCE) for path in REFERENCE.rglob("*.json")}
+    assert committed == generated, "run `sidstream contract docs/reference`"
+    for path in generated:
         assert (REFERENCE / path).read_text() == (tmp_path / path).read_text(), (
             f"docs/reference/{path} is not what the types say: run `sidstream contract docs/reference`"
         )
@@ -181,9 +181,9 @@ def resolve(document: dict[str, Any], reference: str) -> Any:
 
 def test_every_reference_of_the_asyncapi_document_leads_somewhere() -> None:
     document = asyncapi(KafkaSettings())
-    found = set(references(document))
-    assert found
-    for reference in found:
+    all_references = set(references(document))
+    assert all_references
+    for reference in all_references:
         resolve(document, reference)
 
 

@@ -41,21 +41,21 @@ Cohorts = dict[int, list[int]]
 
 def by_cohort(*events: Event) -> dict[Owner, Cohorts]:
     """What the sums of user u hold after the events, each in a step of its own, through storage."""
-    found: dict[Owner, Cohorts] = {}
+    sums_by_owner: dict[Owner, Cohorts] = {}
     stored = msgspec.msgpack.encode(OpenOutcomes())
     for event in events:
         state = msgspec.msgpack.decode(stored, type=OpenOutcomes)
         state.add_event(event, RULES, None)
-        for moved in state.take_sum_changes(RULES):
-            cohorts = found.setdefault((moved.trial, "u", moved.arm, moved.bundle), {})
-            total = cohorts.setdefault(moved.cohort, [0, 0, 0])
-            for place, number in enumerate((moved.impressions, moved.clicks, moved.orders)):
+        for change in state.take_sum_changes(RULES):
+            cohorts = sums_by_owner.setdefault((change.trial, "u", change.arm, change.bundle), {})
+            total = cohorts.setdefault(change.cohort, [0, 0, 0])
+            for place, number in enumerate((change.impressions, change.clicks, change.orders)):
                 total[place] += number
                 assert total[place] >= 0
             if not any(total):
-                del cohorts[moved.cohort]
+                del cohorts[change.cohort]
         stored = msgspec.msgpack.encode(state)
-    return {owner: cohorts for owner, cohorts in found.items() if cohorts}
+    return {owner: cohorts for owner, cohorts in sums_by_owner.items() if cohorts}
 
 
 def sums(*events: Event) -> Counter[str]:
@@ -159,6 +159,6 @@ def test_sums_equal_a_recomputation_of_the_whole_log_in_any_order_and_with_repea
     log, other_trial, answered, random
 ) -> None:
     once = [answer(), answer(answered, "bcx", "q", other_trial), *log]
-    again = once + random.sample(once, random.randint(0, len(once)))
-    random.shuffle(again)
-    assert by_cohort(*again) == reference(once, W, C)
+    with_repeats = once + random.sample(once, random.randint(0, len(once)))
+    random.shuffle(with_repeats)
+    assert by_cohort(*with_repeats) == reference(once, W, C)

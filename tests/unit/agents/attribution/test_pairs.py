@@ -91,10 +91,14 @@ def decided(*events: Event, most: int = 8) -> list[PairDecision]:
 
 
 def test_a_purchase_is_preferred_to_what_was_clicked_and_not_bought() -> None:
-    (made,) = decided(click("a", 0), click("b", 10), click("x", 20), buy("x", 30))
-    assert (made.scheme, made.chosen, made.rejected) == ("purchased_over_clicked", "x", ("b", "a"))
-    assert made.ts == T0 + 30
-    assert made.before == T0  # nothing of the decision is in its own history
+    (decision,) = decided(click("a", 0), click("b", 10), click("x", 20), buy("x", 30))
+    assert (decision.scheme, decision.chosen, decision.rejected) == (
+        "purchased_over_clicked",
+        "x",
+        ("b", "a"),
+    )
+    assert decision.ts == T0 + 30
+    assert decision.before == T0  # nothing of the decision is in its own history
 
 
 def test_nothing_is_decided_before_every_click_in_reach_has_matured() -> None:
@@ -108,8 +112,8 @@ def test_nothing_is_decided_before_every_click_in_reach_has_matured() -> None:
 
 def test_a_clicked_item_that_is_bought_later_in_its_window_is_never_rejected() -> None:
     assert not decided(click("a", 0), buy("x", 30), buy("a", W))
-    (made,) = decided(click("a", 0), buy("x", 30), buy("a", W + 1))
-    assert made.rejected == ("a",)
+    (decision,) = decided(click("a", 0), buy("x", 30), buy("a", W + 1))
+    assert decision.rejected == ("a",)
 
 
 def test_what_was_bought_before_the_click_is_not_rejected_while_it_is_near() -> None:
@@ -117,13 +121,13 @@ def test_what_was_bought_before_the_click_is_not_rejected_while_it_is_near() -> 
 
 
 def test_only_the_most_recent_rejected_items_are_kept() -> None:
-    (made,) = decided(*[click(item, n) for n, item in enumerate("abcdef")], buy("x", 50), most=3)
-    assert made.rejected == ("f", "e", "d")
+    (decision,) = decided(*[click(item, n) for n, item in enumerate("abcdef")], buy("x", 50), most=3)
+    assert decision.rejected == ("f", "e", "d")
 
 
 def test_a_cart_counts_as_a_click() -> None:
-    (made,) = decided(click("a", 0, kind="cart"), buy("x", 30))
-    assert made.rejected == ("a",)
+    (decision,) = decided(click("a", 0, kind="cart"), buy("x", 30))
+    assert decision.rejected == ("a",)
 
 
 def test_items_without_a_sid_are_left_out() -> None:
@@ -138,36 +142,36 @@ def test_a_pair_has_the_scene_of_its_request_and_a_state_from_before_scenes_is_r
     assert user.stored is not None
     body = msgspec.msgpack.decode(user.stored)
     user.close_windows(100_000)
-    assert [made.scene for made in user.decisions] == ["cart"]
-    assert [made.scene for made in decided(click("a", 0), buy("x", 30))] == [None]
+    assert [decision.scene for decision in user.decisions] == ["cart"]
+    assert [decision.scene for decision in decided(click("a", 0), buy("x", 30))] == [None]
     # Slates are arrays, and the scene their last place.
     (slate,) = body[3].values()
     assert slate.pop() == "cart"
     old = User()
     old.stored = msgspec.msgpack.encode(body)
     old.close_windows(100_000)
-    assert [(made.scene, made.chosen) for made in old.decisions] == [(None, "b")]
+    assert [(decision.scene, decision.chosen) for decision in old.decisions] == [(None, "b")]
 
 
 def test_a_slate_gives_the_three_schemes_nearest_to_the_top_first() -> None:
     answer = Recommendation.new(
         request_id="r", user_id="u", ts=T0, items=[RankedItem("a", [1], -1.0)], trigger_item_id="t"
     )
-    made = decided(answer, show("abcdef", 1), click("c", 5, "r"), click("b", 6, "r"), buy("b", 9, "r"))
-    got = {(d.scheme, d.chosen): d.rejected for d in made}
-    assert got == {
+    decisions = decided(answer, show("abcdef", 1), click("c", 5, "r"), click("b", 6, "r"), buy("b", 9, "r"))
+    rejected_by_choice = {(d.scheme, d.chosen): d.rejected for d in decisions}
+    assert rejected_by_choice == {
         ("purchased_over_clicked", "b"): ("c",),
         ("purchased_over_shown", "b"): ("a", "d", "e", "f"),
         ("clicked_over_shown", "b"): ("a", "d", "e", "f"),
         ("clicked_over_shown", "c"): ("a", "d", "e", "f"),
     }
-    assert {d.trigger for d in made} == {"t"}
-    assert {d.before for d in made} == {T0 + 1}
+    assert {d.trigger for d in decisions} == {"t"}
+    assert {d.before for d in decisions} == {T0 + 1}
 
 
 def test_events_of_a_request_do_not_count_as_organic() -> None:
-    made = decided(show("ab", 0), click("a", 1, "r"), buy("x", 30))
-    assert {d.scheme for d in made} == {"clicked_over_shown"}
+    decisions = decided(show("ab", 0), click("a", 1, "r"), buy("x", 30))
+    assert {d.scheme for d in decisions} == {"clicked_over_shown"}
 
 
 def test_a_recommendation_that_was_never_shown_gives_nothing_and_is_forgotten() -> None:
@@ -199,11 +203,11 @@ def test_a_state_is_deleted_once_nothing_can_ask_for_it() -> None:
 
 
 def test_a_pair_id_depends_on_the_decision_and_not_on_the_order_of_the_rejected() -> None:
-    one = PairDecision("purchased_over_clicked", T0, T0, "x", ("a", "b"), moment=T0)
-    two = PairDecision("purchased_over_clicked", T0, T0 - 5, "x", ("b", "a"), moment=T0)
-    assert pair_id("u", one, "book") == pair_id("u", two, "book")
-    assert pair_id("u", one, "book") != pair_id("v", one, "book")
-    assert pair_id("u", one, "book") != pair_id("u", one, "other")
+    first = PairDecision("purchased_over_clicked", T0, T0, "x", ("a", "b"), moment=T0)
+    second = PairDecision("purchased_over_clicked", T0, T0 - 5, "x", ("b", "a"), moment=T0)
+    assert pair_id("u", first, "book") == pair_id("u", second, "book")
+    assert pair_id("u", first, "book") != pair_id("v", first, "book")
+    assert pair_id("u", first, "book") != pair_id("u", first, "other")
 
 
 def test_a_closed_slate_that_is_seen_again_decides_nothing_anew() -> None:
@@ -211,12 +215,12 @@ def test_a_closed_slate_that_is_seen_again_decides_nothing_anew() -> None:
     user = User()
     user.add(*log)
     user.close_windows(W + L)
-    made = len(user.decisions)
-    assert made
+    decision_count = len(user.decisions)
+    assert decision_count
     for at in (W + L + 1, 2 * W + L + 3, 3 * W + L):
         user.add(*log)
         user.close_windows(at)
-    assert len(user.decisions) == made
+    assert len(user.decisions) == decision_count
 
 
 def test_the_fences_let_an_event_pass_once_and_start_anew_with_a_new_topic() -> None:
@@ -264,14 +268,14 @@ def test_any_order_within_the_lateness_gives_the_pairs_of_the_whole_log(repeat, 
             zip([e.ts + d for e, d in zip(log, late, strict=True)], range(len(log)), log, strict=True)
         )
     ]
-    user, seen = User(most), T0
+    user, newest_ts = User(most), T0
     for place, incoming in enumerate(arrival):
         user.add(incoming)
         if repeat:
             user.add(data.draw(st.sampled_from(arrival[: place + 1])))
-        seen = max(seen, incoming.ts)
+        newest_ts = max(newest_ts, incoming.ts)
         if data.draw(st.booleans()):
-            user.close_windows(seen - T0)
+            user.close_windows(newest_ts - T0)
     user.close_windows(100_000)
     spread = _spread(log)
     assert {p for p in user.pairs() if p[2] not in spread} == {
@@ -287,14 +291,14 @@ def test_any_order_within_the_lateness_gives_the_pairs_of_the_whole_log(repeat, 
 def test_nothing_is_rejected_before_its_window_closed_nor_what_was_bought_in_it(log, data, most) -> None:
     # A decision's window: before and after its purchase, or after the first impression of its request.
     arrival = sorted(log, key=lambda e: e.ts + data.draw(st.integers(0, L)))
-    user, seen, made = User(most), T0, 0
+    user, newest_ts, checked = User(most), T0, 0
     for incoming in arrival:
         user.add(incoming)
-        seen = max(seen, incoming.ts)
-        user.close_windows(seen - T0)
-        for decision in user.decisions[made:]:
-            assert decision.moment + W + L <= seen
-        made = len(user.decisions)
+        newest_ts = max(newest_ts, incoming.ts)
+        user.close_windows(newest_ts - T0)
+        for decision in user.decisions[checked:]:
+            assert decision.moment + W + L <= newest_ts
+        checked = len(user.decisions)
     user.close_windows(100_000)
     bought = [(e.item_id, e.ts) for e in log if isinstance(e, Purchase)]
     spread = _spread(log)
@@ -308,19 +312,19 @@ def test_nothing_is_rejected_before_its_window_closed_nor_what_was_bought_in_it(
         ]  # fmt: skip
         for item in decision.rejected:
             if decision.request_id is not None:
-                kept = [opened]
+                window_starts = [opened]
             else:
-                kept = [opened - W, *(ts for clicked, ts in clicks if clicked == item)]
+                window_starts = [opened - W, *(ts for clicked, ts in clicks if clicked == item)]
             assert item != decision.chosen
-            assert not any(i == item and ts <= at <= ts + W for ts in kept for i, at in bought)
+            assert not any(i == item and ts <= at <= ts + W for ts in window_starts for i, at in bought)
 
 
 def _spread(log: list[Event]) -> set[str]:
     """Requests whose events reach further than the window from the first impression, or begin before it."""
-    found = set()
+    requests = set()
     for request in "qr":
         times = [e.ts for e in log if getattr(e, "request_id", None) == request]
         looks = [e.ts for e in log if isinstance(e, Impression) and e.request_id == request]
         if times and (not looks or min(times) < min(looks) - W or max(times) > min(looks) + 2 * W):
-            found.add(request)
-    return found
+            requests.add(request)
+    return requests

@@ -67,13 +67,13 @@ entries = st.lists(
 def _changes(raw: list[tuple[str, int, int]]) -> list[HistoryChange]:
     # Offsets per topic in log order, as Kafka gives them.
     counts = {"clicks": 0, "purchases": 0}
-    made = []
+    packed_changes = []
     for source, day, code in raw:
-        made.append(
+        packed_changes.append(
             change(source, counts[source], T0 + day * 86_400_000, f"{source}{counts[source]}", (1, 2, code))
         )
         counts[source] += 1
-    return made
+    return packed_changes
 
 
 @given(entries, st.randoms(use_true_random=False), st.integers(1, 12), st.integers(1, 20))
@@ -108,13 +108,13 @@ def test_the_fence_skips_what_it_has_seen_and_counts_it() -> None:
 
 def test_a_topic_made_anew_starts_its_offsets_again() -> None:
     value = run(None, [change("clicks", 100, T0, "old")])
-    again, applied, _ = apply_changes(
+    after_recreation, applied, _ = apply_changes(
         value, [change("clicks", 0, T0 + 1, "new")], codebook=BOOK, levels=3,
         incarnations={**LIVES, "clicks": 8}, bounds=bounds(),
     )  # fmt: skip
     assert applied == 1
-    assert decode_history(again).fences["clicks"] == (8, 1)
-    assert len(decode_history(again).entries) == 2
+    assert decode_history(after_recreation).fences["clicks"] == (8, 1)
+    assert len(decode_history(after_recreation).entries) == 2
 
 
 def test_a_history_under_another_codebook_takes_no_change_before_it_is_brought_over() -> None:
@@ -133,9 +133,9 @@ def test_entries_that_wait_are_carried_along_and_come_back_as_they_were() -> Non
         ("ffffffff", pack_entry(T0 - 1, CLICK, "b", pack_sid((4, 5)))),
         ("eeeeeeee", pack_entry(T0, 3, "c", pack_sid((6,)))),
     ]
-    held = join_parts(split_parts(value)._replace(waiting=waiting))
-    assert split_parts(held).waiting == waiting
-    later = run(held, [change("clicks", 3, T0 + 1, "d")])
+    with_waiting = join_parts(split_parts(value)._replace(waiting=waiting))
+    assert split_parts(with_waiting).waiting == waiting
+    later = run(with_waiting, [change("clicks", 3, T0 + 1, "d")])
     assert split_parts(later or b"").waiting == waiting
     decoded = decode_history(later)
     assert [(tag, e.ts, e.sid) for tag, e in decoded.waiting] == [

@@ -47,9 +47,9 @@ def test_bulk_and_single_publishing_agree_on_the_partition(key: bytes, partition
 
 def test_a_record_has_the_topic_the_key_and_the_json_of_its_event() -> None:
     click = Click.new(user_id="käufer", item_id="85123A", event_id="e", ts=1_767_225_600_000)
-    made = kafka_record(click, LIMIT)
-    assert (made.topic, made.key) == ("clicks", "käufer".encode())
-    assert made.value.startswith(b'{"schema_version":1,"event_id":"e","ts":1767225600000,')
+    click_record = kafka_record(click, LIMIT)
+    assert (click_record.topic, click_record.key) == ("clicks", "käufer".encode())
+    assert click_record.value.startswith(b'{"schema_version":1,"event_id":"e","ts":1767225600000,')
 
 
 def test_the_sids_of_an_item_under_two_codebooks_have_two_keys_so_that_compaction_keeps_both() -> None:
