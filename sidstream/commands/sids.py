@@ -104,7 +104,7 @@ def _current(settings: Settings) -> Report:
     vectors = None
     # The collaborative part of what it was fitted to is not kept: without it the nearest codes are others.
     if not codebook.collaborative:
-        embedder = embedder_of(codebook, registry.bundles.encoder)
+        embedder = embedder_of(codebook, registry.encoder)
         cached = CachedEmbedder(embedder, registry.cache / "embeddings")
         vectors = cached.embed([item_text(catalogue[name]) for name in names])
     place = {name: row for row, name in enumerate(names)}
