@@ -44,7 +44,8 @@ from streams.events import (
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from streams.state import keys, redisdb
 from streams.wire.admin import end_offsets, incarnations, missing_topic_error
-from streams.wire.batch_loop import BatchHooks, BatchLoop, BatchOptions, ReceivedEvent
+from streams.wire.batch_loop import BatchLoop, BatchOptions
+from streams.wire.batch_stage import BatchHooks, ReceivedEvent
 from streams.wire.connect import bootstrap_servers, client_options
 from streams.wire.dead_letters import RefusedRecord
 

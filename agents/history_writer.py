@@ -14,7 +14,7 @@ from streams.events import Click
 from streams.settings import HistorySettings
 from streams.state import history, keys
 from streams.state.redisdb import run_pipeline
-from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
+from streams.wire.batch_stage import EVENT_COUNT, ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 
 # Script calls in one round trip: enough to hide its latency, small against the buffers of both sides.

@@ -14,7 +14,7 @@ from agents.metrics import PARKED
 from streams.events import BY_TOPIC, decode
 from streams.state import keys
 from streams.state.redisdb import run_pipeline
-from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
+from streams.wire.batch_stage import EVENT_COUNT, ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 
 # How often the parked items are swept while no new SID comes.

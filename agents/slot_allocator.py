@@ -28,7 +28,7 @@ from streams.settings import KafkaSettings
 from streams.state import keys
 from streams.state.history import pack_sid
 from streams.state.redisdb import RedisScript, run_pipeline
-from streams.wire.batch_loop import BatchHooks, ReceivedEvent
+from streams.wire.batch_stage import BatchHooks, ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 from streams.wire.records import partition_of
 from streams.wire.topic_table import TopicTable

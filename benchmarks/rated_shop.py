@@ -26,7 +26,7 @@ from registry.releases.rollout import arm_of
 from sidstream.settings import Settings
 from streams.events import Arm, Click, Event, Impression, Purchase, RankedItem, Recommendation, Rollout
 from streams.state import keys
-from streams.wire.batch_loop import ReceivedEvent
+from streams.wire.batch_stage import ReceivedEvent
 
 _DAY_MS = 24 * 3600 * 1000
 _BEGIN_MS = 1_600_000_000_000 // _DAY_MS * _DAY_MS

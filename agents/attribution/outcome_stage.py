@@ -16,7 +16,7 @@ from agents.attribution.window_states import WindowStates
 from streams.errors import SidstreamError
 from streams.events import Click, Impression, Purchase, Recommendation
 from streams.state import keys
-from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
+from streams.wire.batch_stage import EVENT_COUNT, ReceivedEvent
 
 log = logging.getLogger(__name__)
 

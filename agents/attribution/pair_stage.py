@@ -22,7 +22,7 @@ from streams.state import keys
 from streams.state.history import HistoryEntry
 from streams.state.redisdb import run_pipeline
 from streams.state.translation import entries_under
-from streams.wire.batch_loop import EVENT_COUNT, ReceivedEvent
+from streams.wire.batch_stage import EVENT_COUNT, ReceivedEvent
 
 VERSION = 1
 

@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 from agents.attribution.event_time import PartitionClock
 from agents.attribution.window_states import DUE_USERS_PER_READ, StateWrite, SumChange, WindowStates
 from agents.metrics import WATERMARK
-from streams.wire.batch_loop import ReceivedEvent
+from streams.wire.batch_stage import ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 
 S = TypeVar("S")

@@ -52,21 +52,21 @@ if stored then
   end
 end
 
-local nexts, marks = {0, 0}, {}
+local next_offsets, incarnation_bytes = {0, 0}, {}
 for s = 1, 2 do
-  marks[s] = sub(incarnations, s * 4 - 3, s * 4)
-  if sub(fences[s], 1, 4) == marks[s] then nexts[s] = u48(fences[s], 5) end
+  incarnation_bytes[s] = sub(incarnations, s * 4 - 3, s * 4)
+  if sub(fences[s], 1, 4) == incarnation_bytes[s] then next_offsets[s] = u48(fences[s], 5) end
 end
-local reached = {nexts[1], nexts[2]}
+local next_after = {next_offsets[1], next_offsets[2]}
 
 local applied, skipped = 0, 0
 for at = 1, #changes, size + 7 do
   local source, offset = byte(changes, at), u48(changes, at + 1)
-  if source > 0 and offset < nexts[source] then
+  if source > 0 and offset < next_offsets[source] then
     skipped = skipped + 1
   else
     applied = applied + 1
-    if source > 0 and offset >= reached[source] then reached[source] = offset + 1 end
+    if source > 0 and offset >= next_after[source] then next_after[source] = offset + 1 end
     local entry = sub(changes, at + 7, at + 6 + size)
     local place = n
     while place > 0 and before(entry, entries[place]) do place = place - 1 end
@@ -79,7 +79,7 @@ end
 if applied == 0 then return {0, skipped} end
 
 for s = 1, 2 do
-  if reached[s] > nexts[s] then fences[s] = marks[s] .. pack48(reached[s]) end
+  if next_after[s] > next_offsets[s] then fences[s] = incarnation_bytes[s] .. pack48(next_after[s]) end
 end
 local first = math.max(1, n - max_length + 1)
 if n > 0 then

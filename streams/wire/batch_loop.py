@@ -21,7 +21,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
@@ -39,15 +39,13 @@ from streams.backoff import Backoff
 from streams.events import Event, EventError, decode
 from streams.settings import KafkaSettings
 from streams.state import redisdb
+from streams.wire.batch_stage import EVENT_COUNT, BatchHooks, BatchStage, ReceivedEvent
 from streams.wire.connect import client_options
 from streams.wire.dead_letters import RefusedRecord, write_dead_letters
 from streams.wire.records import partition_of
 
 log = logging.getLogger(__name__)
 
-EVENT_COUNT: Final = Counter(
-    "sidstream_events_total", "Records read, by what became of them", ["topic", "outcome"]
-)
 CONSUMER_LAG: Final = Gauge(
     "sidstream_consumer_lag_records", "Records not yet applied", ["topic", "partition"]
 )
@@ -72,26 +70,6 @@ _LONGEST_WAIT_S: Final = 5.0
 _NOT_OUTAGES: Final = (MessageSizeTooLargeError, IllegalStateError)
 
 
-class ReceivedEvent(NamedTuple):
-    """A Kafka record and its decoded event; event None: the key was deleted (compacted topics only)."""
-
-    record: Any
-    event: Any
-
-
-class BatchStage(Protocol):
-    """One idempotent step. It may raise: the loop retries, isolates and dead-letters."""
-
-    @property
-    def name(self) -> str:
-        """The stage's name in dead letters and metrics."""
-        ...
-
-    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
-        """Apply the whole batch; return the records that can never be applied."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
     """How a loop reads; agents.settings.AgentsSettings describes the fields."""
@@ -105,29 +83,6 @@ class BatchOptions:
 
 class BatchAbandoned(Exception):
     """The batch is given up without a commit: its partitions are revoked, or the worker stops."""
-
-
-class BatchHooks:
-    """Calls that the loop makes in its own task, between batches. All do nothing by default."""
-
-    async def on_start(self) -> None:
-        """Called before the first fetch."""
-
-    async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        """Called with all partitions of this worker after each assignment."""
-
-    async def on_rewound(self) -> None:
-        """Called when a partition gives an offset again: the topic may have been deleted and created."""
-
-    async def on_lag(self, partition: TopicPartition, lag: int) -> None:
-        """Called about once a second with the number of records of the partition that are not read yet."""
-
-    async def on_tick(self) -> Sequence[RefusedRecord]:
-        """Called after each fetch, also an empty one. Returned records are dead-lettered."""
-        return ()
-
-    async def on_dead_lettered(self, refused: Sequence[RefusedRecord]) -> None:
-        """Called when the records that `on_tick` returned are in dead letters."""
 
 
 class BatchLoop(Service):

@@ -73,7 +73,7 @@ def random_events(
 
 
 def expected_histories(kafka: KafkaSettings, codebook: Codebook) -> dict[str, bytes]:
-    """{user: history} of all that is on the topics, by the pure function alone, under one codebook."""
+    """{user: history} of all events on the topics under one codebook, by the pure function."""
     packed = {item: history.pack_sid(sid) for item, sid in SIDS[codebook.id].items()}
     return replayed_histories(kafka, packed, codebook.id, len(codebook.sizes))
 
@@ -96,7 +96,7 @@ def has_recoded_history(store: redis.Redis, codebook: Codebook, users: Iterable[
 
 
 def count_entries(store: redis.Redis) -> int:
-    """How many events the histories hold, those that wait included."""
+    """The number of entries in all histories, waiting ones included."""
     histories = [history.decode_history(value) for value in stored(store).values()]
     return sum(len(decoded.entries) + len(decoded.waiting) for decoded in histories)
 

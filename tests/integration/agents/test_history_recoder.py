@@ -1,4 +1,4 @@
-"""Histories are brought over on a real Redis, whoever writes meanwhile and whenever a worker dies."""
+"""Histories are recoded on a real Redis, whoever writes meanwhile and whenever a worker dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.servers import PARTITIONS
 from streams.events import Click, SidAssignment
 from streams.settings import HistorySettings, KafkaSettings
 from streams.state import history, keys
-from streams.wire.batch_loop import ReceivedEvent
+from streams.wire.batch_stage import ReceivedEvent
 from streams.wire.records import KafkaRecord, partition_of
 from tests.clock import Clock
 
@@ -76,7 +76,7 @@ def expected_history(batch: Sequence[ReceivedEvent], codebook: str) -> bytes:
 
 
 class Worker:
-    """What a worker has of Redis: SIDs, the stage of histories, and what brings them over."""
+    """The parts of a worker that write histories: SIDs, the stage of histories, and the recoder."""
 
     def __init__(
         self, store: redis.asyncio.Redis, partitions: Sequence[int] = range(PARTITIONS),

@@ -88,7 +88,7 @@ def arrivals(log: Sequence[Event], rng: random.Random) -> list[Event]:
 
 
 def late_events(at: int) -> list[Event]:
-    """Events of nobody's trial on every topic and partition, so that event time reaches `at`."""
+    """Events outside of any trial on every topic and partition, so that event time reaches `at`."""
     events: list[Event] = []
     for n in range(32):
         user = f"w{n}"
@@ -108,7 +108,7 @@ def user_events_on_topics(kafka: KafkaSettings) -> list[Event]:
 
 
 def stored_sums(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
-    """What stands in Redis, in the reference's form."""
+    """The sums in Redis, in the reference's form."""
     sums: dict[Owner, dict[int, list[int]]] = {}
     for trial in ("t1", "t2"):
         for key in store.scan_iter(match=keys.sums_pattern(trial)):

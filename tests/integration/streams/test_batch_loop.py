@@ -1,4 +1,4 @@
-"""The batch loop on real Kafka: what fails stands alone, what is away is waited for, nothing is skipped."""
+"""The batch loop on real Kafka: a failing record is isolated, an outage is waited for, no record is skipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click
 from streams.settings import KafkaSettings
 from streams.wire.admin import consumer_group_lag
-from streams.wire.batch_loop import BatchLoop, BatchOptions, ReceivedEvent
+from streams.wire.batch_loop import BatchLoop, BatchOptions
+from streams.wire.batch_stage import ReceivedEvent
 from streams.wire.bulk_writer import publish_all
 from streams.wire.connect import client_options
 from streams.wire.dead_letters import RefusedRecord
@@ -28,7 +29,7 @@ WAIT_S = 90.0
 
 
 class Recorder:
-    """A stage that notes what it applied, and fails as `trouble(event)` says."""
+    """A stage that records the events it applied, and raises what `trouble(event)` returns."""
 
     name = "recorder"
 

@@ -1,4 +1,4 @@
-"""The client against a real broker: what it says is delivered is there, and every question ends."""
+"""The client against a real broker: a confirmed record is there, and every request ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log of the past on a real broker: all of it, once, in event time, at the pace that was asked for."""
+"""A log of the past on a real broker: every event once, in event time, at the requested speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Topics on a real broker: made once, checked afterwards, and one life of a topic told from the next."""
+"""Topics on a real broker: created once, checked afterwards; one that is created again is a new incarnation."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agents.attribution.pairs import MAX_SLATES, OpenPairWindows, PairDecision, PairRules, pair_id
 from agents.attribution.window_stage import Fences, WindowRules, unapplied_events
 from streams.events import Click, Event, Impression, Purchase, RankedItem, Recommendation
-from streams.wire.batch_loop import ReceivedEvent
+from streams.wire.batch_stage import ReceivedEvent
 from tests.reference_pairs import Pair, reference
 
 T0 = 1_600_000_000_000
