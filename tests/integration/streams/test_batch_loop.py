@@ -1,4 +1,4 @@
-"""The batch loop on real Kafka: a failing record is isolated, an outage is waited for, no record is skipped."""
+"""The batch loop on real Kafka: a failing record stands alone, an outage is waited out, none is skipped."""
 
 from __future__ import annotations
 

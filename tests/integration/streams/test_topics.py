@@ -1,4 +1,4 @@
-"""Topics on a real broker: created once, checked afterwards; one that is created again is a new incarnation."""
+"""Topics on a real broker: created once, checked afterwards; a topic created again is a new one."""
 
 from __future__ import annotations
 
