@@ -135,7 +135,7 @@ def test_the_reasons_of_refusal_are_documented(value: bytes, reason: str) -> Non
 
 def reasons_in_sources() -> set[str]:
     """Every reason that a record may be refused for, as the sources write it down."""
-    place = {"Refusal": 2, "_refusal": 1, "EventError": 0}
+    place = {"RefusedRecord": 2, "_refusal": 1, "EventError": 0}
     found: set[str] = set()
     files = [ROOT / "streams/events.py", ROOT / "streams/wire/batch_loop.py", ROOT / "serving/agent.py"]
     for path in [*files, *(ROOT / "agents").rglob("*.py")]:
