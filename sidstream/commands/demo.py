@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # A folder with this file was made by an earlier demo, which a new one may clear.
 _MARK = "made-by-demo"
+# Items of the page that is held before and after the decision: as many as shoppers are shown.
+_PAGE = 10
 
 # What the trial is planned for: about the rise of CVR that alignment gives with these shoppers
 # (docs/decisions/0010), and the variance by users over that by chance alone, since tastes differ.
@@ -227,7 +229,8 @@ def _last_act(
         said = runner.until(
             lambda: _answers_from(client, user, item, [champion]), 60, "the champion to answer"
         )
-        now = [ranked.item_id for ranked in client.ask(_trigger(user, item), timeout=10).items]
+        answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
+        now = [ranked.item_id for ranked in answer.items]
         others = len(set(now) - set(shown))
         stage.detail = f"{said}: {others} of {len(now)} items are others than during the trial"
     before = client.ask(_trigger(user, None), timeout=10)
@@ -304,7 +307,7 @@ def _answered_by_champion(client: Client, pasts: dict[str, list[str]]) -> tuple[
     For others a promotion need not change the model: a challenger answers them already, or they are held out.
     """
     for user, item in _visitors(pasts):
-        answer = client.ask(_trigger(user, item), timeout=10)
+        answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
         if answer.arm == "champion":
             return user, item, [ranked.item_id for ranked in answer.items]
     raise SidstreamError("the champion answers nobody in the trial: raise SIDSTREAM_ROLLOUT__CHAMPION")
