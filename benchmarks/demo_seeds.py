@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -362,4 +363,6 @@ def _cells(row: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    # Whoever ends the benchmark ends the stack that it runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()
