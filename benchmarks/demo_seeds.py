@@ -229,6 +229,20 @@ def shown_truth(shopped: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
+def counted(demo: dict[str, Any]) -> dict[str, float]:
+    """Clicks an item shown and orders a click, of all arms: what the gate counted over what shoppers did.
+
+    Near 1 where the agents applied every event in time; the last cohorts are not mature, so not exactly 1.
+    """
+    inputs, arms = demo["gate"]["inputs"].values(), demo["sessions"]["trial"]["arms"].values()
+    gate = {name: sum(seen[name] for seen in inputs) for name in ("impressions", "clicks", "orders")}
+    shop = {name: sum(arm[name] for arm in arms) for name in ("shown", "clicks", "purchases")}
+    return {
+        "ctr": round(gate["clicks"] * shop["shown"] / (gate["impressions"] * shop["clicks"]), 4),
+        "cvr": round(gate["orders"] * shop["clicks"] / (gate["clicks"] * shop["purchases"]), 4),
+    }
+
+
 def described(demo: dict[str, Any]) -> dict[str, Any]:
     """What a demo's JSON says of the demo."""
     second, page, planned = demo["training"]["second"], demo["page"], demo["sessions"]["trial"]["plan"]
@@ -238,6 +252,7 @@ def described(demo: dict[str, Any]) -> dict[str, Any]:
         "verdict": demo["verdict"], "winner": demo["winner"], "sentence": demo["gate"]["sentence"],
         "plan": {name: planned[name] for name in ("users", "users_needed", "power")},
         "users": {name: seen["users"] for name, seen in demo["gate"]["inputs"].items()},
+        "counted": counted(demo),
         "pairs": second["pairs"],
         "gate": [
             {"target": one["target"], "control": one["control"], "verdict": one["verdict"]} | figures(one)

@@ -40,9 +40,9 @@ SETTINGS = {
     "SIDSTREAM_TRAINER__DPO__BATCH": "32",
     # Three bundles share each batch of requests: with the default of 16 the model gets five at once.
     "SIDSTREAM_SERVING__MAX_BATCH": "64",
-    "SIDSTREAM_SHOPPERS__BATCH": "400",
-    # The last two hours of event time are not mature when the gate looks: so they are few sessions.
-    "SIDSTREAM_SHOPPERS__SESSION_SPACING_S": "30",
+    # Answers run ahead of their clicks by a batch's event time. Longer than the attribution window, and on a
+    # busy machine clicks come after it closed and are not counted.
+    "SIDSTREAM_SHOPPERS__BATCH": "128",
 }
 
 

@@ -42,6 +42,13 @@ def test_a_promotion_is_right_where_conversion_rises_in_truth_and_clicks_keep_th
     assert truths(worse, SFT, 0.1) == {"truth": worse, "better": [], "best": CHAMPION, "right": False}
 
 
+def test_clicks_that_the_gate_did_not_count_are_seen() -> None:
+    arm = {"shown": 1000, "clicks": 200, "purchases": 40}
+    inputs = {"impressions": 500, "clicks": 90, "orders": 18}
+    demo = {"gate": {"inputs": {DPO: inputs}}, "sessions": {"trial": {"arms": {"a": arm}}}}
+    assert demo_seeds.counted(demo) == {"ctr": 0.9, "cvr": 1.0}
+
+
 def test_a_seed_that_fails_is_a_line_with_its_reason_and_its_stack_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

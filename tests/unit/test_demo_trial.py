@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from agents.settings import AgentsSettings
 from registry.settings import GateSettings, RolloutSettings
 from sidstream.commands.demo import _answered_by_champion, _visitors, demo, planned_trial
 from sidstream.demo import SETTINGS
@@ -40,6 +41,12 @@ def test_the_demo_gives_its_trial_more_users_than_the_plan_asks_for() -> None:
     planned = planned_trial(settings(**shares_of_the_demo()), BEFORE, sessions, EVERYBODY)
     assert planned["users"] >= planned["users_needed"]
     assert planned["power"] >= 0.9
+
+
+def test_no_answer_of_the_demo_runs_ahead_of_its_clicks_by_more_than_the_attribution_window() -> None:
+    shop = ShoppersSettings.model_validate({"batch": SETTINGS["SIDSTREAM_SHOPPERS__BATCH"]})
+    window = AgentsSettings.model_validate({}).attribution_window_s
+    assert shop.batch * shop.session_spacing_s < window
 
 
 def test_a_trial_of_fewer_sessions_has_less_power() -> None:
