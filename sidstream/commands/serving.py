@@ -45,7 +45,7 @@ def gateway() -> None:
 
     import uvicorn
 
-    from serving.gateway import gateway as make
+    from serving.gateway import create_app
     from serving.readiness import waiting_for
     from sidstream.settings import load
     from streams.wire.client import Client
@@ -53,7 +53,7 @@ def gateway() -> None:
     settings = load()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)
-    app = make(
+    app = create_app(
         settings.gateway,
         partial(Client, settings.kafka),
         partial(waiting_for, settings.kafka, settings.serving.group),

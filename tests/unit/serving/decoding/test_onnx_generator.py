@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.bundles import load, warm_up
+from serving.bundle_loader import load, warm_up
 from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from tests.tiny_bundle import Weights, write_tiny_bundle
