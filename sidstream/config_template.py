@@ -79,15 +79,15 @@ def _prose(text: str) -> list[str]:
 
 def _allowed(field: FieldInfo) -> str:
     """What values a field takes, beyond its description: choices and limits."""
-    said = []
+    limits = []
     if choices := list(_choices(field.annotation)):
-        said.append("one of " + ", ".join(str(choice) for choice in choices))
+        limits.append("one of " + ", ".join(str(choice) for choice in choices))
     for constraint in field.metadata:
         for attribute, words in (_LIMITS | _LENGTHS).items():
             limit = getattr(constraint, attribute, None)
             if limit is not None:
-                said.append(f"{words} {limit}")
-    return ", ".join(said)
+                limits.append(f"{words} {limit}")
+    return ", ".join(limits)
 
 
 def _choices(kind: Any) -> Iterator[Any]:

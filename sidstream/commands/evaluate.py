@@ -58,40 +58,55 @@ def evaluate(
     Example: sidstream evaluate amazon14-beauty --models popularity,itemknn --data /data
     """
     from trainer.evaluation import datasets, report
-    from trainer.evaluation.models import DEFAULT, Options, chosen
+    from trainer.evaluation.models import Options
     from trainer.evaluation.results import RESULTS, commit
 
-    names = chosen(models.split(",") if models else DEFAULT)
+    names = _model_names(models, against)
     masks = _masks(mask)
+    kind = split or datasets.known(dataset).splits[0]
+    splitter = _splitter(kind)
+    commit()
+    with status(f"reading {dataset}") as show:
+        split_data = splitter(datasets.load(dataset, data))
+        measured = _measure(names, split_data, seeds, masks, shards, Options(max_seconds), show)
+    protocol = f"{kind}, {shards} shards" if shards else kind
+    command = _command(dataset, names, seeds, mask, kind, shards, max_seconds)
+    figures = report.lines(measured, dataset, protocol, command)
+    differences = report.compared(measured, against, dataset, protocol, command) if against else []
+    lines = [*figures, *differences]
+    if out:
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if publish:
+        report.publish(lines, RESULTS)
+    about = f"{dataset}, {protocol}: {len(split_data.test):,} targets among {split_data.data.size:,} items"
+    text = [about, report.as_text(report.table(figures)), *_difference_lines(differences)]
+    emit({"dataset": dataset, "protocol": protocol, "lines": lines}, as_json, "\n".join(text))
+
+
+def _model_names(models: str | None, against: str | None) -> Sequence[str]:
+    """The models that --models names; --against must be one of them."""
+    from trainer.evaluation.models import DEFAULT, chosen
+
+    names = chosen(models.split(",") if models else DEFAULT)
     if against is not None and against not in names:
         raise SidstreamError(
             f"--against is {against!r}, but the models are {', '.join(names)}: name one of them"
         )
-    kind = split or datasets.known(dataset).splits[0]
-    cut = _cut(kind)
-    commit()
-    with status(f"reading {dataset}") as show:
-        prepared = cut(datasets.load(dataset, data))
-        measured = _measured(names, prepared, seeds, masks, shards, Options(max_seconds), show)
-    protocol = f"{kind}, {shards} shards" if shards else kind
+    return names
+
+
+def _command(
+    dataset: str, names: Sequence[str], seeds: int, mask: str, kind: str, shards: int,
+    max_seconds: float | None,
+) -> str:  # fmt: skip
+    """The command that measures the same figures again; it is written beside each of them."""
     command = f"sidstream evaluate {dataset} --models {','.join(names)} --seeds {seeds} --mask {mask}"
     command += f" --split {kind}"
     if shards:
         command += f" --shards {shards}"
     if max_seconds:
         command += f" --max-seconds {max_seconds:g}"
-    lines = report.lines(measured, dataset, protocol, command)
-    shown = report.table(lines)
-    differences = report.compared(measured, against, dataset, protocol, command) if against else []
-    if out:
-        out.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *differences]))
-    if publish:
-        report.publish([*lines, *differences], RESULTS)
-    about = f"{dataset}, {protocol}: {len(prepared.test):,} targets among {prepared.data.size:,} items"
-    text = [about, report.as_text(shown), *_told(differences)]
-    emit(
-        {"dataset": dataset, "protocol": protocol, "lines": [*lines, *differences]}, as_json, "\n".join(text)
-    )
+    return command
 
 
 def _masks(named: str) -> list[Mask]:
@@ -104,17 +119,17 @@ def _masks(named: str) -> list[Mask]:
     return masks
 
 
-def _cut(kind: str) -> Callable[[Sequences], Split]:
-    """The split that --split names."""
+def _splitter(kind: str) -> Callable[[Sequences], Split]:
+    """The function that makes the split which --split names."""
     from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME, by_time, leave_one_out
 
-    cuts: dict[str, Callable[[Sequences], Split]] = {LEAVE_ONE_OUT: leave_one_out, TIME: by_time}
-    if kind not in cuts:
-        raise SidstreamError(f"--split is {kind!r}: give {' or '.join(cuts)}")
-    return cuts[kind]
+    splitters: dict[str, Callable[[Sequences], Split]] = {LEAVE_ONE_OUT: leave_one_out, TIME: by_time}
+    if kind not in splitters:
+        raise SidstreamError(f"--split is {kind!r}: give {' or '.join(splitters)}")
+    return splitters[kind]
 
 
-def _measured(
+def _measure(
     names: Sequence[str], split: Split, seeds: int, masks: Sequence[Mask], shards: int, options: Options,
     show: Callable[[str], None],
 ) -> list[Measured]:  # fmt: skip
@@ -123,7 +138,7 @@ def _measured(
     from trainer.evaluation.run import evaluate as run
     from trainer.evaluation.run import with_means
 
-    found: list[Measured] = []
+    measured: list[Measured] = []
     for seed in range(1, seeds + 1):
         for name in names:
             started = time.monotonic()
@@ -135,14 +150,14 @@ def _measured(
                 ranker = MODELS[name](options)
                 if seed > 1 and not getattr(ranker, "seeded", True):
                     continue
-                found += run(split, ranker, seed, masks, progress, shards)
+                measured += run(split, ranker, seed, masks, progress, shards)
             except ModuleNotFoundError as error:
                 raise SidstreamError(f"{name} needs {error.name}: pip install 'sidstream[train]'") from error
             err.print(f"{name}, seed {seed}: measured in {time.monotonic() - started:.0f} s", markup=False)
-    return with_means(found)
+    return with_means(measured)
 
 
-def _told(differences: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _difference_lines(differences: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The differences of the two metrics that the table has intervals of."""
     for line in differences:
         if line["metric"].startswith(("HR@10 minus", "NDCG@10 minus")):

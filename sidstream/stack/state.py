@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sidstream.stack.children import born
+from sidstream.stack.children import process_identity
 from sidstream.stack.settings import StackSettings
 from streams.errors import SidstreamError
 
@@ -96,23 +96,23 @@ def write_state(home: Path, state: StackState) -> None:
     os.replace(new, path)
 
 
-def living(state: StackState | None) -> bool:
+def is_running(state: StackState | None) -> bool:
     """True when the supervisor that wrote the state still runs (and is not another process with its pid)."""
     if state is None or state.pid is None or state.born is None:
         return False
-    return born(state.pid) == state.born
+    return process_identity(state.pid) == state.born
 
 
 def addresses(stack: StackSettings) -> Addresses | None:
     """The addresses of the stack in `stack.home`; None when none runs there."""
     state = read_state(stack.home)
-    if state is None or not living(state) or state.phase not in ("starting", "up"):
+    if state is None or not is_running(state) or state.phase not in ("starting", "up"):
         return None
     return Addresses(state.kafka, state.redis, state.mlflow, state.gateway_host, state.gateway_port)
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[None]:
+def stack_lock(home: Path) -> Iterator[None]:
     """Nobody else starts, stops or removes the stack in `home` meanwhile (waits for its turn)."""
     path = home / LOCK_FILE
     while True:
