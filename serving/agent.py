@@ -185,7 +185,7 @@ class ServingAgent:
         self._tasks.append(asyncio.create_task(work, name=f"serving {name}"))
 
     def _create_faust_app(self) -> Any:
-        """The Faust app: one agent that hands raw triggers to the queue; nothing else of Faust is on."""
+        """The Faust app: one agent that hands raw triggers to the queue; everything else of Faust is off."""
         app = faust.App(
             self._settings.group,
             broker=[f"kafka://{address}" for address in bootstrap(self._kafka)],

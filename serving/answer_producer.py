@@ -46,7 +46,7 @@ class AnswerProducer:
             ) from error
 
     async def require(self, topic: str) -> None:
-        """Raise SidstreamError when a topic does not exist: what is sent there would be tried for ever."""
+        """Raise SidstreamError when a topic does not exist: records sent there would be retried for ever."""
         if await self._missing_topics({topic}):
             raise missing(topic)
 

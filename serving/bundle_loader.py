@@ -62,7 +62,7 @@ class LoadedRollout:
     bundles: Mapping[str, LoadedBundle]
 
 
-def load(bundle: Bundle, threads: int) -> LoadedBundle:
+def open_bundle(bundle: Bundle, threads: int) -> LoadedBundle:
     """Open a bundle's graphs and run each once. Raises SidstreamError where its answers make no sense."""
     manifest = bundle.manifest
     bundle_context = context.read(bundle.path)
@@ -195,7 +195,7 @@ class BundleLoader:
                         f"version {arm.version} is bundle {bundle.id}, the rollout names {arm.bundle}; "
                         "publish the rollout again"
                     )
-                loaded_bundle = await asyncio.to_thread(load, bundle, self._threads)
+                loaded_bundle = await asyncio.to_thread(open_bundle, bundle, self._threads)
                 self._loaded[arm.bundle] = loaded_bundle
             if not self._indexed(loaded_bundle.codebook):
                 raise SidstreamError(

@@ -257,7 +257,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _operation(settings: GatewaySettings) -> dict[str, Any]:
-    """What FastAPI cannot see of POST /v1/recommend, because bodies are read and written by msgspec."""
+    """The OpenAPI operation of POST /v1/recommend; FastAPI cannot derive it, as msgspec parses the bodies."""
 
     def content(name: str, description: str) -> dict[str, Any]:
         schema = {"schema": {"$ref": f"#/components/schemas/{name}"}}

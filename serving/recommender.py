@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """A recommendation, and how the model behaved while it was made.
+    """A recommendation, and how the model behaved.
 
     `model_s`: seconds of the model's call, which all requests of a bundle share; None: no model was called,
     or it had no item to rank.
@@ -236,7 +236,7 @@ class Recommender:
                 [prepared.search_size for prepared in prepared_requests],
                 self._beam, self._dense(bundle), contexts if bundle.context.fields else None,
             )  # fmt: skip
-        except Exception:  # whatever a model raises, somebody waits for an answer
+        except Exception:  # a caller waits for an answer, whatever the model raises
             if len(prepared_requests) > 1:
                 return [
                     answer for prepared in prepared_requests for answer in self._rank_with_model([prepared])

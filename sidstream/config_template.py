@@ -2,8 +2,8 @@
 
     python -m sidstream.config_template > sidstream.example.toml
 
-Every setting stands in it once, commented out, with its default, its meaning and its limits, so that the file
-cannot say something else than the program.
+The file has every setting once, commented out, with its default, its meaning and its limits, so that it
+always agrees with the program.
 """
 
 from __future__ import annotations

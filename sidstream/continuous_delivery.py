@@ -103,7 +103,7 @@ class ContinuousDelivery:
                 try:
                     rollout_event = release.rollback(registry, client, settings.rollout, move.record)
                 except SidstreamError as error:
-                    # The first champion has nobody before it: the alarm stands, and people must act.
+                    # The first champion has no predecessor: the alarm stays, and people must act.
                     return Turn("refuse", f"{move.sentence}; but {error}", rollout.trial, move.record)
             else:
                 rollout_event = release.conclude(registry, client, move.record, settings.rollout)

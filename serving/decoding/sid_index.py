@@ -140,7 +140,7 @@ class SidIndex:
         return [int(code) for code in self.sids[leaf]]
 
     def exclusions(self, leaves: Sequence[Iterable[int]]) -> Exclusions:
-        """What each request's excluded leaves take away at every node. Inactive leaves take nothing away."""
+        """Count each request's excluded leaves at every node above them; inactive leaves are not counted."""
         pairs = [
             (request, leaf)
             for request, leaves_of_request in enumerate(leaves)

@@ -1,4 +1,4 @@
-"""The unattended cycle, and what it did: `sidstream cycle` and `sidstream history`."""
+"""Continuous delivery of models, and its history: `sidstream cycle` and `sidstream history`."""
 
 from __future__ import annotations
 

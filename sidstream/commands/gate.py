@@ -54,7 +54,7 @@ def _bare(
 
 
 def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_json: bool = False) -> None:
-    """Judge the running trial, and end it where that is asked for."""
+    """Judge the running trial, and end it with `conclude`."""
     from registry.experiment.decision import decide
     from registry.experiment.outcomes import read_outcomes
     from registry.releases import release
@@ -95,7 +95,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
 def aa(as_json: AsJson = False) -> None:
     """Put the champion on trial against itself: whatever `sidstream gate` then finds is chance, or a fault.
 
-    Run one before the first real trial, and after every change of what deals, serves or counts.
+    Run one before the first real trial, and after every change of arms, serving or counting.
 
     Example: sidstream gate aa
     """

@@ -1,4 +1,4 @@
-"""What is in the preference pairs."""
+"""`sidstream pairs report`: measures of the preference pairs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def report(
 
 
 def _withdrawn_by_the_log(settings: Settings, pairs: list[PreferencePair]) -> Withdrawal | None:
-    """What the trainer's log contradicts; None where none was written on this machine."""
+    """The pairs that the trainer's log contradicts; None where this machine has no such log."""
     from trainer.log.log import Log
     from trainer.log.pair_filter import withdraw
 

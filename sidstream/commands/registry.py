@@ -1,4 +1,4 @@
-"""The codebook, and what is in service."""
+"""`sidstream codebook fit`, `promote`, `rollback`, `models` and `arm`: the codebook and model versions."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from streams.events import CatalogItem, Recommendation
     from streams.settings import KafkaSettings
 
-# One poll of a topic that is being read to its end; more are made until it is.
+# Longest wait of one poll while a topic is read to its end.
 _POLL_MS = 500
 
 
 def serving() -> None:
-    """Run one serving agent until it is told to stop; start more of them to share the triggers.
+    """Run one serving agent until SIGTERM; start more of them to share the triggers.
 
     Example: sidstream serving
     """
@@ -36,7 +36,7 @@ def serving() -> None:
 
 
 def gateway() -> None:
-    """Serve POST /v1/recommend over HTTP until it is told to stop.
+    """Serve POST /v1/recommend over HTTP until SIGTERM.
 
     Example: sidstream gateway
     """

@@ -1,4 +1,4 @@
-"""How good the semantic IDs are."""
+"""`sidstream sids report`: measures of the semantic IDs."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def up(
 ) -> None:
     """Start Kafka, Redis, MLflow, the agents, serving and the gateway; a second `up` finds the first.
 
-    What the settings give an address of is used, not started. It returns when everything answers.
+    A server whose address the settings give is used, not started. It returns when everything answers.
 
     Example: sidstream up
     """

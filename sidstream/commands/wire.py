@@ -129,7 +129,7 @@ def publish(
 
 
 def topics_create(as_json: Json = False) -> None:
-    """Create the topics that are missing; check the partitions of those that stand.
+    """Create the topics that are missing; check the partitions of those that exist.
 
     Example: sidstream topics create
     """
@@ -188,7 +188,7 @@ def topics_delete(
     yes: Annotated[bool, typer.Option("--yes", help="do it: every event in them is lost")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete the topics with all events in them. Redis keeps what was made of them.
+    """Delete the topics with all events in them. Redis keeps the histories that were built from them.
 
     Example: sidstream topics delete --yes
     """

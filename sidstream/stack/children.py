@@ -20,7 +20,7 @@ _POLL_S = 0.05
 
 
 def process_identity(pid: int) -> str | None:
-    """What tells this process from a later one with the same pid: boot and start time; None: no process."""
+    """Boot and start time of a process, which tell it from a later one with its pid; None: no process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         # The command's name, in parentheses, may hold blanks: fields are counted after it (state is field 3).

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from sidstream.settings import Settings
 
 _POLL_S = 0.1
-# From the start of its process to its first word in stack.json; a busy machine imports slowly.
-_FIRST_WORD_S = 60.0
+# From the start of the supervisor to its first stack.json; a busy machine imports slowly.
+_FIRST_STATE_S = 60.0
 # What may lie in a folder that is to become a stack's: logs of a demo that starts it, and the locks.
 _HARMLESS = frozenset({"logs", LOCK_FILE, "made-by-demo"})
 
@@ -80,7 +80,7 @@ def down(stack: StackSettings, purge: bool = False) -> bool:
         except SidstreamError:
             if not purge:
                 raise
-            state = None  # nobody can read it: all that is left is to remove it
+            state = None  # unreadable: the folder can only be removed
         ran = is_running(state)
         if state is not None and ran:
             _end_supervisor(state, stack)
@@ -126,7 +126,7 @@ def report(state: StackState | None, home: Path) -> dict[str, Any]:
 def _start_supervisor(
     stack: StackSettings, home: Path, infra: bool, trainer: bool, previous: StackState | None
 ) -> StackState:
-    """Start it detached; return when it has said its first word in stack.json."""
+    """Start it detached; return when it has written stack.json for the first time."""
     # It reads the settings itself, as this process did; what an argument changed goes by the environment.
     env = dict(os.environ)
     for name, value in stack.model_copy(update={"home": home}).model_dump(exclude_none=True).items():
@@ -139,7 +139,7 @@ def _start_supervisor(
             [sys.executable, "-m", "sidstream.stack.supervisor", *options],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
         )  # fmt: skip
-    deadline = time.monotonic() + _FIRST_WORD_S
+    deadline = time.monotonic() + _FIRST_STATE_S
     while True:
         state = read_state(home)
         if state is not None and state != previous:
@@ -151,7 +151,7 @@ def _start_supervisor(
         if time.monotonic() > deadline:
             process.kill()
             raise SidstreamError(
-                f"the stack's supervisor says nothing after {_FIRST_WORD_S:.0f} s: see {logs}/supervisor.log"
+                f"the stack's supervisor says nothing after {_FIRST_STATE_S:.0f} s: see {logs}/supervisor.log"
             )
         time.sleep(_POLL_S)
 
@@ -220,7 +220,7 @@ def _refuse_purge(home: Path) -> None:
 
 
 def _refuse_other(state: StackState, stack: StackSettings, infra: bool, trainer: bool, home: Path) -> None:
-    """The stack that runs must be what was asked for."""
+    """Raise SidstreamError where the running stack lacks what the command asks for."""
     lacks = None
     if state.brokers != stack.brokers:
         lacks = f"{state.brokers} broker(s), not {stack.brokers}"

@@ -1,4 +1,4 @@
-"""What must be there for the stack to run, looked at one by one; what fails comes with its remedy."""
+"""Checks of everything that the stack needs, one by one; each failure comes with its remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TRAIN = "pip install 'sidstream[train]'"
 
 @dataclass(frozen=True)
 class Check:
-    """One dependency: whether it is there, what was found, what to do if not."""
+    """The check of one dependency: whether it is there, a detail, and the remedy if not."""
 
     name: str
     ok: bool
@@ -53,7 +53,7 @@ class Check:
 
 
 def run_checks(settings: Settings) -> list[Check]:
-    """All checks, in the order in which a person should mend what fails."""
+    """All checks, in the order in which failures should be repaired."""
     stack = settings.stack
     running: StackState | None = None
     try:

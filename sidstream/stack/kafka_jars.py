@@ -129,7 +129,7 @@ def fetch(
 
 
 def reachable(repository: str, jar: Jar) -> bool:
-    """True when the repository has the jar (only asked, not fetched)."""
+    """True when the repository has the jar (a HEAD request; nothing is fetched)."""
     path = f"{jar.group.replace('.', '/')}/{jar.artifact}/{jar.version}/{jar.file}"
     request = urllib.request.Request(f"{repository.rstrip('/')}/{path}", method="HEAD")
     try:

@@ -1,4 +1,4 @@
-"""What a stack says of itself, `stack.json` in its folder, and whether the process that wrote it lives."""
+"""The state of a stack, `stack.json` in its folder, and whether the process that wrote it still runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StackState(BaseModel):
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the servers of a running stack are; what the settings give is not repeated here."""
+    """The addresses of the servers that a running stack started; None for those that the settings give."""
 
     kafka: str | None
     redis: str | None
@@ -75,7 +75,7 @@ class Addresses:
 
 
 def read_state(home: Path) -> StackState | None:
-    """What `stack.json` says; None where there is none. SidstreamError when it is not one of ours."""
+    """The state in `stack.json`; None where there is no such file. SidstreamError when it is of no stack."""
     path = home / STATE_FILE
     try:
         return StackState.model_validate_json(path.read_bytes())
@@ -113,7 +113,7 @@ def addresses(stack: StackSettings) -> Addresses | None:
 
 @contextmanager
 def stack_lock(home: Path) -> Iterator[None]:
-    """Nobody else starts, stops or removes the stack in `home` meanwhile (waits for its turn)."""
+    """Wait for the lock under which one process at a time starts, stops or removes the stack in `home`."""
     path = home / LOCK_FILE
     while True:
         home.mkdir(parents=True, exist_ok=True)

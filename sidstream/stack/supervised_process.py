@@ -21,7 +21,7 @@ _TAIL_BYTES = 4096
 
 @dataclass
 class SupervisedProcess:
-    """What is run, and how one sees that it answers."""
+    """A process of the stack: how it is started, how to see that it answers, and its state."""
 
     name: str
     start: Callable[[], Child]

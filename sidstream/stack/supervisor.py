@@ -1,7 +1,7 @@
 """The one process of a local stack: it starts the others, keeps them up and takes them with it at its end.
 
 `sidstream up` runs it as `python -m sidstream.stack.supervisor [--infra] [--trainer]`, in its own session.
-It tells what it does in `stack.json` and in `logs/supervisor.log`, and ends on SIGTERM.
+It writes what it does to `stack.json` and in `logs/supervisor.log`, and ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StopSignal(BaseException):
 
 
 class Supervisor:
-    """Runs one stack until it is told to stop."""
+    """Runs one stack until SIGTERM or SIGINT."""
 
     def __init__(self, settings: Settings, infra: bool = False, trainer: bool = False) -> None:
         self.settings = settings
@@ -171,7 +171,7 @@ class Supervisor:
         self._add("mlflow", command, ready, self.state.mlflow, servers.MLFLOW_ENVIRONMENT)
 
     def _start_services(self) -> None:
-        """The product's own processes, told where the servers are."""
+        """Start the product's own processes with the addresses of the servers in their environment."""
         gateway = self.settings.gateway
         is_fixed = "port" in gateway.model_fields_set and gateway.port
         port = gateway.port if is_fixed else self._port("gateway", gateway.port)
@@ -184,7 +184,7 @@ class Supervisor:
             self._add_service("trainer", None, None, "")
 
     def _environment(self) -> dict[str, str]:
-        """What a service is told besides the settings it reads itself."""
+        """The environment of a service, besides the settings that it reads itself."""
         variables = {
             "SIDSTREAM_STACK__HOME": str(self.home),
             "SIDSTREAM_KAFKA__REPLICATION": str(self.kafka.replication),
@@ -228,7 +228,7 @@ class Supervisor:
         self.state.services.append(ServiceState(name=name, state="given", address=address))
 
     def _port(self, name: str, preferred: int = 0) -> int:
-        """A free port: the one it had, else the one wanted, else any."""
+        """A free port: the one of the last start, else the preferred one, else any."""
         port = free_ports(1, self.state.ports.get(name) or ([preferred] if preferred else []))[0]
         self.state.ports[name] = [port]
         return port

@@ -8,7 +8,7 @@ import pytest
 
 from registry.bundles import context, rewards
 from registry.bundles.context import Context
-from serving.bundle_loader import BundleLoader, load
+from serving.bundle_loader import BundleLoader, open_bundle
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
 from tests.tiny_bundle import write_tiny_bundle
@@ -158,16 +158,16 @@ def test_an_arm_without_users_is_loaded_as_well(store):
 
 def test_a_bundle_whose_graph_knows_nothing_of_its_context_is_not_loaded(tmp_path):
     bundle = write_tiny_bundle(tmp_path, SIZES)
-    assert load(bundle, 1).context == Context()
+    assert open_bundle(bundle, 1).context == Context()
     context.write(Context(9, {"scene": ["home"]}), tmp_path)
     with pytest.raises(
         SidstreamError, match=r"context\.json and encode\.onnx differ.*export the bundle again"
     ):
-        load(bundle, 1)
+        open_bundle(bundle, 1)
 
 
 def test_a_bundle_whose_context_and_bins_disagree_about_rewards_is_not_loaded(tmp_path):
     bundle = write_tiny_bundle(tmp_path, SIZES)
     rewards.write(rewards.Rewards({}, {"click": {"0": 0.5, "1": 0.5}}), tmp_path)
     with pytest.raises(SidstreamError, match=r"context\.json and rewards\.json differ"):
-        load(bundle, 1)
+        open_bundle(bundle, 1)
