@@ -362,6 +362,7 @@ def _publish(
 def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
     names = (
         "seed", "members", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay",
+        "arithmetic",
     )  # fmt: skip
     params: dict[str, Any] = {name: getattr(settings, name) for name in names}
     for part in ("pretrain", "dpo"):

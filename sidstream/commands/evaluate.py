@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -14,11 +15,11 @@ from sidstream.console import emit, err, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
-    from trainer.evaluation.models import Options
     from trainer.evaluation.ranker import Mask
     from trainer.evaluation.run import Measured
     from trainer.evaluation.sequences import Sequences
     from trainer.evaluation.splits import Split
+    from trainer.settings import Arithmetic
 
 
 def evaluate(
@@ -43,6 +44,12 @@ def evaluate(
         str | None, typer.Option(help="also the difference of every model to this one")
     ] = None,
     max_seconds: Annotated[float | None, typer.Option(help="time budget of one training, in seconds")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            help="of every training of the table: auto, float32 or bfloat16; default: trainer.arithmetic"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write one line of JSON a figure to this file")] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="put the figures into docs/results of this checkout")
@@ -57,30 +64,65 @@ def evaluate(
 
     Example: sidstream evaluate amazon14-beauty --models popularity,itemknn --data /data
     """
-    from trainer.evaluation import datasets, report
-    from trainer.evaluation.models import Options
-    from trainer.evaluation.results import RESULTS, commit
+    from trainer.evaluation import datasets
+    from trainer.evaluation.results import commit
 
     names = _model_names(models, against)
     masks = _masks(mask)
     kind = split or datasets.known(dataset).splits[0]
+    table = _Table(dataset, names, seeds, mask, kind, shards, max_seconds, _arithmetic(arithmetic))
     splitter = _splitter(kind)
     commit()
     with status(f"reading {dataset}") as show:
         split_data = splitter(datasets.load(dataset, data))
-        measured = _measure(names, split_data, seeds, masks, shards, Options(max_seconds), show)
-    protocol = f"{kind}, {shards} shards" if shards else kind
-    command = _command(dataset, names, seeds, mask, kind, shards, max_seconds)
-    figures = report.lines(measured, dataset, protocol, command)
-    differences = report.compared(measured, against, dataset, protocol, command) if against else []
+        measured = _measure(table, split_data, masks, show)
+    figures, differences = table.lines(measured, against)
     lines = [*figures, *differences]
-    if out:
-        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if publish:
-        report.publish(lines, RESULTS)
-    about = f"{dataset}, {protocol}: {len(split_data.test):,} targets among {split_data.data.size:,} items"
-    text = [about, report.as_text(report.table(figures)), *_difference_lines(differences)]
-    emit({"dataset": dataset, "protocol": protocol, "lines": lines}, as_json, "\n".join(text))
+    _write_lines(lines, out, publish)
+    text = _text(table, split_data, figures, differences)
+    emit({"dataset": dataset, "protocol": table.protocol, "lines": lines}, as_json, text)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The options that a table's figures depend on."""
+
+    dataset: str
+    names: Sequence[str]
+    seeds: int
+    mask: str
+    split: str
+    shards: int
+    max_seconds: float | None
+    arithmetic: Arithmetic
+
+    @property
+    def protocol(self) -> str:
+        """The split, and in how many shards its test is learned."""
+        return f"{self.split}, {self.shards} shards" if self.shards else self.split
+
+    @property
+    def command(self) -> str:
+        """The command that measures the same figures again; it is written beside each of them."""
+        command = f"sidstream evaluate {self.dataset} --models {','.join(self.names)} --seeds {self.seeds}"
+        command += f" --mask {self.mask} --split {self.split}"
+        if self.shards:
+            command += f" --shards {self.shards}"
+        if self.max_seconds:
+            command += f" --max-seconds {self.max_seconds:g}"
+        if self.arithmetic != "auto":
+            command += f" --arithmetic {self.arithmetic}"
+        return command
+
+    def lines(
+        self, measured: list[Measured], against: str | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The figures of all models, and their differences to the model `against`."""
+        from trainer.evaluation import report
+
+        about = (self.dataset, self.protocol, self.command, self.arithmetic)
+        differences = report.compared(measured, against, *about) if against else []
+        return report.lines(measured, *about), differences
 
 
 def _model_names(models: str | None, against: str | None) -> Sequence[str]:
@@ -95,18 +137,25 @@ def _model_names(models: str | None, against: str | None) -> Sequence[str]:
     return names
 
 
-def _command(
-    dataset: str, names: Sequence[str], seeds: int, mask: str, kind: str, shards: int,
-    max_seconds: float | None,
-) -> str:  # fmt: skip
-    """The command that measures the same figures again; it is written beside each of them."""
-    command = f"sidstream evaluate {dataset} --models {','.join(names)} --seeds {seeds} --mask {mask}"
-    command += f" --split {kind}"
-    if shards:
-        command += f" --shards {shards}"
-    if max_seconds:
-        command += f" --max-seconds {max_seconds:g}"
-    return command
+def _write_lines(lines: Sequence[dict[str, Any]], out: Path | None, publish: bool) -> None:
+    """Write the figures to the file `out`, and into docs/results where `publish` asks for it."""
+    from trainer.evaluation import report
+    from trainer.evaluation.results import RESULTS
+
+    if out:
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if publish:
+        report.publish(lines, RESULTS)
+
+
+def _text(
+    table: _Table, split: Split, figures: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
+) -> str:
+    from trainer.evaluation import report
+
+    targets = f"{len(split.test):,} targets among {split.data.size:,} items"
+    about = f"{table.dataset}, {table.protocol}: {targets}"
+    return "\n".join([about, report.as_text(report.table(figures)), *_difference_lines(differences)])
 
 
 def _masks(named: str) -> list[Mask]:
@@ -117,6 +166,19 @@ def _masks(named: str) -> list[Mask]:
     if not masks:
         raise SidstreamError(f"--mask is {named!r}: give none, seen or both")
     return masks
+
+
+def _arithmetic(named: str | None) -> Arithmetic:
+    """The arithmetic that --arithmetic names; None: the setting."""
+    from sidstream.settings import read
+    from trainer.settings import Arithmetic
+
+    if named is None:
+        return read().trainer.arithmetic
+    for arithmetic in get_args(Arithmetic):
+        if named == arithmetic:
+            return cast("Arithmetic", arithmetic)
+    raise SidstreamError(f"--arithmetic is {named!r}: give {', '.join(get_args(Arithmetic))}")
 
 
 def _splitter(kind: str) -> Callable[[Sequences], Split]:
@@ -130,17 +192,17 @@ def _splitter(kind: str) -> Callable[[Sequences], Split]:
 
 
 def _measure(
-    names: Sequence[str], split: Split, seeds: int, masks: Sequence[Mask], shards: int, options: Options,
-    show: Callable[[str], None],
-) -> list[Measured]:  # fmt: skip
+    table: _Table, split: Split, masks: Sequence[Mask], show: Callable[[str], None]
+) -> list[Measured]:
     """Every model's runs; a seed's models together, so that models which share a training do."""
-    from trainer.evaluation.models import MODELS
+    from trainer.evaluation.models import MODELS, Options
     from trainer.evaluation.run import evaluate as run
     from trainer.evaluation.run import with_means
 
+    options = Options(table.max_seconds, arithmetic=table.arithmetic)
     measured: list[Measured] = []
-    for seed in range(1, seeds + 1):
-        for name in names:
+    for seed in range(1, table.seeds + 1):
+        for name in table.names:
             started = time.monotonic()
 
             def progress(text: str, name: str = name, seed: int = seed) -> None:
@@ -150,7 +212,7 @@ def _measure(
                 ranker = MODELS[name](options)
                 if seed > 1 and not getattr(ranker, "seeded", True):
                     continue
-                measured += run(split, ranker, seed, masks, progress, shards)
+                measured += run(split, ranker, seed, masks, progress, table.shards)
             except ModuleNotFoundError as error:
                 raise SidstreamError(f"{name} needs {error.name}: pip install 'sidstream[train]'") from error
             err.print(f"{name}, seed {seed}: measured in {time.monotonic() - started:.0f} s", markup=False)

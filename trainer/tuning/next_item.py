@@ -14,7 +14,7 @@ from trainer.generator.model import IGNORE, GeneratorForCausalLM
 from trainer.sequences.batches import Batch, Pieces, Row, collate
 from trainer.sequences.rows import Rows
 from trainer.settings import TaskWeights, TrainerSettings
-from trainer.tuning.devices import fast_bf16
+from trainer.tuning.devices import training_arithmetic
 from trainer.tuning.losses import softmax_loss
 from trainer.tuning.soft_targets import Level, Soft, sibling_term, teacher_term
 
@@ -144,7 +144,7 @@ def batch_loss(
     where = table.device
     pieces = pieces.to(where)
     soft = teacher(pieces, among) if teacher else None
-    with torch.autocast(where.type, torch.bfloat16, enabled=fast_bf16(where)):
+    with training_arithmetic(settings.arithmetic, where):
         loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among, tree, soft)
         if titles:
             loss = loss + token_loss(model, Batch(*(part.to(where) for part in collate(titles))))

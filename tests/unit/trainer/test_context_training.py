@@ -53,6 +53,7 @@ def first(made: Shop, model: GeneratorForCausalLM, scene: str | None, item: int)
     return int(ranker.candidates(history, ranker.states(history, row)).order(1.0)[0, 0])
 
 
+@pytest.mark.learning
 def test_the_same_history_is_answered_by_the_scene(made: Shop, model: GeneratorForCausalLM) -> None:
     right = [
         (first(made, model, "up", at) == at + 1, first(made, model, "down", at) == at - 1)
@@ -62,6 +63,7 @@ def test_the_same_history_is_answered_by_the_scene(made: Shop, model: GeneratorF
     assert first(made, model, "nowhere", 7) == first(made, model, None, 7)
 
 
+@pytest.mark.learning
 def test_held_out_events_are_judged_under_their_own_context(made: Shop, model: GeneratorForCausalLM) -> None:
     held = made.split.held
     told = evaluate(model, held, made.known, made.sids, made.settings)
@@ -76,6 +78,7 @@ def test_held_out_events_are_judged_under_their_own_context(made: Shop, model: G
     assert [(token == up) for token in held.contexts[:, 0].tolist()] == (step == 1).tolist()
 
 
+@pytest.mark.learning
 def test_the_loss_of_a_sequence_is_under_each_targets_own_context(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
@@ -130,6 +133,7 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
     assert all(piece.context is None for piece in shop().rows.pieces(0))
 
 
+@pytest.mark.learning
 def test_graphs_follow_the_context_as_torch_does(
     made: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
@@ -175,6 +179,7 @@ def answered(
     return [one.item_id for one in items], [one.score for one in items], answer.exploration.context
 
 
+@pytest.mark.learning
 def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none(
     made: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
@@ -194,6 +199,7 @@ def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none
     assert answered(made, served, about, "up", {"mood": "up"})[2] == {"profile.mood": "up"}
 
 
+@pytest.mark.learning
 def test_explored_answers_are_judged_under_the_context_that_they_were_given_in(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
