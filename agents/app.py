@@ -18,7 +18,7 @@ import platformdirs
 from aiokafka import AIOKafkaProducer, TopicPartition
 from faust.app.base import BootStrategy
 from mode import Service
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY
 
 from agents.assigned_sids import AssignedSids
 from agents.attribution.event_time import PartitionClock
@@ -48,6 +48,7 @@ from streams.wire.batch_loop import BatchLoop, BatchOptions
 from streams.wire.batch_stage import BatchHooks, ReceivedEvent
 from streams.wire.connect import bootstrap_servers, client_options
 from streams.wire.dead_letters import RefusedRecord
+from streams.wire.health_server import HealthServer
 
 log = logging.getLogger(__name__)
 
@@ -181,12 +182,15 @@ class Agents(Service):
         self._store: Any = None
         self._producer: Any = None
         self._sids: Any = None
+        self._health_server: HealthServer | None = None
 
     async def on_start(self) -> None:
         """Connect, read the SIDs, then start the loops."""
         settings = self._settings
         if settings.metrics_port is not None:
-            start_http_server(settings.metrics_port, settings.metrics_host)
+            self._health_server = HealthServer(
+                settings.metrics_host, settings.metrics_port, REGISTRY, "SIDSTREAM_AGENTS__METRICS_PORT"
+            )
         self._store = redisdb.async_redis_client(self._redis)
         self._producer = AIOKafkaProducer(
             **client_options(self._kafka), enable_idempotence=True, max_batch_size=131_072
@@ -230,6 +234,8 @@ class Agents(Service):
             await self._producer.stop()
         if self._store is not None:
             await self._store.aclose()
+        if self._health_server is not None:
+            await asyncio.to_thread(self._health_server.close)
 
 
 class _ServicesOnlyBoot(BootStrategy):

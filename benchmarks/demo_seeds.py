@@ -197,11 +197,11 @@ def judged(versions: dict[str, str]) -> dict[str, list[float]]:
     """True [CTR, CVR] by arm, of what the registry's versions show to 2,000 shoppers on the running stack."""
     from benchmarks.align import jury
     from registry.bundles.store import Registry
-    from sidstream.commands.train import prepare
+    from sidstream.commands.train import set_thread_environment
     from sidstream.settings import load
     from trainer.cycle_inputs import load_model
 
-    prepare()
+    set_thread_environment()
     settings = load()
     registry = Registry(settings.registry)
     bundles = {arm: registry.fetch(version) for arm, version in versions.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def agents() -> None:
-    """Run one agents worker until it is told to stop; start more of them to share the partitions.
+    """Run one agents worker until SIGTERM; start more of them to share the partitions.
 
     Example: sidstream agents
     """

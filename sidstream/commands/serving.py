@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def serving() -> None:
-    """Run one serving agent until it is told to stop; start more of them to share the triggers.
+    """Run one serving agent until SIGTERM; start more of them to share the triggers.
 
     Example: sidstream serving
     """
@@ -33,7 +33,7 @@ def serving() -> None:
 
 
 def gateway() -> None:
-    """Serve POST /v1/recommend over HTTP until it is told to stop.
+    """Serve POST /v1/recommend over HTTP until SIGTERM.
 
     Example: sidstream gateway
     """
@@ -42,7 +42,7 @@ def gateway() -> None:
 
     import uvicorn
 
-    from serving.gateway import gateway as make
+    from serving.gateway import create_app
     from serving.readiness import waiting_for
     from sidstream.settings import load
     from streams.wire.client import Client
@@ -50,7 +50,7 @@ def gateway() -> None:
     settings = load()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)
-    app = make(
+    app = create_app(
         settings.gateway,
         partial(Client, settings.kafka),
         partial(waiting_for, settings.kafka, settings.serving.group),
@@ -99,36 +99,36 @@ def recommend(
         raise SidstreamError(str(error)) from error
     with Client(settings.kafka) as client:
         answer = client.ask(trigger, timeout)
-    wanted = {ranked.item_id for ranked in answer.items} | ({item} if item else set())
-    listed = _listed(settings.kafka, wanted)
+    item_ids = {ranked.item_id for ranked in answer.items} | ({item} if item else set())
+    catalogue = _catalog_records(settings.kafka, item_ids)
     if as_json:
-        emit(_result(answer, listed), True, "")
+        emit(_result(answer, catalogue), True, "")
     else:
-        _show(answer, listed)
+        _print_table(answer, catalogue)
 
 
-def _weights(given: Collection[str]) -> dict[str, float]:
+def _weights(options: Collection[str]) -> dict[str, float]:
     """Preferences as they are given on the command line, weight 1 by default. Raises SidstreamError."""
-    made = {}
-    for one in given:
-        name, _, weight = one.partition("=")
+    weights = {}
+    for option in options:
+        name, _, weight = option.partition("=")
         try:
-            made[name] = float(weight or 1)
+            weights[name] = float(weight or 1)
         except ValueError as error:
-            raise SidstreamError(f"--prefer is {one!r}: its weight is no number; give {name}=2") from error
-    return made
+            raise SidstreamError(f"--prefer is {option!r}: its weight is no number; give {name}=2") from error
+    return weights
 
 
-def _listed(kafka: KafkaSettings, wanted: Collection[str]) -> dict[str, CatalogItem]:
+def _catalog_records(kafka: KafkaSettings, item_ids: Collection[str]) -> dict[str, CatalogItem]:
     """The catalogue's newest records of the wanted items; only theirs are decoded."""
     from streams.events import CatalogItem
     from streams.wire.topic_reader import read_events
 
     # Not the newest record only: a deleted item still has a title.
-    return {key: event for key, event in read_events(kafka, CatalogItem, wanted) if event is not None}
+    return {key: event for key, event in read_events(kafka, CatalogItem, item_ids) if event is not None}
 
 
-def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str, Any]:
+def _result(answer: Recommendation, catalogue: dict[str, CatalogItem]) -> dict[str, Any]:
     return {
         "request_id": answer.request_id,
         "user_id": answer.user_id,
@@ -140,10 +140,10 @@ def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str,
         "items": [
             {
                 "item_id": ranked.item_id,
-                "title": listed[ranked.item_id].title if ranked.item_id in listed else None,
-                "price": listed[ranked.item_id].price if ranked.item_id in listed else None,
+                "title": catalogue[ranked.item_id].title if ranked.item_id in catalogue else None,
+                "price": catalogue[ranked.item_id].price if ranked.item_id in catalogue else None,
                 "commission_rate": (
-                    listed[ranked.item_id].commission_rate if ranked.item_id in listed else None
+                    catalogue[ranked.item_id].commission_rate if ranked.item_id in catalogue else None
                 ),
                 "score": ranked.score,
                 "sid": ranked.sid,
@@ -153,23 +153,25 @@ def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str,
     }
 
 
-def _show(answer: Recommendation, listed: dict[str, CatalogItem]) -> None:
+def _print_table(answer: Recommendation, catalogue: dict[str, CatalogItem]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    opened = listed.get(answer.trigger_item_id or "")
-    page = f" on the page of {opened.title!r}" if opened else ""
-    made = f"bundle {answer.bundle}, arm {answer.arm}" if answer.bundle else "no model in service"
-    out.print(f"user {answer.user_id}{page}: {made}, fallback {answer.fallback or 'none'}", markup=False)
+    trigger_item = catalogue.get(answer.trigger_item_id or "")
+    page = f" on the page of {trigger_item.title!r}" if trigger_item else ""
+    model_text = f"bundle {answer.bundle}, arm {answer.arm}" if answer.bundle else "no model in service"
+    out.print(
+        f"user {answer.user_id}{page}: {model_text}, fallback {answer.fallback or 'none'}", markup=False
+    )
     if answer.conditions:
-        asked = ", ".join(f"{name} {value}" for name, value in answer.conditions.items())
-        out.print(f"asked of the model: {asked} (bins of prices and commissions from 0)", markup=False)
+        conditions = ", ".join(f"{name} {value}" for name, value in answer.conditions.items())
+        out.print(f"asked of the model: {conditions} (bins of prices and commissions from 0)", markup=False)
     if not answer.items:
         out.print("nothing may be recommended: send items to topic catalog, or exclude fewer", markup=False)
         return
     table = Table("", "item", "title", "price", "score", box=None, pad_edge=False)
     table.columns[0].justify = table.columns[3].justify = table.columns[4].justify = "right"
-    for place, row in enumerate(_result(answer, listed)["items"], start=1):
+    for place, row in enumerate(_result(answer, catalogue)["items"], start=1):
         price = "" if row["price"] is None else f"{row['price']:.2f}"
         # Titles are a shop's own text: a bracket in one is no markup.
         title, name = escape(row["title"] or ""), escape(row["item_id"])

@@ -35,7 +35,7 @@ from streams.wire.admin import end_offsets
 from streams.wire.bulk_writer import publish_all
 from streams.wire.client import Client
 from tests.conftest import FreshStack
-from tests.serving_support import PATIENCE_S, Versions, running
+from tests.serving_support import PATIENCE_S, BundlesByVersion, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -124,7 +124,7 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
     rng = random.Random(4)
     users, late = 30, ITEMS[14:]
     first, second = random_events(rng, users, 300, "a"), random_events(rng, users // 2, 60, "b", ITEMS[:14])
-    bundles = Versions(
+    bundles = BundlesByVersion(
         v1=write_tiny_bundle(tmp_path / "v1", OLD_SIZES, 1),
         v2=write_tiny_bundle(tmp_path / "v2", NEW_SIZES, 2, codebook_seed=1),
     )

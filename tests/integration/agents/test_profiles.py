@@ -14,7 +14,7 @@ from kafka import KafkaProducer
 
 from harness.agents_worker import worker, write_codebook
 from harness.servers import wait_until
-from serving.histories import Histories, Stored
+from serving.history_reader import HistoryReader, StoredUser
 from streams.errors import SidstreamError
 from streams.events import UserProfile, encode
 from streams.settings import KafkaSettings, RedisSettings
@@ -127,11 +127,11 @@ def test_serving_reads_a_users_history_and_profile_together(store, redis_url: st
     packed = profile.pack_profile(about("both", 1, country="Peru"))
     store.mset({keys.history("both"): b"h", keys.profile("both"): packed, keys.profile("new"): packed})
 
-    async def read() -> list[Stored] | None:
-        histories = Histories(RedisSettings.model_validate({"url": redis_url}), 5.0, 5.0)
+    async def read() -> list[StoredUser] | None:
+        histories = HistoryReader(RedisSettings.model_validate({"url": redis_url}), 5.0, 5.0)
         try:
             return await histories.read(["nobody", "both", "new"])
         finally:
             await histories.close()
 
-    assert asyncio.run(read()) == [Stored(None, None), Stored(b"h", packed), Stored(None, packed)]
+    assert asyncio.run(read()) == [StoredUser(None, None), StoredUser(b"h", packed), StoredUser(None, packed)]

@@ -22,9 +22,9 @@ def bare(tmp_path: Path) -> dict[str, str]:
     """An environment whose PATH is an empty folder, and whose state is a temporary one."""
     empty = tmp_path / "bin"
     empty.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SIDSTREAM_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SIDSTREAM_")}
     return {
-        **kept,
+        **inherited,
         "PATH": str(empty),
         "SIDSTREAM_STACK__HOME": str(tmp_path / "state"),
         "SIDSTREAM_TRAINER__HOME": str(tmp_path / "trainer"),
@@ -70,9 +70,11 @@ def test_the_demo_closes_the_loop_on_a_machine_with_python_packages_only(bare: d
         assert "warn" not in demo.stderr.lower(), demo.stderr
 
         # What the demo tells a person to type works while the stack is up.
-        asked = _sidstream(bare, "recommend", "--user", "17850", "--item", "85123A", "-k", "3", "--json")
-        assert asked.returncode == 0, asked.stderr
-        answer = json.loads(asked.stdout)
+        recommendation_run = _sidstream(
+            bare, "recommend", "--user", "17850", "--item", "85123A", "-k", "3", "--json"
+        )
+        assert recommendation_run.returncode == 0, recommendation_run.stderr
+        answer = json.loads(recommendation_run.stdout)
         assert len(answer["items"]) == 3
         assert answer["bundle"]
     finally:

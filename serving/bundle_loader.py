@@ -1,7 +1,7 @@
-"""The bundles in service: those of the newest rollout, loaded beside the old ones, swapped between requests.
+"""Loads the bundles of the newest rollout beside the old ones, and replaces the old ones between requests.
 
 A rollout takes effect as a whole: every arm's bundle is fetched, verified and warmed up, then one assignment
-replaces the service. Until then, and where a bundle does not load, the old service answers on.
+replaces the rollout that answers. Until then, and where a bundle does not load, the old one answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import Rewards
 from registry.releases.rollout import arm_of
 from serving.decoding.beam import Generator
-from serving.decoding.items import Items
+from serving.decoding.item_vectors import ItemVectors
 from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_S = 0.5
 
 
-class Source(Protocol):
+class BundleSource(Protocol):
     """Where bundles come from: registry.bundles.store.Registry."""
 
     def fetch(self, version_or_alias: str) -> Bundle:
@@ -48,34 +48,32 @@ class LoadedBundle:
     max_items: int
     popular: tuple[str, ...]
     generator: Generator
-    items: Items | None = None  # None: the bundle has no dense head
+    items: ItemVectors | None = None  # None: the bundle has no dense head
     ranking: Ranking = field(default_factory=Ranking)
-    context: Context = field(
-        default_factory=Context
-    )  # without fields: the bundle is asked with histories alone
+    context: Context = field(default_factory=Context)  # without fields: the model reads histories alone
     rewards: Rewards | None = None  # None: preferences change nothing
 
 
 @dataclass(frozen=True)
-class Service:
-    """What answers: a rollout and the loaded bundle of each of its arms, by bundle id."""
+class LoadedRollout:
+    """A rollout and the loaded bundle of each of its arms, by bundle id: what answers requests."""
 
     rollout: Rollout
     bundles: Mapping[str, LoadedBundle]
 
 
-def load(bundle: Bundle, threads: int) -> LoadedBundle:
+def open_bundle(bundle: Bundle, threads: int) -> LoadedBundle:
     """Open a bundle's graphs and run each once. Raises SidstreamError where its answers make no sense."""
     manifest = bundle.manifest
-    known = context.read(bundle.path)
+    bundle_context = context.read(bundle.path)
     generator = OnnxGenerator(bundle.path, manifest.sizes, manifest.max_items, threads)
-    if generator.takes_context != bool(known.fields):
+    if generator.takes_context != bool(bundle_context.fields):
         raise SidstreamError(
             f"bundle {bundle.id}: {context.CONTEXT} and encode.onnx differ on whether it has a context; "
             "export the bundle again"
         )
     bins = rewards.read(bundle.path)
-    if (bins is not None) != any(name.startswith(rewards.PREFIX) for name in known.fields):
+    if (bins is not None) != any(name.startswith(rewards.PREFIX) for name in bundle_context.fields):
         raise SidstreamError(
             f"bundle {bundle.id}: {context.CONTEXT} and {rewards.REWARDS} differ on whether it has rewards; "
             "export the bundle again"
@@ -83,7 +81,7 @@ def load(bundle: Bundle, threads: int) -> LoadedBundle:
     warm_up(generator, manifest.max_items, bundle.id)
     return LoadedBundle(
         bundle.id, manifest.codebook, manifest.max_items, tuple(bundle.popular()), generator,
-        generator.items, ranking.read(bundle.path), known, bins,
+        generator.items, ranking.read(bundle.path), bundle_context, bins,
     )  # fmt: skip
 
 
@@ -107,21 +105,21 @@ def warm_up(generator: Generator, max_items: int, name: str) -> None:
             )
 
 
-class Bundles:
-    """Keeps the service of the newest rollout of one recommender.
+class BundleLoader:
+    """Keeps the newest rollout of one recommender loaded.
 
-    Feed `on_rollout` as a TopicTable callback; `run()` loads. `indexed(codebook)` tells whether the SIDs of a
-    codebook are there; `on_loaded(service)` and `on_failure()` hear of the outcomes.
+    Pass `on_rollout` to a TopicTable as its callback; `run()` loads. `indexed(codebook)` is true where the
+    SIDs of a codebook are there; `on_loaded(loaded_rollout)` and `on_failure()` are called after each try.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: BundleSource,
         name: str,
         threads: int,
         retry_max_s: float,
         indexed: Callable[[str], bool],
-        on_loaded: Callable[[Service], None] = lambda _: None,
+        on_loaded: Callable[[LoadedRollout], None] = lambda _: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
@@ -131,76 +129,80 @@ class Bundles:
         self._indexed = indexed
         self._on_loaded = on_loaded
         self._on_failure = on_failure
-        self._wanted: Rollout | None = None
+        self._newest_rollout: Rollout | None = None
         self._loaded: dict[str, LoadedBundle] = {}  # in service, or waiting for the rest of their rollout
         self._wake = asyncio.Event()
-        self._swapped = asyncio.Event()
-        # Read by the agent before every batch, replaced as a whole: a request sees one service or the other.
-        self.service: Service | None = None
+        self._rollout_replaced = asyncio.Event()
+        # Read before every batch and replaced as a whole: a request sees the old rollout or the new one.
+        self.loaded_rollout: LoadedRollout | None = None
 
     def on_rollout(self, _key: str, event: Event | None) -> None:
-        """A rollout arrived; those of other recommenders are not ours."""
+        """Take a rollout that arrived; those of other recommenders change nothing."""
         if isinstance(event, Rollout) and event.name == self._name:
-            self._wanted = event
+            self._newest_rollout = event
             self._wake.set()
 
     @property
     def ready(self) -> bool:
-        """True where there is nothing to serve yet, or a service to serve it."""
-        return self._wanted is None or self.service is not None
+        """True where no rollout arrived yet, or one is loaded."""
+        return self._newest_rollout is None or self.loaded_rollout is not None
 
     async def wait_ready(self) -> None:
         """Return once `ready` holds."""
         while not self.ready:
-            self._swapped.clear()
-            await self._swapped.wait()
+            self._rollout_replaced.clear()
+            await self._rollout_replaced.wait()
 
     async def run(self) -> None:
-        """Load what the newest rollout wants until cancelled; retry with growing pauses."""
+        """Load the newest rollout's bundles until cancelled; retry with growing pauses."""
         pause = _FIRST_RETRY_S
         while True:
             await self._wake.wait()
             self._wake.clear()
-            wanted = self._wanted
-            if wanted is None:
+            rollout = self._newest_rollout
+            if rollout is None:
                 continue
             try:
-                service = await self._load(wanted)
+                loaded_rollout = await self._load(rollout)
             except Exception as error:  # fetching reaches over the network and into files: anything may come
                 self._on_failure()
                 log.warning(
-                    "rollout %s of trial %s is not in service yet: %s", wanted.action, wanted.trial, error
+                    "rollout %s of trial %s is not in service yet: %s", rollout.action, rollout.trial, error
                 )
                 retry = asyncio.get_running_loop().call_later(pause, self._wake.set)
                 # A newer rollout does not wait for the pause of an older one.
                 await self._wake.wait()
                 retry.cancel()
-                pause = _FIRST_RETRY_S if self._wanted is not wanted else min(2 * pause, self._retry_max_s)
+                pause = (
+                    _FIRST_RETRY_S
+                    if self._newest_rollout is not rollout
+                    else min(2 * pause, self._retry_max_s)
+                )
                 continue
             pause = _FIRST_RETRY_S
-            self.service = service
-            self._swapped.set()
-            self._on_loaded(service)
+            self.loaded_rollout = loaded_rollout
+            self._rollout_replaced.set()
+            self._on_loaded(loaded_rollout)
 
-    async def _load(self, rollout: Rollout) -> Service:
+    async def _load(self, rollout: Rollout) -> LoadedRollout:
         arm_of(rollout, "")  # raises where no arm has weight
         for arm in rollout.arms:
-            standing = self._loaded.get(arm.bundle)
-            if standing is None:
+            loaded_bundle = self._loaded.get(arm.bundle)
+            if loaded_bundle is None:
                 bundle = await asyncio.to_thread(self._source.fetch, arm.version)
                 if bundle.id != arm.bundle:
                     raise SidstreamError(
                         f"version {arm.version} is bundle {bundle.id}, the rollout names {arm.bundle}; "
                         "publish the rollout again"
                     )
-                standing = await asyncio.to_thread(load, bundle, self._threads)
-                self._loaded[arm.bundle] = standing
-            if not self._indexed(standing.codebook):
+                loaded_bundle = await asyncio.to_thread(open_bundle, bundle, self._threads)
+                self._loaded[arm.bundle] = loaded_bundle
+            if not self._indexed(loaded_bundle.codebook):
                 raise SidstreamError(
-                    f"no SID of codebook {standing.codebook} is on topic sids; bundle {arm.bundle} of arm "
-                    f"{arm.name} waits for them: publish them, or release without it (an anchor: "
+                    f"no SID of codebook {loaded_bundle.codebook} is on topic sids; bundle {arm.bundle} "
+                    f"of arm {arm.name} waits for them: publish them, or release without it (an anchor: "
                     "rollout.anchor = 0)"
                 )
-        # What no arm names any more is let go, once nothing can go wrong.
+        # Bundles that no arm names any more are dropped, once nothing can go wrong.
         self._loaded = {arm.bundle: self._loaded[arm.bundle] for arm in rollout.arms}
-        return Service(rollout, dict(self._loaded))
+        return LoadedRollout(rollout, dict(self._loaded))

@@ -1,4 +1,4 @@
-"""The picture of a decision, kept beside its record where one can be drawn: it is no part of the decision."""
+"""Stores the plot of a decision beside its record, where one can be drawn; it is no part of the decision."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from streams.errors import SidstreamError
 log = logging.getLogger(__name__)
 
 
-def keep_picture(
-    registry: Registry, record: Mapping[str, Any], seen: Mapping[str, Seen], settings: GateSettings
+def store_decision_plot(
+    registry: Registry, record: Mapping[str, Any], outcomes: Mapping[str, Seen], settings: GateSettings
 ) -> str | None:
-    """Draw and store it; its path in the registry. None for a guard's record, without the extra `train`, and
-    where there is nothing to draw or nowhere to store it."""
+    """Draw and store the plot; returns its path in the registry.
+
+    None for a guard's record, without the extra `train`, and where it cannot be drawn or stored.
+    """
     if record["mode"] == "guard":
         return None
     try:
         from trainer.plots.figure import save_picture
 
-        return save_picture(registry, record, seen, settings)
+        return save_picture(registry, record, outcomes, settings)
     except (ModuleNotFoundError, SidstreamError) as error:
         log.info("decision %s has no picture: %s", record["decision"], error)
         return None

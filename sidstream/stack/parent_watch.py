@@ -1,12 +1,12 @@
-"""Runs one command that must not outlive the process that asked for it: `leash.py PARENT_PID FD COMMAND...`.
+"""Runs one command that must not outlive its parent process: `parent_watch.py PARENT_PID FD COMMAND...`.
 
-Between the two stands this small process. It starts the command in a session of its own, writes the
+This small process stands between the two. It starts the command in a session of its own, writes the
 command's pid to the file descriptor FD, passes SIGTERM on, and kills the whole session when its parent ends,
 also when the parent was killed with SIGKILL. It ends with the command's exit code, and leaves nothing behind.
 
-On Linux the kernel tells of the parent's end (prctl PR_SET_PDEATHSIG). That signal also comes when only the
-parent's *thread* that started us ends, so the parent's pid is checked before anything dies. Elsewhere the
-parent's pid is polled. Standard library only: it runs with `python -I -S`.
+On Linux the kernel sends a signal at the parent's end (prctl PR_SET_PDEATHSIG). That signal also comes when
+only the *thread* ends that started this process, so the parent's pid is checked before anything is killed.
+Elsewhere the parent's pid is polled. Standard library only: it runs with `python -I -S`.
 """
 
 import os
@@ -15,16 +15,16 @@ import sys
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
-# Where the kernel does not tell: how often to look whether the parent still lives, in seconds.
+# Where the kernel sends no signal: how often to check that the parent still lives, in seconds.
 _POLL_S = 0.5
 
 
-def _tell_on_parents_end(sent: signal.Signals) -> None:
+def _signal_at_parents_end(signal_number: signal.Signals) -> None:
     """Ask the kernel for signal `sent` when the parent ends (Linux only; elsewhere nothing happens)."""
     if sys.platform == "linux":
         import ctypes
 
-        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sent), 0, 0, 0) != 0:
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
@@ -56,19 +56,19 @@ def main(parent: int, report: int, command: list[str]) -> int:
     signal.signal(signal.SIGUSR1, check_parent)
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, forward)
-    _tell_on_parents_end(signal.SIGUSR1)
+    _signal_at_parents_end(signal.SIGUSR1)
     if os.getppid() != parent:  # it ended before the kernel was asked
         return 1
 
-    leash = os.getpid()
+    watcher = os.getpid()
     os.set_inheritable(report, False)
     child = os.fork()
     if child == 0:
         os.setsid()
-        _tell_on_parents_end(signal.SIGKILL)
-        if os.getppid() != leash:
+        _signal_at_parents_end(signal.SIGKILL)
+        if os.getppid() != watcher:
             os._exit(1)
-        # Told only now that it leads its session: whoever knows the pid may kill the session.
+        # Written only now that it leads its session: whoever reads the pid may kill the session.
         os.write(report, f"{os.getpid()}\n".encode())
         try:
             os.execvp(command[0], command)

@@ -75,9 +75,9 @@ class SidIndex:
         if size > 1:
             fresh[:, 1:] = np.logical_or.accumulate((table[1:] != table[:-1]).T, axis=0)
         if not fresh[-1].all():
-            again = int(np.flatnonzero(~fresh[-1])[0])
-            first, second = item_ids[order[again - 1]], item_ids[order[again]]
-            raise ValueError(f"items {first!r} and {second!r} share the SID {table[again].tolist()}")
+            duplicate = int(np.flatnonzero(~fresh[-1])[0])
+            first, second = item_ids[order[duplicate - 1]], item_ids[order[duplicate]]
+            raise ValueError(f"items {first!r} and {second!r} share the SID {table[duplicate].tolist()}")
         leaves, codes, children = [], [], []
         above = np.array([0, size], dtype=np.int64)
         for level in range(levels):
@@ -88,12 +88,12 @@ class SidIndex:
             leaves.append(above)
         row_leaf = np.empty(size, dtype=np.int64)
         row_leaf[order] = np.arange(size)
-        made = cls(
+        index = cls(
             tuple(codes), tuple(children), tuple(leaves), order, row_leaf, table,
             np.ones(size, dtype=bool), (),
             item_ids, {item: row for row, item in enumerate(item_ids)} if rows is None else rows,
         )  # fmt: skip
-        return made.with_active(np.ones(size, dtype=bool) if active is None else active)
+        return index.with_active(np.ones(size, dtype=bool) if active is None else active)
 
     def with_active(self, active: NDArray[np.bool_]) -> Self:
         """The same tree with other active items; `active` (N,) bool in row order."""
@@ -140,11 +140,15 @@ class SidIndex:
         return [int(code) for code in self.sids[leaf]]
 
     def exclusions(self, leaves: Sequence[Iterable[int]]) -> Exclusions:
-        """What each request's excluded leaves take away at every node. Inactive leaves take nothing away."""
-        pairs = [(request, leaf) for request, some in enumerate(leaves) for leaf in set(some)]
+        """Count each request's excluded leaves at every node above them; inactive leaves are not counted."""
+        pairs = [
+            (request, leaf)
+            for request, leaves_of_request in enumerate(leaves)
+            for leaf in set(leaves_of_request)
+        ]
         request, leaf = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        kept = self.active[leaf]
-        request, leaf = request[kept], leaf[kept]
+        is_active = self.active[leaf]
+        request, leaf = request[is_active], leaf[is_active]
         keys, counts = [], []
         for level in range(self.levels):
             node = np.searchsorted(self.leaves[level], leaf, side="right") - 1
@@ -153,7 +157,7 @@ class SidIndex:
             counts.append(count)
         return Exclusions(tuple(keys), tuple(counts))
 
-    def expand(self, level: int, nodes: Ints, requests: Ints, without: Exclusions) -> tuple[Ints, Ints]:
+    def expand(self, level: int, nodes: Ints, requests: Ints, exclusions: Exclusions) -> tuple[Ints, Ints]:
         """All children at `level` of M parents that have an allowed leaf for their request, in one gather.
 
         `nodes` (M,): parents at level - 1 (zeros for the root at level 0); `requests` (M,): whose beam each
@@ -165,14 +169,16 @@ class SidIndex:
         parent = np.repeat(np.arange(len(nodes)), count)
         # Position in the parent's range, without a loop: the overall position minus where the range began.
         child = np.arange(len(parent)) + np.repeat(start - (np.cumsum(count) - count), count)
-        left = self.allowed[level][child]
-        keys = without.keys[level]
+        allowed_leaves = self.allowed[level][child]
+        keys = exclusions.keys[level]
         if len(keys):
-            wanted = requests[parent] * self.nodes(level) + child
-            found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            left = left - np.where(keys[found] == wanted, without.counts[level][found], 0)
-        kept = left > 0
-        return parent[kept], child[kept]
+            child_keys = requests[parent] * self.nodes(level) + child
+            key_positions = np.minimum(np.searchsorted(keys, child_keys), len(keys) - 1)
+            allowed_leaves = allowed_leaves - np.where(
+                keys[key_positions] == child_keys, exclusions.counts[level][key_positions], 0
+            )
+        has_allowed_leaf = allowed_leaves > 0
+        return parent[has_allowed_leaf], child[has_allowed_leaf]
 
 
 def _sorted_rows(table: NDArray[np.uint16]) -> Ints:

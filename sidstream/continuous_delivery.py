@@ -1,7 +1,7 @@
-"""The unattended cycle: train -> offline checks -> shadow -> canary -> trial -> verdict -> next.
+"""Continuous delivery of models, unattended: train -> offline checks -> shadow -> canary -> trial -> verdict.
 
-Nothing is remembered here: each turn reads what is in service, what was seen of it, and does the one thing
-that follows. A process that dies is replaced by another, which goes on where it stood.
+The process keeps no state: each turn reads what is in service and its outcomes so far, and takes the one step
+that follows. A process that dies is replaced by another, which goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from registry.experiment.health import read_health
 from registry.experiment.outcomes import cohort_ms, read_all_outcomes
 from registry.experiment.trial import Move, Sight, next_move
 from registry.releases import release
-from sidstream.pictures import keep_picture
+from sidstream.decision_plot import store_decision_plot
 from streams.errors import SidstreamError
 from streams.events import Rollout
 
@@ -30,7 +30,10 @@ Promoting = Callable[[], contextlib.AbstractContextManager[tuple[Registry, relea
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn did: wait, train, skip, refuse, advance, promote, reject, inconclusive or rollback."""
+    """The result of one turn.
+
+    `did`: wait, train, skip, refuse, advance, promote, reject, inconclusive or rollback.
+    """
 
     did: str
     sentence: str
@@ -44,8 +47,8 @@ class Turn:
         return self.did not in ("wait", "skip", "refuse")
 
 
-class Cycle:
-    """One recommender's unattended cycle. Call `turn()` again and again.
+class ContinuousDelivery:
+    """Trains and releases one recommender's models. Call `turn()` repeatedly.
 
     `current()` reads the rollout in service, `train()` runs one update cycle that starts its trial at the
     first step of the ramp, `promoting()` gives registry and publisher under the lease.
@@ -65,7 +68,7 @@ class Cycle:
         self._journalled = ""
 
     def turn(self) -> Turn:
-        """Do the one thing that comes next. Raises SidstreamError where a part does not answer."""
+        """Take the one step that comes next. Raises SidstreamError where a server does not answer."""
         if release.unfinished(self._registry) is not None:
             with self._promoting() as (registry, client):
                 finished = release.finish(registry, client)
@@ -75,17 +78,17 @@ class Cycle:
                 )
         rollout = self._current()
         if rollout is None:
-            return self._learn("nothing is in service yet")
-        sight = self._look(rollout.trial)
+            return self._train_when_due("nothing is in service yet")
+        sight = self._read_trial(rollout.trial)
         settings = self._settings
         move = next_move(rollout, sight, settings.rollout, settings.guards, settings.gate)
         if move.do == "wait":
             return Turn("wait", move.sentence, rollout.trial, move.record)
         if move.do == "train":
-            return self._learn(move.sentence)
-        return self._act(rollout, move, sight)
+            return self._train_when_due(move.sentence)
+        return self._take_step(rollout, move, sight)
 
-    def _act(self, rollout: Rollout, move: Move, sight: Sight) -> Turn:
+    def _take_step(self, rollout: Rollout, move: Move, sight: Sight) -> Turn:
         settings = self._settings
         with self._promoting() as (registry, client):
             now = self._current()
@@ -93,42 +96,42 @@ class Cycle:
                 return Turn("wait", "somebody else took a step meanwhile", rollout.trial)
             if move.do == "advance":
                 assert move.step is not None
-                made = release.advance(registry, client, move.step, settings.rollout)
-                return Turn("advance", move.sentence, made.trial)
+                rollout_event = release.advance(registry, client, move.step, settings.rollout)
+                return Turn("advance", move.sentence, rollout_event.trial)
             assert move.record is not None
             if move.do == "rollback":
                 try:
-                    made = release.rollback(registry, client, settings.rollout, move.record)
+                    rollout_event = release.rollback(registry, client, settings.rollout, move.record)
                 except SidstreamError as error:
-                    # The first champion has nobody before it: the alarm stands, and people must act.
+                    # The first champion has no predecessor: the alarm stays, and people must act.
                     return Turn("refuse", f"{move.sentence}; but {error}", rollout.trial, move.record)
             else:
-                made = release.conclude(registry, client, move.record, settings.rollout)
-        details = {"picture": keep_picture(registry, move.record, sight.mature, settings.gate)}
-        return Turn(made.action, move.sentence, rollout.trial, move.record, details)
+                rollout_event = release.conclude(registry, client, move.record, settings.rollout)
+        details = {"picture": store_decision_plot(registry, move.record, sight.mature, settings.gate)}
+        return Turn(rollout_event.action, move.sentence, rollout.trial, move.record, details)
 
-    def _learn(self, why: str) -> Turn:
+    def _train_when_due(self, why: str) -> Turn:
         schedule = self._settings.trainer.schedule
-        left = 60 * schedule.every_minutes - (time.monotonic() - self._trained_at)
-        if left > 0:
-            return Turn("wait", f"{why}; the next training is due in {left / 60:.0f} minutes")
+        seconds_left = 60 * schedule.every_minutes - (time.monotonic() - self._trained_at)
+        if seconds_left > 0:
+            return Turn("wait", f"{why}; the next training is due in {seconds_left / 60:.0f} minutes")
         self._trained_at = time.monotonic()
         try:
             result = self._train()
         except SidstreamError as error:
-            return self._noted(Turn("refuse", str(error)))
+            return self._journal_once(Turn("refuse", str(error)))
         if result.skipped:
-            return self._noted(Turn("skip", result.told()))
+            return self._journal_once(Turn("skip", result.told()))
         turn = Turn("train", result.told(), result.trial, details=result.as_dict())
-        return self._noted(turn) if result.no_dpo else turn
+        return self._journal_once(turn) if result.no_dpo else turn
 
-    def _noted(self, turn: Turn) -> Turn:
-        """Keep the reason in the journal, once while it stays the same."""
+    def _journal_once(self, turn: Turn) -> Turn:
+        """Write the reason into the journal, once as long as it stays the same."""
         if turn.sentence != self._journalled:
             self._registry.journal(f"{turn.did}: {turn.sentence}", turn.details)
             self._journalled = turn.sentence
         return turn
 
-    def _look(self, trial: str) -> Sight:
+    def _read_trial(self, trial: str) -> Sight:
         mature, recent = read_all_outcomes(self._redis, trial)
         return Sight(mature, recent, read_health(self._redis, trial), cohort_ms(self._redis))

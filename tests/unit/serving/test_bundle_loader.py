@@ -8,7 +8,7 @@ import pytest
 
 from registry.bundles import context, rewards
 from registry.bundles.context import Context
-from serving.bundles import Bundles, load
+from serving.bundle_loader import BundleLoader, open_bundle
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
 from tests.tiny_bundle import write_tiny_bundle
@@ -48,12 +48,12 @@ def store(tmp_path):
 
 
 class Watch:
-    """Bundles under test, and what they told."""
+    """The loader under test, with queues of what it loaded and failed to load."""
 
     def __init__(self, store, indexed=lambda _: True):
         self.loaded = asyncio.Queue()
         self.failed = asyncio.Queue()
-        self.bundles = Bundles(
+        self.bundles = BundleLoader(
             store, "sidstream", 1, retry_max_s=0.01, indexed=indexed,
             on_loaded=self.loaded.put_nowait, on_failure=lambda: self.failed.put_nowait(None),
         )  # fmt: skip
@@ -86,9 +86,9 @@ def test_all_arms_of_the_newest_rollout_are_loaded_and_the_rest_let_go(store):
             watch.publish(rollout("v2", store=store))
             return await watch.loaded.get()
 
-    service = run(story())
-    assert set(service.bundles) == {store.bundles["v2"].id}
-    assert service.bundles[store.bundles["v2"].id].popular == ("a",)
+    loaded_rollout = run(story())
+    assert set(loaded_rollout.bundles) == {store.bundles["v2"].id}
+    assert loaded_rollout.bundles[store.bundles["v2"].id].popular == ("a",)
     assert store.fetched == ["v1", "v2"]
 
 
@@ -100,11 +100,11 @@ def test_a_bundle_that_does_not_load_leaves_the_old_service_until_it_does(store)
             store.away.add("v3")
             watch.publish(rollout("v2", "v3", store=store, trial="next"))
             await watch.failed.get()
-            assert watch.bundles.service is first
+            assert watch.bundles.loaded_rollout is first
             store.away.clear()
-            service = await watch.loaded.get()
-            assert watch.bundles.service is service
-            return service.rollout.trial, store.fetched.count("v2")
+            loaded_rollout = await watch.loaded.get()
+            assert watch.bundles.loaded_rollout is loaded_rollout
+            return loaded_rollout.rollout.trial, store.fetched.count("v2")
 
     assert run(story()) == ("next", 1)
 
@@ -125,12 +125,12 @@ def test_a_newer_rollout_replaces_one_that_does_not_load(store):
 def test_a_rollout_that_cannot_be_served_is_not(store, fault):
     async def story():
         async with Watch(store, indexed=lambda _: fault != "no index") as watch:
-            wanted = rollout("v1", store=store, weight=0.0 if fault == "no weight" else 1.0)
+            event = rollout("v1", store=store, weight=0.0 if fault == "no weight" else 1.0)
             if fault == "other bundle":
                 store.bundles["v1"] = store.bundles["v2"]
-            watch.publish(wanted)
+            watch.publish(event)
             await watch.failed.get()
-            return watch.bundles.service, watch.bundles.ready
+            return watch.bundles.loaded_rollout, watch.bundles.ready
 
     assert run(story()) == (None, False)
 
@@ -139,7 +139,7 @@ def test_the_rollout_of_another_recommender_changes_nothing(store):
     async def story():
         async with Watch(store) as watch:
             watch.publish(rollout("v1", store=store, name="somebody-else"))
-            return watch.bundles.ready, watch.bundles.service
+            return watch.bundles.ready, watch.bundles.loaded_rollout
 
     assert run(story()) == (True, None)
 
@@ -158,16 +158,16 @@ def test_an_arm_without_users_is_loaded_as_well(store):
 
 def test_a_bundle_whose_graph_knows_nothing_of_its_context_is_not_loaded(tmp_path):
     bundle = write_tiny_bundle(tmp_path, SIZES)
-    assert load(bundle, 1).context == Context()
+    assert open_bundle(bundle, 1).context == Context()
     context.write(Context(9, {"scene": ["home"]}), tmp_path)
     with pytest.raises(
         SidstreamError, match=r"context\.json and encode\.onnx differ.*export the bundle again"
     ):
-        load(bundle, 1)
+        open_bundle(bundle, 1)
 
 
 def test_a_bundle_whose_context_and_bins_disagree_about_rewards_is_not_loaded(tmp_path):
     bundle = write_tiny_bundle(tmp_path, SIZES)
     rewards.write(rewards.Rewards({}, {"click": {"0": 0.5, "1": 0.5}}), tmp_path)
     with pytest.raises(SidstreamError, match=r"context\.json and rewards\.json differ"):
-        load(bundle, 1)
+        open_bundle(bundle, 1)

@@ -1,4 +1,4 @@
-"""Reads users' histories and profiles from Redis, and says so where Redis does not answer in time."""
+"""Reads users' histories and profiles from Redis; a result of None says that Redis did not answer in time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_S = 0.05
 
 
-class Stored(NamedTuple):
-    """What Redis keeps of a user, packed; None where there is nothing."""
+class StoredUser(NamedTuple):
+    """A user's history and profile as Redis stores them, packed; None where there is none."""
 
     history: bytes | None = None
     profile: bytes | None = None
 
 
-class Histories:
+class HistoryReader:
     """The histories and profiles of a batch of users in one round trip.
 
     When Redis fails, the first batch waits for it up to `wait_s`; those after it try once each, so that an
@@ -36,8 +36,8 @@ class Histories:
         self._wait_s = wait_s
         self.down = False
 
-    async def read(self, users: Sequence[str]) -> list[Stored] | None:
-        """What there is of each user; None in the place of the list: Redis is away."""
+    async def read(self, users: Sequence[str]) -> list[StoredUser] | None:
+        """History and profile of each user, in order; None: Redis did not answer."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (0 if self.down else self._wait_s)
         backoff = Backoff(_FIRST_RETRY_S)
@@ -61,7 +61,7 @@ class Histories:
                 if self.down:
                     log.warning("Redis answers again")
                 self.down = False
-                return [Stored(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+                return [StoredUser(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
     async def close(self) -> None:
         """Close the connections."""
