@@ -11,6 +11,7 @@ clicks, none of trials. Prints one line of JSON a variant: CTR, CVR, margin, dro
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from kafka import KafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from registry.bundles.bundle import Bundle
 from registry.bundles.context import Context
@@ -27,15 +28,14 @@ from registry.bundles.context import read as read_context
 from registry.bundles.prompt import Sid, prompt_sids
 from registry.bundles.ranking import read as read_ranking
 from registry.bundles.store import Registry
-from registry.releases.current import read_newest
 from sidstream.settings import Settings, load
 from streams.errors import SidstreamError
 from streams.events import PreferencePair, Scheme, SidAssignment, UserProfile, decode
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.state import history, keys
-from streams.state.redisdb import client
-from streams.wire.connect import client_options
+from streams.state.redisdb import redis_client
+from streams.wire.topic_reader import read_newest_events, read_ranges
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
 from trainer.cycle_inputs import load_model, read_material
@@ -103,20 +103,20 @@ class Jury:
         return clicks / shown, purchases / clicks
 
 
-def jury(settings: Settings, bundle: Bundle) -> Jury:
-    """500 shoppers of the demo, by seed."""
+def jury(settings: Settings, bundle: Bundle, shoppers: int = SHOPPERS) -> Jury:
+    """So many shoppers of the demo, by seed."""
     log = source_of("online-retail")
     truth = Truth(list(log.catalogue()), settings.shoppers)
-    everybody = population(truth, past_of(log))
+    everybody = population(truth, user_item_sequences(log))
     rng = np.random.default_rng(settings.shoppers.seed)
-    chosen = [everybody[i] for i in rng.choice(len(everybody), SHOPPERS, replace=False)]
+    chosen = [everybody[i] for i in rng.choice(len(everybody), shoppers, replace=False)]
     triggers = [shopper.trigger(truth, rng) for shopper in chosen]
     wanted = bundle.manifest.codebook
-    newest = read_newest(settings.kafka, SidAssignment).values()
+    newest = read_newest_events(settings.kafka, SidAssignment).values()
     sids = {event.item_id: tuple(event.sid) for event in newest if event.codebook == wanted}
-    with client(settings.redis) as store:
+    with redis_client(settings.redis) as store:
         pasts = [
-            [entry.sid for entry in history.decode(store.get(keys.history(shopper.user_id))).entries]
+            [entry.sid for entry in history.decode_history(store.get(keys.history(shopper.user_id))).entries]
             for shopper in chosen
         ]
     prompts = [
@@ -124,25 +124,25 @@ def jury(settings: Settings, bundle: Bundle) -> Jury:
         for past, trigger in zip(pasts, triggers, strict=True)
     ]
     known = SidSet(list(sids.values()), bundle.prompt)
-    profiles = {one.user_id: one.attributes for one in read_newest(settings.kafka, UserProfile).values()}
+    profiles = {
+        one.user_id: one.attributes for one in read_newest_events(settings.kafka, UserProfile).values()
+    }
     items = {sid: item for item, sid in sids.items()}
     return Jury(truth, chosen, triggers, prompts, read_context(bundle.path), profiles, items, known)
 
 
 def pairs_of(settings: Settings, bundle: Bundle) -> list[PreferencePair]:
     """The preference pairs of the window that the bundle was made from."""
-    pairs = []
-    consumer = KafkaConsumer(**client_options(settings.kafka), group_id=None, enable_auto_commit=False)
-    for number, (begin, end) in bundle.manifest.window["preferences"].items():
-        part = TopicPartition("preferences", int(number))
-        consumer.assign([part])
-        consumer.seek(part, begin)
-        while consumer.position(part) < end:
-            for record in consumer.poll(timeout_ms=1000).get(part, []):
-                if record.offset < end:
-                    pairs.append(decode(PreferencePair, record.value))
-    consumer.close()
-    return pairs
+    ranges = {
+        TopicPartition("preferences", int(number)): (begin, end)
+        for number, (begin, end) in bundle.manifest.window["preferences"].items()
+    }
+
+    async def read() -> list[PreferencePair]:
+        batches = [records async for _, records in read_ranges(settings.kafka, ranges)]
+        return [decode(PreferencePair, record.value) for records in batches for record in records]
+
+    return asyncio.run(read())
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.attribution.pairs import Open, add, close
-from agents.attribution.windows import Rules
+from agents.attribution.pairs import OpenPairWindows, PairRules
+from agents.attribution.window_stage import WindowRules
 from streams.events import Click, PreferencePair, Purchase, Scheme
 from trainer.evaluation.sequences import BUY_WITHIN_MS
 from trainer.evaluation.sidstream_ranker import Trained
@@ -26,9 +26,9 @@ def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
     assert data.bought_ts is not None, "the log has purchases"
     assert split.starts is not None, "the split is one in time"
     end = split.starts[0]
-    rules = Rules(WINDOWS_MS[data.name], 0)
+    windows = WindowRules(WINDOWS_MS[data.name], 0)
     for user, (row, ts, sold) in enumerate(zip(data.items, data.ts, data.bought_ts, strict=True)):
-        state, name = Open(), str(user)
+        state, name = OpenPairWindows(), str(user)
         events: list[Click | Purchase] = []
         for item, at, when in zip(row.tolist(), ts.tolist(), sold.tolist(), strict=True):
             shared: dict[str, Any] = {"schema_version": 1, "user_id": name, "item_id": str(item)}
@@ -37,8 +37,8 @@ def clicked_pairs(split: Split, trained: Trained) -> Iterator[PreferencePair]:
             if 0 <= when < end:
                 events.append(Purchase(event_id=f"p{when}-{item}", ts=when, price=0.0, **shared))
         for event in sorted(events, key=lambda event: event.ts):
-            add(state, event, rules, None)
-        for decision in close(state, end, rules, 10, lambda _: True):
+            state.add_event(event, windows, None)
+        for decision in state.close_due(end, PairRules(windows, 10, lambda _: True)):
             past = row[ts < decision.before]
             yield _pair(
                 trained, user, decision.scheme, decision.ts, past, int(decision.chosen),

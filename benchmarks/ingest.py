@@ -68,7 +68,7 @@ def main() -> None:
                 with worker(kafka, url, home / "codebook", home / "log", codebook_check_s=0.5):
                     wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, 300, "SIDs")
                     catalogue_s = time.perf_counter() - began
-                total = replay(kafka, shop, catalog=False).sent
+                total = replay(kafka, shop, catalog=False).record_count
                 with worker(kafka, url, home / "codebook", home / "log", metrics_port=port):
                     wait_until(lambda: applied(port) > 0, 300, "the first event")
                     first, start, cpu = applied(port), time.perf_counter(), metric(port, _CPU)
@@ -79,7 +79,7 @@ def main() -> None:
                 sids = {
                     item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook.id)).items()
                 }
-                lives = {source: incarnations(kafka)[source] for source in history.SOURCES}
+                lives = {source: incarnations(kafka)[source] for source in history.SOURCE_TOPICS}
                 wanted = pure_histories(shop, sids, codebook.id, len(codebook.sizes), lives, PARTITIONS)
                 equal = len(users) == len(wanted) and all(
                     store.get(keys.history(user)) == value for user, value in wanted.items()

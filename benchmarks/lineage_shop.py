@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.attribution.pairs import Decision, Open, add, close
-from agents.attribution.windows import Rules
+from agents.attribution.pairs import OpenPairWindows, PairDecision, PairRules
+from agents.attribution.window_stage import WindowRules
 from registry.arms import CHAMPION, DPO, SFT
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
@@ -36,7 +36,7 @@ from streams.events import (
     Recommendation,
     Trigger,
 )
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.settings import ShoppersSettings
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip
@@ -60,7 +60,7 @@ TURN = 0.2
 BURST, LOOKS = 3000, 6
 JURY, SHOWN = 2000, 10
 MADE = "codebook"
-RULES = Rules(WINDOW_MS, 0)
+RULES = WindowRules(WINDOW_MS, 0)
 GATE = GateSettings.model_validate({})
 ROLLOUT = RolloutSettings.model_validate({})
 
@@ -139,7 +139,7 @@ class Shop:
         self.shoppers_settings = ShoppersSettings.model_validate({"seed": seed})
         log = source_of("online-retail")
         self.truth = Truth(list(log.catalogue()), self.shoppers_settings)
-        pasts = past_of(log)
+        pasts = user_item_sequences(log)
         self.shoppers = population(self.truth, pasts)
         self.titles = {item.item_id: item.title for item in log.catalogue()}
         self.prices = {item.item_id: item.price or 0.0 for item in log.catalogue()}
@@ -149,7 +149,7 @@ class Shop:
         self.now = max(self.books.ts) + DAY_MS
         self.read = 0  # rows of the books that a champion has seen
         self.history: dict[str, list[int]] = defaultdict(list)
-        self.open: dict[str, Open] = defaultdict(Open)
+        self.open: dict[str, OpenPairWindows] = defaultdict(OpenPairWindows)
         self.pairs: list[PreferencePair] = []
         self._learn_items()
         order = np.argsort(self.books.ts, kind="stable")
@@ -240,7 +240,7 @@ class Shop:
             if not isinstance(event, Impression | Click | Purchase):
                 continue
             user = event.user_id
-            add(self.open[user], event, RULES, None)
+            self.open[user].add_event(event, RULES, None)
             sums_of = self.seen.setdefault(user, np.zeros(3, np.int64))
             if isinstance(event, Impression):
                 sums_of[0] += len(event.item_ids)
@@ -258,10 +258,10 @@ class Shop:
         trip = ShoppingTrip(Answering(self), self.truth, self.shoppers, self.shoppers_settings, self.now)
         self.now = trip.run(sessions, self.prices).end_ts + 2 * WINDOW_MS
         for user, state in self.open.items():
-            for decision in close(state, self.now, RULES, 10, lambda item: item in self.row):
+            for decision in state.close_due(self.now, PairRules(RULES, 10, lambda item: item in self.row)):
                 self.pairs.append(self._pair(user, decision))
 
-    def _pair(self, user: str, decision: Decision) -> PreferencePair:
+    def _pair(self, user: str, decision: PairDecision) -> PreferencePair:
         # What came since the page was opened is at the end of the history: its items are left out.
         later = {self.row[item] for item in (decision.chosen, *decision.rejected)}
         past = self.history[user][-2 * self.prompt.max_items :]

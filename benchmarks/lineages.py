@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.lineage_shop import Shop
 from benchmarks.results import RESULTS, line, put_table
-from sidstream.commands.train import prepare
+from sidstream.commands.train import set_thread_environment
 from trainer.settings import TrainerSettings
 
 BEGIN, END = "<!-- lineages -->\n", "<!-- end of lineages -->\n"
@@ -49,7 +49,7 @@ def main() -> None:
     given = asked.parse_args()
     if given.publish and given.set:
         asked.error("the table is of the default settings: leave out --set, or --publish")
-    prepare()
+    set_thread_environment()
     dpo = {name: json.loads(value) for name, _, value in (one.partition("=") for one in given.set)}
     settings = TrainerSettings.model_validate({"dpo": dpo, "beat_popularity": False})
     before = _read(given.out) if given.out else []

@@ -40,8 +40,8 @@ from registry.arms import CHAMPION
 from registry.bundles.bundle import BundleKind
 from registry.bundles.store import Registry
 from registry.releases import lease, release
+from sidstream.continuous_delivery import ContinuousDelivery, Turn
 from sidstream.settings import Settings
-from sidstream.unattended import Cycle, Turn
 from streams.events import Rollout
 from trainer.cycle_result import CycleResult
 
@@ -82,7 +82,7 @@ class Ran:
 @contextmanager
 def cycle_of(
     settings: Settings, registry: Registry, url: str, crowd: Crowd, ratchet: Ratchet, seed: int
-) -> Iterator[tuple[Cycle, Shop, Outbox]]:
+) -> Iterator[tuple[ContinuousDelivery, Shop, Outbox]]:
     """The unattended cycle on a shop of simulated users, training replaced by bundles with a truth."""
     shop, outbox, made = Shop(url, crowd, settings, seed), Outbox(), iter(range(256))
     random = np.random.default_rng([seed, 1])
@@ -115,7 +115,7 @@ def cycle_of(
         return newest
 
     try:
-        yield Cycle(settings, registry, shop.redis, current, train, promoting), shop, outbox
+        yield ContinuousDelivery(settings, registry, shop.redis, current, train, promoting), shop, outbox
     finally:
         shop.close()
 

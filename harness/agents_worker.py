@@ -93,30 +93,30 @@ def start(
     kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents: Any
 ) -> subprocess.Popen[bytes]:
     """One worker, for tests that kill it."""
-    told = {"kafka": kafka.model_dump(mode="json"), "redis": redis_url, "codebook": str(codebook)}
+    configuration = {"kafka": kafka.model_dump(mode="json"), "redis": redis_url, "codebook": str(codebook)}
     with log.open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "harness.agents_worker", json.dumps({**told, "agents": agents})],
+            [sys.executable, "-m", "harness.agents_worker", json.dumps({**configuration, "agents": agents})],
             stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent, env=os.environ,
         )  # fmt: skip
 
 
 def main() -> None:
     """Run the worker that the argument describes."""
-    from agents import catalogue
+    from agents import slot_allocator
     from agents.app import create_app, run_worker
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
-    catalogue.load_embedder = words_of  # type: ignore[assignment,attr-defined]
-    told = json.loads(sys.argv[1])
+    slot_allocator.load_embedder = words_of  # type: ignore[assignment,attr-defined]
+    configuration = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(
-            KafkaSettings.model_validate(told["kafka"]),
-            RedisSettings.model_validate({"url": told["redis"]}),
+            KafkaSettings.model_validate(configuration["kafka"]),
+            RedisSettings.model_validate({"url": configuration["redis"]}),
             HistorySettings(),
-            AgentsSettings.model_validate(told["agents"]),
-            FileCodebooks(Path(told["codebook"])),
+            AgentsSettings.model_validate(configuration["agents"]),
+            FileCodebooks(Path(configuration["codebook"])),
         )
     )
 

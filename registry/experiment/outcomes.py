@@ -130,8 +130,8 @@ def _read(redis: Any, step_id: str, until: int) -> dict[str, ArmOutcomes]:
             # The key ends with the user's id, which no message may show.
             raise SidstreamError(
                 f"trial {step_id} has sums that are no whole numbers by cohort ({error}), in a Redis key "
-                f"whose name hashes to {keys.hashed(_text(name))}; delete that key, or, where an older "
-                "sidstream wrote it, replay the topics into an empty Redis"
+                f"whose name hashes to {keys.anonymous_user(_text(name))}; delete that key, or, where an "
+                "older sidstream wrote it, replay the topics into an empty Redis"
             ) from error
         rows.count += len(rows.users) > size_before
     cohorts = sorted({cohort for rows in arms.values() for cohort in rows.cohorts})

@@ -18,8 +18,8 @@ from registry.bundles.rewards import Offer
 from streams.errors import SidstreamError
 from streams.events import Purchase
 from streams.replay.online_retail import OnlineRetail
-from streams.replay.rees46 import Rees46, find
-from streams.replay.source import Source
+from streams.replay.rees46 import Rees46, find_rees46_file
+from streams.replay.source import EventSource
 from trainer.evaluation.sequences import Sequences, group_events
 from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME
 
@@ -103,10 +103,10 @@ def _online_retail(folder: Path | None) -> Sequences:
 
 
 def _rees46(folder: Path | None) -> Sequences:
-    return _of_log("rees46", Rees46(find(folder)))
+    return _of_log("rees46", Rees46(find_rees46_file(folder)))
 
 
-def _of_log(name: str, log: Source, marked: bool = True) -> Sequences:
+def _of_log(name: str, log: EventSource, marked: bool = True) -> Sequences:
     """Clicks, carts and purchases of a log alike; `marked`: which are purchases is kept."""
     users, items, ts, bought = [], [], [], []
     for event in log.events():

@@ -11,17 +11,15 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import TopicPartition
 
 from registry.bundles.context import Attributes, Context, Counts, count_values
 from registry.bundles.prompt import Sid
 from streams import events
-from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from streams.state import profile
-from streams.wire.admin import incarnations, missing, spans, unreachable
-from streams.wire.connect import client_options
+from streams.wire.admin import incarnations, missing_topic_error, offset_spans
+from streams.wire.topic_reader import read_ranges
 from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
 from trainer.log.pair_filter import Withdrawal, newest_of_each, withdraw
 from trainer.sequences.rows import Catalogue, Interactions, interactions
@@ -31,9 +29,6 @@ TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "user
 _KEYED = ("catalog", "users", "sids")
 # Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
 _FILE_ROWS = 1_000_000
-_FETCH_BYTES = 8 * 1024 * 1024
-# Without a record for so long the broker counts as gone.
-_SILENCE_S = 30.0
 
 
 class _When(msgspec.Struct):
@@ -105,7 +100,7 @@ class Window:
                 continue
             one = decoder.decode(value)
             held = newest.get(one.user_id)
-            if held is None or profile.order(one) >= profile.order(held):
+            if held is None or profile.newest_order_key(one) >= profile.newest_order_key(held):
                 newest[one.user_id] = one
         return {user: one.attributes for user, one in newest.items()}
 
@@ -248,53 +243,23 @@ class _Buffer:
         self.refused = 0
 
 
-async def _drain(
-    kafka: KafkaSettings, log: Log, buffers: dict[str, _Buffer], ends: dict[TopicPartition, int],
-    advance: Callable[[int], None] | None,
+async def _fill(
+    buffers: dict[str, _Buffer], kafka: KafkaSettings, log: Log,
+    ranges: Mapping[TopicPartition, tuple[int, int]], advance: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
-    consumer = AIOKafkaConsumer(
-        **client_options(kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest",
-        max_partition_fetch_bytes=_FETCH_BYTES,
-    )  # fmt: skip
-    try:
-        await consumer.start()
-    except KafkaError as error:
-        await consumer.stop()
-        raise unreachable(kafka, error) from error
-    try:
-        consumer.assign(list(ends))
-        for at in ends:
-            consumer.seek(at, buffers[at.topic].begin[at.partition])
-        left = set(ends)
-        heard = time.monotonic()
-        while left:
-            polled = await consumer.getmany(*left, timeout_ms=500)
-            now_ms = time.time_ns() // 1_000_000
-            for at, records in polled.items():
-                buffer = buffers[at.topic]
-                for record in records:
-                    if record.offset < ends[at]:
-                        buffer.add(at.partition, record, now_ms)
-                if advance:
-                    advance(len(records))
-                if len(buffer.columns[0]) >= _FILE_ROWS:
-                    buffer.flush(log)
-            for at in list(left):
-                # Compaction leaves gaps: the position tells how far a partition was read.
-                if await consumer.position(at) >= ends[at]:
-                    buffers[at.topic].end[at.partition] = ends[at]
-                    left.discard(at)
-            if polled:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _SILENCE_S:
-                names = ", ".join(sorted({at.topic for at in left}))
-                raise SidstreamError(
-                    f"Kafka sent no record of {names} for {_SILENCE_S:.0f} seconds; see `sidstream doctor`"
-                )
-    except KafkaError as error:
-        raise unreachable(kafka, error) from error
-    finally:
-        await consumer.stop()
+    """Read the ranges into the buffers, and the buffers into the log."""
+    async for at, records in read_ranges(kafka, ranges):
+        now_ms = time.time_ns() // 1_000_000
+        buffer = buffers[at.topic]
+        for record in records:
+            buffer.add(at.partition, record, now_ms)
+        if advance:
+            advance(len(records))
+        if len(buffer.columns[0]) >= _FILE_ROWS:
+            buffer.flush(log)
+    for at, (_, end) in ranges.items():
+        # Compaction leaves gaps: the last record may lie below the end that was read.
+        buffers[at.topic].end[at.partition] = end
     for buffer in buffers.values():
         buffer.flush(log)
 
@@ -311,25 +276,24 @@ def read_window(
     that was made again since then is new as a whole. `advance(n)` is called for every n records read. Raises
     SidstreamError when the broker does not answer or a topic is missing.
     """
-    now = spans(kafka)
+    now = offset_spans(kafka)
     lives = incarnations(kafka)
     buffers: dict[str, _Buffer] = {}
-    ends: dict[TopicPartition, int] = {}
+    unread: dict[TopicPartition, tuple[int, int]] = {}
     ranges: Ranges = {}
     for topic in TOPICS:
         if topic not in now:
-            raise missing(topic)
+            raise missing_topic_error(topic)
         logged = log.ends(topic, lives[topic])
         begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
         buffers[topic] = _Buffer(topic, lives[topic], begin)
         for number, span in now[topic].items():
             if begin[number] < span.end:
-                ends[TopicPartition(topic, number)] = span.end
+                unread[TopicPartition(topic, number)] = (begin[number], span.end)
         before = (parent or {}).get(topic, {})
         ranges[topic] = {}
         for number, span in now[topic].items():
             old = before.get(number, (0, 0))[1]
             ranges[topic][number] = (old if old <= span.end else 0, span.end)
-    if ends:
-        asyncio.run(_drain(kafka, log, buffers, ends, advance))
+    asyncio.run(_fill(buffers, kafka, log, unread, advance))
     return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})
