@@ -12,6 +12,7 @@ import pytest
 from streams.events import BY_TOPIC, Event, EventError, decode
 from streams.settings import KafkaSettings
 from streams.wire.records import partition_of
+from streams.wire.topics import all_topics
 
 ROOT = Path(__file__).resolve().parents[3]
 EVENTS_MD = (ROOT / "docs/events.md").read_text()
