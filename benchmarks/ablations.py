@@ -25,8 +25,7 @@ from benchmarks.ensembles import Ensemble, distilled
 from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import accuracy, hit_ranks
-from trainer.evaluation.models import Head
-from trainer.evaluation.ranker import MASKS, Mask
+from trainer.evaluation.ranker import MASKS, Head, Mask
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.sidstream_ranker import Recipe, Trained, recipe
 from trainer.evaluation.splits import Queries, Split, leave_one_out

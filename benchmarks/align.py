@@ -38,7 +38,8 @@ from streams.state.redisdb import client
 from streams.wire.connect import client_options
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
-from trainer.cycle_inputs import load_model, read_material
+from trainer.cycle_inputs import read_material
+from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Ranker

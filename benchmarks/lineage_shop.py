@@ -48,7 +48,9 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.offline_check import failing, held_probe
 from trainer.offline.quality import evaluate
 from trainer.offline.ranking import Ranker
-from trainer.sequences.rows import Rows, catalogue, hold_out, interactions
+from trainer.sequences.held_out import hold_out
+from trainer.sequences.interactions import catalogue, interactions
+from trainer.sequences.rows import Rows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 from trainer.tuning.sft import train

@@ -14,7 +14,9 @@ from registry.bundles.context import Context, vocabulary
 from registry.bundles.prompt import Prompt
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM, new_generator
-from trainer.sequences.rows import Catalogue, Interactions, Rows, Split, catalogue, hold_out, interactions
+from trainer.sequences.held_out import Split, hold_out
+from trainer.sequences.interactions import Catalogue, Interactions, catalogue, interactions
+from trainer.sequences.rows import Rows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 

@@ -27,9 +27,9 @@ from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.alignment.stage import aligned
-from trainer.cycle_inputs import Material, load_model, only_one, read_material
+from trainer.cycle_inputs import Material, only_one, read_material
 from trainer.cycle_result import CycleResult, Progress, Stages
-from trainer.generator.build import fresh_generator
+from trainer.generator.build import fresh_generator, load_model
 from trainer.generator.export import export, parity
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.offline_check import check_finite, failing, failing_first
@@ -37,7 +37,8 @@ from trainer.offline.offpolicy import Explored, judge
 from trainer.offline.quality import Quality, evaluate, hr_ndcg
 from trainer.plots.curve import draw
 from trainer.rewards.online import Worth, refine
-from trainer.sequences.rows import Rows, popular
+from trainer.sequences.interactions import popular
+from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
 from trainer.tuning.broadcast import write
 from trainer.tuning.devices import Devices

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from registry.bundles.bundle import Bundle
 from registry.bundles.codebook import Codebook
@@ -27,15 +25,15 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
 from trainer.generator.constrained import SidSet
-from trainer.generator.model import GeneratorForCausalLM
 from trainer.log.log import Log
 from trainer.log.window import Window, read_window
 from trainer.offline.offpolicy import Explored, explored
 from trainer.rewards.labels import grown, learned, purchased, told
 from trainer.rewards.negative_feedback import ignored
 from trainer.sequences.batches import Int64
+from trainer.sequences.held_out import Split, hold_out
+from trainer.sequences.interactions import Catalogue, Interactions, catalogue
 from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Catalogue, Interactions, Split, catalogue, hold_out
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 
@@ -159,10 +157,3 @@ def read_material(
         tokenizer, context, rewards, profiles, offers, bought, logged,
         ignored(logged, known, offers, rewards, context, said),
     )  # fmt: skip
-
-
-def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer of a bundle's model/ folder, on the CPU in float32."""
-    transformers_logging.disable_progress_bar()
-    model = GeneratorForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -14,11 +14,11 @@ from sidstream.console import emit, err, status
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
-    from trainer.evaluation.models import Options
     from trainer.evaluation.ranker import Mask
     from trainer.evaluation.run import Measured
     from trainer.evaluation.sequences import Sequences
     from trainer.evaluation.splits import Split
+    from trainer.rankers import Options
 
 
 def evaluate(
@@ -58,8 +58,8 @@ def evaluate(
     Example: sidstream evaluate amazon14-beauty --models popularity,itemknn --data /data
     """
     from trainer.evaluation import datasets, report
-    from trainer.evaluation.models import DEFAULT, Options, chosen
     from trainer.evaluation.results import RESULTS, commit
+    from trainer.rankers import DEFAULT, Options, chosen
 
     names = chosen(models.split(",") if models else DEFAULT)
     masks = _masks(mask)
@@ -119,9 +119,9 @@ def _measured(
     show: Callable[[str], None],
 ) -> list[Measured]:  # fmt: skip
     """Every model's runs; a seed's models together, so that models which share a training do."""
-    from trainer.evaluation.models import MODELS
     from trainer.evaluation.run import evaluate as run
     from trainer.evaluation.run import with_means
+    from trainer.rankers import MODELS
 
     found: list[Measured] = []
     for seed in range(1, seeds + 1):

@@ -33,8 +33,9 @@ from streams.errors import SidstreamError
 from trainer.alignment.losses import LOSSES, DynamicBeta, gaps
 from trainer.alignment.rows import PreferenceRow, collate
 from trainer.alignment.scores import Head, heads_of
-from trainer.alignment.stop_rules import Probe, Watch
+from trainer.alignment.stop_rules import Watch
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline.probe import Probe
 from trainer.sequences.rows import Rows
 from trainer.settings import DpoSettings, TrainerSettings
 from trainer.tuning.next_item import Replay

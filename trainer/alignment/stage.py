@@ -17,7 +17,8 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.log.pair_filter import Withdrawal
 from trainer.offline.offline_check import failing, held_probe
 from trainer.offline.quality import Quality, evaluate, told_change
-from trainer.sequences.rows import Catalogue, Interactions, Rows
+from trainer.sequences.interactions import Catalogue, Interactions
+from trainer.sequences.rows import Rows
 from trainer.settings import DpoSettings, TrainerSettings
 
 if TYPE_CHECKING:

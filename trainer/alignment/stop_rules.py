@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from trainer.offline.probe import Health, Probe
 from trainer.settings import DpoSettings
 
 # One-sided, 1 %: a look at some hundred users must not take noise for a collapse, and there are several.
@@ -21,33 +21,11 @@ _SURE = 2.326
 _LOOKS, _LEAST = 6, 5
 
 
-@dataclass(frozen=True)
-class Health:
-    """What held-out users say, the same ones at every look: bool (N,) each."""
-
-    hits: npt.NDArray[np.bool_]  # the next item is among the ten best
-    valid: npt.NDArray[np.bool_]  # what is spelled without a constraint is a SID
-
-    @property
-    def hr10(self) -> float:
-        """The hit rate at 10."""
-        return float(self.hits.mean())
-
-    @property
-    def validity(self) -> float:
-        """The share of real SIDs."""
-        return float(self.valid.mean())
-
-
 def _fell(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_], margin: float) -> bool:
     """Whether a share fell by more than `margin`, and not by chance: the paired test, user by user."""
     fall = before.astype(float) - now
     least = fall.mean() - _SURE * fall.std() / len(fall) ** 0.5
     return bool(fall.mean() > margin and least > 0)
-
-
-# Asked with the policy of the moment.
-Probe = Callable[[Any], Health]
 
 
 class Watch(TrainerCallback):

@@ -12,7 +12,7 @@ import numpy as np
 from streams.settings import KafkaSettings
 from trainer.log.log import Log
 from trainer.log.window import read_window
-from trainer.sequences.rows import Catalogue
+from trainer.sequences.interactions import Catalogue
 
 
 def touched(

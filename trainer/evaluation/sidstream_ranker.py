@@ -21,8 +21,7 @@ from registry.bundles.rewards import with_rewards
 from registry.settings import CodebookSettings
 from trainer.codebooks.collaborative import collaborative, fuse
 from trainer.codebooks.fit import assign_keeping, fit_vectors
-from trainer.evaluation.models import Head
-from trainer.evaluation.ranker import Mask, Progress
+from trainer.evaluation.ranker import Head, Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Shard, Split
 from trainer.generator.build import fresh_generator
@@ -31,8 +30,10 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Candidates, Ranker, past
 from trainer.rewards.labels import learned, purchased, told
 from trainer.sequences.batches import Int32, Int64
-from trainer.sequences.rows import Held, Interactions, Rows, catalogue, hold_out
-from trainer.sequences.rows import Split as Cut
+from trainer.sequences.held_out import Held, hold_out
+from trainer.sequences.held_out import Split as Cut
+from trainer.sequences.interactions import Interactions, catalogue
+from trainer.sequences.rows import Rows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 from trainer.tuning.ensemble import learn_members

@@ -12,7 +12,7 @@ from registry.bundles.prompt import PAD
 from trainer.evaluation.sequences import Int64
 from trainer.generator.constrained import SidSet, beam
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.rows import Catalogue
+from trainer.sequences.interactions import Catalogue
 
 _ROWS = 128
 

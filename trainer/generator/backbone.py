@@ -5,14 +5,11 @@ Shapes: B rows, P positions, D width, N states.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from trainer.generator.model import GeneratorConfig
+from trainer.generator.configuration import GeneratorConfig
 
 
 # Not torch's own: that one has no export to opset 18, and rounds to bfloat16 where this one gives float32.

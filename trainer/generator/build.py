@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from registry.bundles.prompt import Prompt
 from trainer.generator.model import GeneratorForCausalLM, new_generator
-from trainer.sequences.rows import Catalogue
+from trainer.sequences.interactions import Catalogue
 from trainer.settings import TrainerSettings
 
 
@@ -37,3 +41,10 @@ def fresh_generator(
     )  # fmt: skip
     model.know(torch.from_numpy(known.codes), None if text is None else torch.from_numpy(text))
     return model
+
+
+def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:
+    """Model and tokenizer of a bundle's model/ folder, on the CPU in float32."""
+    transformers_logging.disable_progress_bar()
+    model = GeneratorForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)

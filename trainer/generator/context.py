@@ -7,12 +7,9 @@ the request, and a request without a context is answered from the state itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from trainer.generator.model import GeneratorConfig
+from trainer.generator.configuration import GeneratorConfig
 
 
 class Modulation(nn.Module):

@@ -10,16 +10,14 @@ Shapes: I items, L levels, D width, T size of a text vector.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streams.errors import SidstreamError
-
-if TYPE_CHECKING:
-    from trainer.generator.model import GeneratorConfig
+from trainer.generator.configuration import GeneratorConfig
 
 # An item's last distance in the past, in items: 1, 2, 3 to 4, 5 to 8, ... and all beyond 64.
 DISTANCES = 8

@@ -30,12 +30,11 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.alignment.rows import PreferenceRow
 from trainer.alignment.stage import window_rows
-from trainer.alignment.stop_rules import Health
 from trainer.cycle_inputs import only_one, read_material
 from trainer.generator.constrained import SidSet
-from trainer.generator.model import IGNORE
+from trainer.offline.probe import Health
 from trainer.offline.quality import Quality, for_json, hr_ndcg
-from trainer.sequences.batches import Row
+from trainer.sequences.batches import IGNORE, Row
 from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import device

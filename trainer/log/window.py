@@ -24,7 +24,7 @@ from streams.wire.admin import incarnations, missing, spans, unreachable
 from streams.wire.connect import client_options
 from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
 from trainer.log.pair_filter import Withdrawal, newest_of_each, withdraw
-from trainer.sequences.rows import Catalogue, Interactions, interactions
+from trainer.sequences.interactions import Catalogue, Interactions, interactions
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.

@@ -10,10 +10,11 @@ from torch import nn
 
 from registry.bundles.ranking import Ranking
 from streams.errors import SidstreamError
-from trainer.alignment.stop_rules import Health, Probe
 from trainer.generator.constrained import SidSet
+from trainer.offline.probe import Health, Probe
 from trainer.offline.quality import Quality, ranked
-from trainer.sequences.rows import Catalogue, Held
+from trainer.sequences.held_out import Held
+from trainer.sequences.interactions import Catalogue
 from trainer.settings import TrainerSettings
 
 

@@ -16,7 +16,8 @@ from registry.bundles.ranking import Ranking
 from trainer.generator.constrained import SidSet, greedy
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import ROWS, Ranker, fit, ranks
-from trainer.sequences.rows import Catalogue, Held
+from trainer.sequences.held_out import Held
+from trainer.sequences.interactions import Catalogue
 from trainer.settings import TrainerSettings
 
 # Two-sided, 95 %.

@@ -22,7 +22,7 @@ from registry.bundles.ranking import Ranking, Repeats, left_out
 from trainer.generator.constrained import SidSet, beam
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import Int32, Int64, pad_items
-from trainer.sequences.rows import Held
+from trainer.sequences.held_out import Held
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.
 ROWS = 256

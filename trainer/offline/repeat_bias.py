@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Ranker
-from trainer.sequences.rows import Held
+from trainer.sequences.held_out import Held
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 _AS_LEARNED = STRENGTHS.index(1.0)

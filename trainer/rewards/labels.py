@@ -21,8 +21,8 @@ from registry.bundles.rewards import (
     quantile_edges,
 )
 from trainer.sequences.batches import Int32, Int64
+from trainer.sequences.interactions import Interactions
 from trainer.sequences.labelled_answers import Answers, answers
-from trainer.sequences.rows import Interactions
 from trainer.sequences.tasks import bought_within
 from trainer.settings import RewardSettings
 

@@ -11,8 +11,8 @@ from registry.bundles.rewards import CLICK, NAMES, Priced, Rewards
 from trainer.offline.offpolicy import Explored
 from trainer.rewards.labels import labelled, obtained
 from trainer.sequences.batches import Int64
+from trainer.sequences.interactions import Catalogue
 from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Catalogue
 
 
 def shown(logged: Explored, known: Catalogue) -> tuple[list[Int64], Int64, Int64]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from registry.bundles.prompt import PAD
-from trainer.generator.model import IGNORE
 
+# A label that no loss counts; the default of torch's cross-entropy.
+IGNORE = -100
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 

@@ -3,140 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK, Prompt, Sid
+from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK, Prompt
 from trainer.sequences.batches import Int32, Int64, Pieces, Row, by_size, pad_contexts
+from trainer.sequences.held_out import Split
+from trainer.sequences.interactions import Catalogue, Interactions
 from trainer.sequences.labelled_answers import Answers
 from trainer.sequences.tasks import Words, bought_within, search_prompt, summary_prompt
 from trainer.settings import TrainerSettings
-
-
-@dataclass(frozen=True)
-class Interactions:
-    """Users' interactions in event time; equal times keep the order of the log. Rows are grouped by user."""
-
-    users: list[str]  # user of each group
-    starts: Int64  # (U + 1,) first row of each user's group
-    items: Int64  # (N,) row of `Catalogue.codes`
-    ts: Int64  # (N,) milliseconds
-    fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
-    bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
-    context: Int32  # (N, C) token ids of what each event says beside its item (bundles.context), 0: nothing
-    rewards: Int32  # (N, R) token ids of the rewards that each event brought (bundles.rewards), 0: not known
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """The items that have a SID, and the tokens they are spelled with."""
-
-    items: list[str]
-    sids: list[Sid]
-    codes: Int64  # (I, L) token ids
-    titles: list[str]
-
-
-def catalogue(sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt) -> Catalogue:
-    """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID."""
-    items = sorted(sids)
-    codes = np.array([prompt.tokens(sids[item]) for item in items], dtype=np.int64)
-    return Catalogue(
-        items, [tuple(sids[item]) for item in items], codes.reshape(len(items), len(prompt.sizes)),
-        [titles.get(item, "") for item in items],
-    )  # fmt: skip
-
-
-def interactions(
-    users: Sequence[str],
-    ts: npt.ArrayLike,
-    items: Sequence[str],
-    known: Catalogue,
-    fresh: npt.ArrayLike | None = None,
-    bought: npt.ArrayLike | None = None,
-    context: Int32 | None = None,
-) -> Interactions:
-    """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
-    place = {item: row for row, item in enumerate(known.items)}
-    rows = np.fromiter((place.get(item, -1) for item in items), dtype=np.int64, count=len(items))
-    keep = np.flatnonzero(rows >= 0)
-    # Sorted names: the same log gives the same groups, however its partitions were read.
-    names = sorted({users[at] for at in keep.tolist()})
-    number = {user: at for at, user in enumerate(names)}
-    group = np.fromiter((number.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
-    times = np.asarray(ts, dtype=np.int64)
-    new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
-    paid = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
-    said = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
-    order = keep[np.lexsort((keep, times[keep], group[keep]))]
-    starts = np.searchsorted(group[order], np.arange(len(names) + 1))
-    return Interactions(
-        names, starts, rows[order], times[order], new[order], paid[order], said[order],
-        np.zeros((len(order), 0), dtype=np.int32),
-    )  # fmt: skip
-
-
-class Held(NamedTuple):
-    """Held-out next items: each row's history (newest last) and the item that came next."""
-
-    histories: list[Int64]
-    targets: Int64
-    ages_s: list[Int64]  # how long before the target each item of the history was touched
-    bought: list[npt.NDArray[np.bool_]]  # whether it was bought
-    contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
-    paid: npt.NDArray[np.bool_] | None = None  # (B,) whether the target was bought; None: nobody knows
-
-    def take(self, at: Int64) -> Held:
-        """Those in the places `at` (N,)."""
-        return Held(
-            [self.histories[place] for place in at], self.targets[at], [self.ages_s[place] for place in at],
-            [self.bought[place] for place in at], None if self.contexts is None else self.contexts[at],
-            None if self.paid is None else self.paid[at],
-        )  # fmt: skip
-
-
-def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
-    """The rows `at` (N,) of a log as targets, each with up to `max_items` of its user before it."""
-    targets = np.asarray(at, dtype=np.int64)
-    begins = log.starts[np.searchsorted(log.starts, targets, side="right") - 1]
-    spans = [slice(max(low, row - max_items), row) for low, row in zip(begins, targets, strict=True)]
-    return Held(
-        [log.items[span] for span in spans], log.items[targets],
-        [(log.ts[row] - log.ts[span]) // 1000 for row, span in zip(targets, spans, strict=True)],
-        [log.bought[span] for span in spans], log.context[targets], log.bought[targets],
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where each user's training part ends, and what was held out after it."""
-
-    ends: Int64  # (U,) one past the last row that is trained on
-    held: Held
-
-
-def hold_out(log: Interactions, settings: TrainerSettings, rng: np.random.Generator) -> Split:
-    """Keep the last item of `validation_users` users out of training, drawn from those with enough history.
-
-    A last item that only repeats the one before it teaches and tests nothing: such users are not drawn.
-    """
-    lengths = np.diff(log.starts)
-    ends = log.starts[1:].copy()
-    last = np.flatnonzero(lengths > settings.min_history)
-    last = last[log.items[ends[last] - 1] != log.items[ends[last] - 2]]
-    drawn = rng.permutation(last)[: min(settings.validation_users, len(last) // 2)]
-    ends[drawn] -= 1
-    return Split(ends, held(log, ends[drawn], settings.max_items))
 
 
 class Rows:
@@ -387,12 +268,3 @@ class Rows:
         limit = self.settings.batch_positions * len(self.prompt.sizes)
         made = [[rows[at] for at in batch] for batch in by_size(order, length, limit)]
         return [made[at] for at in rng.permutation(len(made))]
-
-
-def popular(log: Interactions, known: Catalogue, ends: Int64 | None = None) -> Iterator[int]:
-    """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
-    used = np.ones(len(log), dtype=bool)
-    if ends is not None:
-        used[ends[ends < log.starts[1:]]] = False
-    counts = np.bincount(log.items[used], minlength=len(known.items))
-    yield from np.argsort(-counts, kind="stable").tolist()

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from registry.bundles.prompt import BOS, ITEM, TITLE, UNK
-
-if TYPE_CHECKING:
-    from trainer.sequences.rows import Interactions
+from trainer.sequences.interactions import Interactions
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]

@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from registry.bundles.prompt import Prompt
 from streams.errors import SidstreamError
-from trainer.cycle_inputs import load_model
+from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.sequences.held_out import Held, Split
+from trainer.sequences.interactions import Catalogue, Interactions
 from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Catalogue, Held, Interactions, Rows, Split
+from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
 from trainer.tuning.pretrain import learn

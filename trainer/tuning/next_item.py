@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.generator.items import Past
-from trainer.generator.model import IGNORE, GeneratorForCausalLM
-from trainer.sequences.batches import Batch, Pieces, Row, collate
+from trainer.generator.model import GeneratorForCausalLM
+from trainer.sequences.batches import IGNORE, Batch, Pieces, Row, collate
 from trainer.sequences.rows import Rows
 from trainer.settings import TaskWeights, TrainerSettings
 from trainer.tuning.devices import fast_bf16

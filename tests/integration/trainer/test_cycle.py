@@ -29,8 +29,8 @@ from tests.tiny_explorations import explore
 from tests.tiny_shop import ITEMS, SIZES, sid_of
 from tests.unit.trainer.language_model.test_lora import foreign
 from trainer.cycle import run_cycle
-from trainer.cycle_inputs import load_model
 from trainer.cycle_result import CycleResult
+from trainer.generator.build import load_model
 from trainer.language_model.lora import tune_window
 from trainer.settings import DpoSettings, OffPolicySettings, RewardSettings, TrainerSettings
 

@@ -17,7 +17,7 @@ from tests.conftest import FreshStack
 from tests.tiny_explorations import exploration
 from trainer.log.log import Log
 from trainer.log.window import TOPICS, Window, read_window
-from trainer.sequences.rows import catalogue
+from trainer.sequences.interactions import catalogue
 
 pytestmark = pytest.mark.integration
 

@@ -23,7 +23,7 @@ from tests.tiny_log import Logged
 from tests.tiny_shop import SIZES, sid_of
 from trainer import cycle_inputs
 from trainer.log.log import INTERACTIONS
-from trainer.sequences.rows import catalogue
+from trainer.sequences.interactions import catalogue
 from trainer.settings import TrainerSettings
 
 BOOK = "c" * 16

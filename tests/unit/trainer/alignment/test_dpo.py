@@ -20,7 +20,7 @@ from tests.tiny_shop import Shop, shop
 from trainer.alignment.dpo import align, check_trl
 from trainer.alignment.rows import collate, preference_rows
 from trainer.alignment.scores import heads_of
-from trainer.alignment.stop_rules import Health
+from trainer.offline.probe import Health
 from trainer.settings import DpoSettings
 from trainer.tuning.next_item import Replay
 from trainer.tuning.sft import train

@@ -5,9 +5,9 @@ import pytest
 
 from tests.tiny_sequences import chains
 from trainer.evaluation import splits
-from trainer.evaluation.models import MODELS, Options, chosen
 from trainer.evaluation.ranker import MASKS, Learner, top_k
 from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained
+from trainer.rankers import MODELS, Options, chosen
 
 SPLIT = splits.leave_one_out(chains())
 SIZE = SPLIT.data.size

@@ -16,7 +16,7 @@ from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, Shop, come_again, shop
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import RULES, Candidates, Ranker, fit, past, ranks, sid_scores
-from trainer.sequences.rows import Held, held
+from trainer.sequences.held_out import Held, held
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.tiny_shop import ITEMS, Shop, shop
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Ranker
 from trainer.offline.repeat_bias import STRENGTHS, strengthen
-from trainer.sequences.rows import Held
+from trainer.sequences.held_out import Held
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train
 

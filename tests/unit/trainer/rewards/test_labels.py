@@ -26,7 +26,9 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.quality import evaluate
 from trainer.offline.ranking import Ranker
 from trainer.rewards.labels import UNKNOWN, learned, obtained, purchased, told
-from trainer.sequences.rows import Interactions, Rows, catalogue, held, interactions
+from trainer.sequences.held_out import held
+from trainer.sequences.interactions import Interactions, catalogue, interactions
+from trainer.sequences.rows import Rows
 from trainer.settings import RewardSettings
 from trainer.tuning.broadcast import read, write
 from trainer.tuning.sft import train

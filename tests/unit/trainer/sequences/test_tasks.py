@@ -17,7 +17,8 @@ from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, Shop, shop
 from trainer.evaluation.tasks import prompt_states, say, spell
 from trainer.sequences.batches import collate
-from trainer.sequences.rows import Rows, interactions
+from trainer.sequences.interactions import interactions
+from trainer.sequences.rows import Rows
 from trainer.sequences.tasks import Words, bought_within, search_prompt, summary_prompt
 from trainer.tuning.next_item import token_loss
 

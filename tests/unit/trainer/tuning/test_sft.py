@@ -12,12 +12,12 @@ from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from registry.bundles.ranking import Ranking
 from tests.tiny_shop import SIZES, come_again, shop
 from trainer.generator.constrained import SidSet
-from trainer.generator.model import IGNORE
 from trainer.offline.quality import Quality, hr_ndcg
 from trainer.offline.ranking import sid_scores
 from trainer.plots.curve import draw
-from trainer.sequences.batches import Pieces, collate
-from trainer.sequences.rows import catalogue, hold_out, interactions
+from trainer.sequences.batches import IGNORE, Pieces, collate
+from trainer.sequences.held_out import hold_out
+from trainer.sequences.interactions import catalogue, interactions
 from trainer.tuning.checkpoint import Place
 from trainer.tuning.next_item import sequence_loss, token_loss
 from trainer.tuning.sft import spells_better, train

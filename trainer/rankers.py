@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from streams.errors import SidstreamError
-from trainer.evaluation.ranker import Ranker
+from trainer.evaluation.ranker import Head, Ranker
 
 
 class Options(NamedTuple):
@@ -18,9 +18,6 @@ class Options(NamedTuple):
 
 
 Factory = Callable[[Options], Ranker]
-# What orders a list of the generator: the beam alone, the beam's items by the dense head, the dense head, or
-# both, mixed with the weight that validation chose.
-Head = Literal["beam", "reordered", "dense", "mixed"]
 # By which settings the generator is trained: those found for Amazon Beauty, the same of several that are
 # merged, the defaults, or the defaults without what is known of users.
 Kind = Literal["tuned", "merged", "default", "no-context"]

@@ -1,0 +1,32 @@
+"""A probe: how the same few held-out users are served by the weights of a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Health:
+    """What held-out users say, the same ones at every look: bool (N,) each."""
+
+    hits: npt.NDArray[np.bool_]  # the next item is among the ten best
+    valid: npt.NDArray[np.bool_]  # what is spelled without a constraint is a SID
+
+    @property
+    def hr10(self) -> float:
+        """The hit rate at 10."""
+        return float(self.hits.mean())
+
+    @property
+    def validity(self) -> float:
+        """The share of real SIDs."""
+        return float(self.valid.mean())
+
+
+# Called with the policy of the moment.
+Probe = Callable[[Any], Health]

@@ -1,0 +1,89 @@
+"""The log as arrays: the items that have a SID, and users' interactions with them in time order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from registry.bundles.prompt import Prompt, Sid
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Users' interactions in event time; equal times keep the order of the log. Rows are grouped by user."""
+
+    users: list[str]  # user of each group
+    starts: Int64  # (U + 1,) first row of each user's group
+    items: Int64  # (N,) row of `Catalogue.codes`
+    ts: Int64  # (N,) milliseconds
+    fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
+    bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
+    context: Int32  # (N, C) token ids of what each event says beside its item (bundles.context), 0: nothing
+    rewards: Int32  # (N, R) token ids of the rewards that each event brought (bundles.rewards), 0: not known
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items that have a SID, and the tokens they are spelled with."""
+
+    items: list[str]
+    sids: list[Sid]
+    codes: Int64  # (I, L) token ids
+    titles: list[str]
+
+
+def catalogue(sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt) -> Catalogue:
+    """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID."""
+    items = sorted(sids)
+    codes = np.array([prompt.tokens(sids[item]) for item in items], dtype=np.int64)
+    return Catalogue(
+        items, [tuple(sids[item]) for item in items], codes.reshape(len(items), len(prompt.sizes)),
+        [titles.get(item, "") for item in items],
+    )  # fmt: skip
+
+
+def interactions(
+    users: Sequence[str],
+    ts: npt.ArrayLike,
+    items: Sequence[str],
+    known: Catalogue,
+    fresh: npt.ArrayLike | None = None,
+    bought: npt.ArrayLike | None = None,
+    context: Int32 | None = None,
+) -> Interactions:
+    """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
+    place = {item: row for row, item in enumerate(known.items)}
+    rows = np.fromiter((place.get(item, -1) for item in items), dtype=np.int64, count=len(items))
+    keep = np.flatnonzero(rows >= 0)
+    # Sorted names: the same log gives the same groups, however its partitions were read.
+    names = sorted({users[at] for at in keep.tolist()})
+    number = {user: at for at, user in enumerate(names)}
+    group = np.fromiter((number.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
+    times = np.asarray(ts, dtype=np.int64)
+    new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
+    paid = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
+    said = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
+    order = keep[np.lexsort((keep, times[keep], group[keep]))]
+    starts = np.searchsorted(group[order], np.arange(len(names) + 1))
+    return Interactions(
+        names, starts, rows[order], times[order], new[order], paid[order], said[order],
+        np.zeros((len(order), 0), dtype=np.int32),
+    )  # fmt: skip
+
+
+def popular(log: Interactions, known: Catalogue, ends: Int64 | None = None) -> Iterator[int]:
+    """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
+    used = np.ones(len(log), dtype=bool)
+    if ends is not None:
+        used[ends[ends < log.starts[1:]]] = False
+    counts = np.bincount(log.items[used], minlength=len(known.items))
+    yield from np.argsort(-counts, kind="stable").tolist()
