@@ -42,7 +42,7 @@ from trainer.cycle_inputs import read_material
 from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Ranker
+from trainer.offline.ranking import CatalogueRanker
 from trainer.sequences.rows import Rows
 
 # What is compared: (name, changes of the settings `trainer.dpo`).
@@ -87,7 +87,7 @@ class Jury:
         sids = list(self.items)
         row_of = {sid: row for row, sid in enumerate(sids)}
         codes = np.array([bundle.prompt.tokens(sid) for sid in sids], dtype=np.int64)
-        ranker = Ranker(model, codes, self.known, 2 * SHOWN)
+        ranker = CatalogueRanker(model, codes, self.known, 2 * SHOWN)
         users = [shopper.user_id for shopper in self.shoppers]
         said = self.context.rows([SCENE] * len(users), users, self.profiles)
         histories = [np.array([row_of[sid] for sid in prompt]) for prompt in self.prompts]

@@ -41,13 +41,13 @@ from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
-from trainer.codebooks.fit import assign_keeping, fit_vectors
+from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offline_check import failing, held_probe
-from trainer.offline.quality import evaluate
-from trainer.offline.ranking import Ranker
+from trainer.offline.offline_check import held_out_probe, reason_to_refuse
+from trainer.offline.quality import evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
 from trainer.sequences.held_out import hold_out
 from trainer.sequences.interactions import catalogue, interactions
 from trainer.sequences.rows import Rows
@@ -157,7 +157,7 @@ class Shop:
         for at in order.tolist():
             self._remember(self.books.users[at], self.books.items[at])
         self.arms: dict[str, Version] = {}
-        self.rankers: dict[int, Ranker] = {}
+        self.rankers: dict[int, CatalogueRanker] = {}
         self.weights: dict[str, float] = {}
         self.seen: dict[str, np.ndarray] = {}
         self.versions = 0
@@ -165,7 +165,9 @@ class Shop:
     def _learn_items(self) -> None:
         names = sorted(self.titles)
         vectors = title_vectors([self.titles[name] for name in names])
-        made = fit_vectors(vectors, MADE, CodebookSettings.model_validate({"collaborative": 0.0}), 0)
+        made = fit_codebook_to_vectors(
+            vectors, MADE, CodebookSettings.model_validate({"collaborative": 0.0}), 0
+        )
         sids = assign_keeping(made, vectors, [None] * len(vectors))
         self.prompt = Prompt(made.sizes, self.settings.max_items)
         self.known = catalogue(dict(zip(names, sids, strict=True)), self.titles, self.prompt)
@@ -204,7 +206,7 @@ class Shop:
     def rank(self, version: Version, asked: list[Trigger]) -> list[list[int]]:
         """Rows of the ten best items of each request."""
         ranker = self.rankers.setdefault(
-            version.number, Ranker(version.model, self.known.codes, self.sids, 2 * SHOWN)
+            version.number, CatalogueRanker(version.model, self.known.codes, self.sids, 2 * SHOWN)
         )
         pages = [self.row[trigger.item_id or ""] for trigger in asked]
         pasts = [
@@ -301,14 +303,14 @@ class Shop:
         made = [tuned]
         if champion is not None and self.aligned:
             pairs = preference_rows(self.pairs, MADE, self.prompt, chosen.dpo)
-            probe = held_probe(split.held, self.known, self.sids, chosen, quality.ranking)
+            probe = held_out_probe(split.held, self.known, self.sids, chosen, quality.ranking)
             with tempfile.TemporaryDirectory() as folder:
                 better, dpo = align(
                     model, self.tokenizer, pairs, chosen, Path(folder), sequences=rows, probe=probe
                 )
-            after = evaluate(better, split.held, self.known, self.sids, chosen, quality.ranking)
+            after = evaluate_held_out(better, split.held, self.known, self.sids, chosen, quality.ranking)
             said += f"; {len(pairs)} pairs, {dpo.steps} steps, HR@10 {after.hr10:.3f}, {dpo.stopped}"
-            if not failing(after, quality.hr10, chosen) and not dpo.failed(chosen.dpo.max_drop):
+            if not reason_to_refuse(after, quality.hr10, chosen) and not dpo.failed(chosen.dpo.max_drop):
                 self.versions += 1
                 made.append(Version(self.versions, "dpo", better, model, quality.ranking))
         self.tell(said)

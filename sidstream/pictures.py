@@ -22,9 +22,9 @@ def keep_picture(
     if record["mode"] == "guard":
         return None
     try:
-        from trainer.plots.figure import save_picture
+        from trainer.plots.figure import save_trial_plot
 
-        return save_picture(registry, record, seen, settings)
+        return save_trial_plot(registry, record, seen, settings)
     except (ModuleNotFoundError, SidstreamError) as error:
         log.info("decision %s has no picture: %s", record["decision"], error)
         return None

@@ -10,7 +10,7 @@ import torch
 from registry.bundles.prompt import Prompt
 from streams.events import Exploration
 from tests.tiny_shop import ITEMS, sid_of
-from trainer.generator.constrained import SidSet, beam
+from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
 
 T0 = 1_600_000_000_000
@@ -36,7 +36,7 @@ def explore(
         walk = [sid_of((start + step) % ITEMS) for step in range(length)]
         if (start, length) not in answers:
             codes = torch.tensor([[prompt.tokens(sid) for sid in walk]])
-            best, scores = beam(model, model.encode(codes, torch.tensor([length])), sids, candidates)
+            best, scores = beam_search(model, model.encode(codes, torch.tensor([length])), sids, candidates)
             answers[start, length] = best[0].tolist(), scores[0].double().tolist()
         best_codes, log_probs = answers[start, length]
         raised = np.exp((np.array(log_probs) - max(log_probs)) / temperature)

@@ -26,17 +26,17 @@ from registry.releases import release
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from trainer.alignment.stage import aligned
+from trainer.alignment.stage import align_to_window
 from trainer.cycle_inputs import Material, only_one, read_material
 from trainer.cycle_result import CycleResult, Progress, Stages
 from trainer.generator.build import fresh_generator, load_model
-from trainer.generator.export import export, parity
+from trainer.generator.export import check_parity, export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offline_check import check_finite, failing, failing_first
-from trainer.offline.offpolicy import Explored, judge
-from trainer.offline.quality import Quality, evaluate, hr_ndcg
-from trainer.plots.curve import draw
-from trainer.rewards.online import Worth, refine
+from trainer.offline.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
+from trainer.offline.offpolicy import LoggedExplorations, judge_by_explorations
+from trainer.offline.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
+from trainer.plots.curve import draw_training_curve
+from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 from trainer.sequences.interactions import popular
 from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
@@ -163,7 +163,9 @@ def _sft(
         )  # fmt: skip
         if len(material.split.held.targets):
             ranking = read_ranking(material.start.path)
-            before = evaluate(start, material.split.held, material.known, material.sids, settings, ranking)
+            before = evaluate_held_out(
+                start, material.split.held, material.known, material.sids, settings, ranking
+            )
             result.metrics |= _named("parent", before)
     rows = Rows(
         material.log, material.split, material.known, tokenizer, material.prompt, settings, material.ignored
@@ -216,8 +218,8 @@ def _online(
     rewards, tuned = material.rewards, result.sft
     if not rows.settings.rewards.online.rounds or rewards is None or not rewards.mass or tuned is None:
         return
-    worth = Worth(rewards, material.context, material.offers, material.bought, material.explored)
-    made = refine(
+    worth = RewardEvidence(rewards, material.context, material.offers, material.bought, material.explored)
+    made = learn_from_own_answers(
         model, rows, material.sids, worth, tuned.quality, lambda text: stages.tell("rewards", text), stop
     )
     result.rewards = made
@@ -234,7 +236,7 @@ def _popularity_ranks(material: Material) -> torch.Tensor:
     return torch.from_numpy(place[material.split.held.targets])
 
 
-def _named(stage: str, quality: Quality) -> dict[str, float]:
+def _named(stage: str, quality: HeldOutQuality) -> dict[str, float]:
     numbers = {
         "users": quality.users,
         "hr10": quality.hr10,
@@ -254,18 +256,18 @@ def _sft_failing(material: Material, settings: TrainerSettings, result: CycleRes
     if quality is None:
         return None
     if material.parent is None:
-        return failing_first(quality, result.metrics["popularity/hr10"], settings)
-    return failing(quality, result.metrics.get("parent/hr10"), settings)
+        return reason_to_refuse_first(quality, result.metrics["popularity/hr10"], settings)
+    return reason_to_refuse(quality, result.metrics.get("parent/hr10"), settings)
 
 
 def _veto(
-    kind: str, model: GeneratorForCausalLM, logged: Explored | None, settings: TrainerSettings,
+    kind: str, model: GeneratorForCausalLM, logged: LoggedExplorations | None, settings: TrainerSettings,
     ranking: Ranking, result: CycleResult, stages: Stages,
 ) -> str:  # fmt: skip
     """Why explored answers refuse the model; empty where they do not, or there are none."""
     if logged is None:
         return ""
-    found = judge(model, logged, settings.offpolicy, ranking.dense_weight)
+    found = judge_by_explorations(model, logged, settings.offpolicy, ranking.dense_weight)
     result.offpolicy[kind] = found
     result.metrics |= {f"{kind}/{name}": value for name, value in found.metrics().items()}
     stages.done(f"{kind}-offpolicy", found.told())
@@ -277,7 +279,7 @@ def _dpo(
     run: Path, result: CycleResult, stages: Stages, stop: Callable[[], bool] | None,
 ) -> GeneratorForCausalLM | None:  # fmt: skip
     tuned = result.sft.quality if result.sft else None
-    made = aligned(
+    made = align_to_window(
         material, settings, window_ms, model, tuned, run / "dpo", sequences=rows, stop=stop,
         tell=lambda text: stages.tell("dpo", text),
     )  # fmt: skip
@@ -300,7 +302,7 @@ def _bundle(
     folder.mkdir(parents=True)
     model.save_pretrained(folder / "model")
     material.tokenizer.save_pretrained(folder / "model")
-    export(model, folder)
+    export_generator(model, folder)
     write_ranking(result.sft.quality.ranking if result.sft and result.sft.quality else Ranking(), folder)
     write_context(material.context, folder)
     write_rewards(material.rewards, folder)
@@ -309,7 +311,7 @@ def _bundle(
         log.items[log.starts[u] : log.starts[u + 1]] for u in range(min(_PARITY_HISTORIES, len(log.users)))
     ]
     histories: list[list[Sid]] = [[known.sids[item] for item in items] for items in some]
-    result.metrics[f"{kind}/parity"] = parity(model, folder, histories, settings.seed)
+    result.metrics[f"{kind}/parity"] = check_parity(model, folder, histories, settings.seed)
     bought = material.window.bought()
     # Bought first; among items never bought, those clicked most.
     looked = {known.items[at]: -place for place, at in enumerate(popular(log, known))}
@@ -347,7 +349,9 @@ def _publish(
     )  # fmt: skip
     for stage, of, run_of in curves:
         if of in result.versions and run_of is not None and run_of.curve:
-            registry.store_training(result.versions[of], stage, run_of.curve, draw(stage, run_of.curve))
+            registry.store_training(
+                result.versions[of], stage, run_of.curve, draw_training_curve(stage, run_of.curve)
+            )
     with promoting() as publisher:
         if first:
             event = release.start(registry, publisher, result.versions[kind])

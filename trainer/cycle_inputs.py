@@ -27,9 +27,9 @@ from streams.settings import KafkaSettings
 from trainer.generator.constrained import SidSet
 from trainer.log.log import Log
 from trainer.log.window import Window, read_window
-from trainer.offline.offpolicy import Explored, explored
-from trainer.rewards.labels import grown, learned, purchased, told
-from trainer.rewards.negative_feedback import ignored
+from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
+from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
+from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.batches import Int64
 from trainer.sequences.held_out import Split, hold_out
 from trainer.sequences.interactions import Catalogue, Interactions, catalogue
@@ -60,7 +60,7 @@ class Material:
     profiles: Mapping[str, Attributes]
     offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
     bought: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
-    explored: Explored | None  # answers drawn by chance whose click window closed in this window
+    explored: LoggedExplorations | None  # answers drawn by chance whose click window closed in this window
     ignored: Answers | None  # those of them that were not clicked, where requests can ask for clicks
 
 
@@ -136,17 +136,17 @@ def read_material(
             "there are no clicks or purchases of known items to learn from: "
             "send some, for example with `sidstream replay online-retail`"
         )
-    offers, bought = [listed.get(item) for item in known.items], purchased(log, window_ms)
+    offers, bought = [listed.get(item) for item in known.items], purchase_labels(log, window_ms)
     found = window.explorations(horizon_ms)
     unclicked = sum(not clicked for _, clicked in found)
     if parent is None:
-        rewards = learned(offers, log, bought, unclicked, settings.rewards)
+        rewards = learn_rewards(offers, log, bought, unclicked, settings.rewards)
         said, context = len(context.fields), with_rewards(context, rewards)
     else:
         said, rewards = len(without_rewards(context).fields), read_rewards(parent.path)
-        rewards = rewards and grown(rewards, bought, unclicked, settings.rewards, context)
-    log = told(log, offers, bought, rewards, context)
-    logged = explored(found, codebook.id, prompt, settings.offpolicy, context)
+        rewards = rewards and extend_rewards(rewards, bought, unclicked, settings.rewards, context)
+    log = with_reward_labels(log, offers, bought, rewards, context)
+    logged = logged_explorations(found, codebook.id, prompt, settings.offpolicy, context)
     split = hold_out(log, settings, np.random.default_rng(settings.seed))
     text = None
     if settings.text_inputs:
@@ -155,5 +155,5 @@ def read_material(
     return Material(
         window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
         tokenizer, context, rewards, profiles, offers, bought, logged,
-        ignored(logged, known, offers, rewards, context, said),
+        unclicked_answers(logged, known, offers, rewards, context, said),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.offline.offpolicy import OffPolicy
+from trainer.offline.offpolicy import OffPolicyVerdict
 from trainer.offline.quality import for_json
 from trainer.rewards.online import OnlineResult
 from trainer.tuning.sft import SftResult
@@ -34,7 +34,7 @@ class CycleResult:
     no_dpo: str | None = None  # why there is no DPO model
     sft: SftResult | None = None
     dpo: DpoResult | None = None
-    offpolicy: dict[str, OffPolicy] = field(default_factory=dict)  # kind -> what explored answers say
+    offpolicy: dict[str, OffPolicyVerdict] = field(default_factory=dict)  # kind -> what explored answers say
     metrics: dict[str, float] = field(default_factory=dict)
     rewards: OnlineResult | None = None  # of the online stage; None: there was none
     seconds: dict[str, float] = field(default_factory=dict)

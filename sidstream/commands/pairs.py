@@ -14,7 +14,7 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from sidstream.settings import Settings
     from streams.events import PreferencePair
-    from trainer.alignment.pairs_report import Counts, Group, PairsReport
+    from trainer.alignment.pairs_report import Distribution, PairGroup, PairsReport
     from trainer.log.pair_filter import Withdrawal
 
 app = typer.Typer(help="The preference pairs that alignment learns from.", no_args_is_help=True)
@@ -66,14 +66,14 @@ def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Wi
 
 def _draw(found: PairsReport, folder: Path) -> None:
     try:
-        from trainer.alignment.pairs_plot import draw
+        from trainer.alignment.pairs_plot import draw_pairs_report
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SidstreamError(f"--plots {folder}: {error.strerror}; name a folder that can be made") from error
-    for name, content in draw(found).items():
+    for name, content in draw_pairs_report(found).items():
         (folder / name).write_bytes(content)
 
 
@@ -102,7 +102,7 @@ def _text(found: PairsReport) -> str:
     return "\n".join(lines)
 
 
-def _of_group(group: Group) -> list[str]:
+def _of_group(group: PairGroup) -> list[str]:
     shared = ", ".join(f"first {level} {share:.1%}" for level, share in enumerate(group.shared, start=1))
     return [
         f"{group.scheme}, codebook {group.codebook}: {group.pairs:,} pairs of {group.users:,} users",
@@ -113,7 +113,7 @@ def _of_group(group: Group) -> list[str]:
     ]
 
 
-def _spread(one: Counts) -> str:
+def _spread(one: Distribution) -> str:
     return f"mean {one.mean:.1f}, median {one.median:g}, 90 % at most {one.p90:g}, most {one.most}"
 
 

@@ -41,10 +41,10 @@ def codebook_fit(
     from streams.wire.client import Client
 
     try:
-        from trainer.codebooks.co_interactions import touched
+        from trainer.codebooks.co_interactions import read_item_sequences
         from trainer.codebooks.embedders import encoder_folder, open_embedder
-        from trainer.codebooks.fit import Old, fit_codebook
-        from trainer.codebooks.report import report
+        from trainer.codebooks.fit import ReplacedCodebook, fit_codebook
+        from trainer.codebooks.report import codebook_report
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
 
@@ -63,9 +63,9 @@ def codebook_fit(
     if current and not fresh:
         assigned = read_newest(settings.kafka, SidAssignment).values()
         sids = {one.item_id: tuple(one.sid) for one in assigned if one.codebook == current}
-        old = Old(registry.codebook(current), sids)
+        old = ReplacedCodebook(registry.codebook(current), sids)
     sequences = (
-        touched(settings.kafka, sorted(item.item_id for item in items))
+        read_item_sequences(settings.kafka, sorted(item.item_id for item in items))
         if settings.codebook.collaborative
         else []
     )
@@ -87,7 +87,7 @@ def codebook_fit(
         client.publish_all(assignments, advance)
     # Last: agents that find a current codebook find every item's SID before it.
     registry.publish_codebook(codebook, encoder_folder(embedder))
-    found = report(codebook, fit.sids, fit.vectors)
+    found = codebook_report(codebook, fit.sids, fit.vectors)
     assert found.greedy is not None
     result: dict[str, Any] = {
         "codebook": codebook.id, "sizes": codebook.sizes, "items": len(fit.sids), "embedder": embedder.id,

@@ -30,19 +30,19 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from streams.errors import SidstreamError
-from trainer.alignment.losses import LOSSES, DynamicBeta, gaps
-from trainer.alignment.rows import PreferenceRow, collate
-from trainer.alignment.scores import Head, heads_of
-from trainer.alignment.stop_rules import Watch
+from trainer.alignment.losses import LOSSES, DynamicBeta, mean_margins
+from trainer.alignment.rows import PreferenceRow, collate_preferences
+from trainer.alignment.scores import HeadScores, score_answers
+from trainer.alignment.stop_rules import StopRules
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.probe import Probe
+from trainer.offline.probe import HeldOutProbe
 from trainer.sequences.rows import Rows
 from trainer.settings import DpoSettings, TrainerSettings
 from trainer.tuning.next_item import Replay
 
 # Steps between looks at the chosen SID's log-probability.
-_LOOK = 5
-_PINNED = "install trl>=1.16,<1.17"
+_STEPS_BETWEEN_LOGS = 5
+_INSTALL_HINT = "install trl>=1.16,<1.17"
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class _PreferenceTrainer(DPOTrainer):
         return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        heads = heads_of(self._asked(model), inputs)
+        heads = score_answers(self._asked(model), inputs)
         with torch.no_grad():
             before = self._reference(model, inputs)
         dpo, beta, kept = self.dpo, self.dpo.beta, torch.ones(len(inputs["real"]), dtype=torch.bool)
         kept = kept.to(inputs["real"].device)
         pulls = [_margins(head, held) for head, held in zip(heads, before, strict=False)]
         if dpo.dynamic_beta:
-            beta, kept = self.dynamic(gaps(pulls[0], heads[0].real), model.training, self.draws)
+            beta, kept = self.dynamic(mean_margins(pulls[0], heads[0].real), model.training, self.draws)
         loss = torch.zeros((), device=kept.device)
         for head, pull in zip(heads, pulls, strict=True):
             used = kept & head.real.any(-1)
@@ -106,18 +106,18 @@ class _PreferenceTrainer(DPOTrainer):
         inner = self.accelerator.unwrap_model(model)
         return inner if isinstance(inner, GeneratorForCausalLM) else model
 
-    def _reference(self, model: Any, inputs: dict[str, Tensor]) -> list[Head]:
+    def _reference(self, model: Any, inputs: dict[str, Tensor]) -> list[HeadScores]:
         if self.ref_model is not None:
-            return heads_of(self.accelerator.unwrap_model(self.ref_model), inputs, with_nll=False)
+            return score_answers(self.accelerator.unwrap_model(self.ref_model), inputs, with_nll=False)
         inner = self.accelerator.unwrap_model(model)
         with inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext():
-            return heads_of(model, inputs, with_nll=False)
+            return score_answers(model, inputs, with_nll=False)
 
-    def _note(self, head: Head, before: Head, pull: Tensor, beta: float, training: bool) -> None:
+    def _note(self, head: HeadScores, before: HeadScores, pull: Tensor, beta: float, training: bool) -> None:
         """What TRL averages over the steps between two looks."""
         real, risen = head.real, head.scores[0].detach() - before.scores[0]
         noted = {
-            "risen": risen, "margin": gaps(pull.detach(), real),
+            "risen": risen, "margin": mean_margins(pull.detach(), real),
             "accuracy": ((pull > 0) & real).sum(-1) / real.sum(-1), "logps/chosen": head.scores[0].detach(),
         }  # fmt: skip
         metrics = self._metrics["train" if training else "eval"]
@@ -126,7 +126,7 @@ class _PreferenceTrainer(DPOTrainer):
         metrics["beta"].append(beta)
 
 
-def _margins(head: Head, before: Head) -> Tensor:
+def _margins(head: HeadScores, before: HeadScores) -> Tensor:
     """(B, K): how much more the chosen answer has risen over the reference than each rejected one."""
     risen = head.scores - before.scores
     return (risen[0] - risen[1:]).T
@@ -142,19 +142,19 @@ def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
         prepared = list(inspect.signature(trainer._prepare_dataset).parameters)
         computed = list(inspect.signature(trainer._compute_loss).parameters)
     except AttributeError as error:
-        raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: {_PINNED}") from error
+        raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: {_INSTALL_HINT}") from error
     for wanted, text in (
         ("self._prepare_dataset(train_dataset", made), ('"prompt_ids"', columns), ('"chosen_ids"', columns),
         ('"rejected_ids"', columns), ("self._compute_loss(", caller), ("self._metrics[mode]", logged),
     ):  # fmt: skip
         if wanted not in text:
-            raise SidstreamError(f"this TRL's DPOTrainer does not use {wanted}: {_PINNED}")
+            raise SidstreamError(f"this TRL's DPOTrainer does not use {wanted}: {_INSTALL_HINT}")
     for name, found, expected in (
         ("_prepare_dataset", prepared[:2], ["self", "dataset"]),
         ("_compute_loss", computed, ["self", "model", "inputs", "return_outputs"]),
     ):
         if found != expected:
-            raise SidstreamError(f"this TRL's DPOTrainer.{name} has other arguments: {_PINNED}")
+            raise SidstreamError(f"this TRL's DPOTrainer.{name} has other arguments: {_INSTALL_HINT}")
 
 
 def align(
@@ -165,7 +165,7 @@ def align(
     folder: Path,
     *,
     sequences: Rows | None = None,
-    probe: Probe | None = None,
+    probe: HeldOutProbe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[GeneratorForCausalLM, DpoResult]:
@@ -180,7 +180,7 @@ def align(
     # Not a part of the preference: dropped items would move the policy alone.
     policy.model.items.item_dropout = 0.0
     replay = Replay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
-    _, result = _run(
+    _, result = _train(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
     )
     aligned = type(model)(model.config).eval()
@@ -196,7 +196,7 @@ def align_language_model(
     folder: Path,
     adapters: PeftConfig | None,
     *,
-    probe: Probe | None = None,
+    probe: HeldOutProbe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[Any, DpoResult]:
@@ -206,16 +206,17 @@ def align_language_model(
     """
     policy = model if adapters is not None else copy.deepcopy(model)
     reference = None if adapters is not None else copy.deepcopy(model).eval()
-    made, result = _run(
+    made, result = _train(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, adapters, None
     )
     return (made.merge_and_unload() if adapters is not None else made).cpu().eval(), result
 
 
-def _run(
+def _train(
     policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
-    settings: TrainerSettings, folder: Path, probe: Probe | None, progress: Callable[[str], None] | None,
-    stop: Callable[[], bool] | None, adapters: PeftConfig | None, replay: Replay | None,
+    settings: TrainerSettings, folder: Path, probe: HeldOutProbe | None,
+    progress: Callable[[str], None] | None, stop: Callable[[], bool] | None, adapters: PeftConfig | None,
+    replay: Replay | None,
 ) -> tuple[Any, DpoResult]:  # fmt: skip
     """The model as TRL trained it (with its adapters, where there are any), and what the stage did."""
     check_trl()
@@ -230,34 +231,36 @@ def _run(
         per_device_train_batch_size=dpo.batch, beta=dpo.beta, max_length=None, bf16=False,
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), lr_scheduler_type="cosine",
         # The rate of the first of them is 0: a stage of a few steps has none.
-        warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_LOOK, save_strategy="no",
+        warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_STEPS_BETWEEN_LOGS, save_strategy="no",
         report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
     )  # fmt: skip
     # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    watch = Watch(dpo, probe, progress, stop)
+    stop_rules = StopRules(dpo, probe, progress, stop)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with _Quiet():
+    with _SilentTraining():
         trainer = _PreferenceTrainer(
             dpo, replay, model=policy, ref_model=reference, args=arguments,
             train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=tokenizer,
-            data_collator=lambda batch: collate(batch, pad), callbacks=[watch], peft_config=adapters,
+            data_collator=lambda batch: collate_preferences(batch, pad), callbacks=[stop_rules],
+            peft_config=adapters,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        watch.begin(trainer.model)
+        stop_rules.begin(trainer.model)
         began = time.monotonic()
         outcome = trainer.train()
-        watch.end(trainer.model, outcome.global_step)
+        stop_rules.end(trainer.model, outcome.global_step)
     return trainer.model, DpoResult(
         pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=outcome.global_step,
-        kept=watch.kept(outcome.global_step), seconds=time.monotonic() - began,
-        loss=float(outcome.training_loss), margin=watch.margin,
-        accuracy=watch.last.get("accuracy", 0.0), drop=watch.drop, beta=watch.last.get("beta", dpo.beta),
-        stopped=watch.stopped, curve=watch.curve,
+        kept=stop_rules.kept_step(outcome.global_step), seconds=time.monotonic() - began,
+        loss=float(outcome.training_loss), margin=stop_rules.margin,
+        accuracy=stop_rules.last.get("accuracy", 0.0), drop=stop_rules.drop,
+        beta=stop_rules.last.get("beta", dpo.beta),
+        stopped=stop_rules.stopped, curve=stop_rules.curve,
     )  # fmt: skip
 
 
-class _Quiet:
+class _SilentTraining:
     """Transformers and TRL say nothing while this is entered."""
 
     def __enter__(self) -> None:

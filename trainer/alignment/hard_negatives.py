@@ -16,7 +16,7 @@ from registry.bundles.prompt import Sid
 from streams.errors import SidstreamError
 
 
-class Siblings:
+class SiblingSids:
     """The SIDs of a catalogue in the order of their codes: those that share a prefix stand together."""
 
     def __init__(self, sids: Sequence[Sid] | npt.NDArray[np.int64]) -> None:

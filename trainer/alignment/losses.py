@@ -43,19 +43,19 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def gaps(margins: Tensor, real: Tensor) -> Tensor:
+def mean_margins(margins: Tensor, real: Tensor) -> Tensor:
     """The mean margin of each pair (B,): what `DynamicBeta` looks at where there are K rejected answers."""
     return (margins * real).sum(-1) / real.sum(-1)
 
 
-class Chosen(NamedTuple):
+class BatchBeta(NamedTuple):
     """What `DynamicBeta` says of a batch."""
 
     beta: float
     kept: Tensor  # (B,) bool
 
 
-def _alone(values: Tensor) -> Tensor:
+def _single_device(values: Tensor) -> Tensor:
     return values
 
 
@@ -77,7 +77,7 @@ class DynamicBeta:
     left_out: float = 0.2  # share of a batch
     warm_steps: int = 20  # before these, nothing is left out: the deviation is hardly known
     bound: float = 10.0  # beta stays within base / bound and base * bound
-    gather: Callable[[Tensor], Tensor] = field(default=_alone, repr=False)
+    gather: Callable[[Tensor], Tensor] = field(default=_single_device, repr=False)
     _mean: float = field(default=0.0, init=False)
     _deviation: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
@@ -92,7 +92,7 @@ class DynamicBeta:
         """The running standard deviation of a batch's gaps; 0 before the first batch."""
         return self._deviation / (1 - self.momentum**self._steps) if self._steps else 0.0
 
-    def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> Chosen:
+    def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> BatchBeta:
         """The beta of a batch with gaps (B,), and which of its pairs are kept.
 
         In training the running figures take the batch in first; in evaluation they stand still, and every
@@ -101,7 +101,7 @@ class DynamicBeta:
         gap = gap.detach().float()
         everybody = torch.ones_like(gap, dtype=torch.bool)
         if not training:
-            return Chosen(self._bounded(float(self.gather(gap).mean())), everybody)
+            return BatchBeta(self._bounded(float(self.gather(gap).mean())), everybody)
         together = self.gather(gap)
         self._steps += 1
         rest = 1 - self.momentum
@@ -111,7 +111,7 @@ class DynamicBeta:
         kept = everybody if self._steps <= self.warm_steps else self._drawn(gap, generator)
         # Sums and counts travel, since each device may keep others.
         sums = self.gather(torch.stack(((gap * kept).sum(), kept.sum().float()))[None]).sum(0)
-        return Chosen(self._bounded(float(sums[0] / sums[1])), kept)
+        return BatchBeta(self._bounded(float(sums[0] / sums[1])), kept)
 
     def _drawn(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
         count = max(1, round((1 - self.left_out) * len(gap)))

@@ -10,7 +10,7 @@ from trainer.plots.png import png
 _DAY_MS = 86_400_000
 
 
-def draw(found: PairsReport) -> dict[str, bytes]:
+def draw_pairs_report(found: PairsReport) -> dict[str, bytes]:
     """Three PNG files by name: `pairs-over-time`, `shared-prefixes` and `ages`."""
     return {
         "pairs-over-time.png": png(_over_time(found)),

@@ -16,7 +16,7 @@ from trainer.log.pair_filter import newest_of_each
 from trainer.settings import DpoSettings
 
 # Of a pair: what else is rejected beside what its user passed over, up to K in all.
-Fill = Callable[[PreferencePair, list[Sid]], list[Sid]]
+RejectedFiller = Callable[[PreferencePair, list[Sid]], list[Sid]]
 
 
 class PreferenceRow(TypedDict):
@@ -30,7 +30,7 @@ class PreferenceRow(TypedDict):
 def preference_rows(
     pairs: Sequence[PreferencePair], codebook: str, prompt: Prompt, settings: DpoSettings,
     context: Context | None = None, profiles: Mapping[str, Attributes] | None = None,
-    fill: Fill | None = None,
+    fill: RejectedFiller | None = None,
 ) -> list[PreferenceRow]:  # fmt: skip
     """A row for each of the newest `max_pairs` pairs of this codebook, shared out among the wanted schemes.
 
@@ -51,7 +51,7 @@ def preference_rows(
 
 def _row(
     pair: PreferencePair, prompt: Prompt, settings: DpoSettings, context: Context,
-    profiles: Mapping[str, Attributes], fill: Fill | None,
+    profiles: Mapping[str, Attributes], fill: RejectedFiller | None,
 ) -> PreferenceRow | None:  # fmt: skip
     trigger = tuple(pair.trigger) if pair.trigger is not None else None
     # Batches are as long as their longest prompt, and the last items say most: short prompts are fast.
@@ -76,7 +76,7 @@ def _row(
         return None
 
 
-def collate(rows: Sequence[PreferenceRow | Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
+def collate_preferences(rows: Sequence[PreferenceRow | Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
     """B rows as (1 + K) B sequences, padded on the right: all chosen ones, all first rejected ones, ...
 
     input_ids, attention_mask and completion_mask ((1 + K) B, T) int64; real (B, K) bool, False where a row

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.generator.items import Past
+from trainer.generator.items import PastOccurrences
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.tuning.losses import softmax_loss
 
 
-class Head(NamedTuple):
+class HeadScores(NamedTuple):
     """What one head says of 1 + K answers to each of B prompts, the chosen one first."""
 
     scores: Tensor  # (1 + K, B): log-probability of an answer, less a number that is the same for its prompt
@@ -26,7 +26,7 @@ class Head(NamedTuple):
     nll: Tensor  # (): mean negative log-probability of the chosen answers, per token
 
 
-def heads_of(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> list[Head]:
+def score_answers(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> list[HeadScores]:
     """The heads of a generator or of another causal LM for a batch of `preference_rows.collate`.
 
     A prompt of the generator is BOS, whole items and at its end the tokens of its context; an answer is one
@@ -37,16 +37,18 @@ def heads_of(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> lis
     return [_language_head(model, batch)]
 
 
-def _generator_heads(model: GeneratorForCausalLM, batch: dict[str, Tensor], with_nll: bool) -> list[Head]:
+def _generator_heads(
+    model: GeneratorForCausalLM, batch: dict[str, Tensor], with_nll: bool
+) -> list[HeadScores]:
     ids, real = batch["input_ids"], batch["real"]
     count, levels = len(real), model.config.levels
-    codes, lengths, context = _prompts(model, ids[:count], batch["completion_mask"][:count])
+    codes, lengths, context = _split_prompts(model, ids[:count], batch["completion_mask"][:count])
     ends = batch["completion_mask"].cumsum(1).eq(0).sum(1)
     answers = ids.gather(1, ends[:, None] + torch.arange(levels, device=ids.device)).unflatten(0, (-1, count))
     # The prompt is read once for all of its answers.
     state = model.encode(codes, lengths, context=context)
-    spelled = _spelled(model, state, answers)
-    heads = [Head(spelled, real, -spelled[0].mean() / levels)]
+    spelled = _sid_log_probs(model, state, answers)
+    heads = [HeadScores(spelled, real, -spelled[0].mean() / levels)]
     rows = model.model.items.rows(answers)
     known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
     if not bool(known.any()):
@@ -54,7 +56,7 @@ def _generator_heads(model: GeneratorForCausalLM, batch: dict[str, Tensor], with
     query = model.model.queries(state)
     every = model.model.items.vectors(model.model.embed_tokens.weight)
     past = model.model.items.rows(codes)
-    scores = (query * F.embedding(rows.clamp(min=0), every)).sum(-1) + _again(
+    scores = (query * F.embedding(rows.clamp(min=0), every)).sum(-1) + _repeat_bias(
         model, query, past, lengths, rows
     )
     nll = torch.zeros((), device=ids.device)
@@ -62,10 +64,12 @@ def _generator_heads(model: GeneratorForCausalLM, batch: dict[str, Tensor], with
         asked = rows[0] >= 0
         owner, row, extra = model.model.again(query[asked], past[asked], lengths[asked], learning=True)
         nll = softmax_loss(query[asked], every, rows[0, asked], 0.0, (owner, row), extra)
-    return [*heads, Head(scores, known, nll)]
+    return [*heads, HeadScores(scores, known, nll)]
 
 
-def _prompts(model: GeneratorForCausalLM, ids: Tensor, completion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_prompts(
+    model: GeneratorForCausalLM, ids: Tensor, completion: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (B, P, L), lengths (B,) and context tokens (B, T) of prompts (B, T) before their completions."""
     levels, last = model.config.levels, model.config.vocab_size - model.config.num_context
     said = (ids >= last) & (completion.cumsum(1) == 0)
@@ -79,7 +83,7 @@ def _prompts(model: GeneratorForCausalLM, ids: Tensor, completion: Tensor) -> tu
     return torch.where(inside[..., None], codes, model.config.code_base), lengths, context
 
 
-def _spelled(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Tensor:
+def _sid_log_probs(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Tensor:
     """Log-probabilities (1 + K, B) of SIDs (1 + K, B, L) after states (B, D)."""
     many, count, levels = answers.shape
     total = state.new_zeros(many, count)
@@ -96,21 +100,25 @@ def _spelled(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Ten
     return total
 
 
-def _again(model: GeneratorForCausalLM, query: Tensor, past: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+def _repeat_bias(
+    model: GeneratorForCausalLM, query: Tensor, past: Tensor, lengths: Tensor, rows: Tensor
+) -> Tensor:
     """What the dense head adds to answers (1 + K, B) that are in their prompt's past (B, P)."""
     at = torch.arange(past.shape[1], device=past.device)
     same = (past == rows[..., None]) & (rows >= 0)[..., None] & (at < lengths[:, None])
     last = torch.where(same, at, -1).amax(-1)
     owner = torch.arange(len(query), device=past.device).expand_as(last)
-    when = Past((lengths - last).clamp(min=1), same.sum(-1).clamp(min=1))
+    when = PastOccurrences((lengths - last).clamp(min=1), same.sum(-1).clamp(min=1))
     return torch.where(last >= 0, model.model.items.again_of(query, owner, when), 0.0)
 
 
-def _language_head(model: Any, batch: dict[str, Tensor]) -> Head:
+def _language_head(model: Any, batch: dict[str, Tensor]) -> HeadScores:
     ids, answer = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
     # Called as a module: wrappers that join gradients of several devices see the call.
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     logs = logits[answer].float().log_softmax(-1).gather(-1, ids[:, 1:][answer][:, None])[:, 0]
     scores = torch.zeros_like(answer, dtype=logs.dtype).masked_scatter(answer, logs).sum(1)
     count = len(batch["real"])
-    return Head(scores.unflatten(0, (-1, count)), batch["real"], -scores[:count].sum() / answer[:count].sum())
+    return HeadScores(
+        scores.unflatten(0, (-1, count)), batch["real"], -scores[:count].sum() / answer[:count].sum()
+    )

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from registry.bundles.context import Context
 from registry.bundles.prompt import Sid
 from streams.events import PreferencePair
-from trainer.alignment.hard_negatives import Siblings
-from trainer.alignment.rows import Fill, PreferenceRow, preference_rows
+from trainer.alignment.hard_negatives import SiblingSids
+from trainer.alignment.rows import PreferenceRow, RejectedFiller, preference_rows
 from trainer.cycle_inputs import Material
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.log.pair_filter import Withdrawal
-from trainer.offline.offline_check import failing, held_probe
-from trainer.offline.quality import Quality, evaluate, told_change
+from trainer.offline.offline_check import held_out_probe, reason_to_refuse
+from trainer.offline.quality import HeldOutQuality, describe_change, evaluate_held_out
 from trainer.sequences.interactions import Catalogue, Interactions
 from trainer.sequences.rows import Rows
 from trainer.settings import DpoSettings, TrainerSettings
@@ -35,7 +35,7 @@ class Alignment:
     refused: str | None = None
     told: str = ""  # the stage in a line
     dpo: DpoResult | None = None
-    quality: Quality | None = None
+    quality: HeldOutQuality | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def refuse(self, reason: str, told: str) -> Alignment:
@@ -44,7 +44,7 @@ class Alignment:
         return self
 
 
-def hard_negatives(known: Catalogue, log: Interactions, settings: DpoSettings) -> Fill | None:
+def hard_negative_filler(known: Catalogue, log: Interactions, settings: DpoSettings) -> RejectedFiller | None:
     """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled.
 
     Nothing that the user touched, before the pair or since, nor the item that opened the page: what was never
@@ -52,7 +52,7 @@ def hard_negatives(known: Catalogue, log: Interactions, settings: DpoSettings) -
     """
     if not settings.hard_negatives:
         return None
-    siblings = Siblings(known.sids)
+    siblings = SiblingSids(known.sids)
     group = {user: at for at, user in enumerate(log.users)}
 
     def fill(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
@@ -74,16 +74,16 @@ def window_rows(
     """
     book = material.codebook.id
     found = material.window.pairs(window_ms, book, settings.schemes, settings.max_pairs)
-    fill = hard_negatives(material.known, material.log, settings)
+    fill = hard_negative_filler(material.known, material.log, settings)
     rows = preference_rows(
         found.pairs, book, material.prompt, settings, context, material.profiles, fill
     )  # fmt: skip
     return rows, found
 
 
-def aligned(
+def align_to_window(
     material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
-    tuned: Quality | None, folder: Path, *, sequences: Rows, tell: Callable[[str], None],
+    tuned: HeldOutQuality | None, folder: Path, *, sequences: Rows, tell: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
     """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
@@ -107,7 +107,7 @@ def aligned(
     held = material.split.held
     probe = None
     if tuned is not None:
-        probe = held_probe(held, material.known, material.sids, settings, tuned.ranking)
+        probe = held_out_probe(held, material.known, material.sids, settings, tuned.ranking)
     better, result = align(
         model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=tell,
         stop=stop,
@@ -121,10 +121,10 @@ def aligned(
     shown, failed = "", None
     if tuned is not None and len(held.targets):
         # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
-        made.quality = evaluate(better, held, material.known, material.sids, settings, tuned.ranking)
-        if change := told_change(tuned, made.quality):
+        made.quality = evaluate_held_out(better, held, material.known, material.sids, settings, tuned.ranking)
+        if change := describe_change(tuned, made.quality):
             shown = f"; {change}"
-        failed = failing(made.quality, tuned.hr10, settings)
+        failed = reason_to_refuse(made.quality, tuned.hr10, settings)
     failed = result.failed(dpo.max_drop) or failed
     if failed:
         return made.refuse(f"it failed its offline check: {failed}", failed + said)

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from trainer.offline.probe import Health, Probe
+from trainer.offline.probe import HeldOutProbe, ProbeOutcome
 from trainer.settings import DpoSettings
 
 # One-sided, 1 %: a look at some hundred users must not take noise for a collapse, and there are several.
-_SURE = 2.326
+_Z_99_ONE_SIDED = 2.326
 # A stage of any length has about so many looks at held-out users, so many steps apart at least.
-_LOOKS, _LEAST = 6, 5
+_PROBES_PER_STAGE, _MIN_STEPS_BETWEEN_PROBES = 6, 5
 
 
-def _fell(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_], margin: float) -> bool:
+def _fell_significantly(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_], margin: float) -> bool:
     """Whether a share fell by more than `margin`, and not by chance: the paired test, user by user."""
     fall = before.astype(float) - now
-    least = fall.mean() - _SURE * fall.std() / len(fall) ** 0.5
+    least = fall.mean() - _Z_99_ONE_SIDED * fall.std() / len(fall) ** 0.5
     return bool(fall.mean() > margin and least > 0)
 
 
-class Watch(TrainerCallback):
+class StopRules(TrainerCallback):
     """Progress, the time budget, and three rules that end the stage.
 
     The chosen answer's log-probability fell more than `max_drop` below the reference; HR@10 of held-out
@@ -37,14 +37,19 @@ class Watch(TrainerCallback):
     passed.
     """
 
-    def __init__(self, settings: DpoSettings, probe: Probe | None, progress: Callable[[str], None] | None,
-                 stop: Callable[[], bool] | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        settings: DpoSettings,
+        probe: HeldOutProbe | None,
+        progress: Callable[[str], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> None:
         self.settings, self.probe, self.progress, self.stop = settings, probe, progress, stop
         self.began = time.monotonic()
         self.last: dict[str, float] = {}
         self.curve: list[dict[str, float]] = []
         self.stopped = "all pairs seen"
-        self.before: Health | None = None
+        self.before: ProbeOutcome | None = None
         self._good: dict[str, Tensor] = {}
         self._good_at = 0
         self._failed = False
@@ -60,7 +65,7 @@ class Watch(TrainerCallback):
         """The mean margin at the last look, times beta."""
         return self.settings.beta * self.last.get("margin", 0.0)
 
-    def kept(self, steps: int) -> int:
+    def kept_step(self, steps: int) -> int:
         """The step whose weights the stage of so many steps ends with."""
         return self._good_at if self._failed else steps
 
@@ -109,7 +114,7 @@ class Watch(TrainerCallback):
 
     def _every(self, steps: int) -> int:
         """Steps between two looks: a short stage has several, too, or there is nothing to go back to."""
-        return min(self.settings.probe_steps, max(_LEAST, steps // _LOOKS))
+        return min(self.settings.probe_steps, max(_MIN_STEPS_BETWEEN_PROBES, steps // _PROBES_PER_STAGE))
 
     def _look(self, model: Any, step: int) -> bool:
         """Whether the policy passes; where it does not, it gets the weights of the last look back."""
@@ -118,9 +123,9 @@ class Watch(TrainerCallback):
         self._probed = step
         self.curve.append({"step": float(step), "hr10": found.hr10, "validity": found.validity})
         said = ""
-        if _fell(before.hits, found.hits, self.settings.max_recall_fall * before.hr10):
+        if _fell_significantly(before.hits, found.hits, self.settings.max_recall_fall * before.hr10):
             said = f"HR@10 of held-out users fell from {before.hr10:.3f} to {found.hr10:.3f}"
-        elif _fell(before.valid, found.valid, self.settings.max_invalid_rise):
+        elif _fell_significantly(before.valid, found.valid, self.settings.max_invalid_rise):
             said = f"the share of real SIDs fell from {before.validity:.3f} to {found.validity:.3f}"
         if not said:
             self._keep(model, step)
@@ -131,7 +136,7 @@ class Watch(TrainerCallback):
         return False
 
     @torch.no_grad()
-    def _ask(self, model: Any) -> Health:
+    def _ask(self, model: Any) -> ProbeOutcome:
         assert self.probe is not None, "only asked where there is a probe"
         training = model.training
         found = self.probe(model)

@@ -15,7 +15,7 @@ from trainer.log.window import read_window
 from trainer.sequences.interactions import Catalogue
 
 
-def touched(
+def read_item_sequences(
     kafka: KafkaSettings, items: list[str], advance: Callable[[int], None] | None = None
 ) -> list[list[str]]:
     """The item_ids of each user's clicks and purchases of `items`, oldest first; one list a user.

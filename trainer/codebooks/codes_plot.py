@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from trainer.codebooks.report import Report
+from trainer.codebooks.report import CodebookReport
 from trainer.plots.png import png
 
 
-def draw(found: Report) -> bytes:
+def draw_codebook_report(found: CodebookReport) -> bytes:
     """A PNG: a curve of items a code for each level, fullest code first, and bars of the shares."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     spread, shares = figure.subplots(1, 2)

@@ -18,10 +18,10 @@ WINDOW = 5
 # What counts as more than chance; of no great effect (7.4 % with 1).
 SHIFT = 5.0
 # Items of a catalogue whose matrix is decomposed as a whole, which takes a second at most.
-_DENSE = 1000
+_MAX_ITEMS_FULL_SVD = 1000
 
 
-def collaborative(
+def collaborative_vectors(
     sequences: Sequence[Int64], items: int, dim: int, *, window: int = WINDOW, shift: float = SHIFT
 ) -> Float32:
     """Unit rows, float32 (items, dim), near where users touched items soon after each other.
@@ -42,7 +42,7 @@ def collaborative(
     kept = information > 0
     matrix = sparse.csr_matrix((information[kept], (pairs.row[kept], pairs.col[kept])), shape=counts.shape)
     rank = min(dim, items - 1)
-    if items <= _DENSE:
+    if items <= _MAX_ITEMS_FULL_SVD:
         # With nearly as many vectors as items ARPACK runs out of directions, and goes on from drawn ones.
         left, values, _ = np.linalg.svd(matrix.toarray())
         left, values = left[:, :rank], values[:rank]
@@ -74,7 +74,7 @@ def cooccurrence(sequences: Sequence[Int64], items: int, window: int) -> sparse.
     return one + one.T
 
 
-def fuse(texts: Float32, together: Float32, weight: float) -> Float32:
+def fuse_vectors(texts: Float32, together: Float32, weight: float) -> Float32:
     """Unit rows, float32 (N, D + d): texts (N, D) beside collaborative rows (N, d).
 
     `weight`: the share of a row's squared length that is collaborative. A row without a collaborative part is

@@ -121,10 +121,10 @@ def _content(model: Any) -> str:
 
 
 def _export(model: Any, path: Path) -> None:
-    from trainer.generator.export import quiet
+    from trainer.generator.export import silent_exporter
 
     ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
-    with quiet(), torch.no_grad():
+    with silent_exporter(), torch.no_grad():
         torch.onnx.export(
             _Encoder(model), (ids, torch.ones_like(ids)), str(path),
             input_names=["input_ids", "attention_mask"], output_names=["embedding"],

@@ -23,15 +23,21 @@ from registry.bundles.prompt import Sid
 from registry.settings import CodebookSettings
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
-from trainer.codebooks.collaborative import collaborative, fuse
-from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest, residual_kmeans
+from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
+from trainer.codebooks.kmeans import (
+    code_means,
+    kmeans,
+    mask_changed_codes,
+    nearest_centroids,
+    residual_kmeans,
+)
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Old:
+class ReplacedCodebook:
     """The codebook that is replaced, and the SIDs that items have under it."""
 
     codebook: Codebook
@@ -39,7 +45,7 @@ class Old:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedCodebook:
     """A fitted codebook; items in order of item_id with their vectors (N, D) and SIDs."""
 
     codebook: Codebook
@@ -47,7 +53,7 @@ class Fit:
     vectors: Float32
     sids: list[Sid]
 
-    def kept(self, old: Old) -> int:
+    def kept(self, old: ReplacedCodebook) -> int:
         """Items that have the SID that they had."""
         return sum(old.sids.get(item) == sid for item, sid in zip(self.items, self.sids, strict=True))
 
@@ -59,8 +65,8 @@ def fit_codebook(
     progress: Callable[[int], None] | None = None,
     *,
     sequences: Sequence[Sequence[str]] = (),
-    old: Old | None = None,
-) -> Fit:
+    old: ReplacedCodebook | None = None,
+) -> FittedCodebook:
     """The codebook of a catalogue and a SID for each of its items.
 
     `sequences`: item_ids of each user in order of time, for the collaborative part. An `old` codebook with
@@ -79,16 +85,18 @@ def fit_codebook(
     if extra:
         place = {name: row for row, name in enumerate(names)}
         rows = [np.array([place[i] for i in one if i in place], np.int64) for one in sequences]
-        vectors = fuse(vectors, collaborative(rows, len(names), extra), settings.collaborative)
+        vectors = fuse_vectors(
+            vectors, collaborative_vectors(rows, len(names), extra), settings.collaborative
+        )
     if old is not None and len(old.codebook.sizes) != settings.levels:
         old = None
     replaced = old.codebook if old else None
     before = [None if old is None else old.sids.get(name) for name in names]
-    codebook = fit_vectors(vectors, embedder.id, settings, extra, replaced, before, progress)
-    return Fit(codebook, names, vectors, assign_keeping(codebook, vectors, before))
+    codebook = fit_codebook_to_vectors(vectors, embedder.id, settings, extra, replaced, before, progress)
+    return FittedCodebook(codebook, names, vectors, assign_keeping(codebook, vectors, before))
 
 
-def fit_vectors(
+def fit_codebook_to_vectors(
     vectors: Float32,
     embedder: str,
     settings: CodebookSettings,
@@ -112,24 +120,24 @@ def fit_vectors(
         levels, residual, prefixes = residual_kmeans(vectors, sizes[:-1], seed, old=codes, progress=progress)
         made = Codebook(embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative=collaborative)
     else:
-        made = _rqvae(vectors, embedder, sizes, seed, collaborative, old, codes)
+        made = _rqvae_codebook(vectors, embedder, sizes, seed, collaborative, old, codes)
         quantised, residual = made.quantise(vectors)
         prefixes = quantised[:, :-1]
         if progress:
             progress(last)
     largest = max(Counter(map(tuple, prefixes.tolist())).values())
-    size = max(last_size(largest, settings.headroom, settings.last), least[-1])
+    size = max(last_level_size(largest, settings.headroom, settings.last), least[-1])
     start = None
     if codes is not None:
         same = (codes[:, :-1] == prefixes).all(axis=1)
-        start = means(residual, np.where(same, codes[:, -1], -1), size, seed + last)
+        start = code_means(residual, np.where(same, codes[:, -1], -1), size, seed + last)
     levels = [*made.centroids[:-1], kmeans(residual, size, seed + last, start)]
     if progress:
         progress(1)
     return Codebook(embedder, tuple(levels), made.encoder, made.scaled, collaborative)
 
 
-def _rqvae(
+def _rqvae_codebook(
     vectors: Float32, embedder: str, sizes: Sequence[int], seed: int, collaborative: int,
     old: Codebook | None, codes: Int64 | None,
 ) -> Codebook:  # fmt: skip
@@ -141,22 +149,24 @@ def _rqvae(
     """
     stays = old and old.encoder and old.embedder == embedder
     if old and codes is not None and stays and not collaborative and not old.collaborative:
-        return Codebook(embedder, _updated(old, vectors, sizes, seed, codes), old.encoder, scaled=False)
+        return Codebook(
+            embedder, _update_centroids(old, vectors, sizes, seed, codes), old.encoder, scaled=False
+        )
     from trainer.codebooks.rqvae import fit_rqvae
 
     fitted = fit_rqvae(vectors, sizes, seed, optional=collaborative, old=codes)
     return Codebook(embedder, fitted.centroids, fitted.encoder, scaled=False, collaborative=collaborative)
 
 
-def _updated(
+def _update_centroids(
     old: Codebook, vectors: Float32, sizes: Sequence[int], seed: int, codes: Int64
 ) -> tuple[Float32, ...]:
     """Centroids at the means of what the items with each old code are now, level by level."""
     residual, before, levels = old.encode(vectors), codes, []
     for level, size in enumerate(sizes):
-        centroids = means(residual, before[:, level], size, seed + level)
-        chosen = nearest(residual, centroids)
-        before = agreeing(before, chosen, level)
+        centroids = code_means(residual, before[:, level], size, seed + level)
+        chosen = nearest_centroids(residual, centroids)
+        before = mask_changed_codes(before, chosen, level)
         residual = residual - centroids[chosen].astype(np.float64)
         levels.append(centroids)
     return tuple(levels)
@@ -177,7 +187,7 @@ def assign_keeping(codebook: Codebook, vectors: Float32, old: Sequence[Sid | Non
     return [next(given) if sid is None else sid for sid in kept]
 
 
-def last_size(largest: int, headroom: float, least: int) -> int:
+def last_level_size(largest: int, headroom: float, least: int) -> int:
     """Codes of the last level: the next power of two at or above head-room times the fullest prefix."""
     wanted = max(least, int(np.ceil(largest * headroom)))
     size = 1 << (wanted - 1).bit_length()

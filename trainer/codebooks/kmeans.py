@@ -43,11 +43,11 @@ def residual_kmeans(
     codes = np.empty((len(residual), len(sizes)), dtype=np.int64)
     before = old
     for level, size in enumerate(sizes):
-        start = None if before is None else means(residual, before[:, level], size, seed + level)
+        start = None if before is None else code_means(residual, before[:, level], size, seed + level)
         centroids = kmeans(residual, size, seed + level, start)
-        codes[:, level] = nearest(residual, centroids)
+        codes[:, level] = nearest_centroids(residual, centroids)
         if before is not None:
-            before = agreeing(before, codes[:, level], level)
+            before = mask_changed_codes(before, codes[:, level], level)
         residual = unit(residual - centroids[codes[:, level]].astype(np.float64))
         made.append(centroids)
         if progress:
@@ -66,7 +66,7 @@ def kmeans(rows: Float64, size: int, seed: int, start: Float32 | None = None) ->
 
     distinct = np.unique(rows.astype(np.float32), axis=0)
     if len(distinct) <= size:
-        return _spread(distinct, size, seed) if start is None else start
+        return _draw_centroids(distinct, size, seed) if start is None else start
     begin = "k-means++" if start is None else start.astype(np.float64)
     with warnings.catch_warnings():
         # Duplicate titles may leave a cluster empty: that costs a code, it is no error.
@@ -75,7 +75,7 @@ def kmeans(rows: Float64, size: int, seed: int, start: Float32 | None = None) ->
     return np.asarray(fitted.cluster_centers_, dtype=np.float32)
 
 
-def means(rows: Float64, codes: Int64, size: int, seed: int) -> Float32:
+def code_means(rows: Float64, codes: Int64, size: int, seed: int) -> Float32:
     """The mean of the rows (N, D) of each code, float32 (size, D); codes (N,), -1 counts for none.
 
     A code that no row has gets a row that was drawn.
@@ -86,22 +86,22 @@ def means(rows: Float64, codes: Int64, size: int, seed: int) -> Float32:
     np.add.at(totals, codes[counted], rows[counted])
     made = (totals / np.maximum(counts, 1)[:, None]).astype(np.float32)
     unused = np.flatnonzero(counts == 0)
-    made[unused] = _spread(np.unique(rows.astype(np.float32), axis=0), len(unused), seed)
+    made[unused] = _draw_centroids(np.unique(rows.astype(np.float32), axis=0), len(unused), seed)
     return made
 
 
-def agreeing(old: Int64, codes: Int64, level: int) -> Int64:
+def mask_changed_codes(old: Int64, codes: Int64, level: int) -> Int64:
     """`old` (N, L) with -1 in the rows whose code at `level` became another than codes (N,): what is left of
     them below it is left of something else."""
     return np.where((old[:, level] == codes)[:, None], old, -1)
 
 
-def nearest(rows: Float64, centroids: Float32) -> Int64:
+def nearest_centroids(rows: Float64, centroids: Float32) -> Int64:
     """The nearest centroid of each row, int64 (N,)."""
     return Codebook("", (centroids,)).quantise(rows)[0][:, 0]
 
 
-def _spread(distinct: Float32, size: int, seed: int) -> Float32:
+def _draw_centroids(distinct: Float32, size: int, seed: int) -> Float32:
     """`size` rows that were drawn, or all of them and spare ones spread like them."""
     random = np.random.default_rng(seed)
     if len(distinct) > size:

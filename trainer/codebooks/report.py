@@ -23,11 +23,11 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 # Neighbours are looked for from so many items, evenly spread, among all.
-QUERIES = 5_000
+MAX_NEIGHBOUR_QUERIES = 5_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Greedy:
+class NearestCodes:
     """The nearest code at every level, before every item got a slot of its own."""
 
     collision_rate: float  # (N - U) / N
@@ -40,7 +40,7 @@ class Greedy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
+class LevelSpread:
     """How the items' codes of one level are spread."""
 
     size: int
@@ -51,7 +51,7 @@ class Level:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
+class SharedPrefixes:
     """Share of items whose neighbour has the same first code, and the same first two."""
 
     first: float
@@ -61,68 +61,68 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CodebookReport:
     """What `sidstream sids report` tells. None: what it needs was not there."""
 
     codebook: str
     items: int
-    levels: tuple[Level, ...]
+    levels: tuple[LevelSpread, ...]
     prefixes: int  # prefixes, all codes but the last, with at least one item
     largest_prefix: int  # items of the fullest one
     headroom: float  # codes of the last level over that
-    greedy: Greedy | None
-    neighbours: Shared | None  # the nearest in the space of vectors
-    together: Shared | None  # the item that was most often touched next to it
+    greedy: NearestCodes | None
+    neighbours: SharedPrefixes | None  # the nearest in the space of vectors
+    together: SharedPrefixes | None  # the item that was most often touched next to it
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, rounded to four places, for JSON."""
-        made: dict[str, Any] = rounded(dataclasses.asdict(self))
+        made: dict[str, Any] = round_floats(dataclasses.asdict(self))
         for level in made["levels"]:
             del level["counts"]
         return made
 
 
-def report(
+def codebook_report(
     codebook: Codebook,
     sids: Sequence[Sid],
     vectors: Float32 | None = None,
     sequences: Sequence[Int64] = (),
-) -> Report:
+) -> CodebookReport:
     """Measure the SIDs of N >= 1 items; `vectors` (N, D) as it was fitted to, `sequences` of rows."""
     codes = np.array(sids, dtype=np.int64)
     prefixes = Counter(map(tuple, codes[:, :-1].tolist()))
     largest = max(prefixes.values())
-    return Report(
+    return CodebookReport(
         codebook=codebook.id,
         items=len(codes),
-        levels=tuple(spread(codes[:, at], size) for at, size in enumerate(codebook.sizes)),
+        levels=tuple(code_spread(codes[:, at], size) for at, size in enumerate(codebook.sizes)),
         prefixes=len(prefixes),
         largest_prefix=largest,
         headroom=codebook.sizes[-1] / largest,
-        greedy=None if vectors is None else greedy(codebook, vectors, codes),
-        neighbours=None if vectors is None else _neighbours(codes, vectors),
-        together=_together(codes, sequences),
+        greedy=None if vectors is None else nearest_codes(codebook, vectors, codes),
+        neighbours=None if vectors is None else _vector_neighbours(codes, vectors),
+        together=_co_interacted_neighbours(codes, sequences),
     )
 
 
-def greedy(codebook: Codebook, vectors: Float32, given: Int64) -> Greedy:
+def nearest_codes(codebook: Codebook, vectors: Float32, given: Int64) -> NearestCodes:
     """Collisions and error of the nearest codes of vectors (N, D); `given`: the items' own SIDs (N, L)."""
     codes, _ = codebook.quantise(vectors)
     groups = np.array(list(Counter(map(tuple, codes.tolist())).values()))
     latent = codebook.encode(vectors)
     apart = ((latent - latent.mean(axis=0)) ** 2).sum(axis=1).mean() or 1.0
-    return Greedy(
+    return NearestCodes(
         collision_rate=(len(codes) - len(groups)) / len(codes),
         collided=float(groups[groups > 1].sum() / len(codes)),
         largest_group=int(groups.max()),
         p99_group=float(np.percentile(groups, 99)),
-        error=float(_errors(codebook, latent, codes).mean() / apart),
+        error=float(_squared_errors(codebook, latent, codes).mean() / apart),
         moved=float((codes != given).any(axis=1).mean()),
-        moved_error=float(_errors(codebook, latent, given).mean() / apart),
+        moved_error=float(_squared_errors(codebook, latent, given).mean() / apart),
     )
 
 
-def _errors(codebook: Codebook, latent: Float64, codes: Int64) -> Float64:
+def _squared_errors(codebook: Codebook, latent: Float64, codes: Int64) -> Float64:
     """Squared distances (N,) of what is quantised (N, d) to what codes (N, L) stand for.
 
     A residual that is scaled takes its length along: the last distance is scaled back by all of them.
@@ -137,7 +137,7 @@ def _errors(codebook: Codebook, latent: Float64, codes: Int64) -> Float64:
     return errors
 
 
-def spread(codes: Int64, size: int) -> Level:
+def code_spread(codes: Int64, size: int) -> LevelSpread:
     """How codes (N,) of 0..size-1 are spread.
 
     Gini of the sorted counts x_(1) <= .. <= x_(K): (2 / (K S)) sum_i i x_(i) - (K + 1) / K, with S their sum.
@@ -148,43 +148,43 @@ def spread(codes: Int64, size: int) -> Level:
     rank = np.arange(1, size + 1)
     held = counts[::-1].astype(np.int64).tolist()
     gini = 2.0 / (size * total) * float((rank * counts).sum()) - (size + 1) / size
-    return Level(size, len(share), float(np.exp(-(share * np.log(share)).sum())), gini, tuple(held))
+    return LevelSpread(size, len(share), float(np.exp(-(share * np.log(share)).sum())), gini, tuple(held))
 
 
-def _neighbours(codes: Int64, vectors: Float32) -> Shared | None:
+def _vector_neighbours(codes: Int64, vectors: Float32) -> SharedPrefixes | None:
     if len(codes) < 2:
         return None
-    rows = np.unique(np.linspace(0, len(codes) - 1, min(QUERIES, len(codes))).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(codes) - 1, min(MAX_NEIGHBOUR_QUERIES, len(codes))).astype(np.int64))
     found = np.empty(len(rows), dtype=np.int64)
     for begin in range(0, len(rows), 512):
         part = rows[begin : begin + 512]
         near = vectors[part] @ vectors.T
         near[np.arange(len(part)), part] = -np.inf
         found[begin : begin + 512] = near.argmax(axis=1)
-    return _shared(codes, rows, found)
+    return _shared_prefixes(codes, rows, found)
 
 
-def _together(codes: Int64, sequences: Sequence[Int64]) -> Shared | None:
+def _co_interacted_neighbours(codes: Int64, sequences: Sequence[Int64]) -> SharedPrefixes | None:
     counts = cooccurrence(sequences, len(codes), WINDOW)
     rows = np.flatnonzero(np.diff(counts.indptr))
     if not len(rows):
         return None
-    return _shared(codes, rows, np.asarray(counts.argmax(axis=1)).ravel()[rows])
+    return _shared_prefixes(codes, rows, np.asarray(counts.argmax(axis=1)).ravel()[rows])
 
 
-def _shared(codes: Int64, rows: Int64, others: Int64) -> Shared:
+def _shared_prefixes(codes: Int64, rows: Int64, others: Int64) -> SharedPrefixes:
     first = codes[rows, 0] == codes[others, 0]
     two = first & (codes[rows, 1] == codes[others, 1])
     share = np.bincount(codes[:, 0]) / len(codes)
-    return Shared(float(first.mean()), float(two.mean()), float((share**2).sum()), len(rows))
+    return SharedPrefixes(float(first.mean()), float(two.mean()), float((share**2).sum()), len(rows))
 
 
-def rounded(value: Any) -> Any:
+def round_floats(value: Any) -> Any:
     """Plain values for JSON: every float of dicts and lists to four places."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
+        return {key: round_floats(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(inner) for inner in value]
+        return [round_floats(inner) for inner in value]
     return value

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from registry.bundles.codebook import Layer
-from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest
+from trainer.codebooks.kmeans import code_means, kmeans, mask_changed_codes, nearest_centroids
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ EPOCHS = 100
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedRqvae:
     """What training leaves: the layers of the encoder, and centroids (K, CODE_DIM) a level."""
 
     encoder: tuple[Layer, ...]
@@ -79,7 +79,7 @@ def fit_rqvae(
     optional: int = 0,
     old: Int64 | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Fitted:
+) -> FittedRqvae:
     """Train on rows (N, D), sizes[l] codes at level l. `progress(1)` is called once an epoch.
 
     `optional`: how many columns, the last ones, later items may lack; a quarter of the rows of a batch are
@@ -91,7 +91,7 @@ def fit_rqvae(
         torch.manual_seed(seed)
         model = RQVAE(rows.shape[1], sizes)
     data = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-    _begin(model, data, seed, old)
+    _initialise_codes(model, data, seed, old)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for epoch in range(EPOCHS):
         used = [torch.zeros(size, dtype=torch.bool) for size in sizes]
@@ -110,10 +110,10 @@ def fit_rqvae(
                 level[column] = True
         # The last fifth settles: a code that moves then would find no time to.
         if epoch < 0.8 * EPOCHS:
-            _restart(model, data, used, generator)
+            _restart_unused_codes(model, data, used, generator)
         if progress:
             progress(1)
-    return Fitted(
+    return FittedRqvae(
         tuple((_numpy(linear.weight.T), _numpy(linear.bias)) for linear in _linears(model.encoder)),
         tuple(_numpy(level) for level in model.codes),
     )
@@ -131,7 +131,7 @@ def _linears(mlp: nn.Sequential) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def _begin(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
+def _initialise_codes(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
     """Codes by k-means on what the untrained encoder makes of the rows, or the old codes' means."""
     residual = model.encoder(data).double().numpy()
     for number, level in enumerate(model.codes):
@@ -139,16 +139,18 @@ def _begin(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
             centroids = kmeans(residual, len(level), seed + number)
         else:
             # Iterations of k-means would lead away from where training had put the codes.
-            centroids = means(residual, old[:, number], len(level), seed + number)
+            centroids = code_means(residual, old[:, number], len(level), seed + number)
         level.copy_(torch.from_numpy(centroids))
-        codes = nearest(residual, centroids)
+        codes = nearest_centroids(residual, centroids)
         if old is not None:
-            old = agreeing(old, codes, number)
+            old = mask_changed_codes(old, codes, number)
         residual = residual - centroids[codes]
 
 
 @torch.no_grad()
-def _restart(model: RQVAE, data: Tensor, used: Sequence[Tensor], generator: torch.Generator) -> None:
+def _restart_unused_codes(
+    model: RQVAE, data: Tensor, used: Sequence[Tensor], generator: torch.Generator
+) -> None:
     """Codes that no row took in an epoch begin again at what is left of rows that were drawn."""
     if all(bool(level.all()) for level in used):
         return

@@ -19,16 +19,16 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import with_rewards
 from registry.settings import CodebookSettings
-from trainer.codebooks.collaborative import collaborative, fuse
-from trainer.codebooks.fit import assign_keeping, fit_vectors
+from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
+from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
 from trainer.evaluation.ranker import Head, Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Shard, Split
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Candidates, Ranker, past
-from trainer.rewards.labels import learned, purchased, told
+from trainer.offline.ranking import Candidates, CatalogueRanker, candidate_history
+from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
 from trainer.sequences.held_out import Held, hold_out
 from trainer.sequences.held_out import Split as Cut
@@ -110,12 +110,12 @@ class Trained:
         # Without texts there is nothing but what users did to make SIDs of.
         dim = codebook.collaborative_dim if codebook.collaborative or texts is None else 0
         if dim:
-            vectors = collaborative(data.train, data.data.size, dim)
+            vectors = collaborative_vectors(data.train, data.data.size, dim)
         if texts is not None:
-            vectors = fuse(texts, vectors, codebook.collaborative) if dim else texts
+            vectors = fuse_vectors(texts, vectors, codebook.collaborative) if dim else texts
         progress("codebook")
         # Without texts every dimension is collaborative, and there is no other part to tell them from.
-        made = fit_vectors(vectors, "evaluation", codebook, 0 if texts is None else dim)
+        made = fit_codebook_to_vectors(vectors, "evaluation", codebook, 0 if texts is None else dim)
         sids = assign_keeping(made, vectors, [None] * len(vectors))
         self.sids = np.array(sids, dtype=np.int64)
         prompt = Prompt(made.sizes, settings.max_items)
@@ -140,10 +140,10 @@ class Trained:
         log = training_log(data, self.profiles)
         self.held = _held(data, settings, self.profiles)
         # All that these logs say of a purchase is that it happened: the time of a window does not matter.
-        offers, bought = data.data.offers or [], purchased(log, 0)
-        self.rewards = learned(offers, log, bought, 0, settings.rewards) if offers else None
+        offers, bought = data.data.offers or [], purchase_labels(log, 0)
+        self.rewards = learn_rewards(offers, log, bought, 0, settings.rewards) if offers else None
         self.context = with_rewards(self.context, self.rewards)
-        log = told(log, offers, bought, self.rewards, self.context)
+        log = with_reward_labels(log, offers, bought, self.rewards, self.context)
         cut = Cut(log.starts[1:].copy(), self.held)
         self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
 
@@ -156,7 +156,7 @@ class Trained:
             begin, rows, self.set, settings, progress=progress, teacher=teacher,
             first=(self._first.model, self._first.result) if self._first else None,
         )  # fmt: skip
-        self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
+        self.ranker = CatalogueRanker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
         self.invalid_rate = 1.0 - quality.validity if quality else None
@@ -188,7 +188,9 @@ class Trained:
         log = training_log(data.until(self._lengths), self.profiles)
         pairs = zip(self._lengths, before, strict=True)
         log = replace(log, fresh=np.concatenate([np.arange(now) >= then for now, then in pairs]))
-        log = told(log, data.data.offers or [], purchased(log, 0), self.rewards, self.context)
+        log = with_reward_labels(
+            log, data.data.offers or [], purchase_labels(log, 0), self.rewards, self.context
+        )
         chosen = self.settings.model_copy(
             update={"lr": self.settings.refresh_lr, "seed": self.settings.seed + len(self._stages)}
         )
@@ -201,7 +203,7 @@ class Trained:
     def use(self, model: GeneratorForCausalLM) -> None:
         """Rank with another model of the same codebook, catalogue and weight of the heads."""
         self.model, self._lists = model, {}
-        self.ranker = Ranker(model, self.known.codes, self.set, self.recipe.candidates)
+        self.ranker = CatalogueRanker(model, self.known.codes, self.set, self.recipe.candidates)
 
     def rank(
         self, histories: Sequence[Int64], k: int, mask: Mask, head: Head, users: Int64 | None = None
@@ -232,7 +234,7 @@ class Trained:
         if beam_only:
             left[:, self.recipe.candidates :] = False
         if mask == "seen":
-            left &= ~torch.from_numpy(past(found.items, histories).touched)
+            left &= ~torch.from_numpy(candidate_history(found.items, histories).touched)
         order = found.order(weight, left)[:, :k].numpy()
         made = np.full((len(histories), k), -1, dtype=np.int64)
         made[:, : order.shape[1]] = order

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from registry.bundles.prompt import PAD
 from trainer.evaluation.sequences import Int64
-from trainer.generator.constrained import SidSet, beam
+from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.interactions import Catalogue
 
@@ -33,7 +33,7 @@ def spell(
     place = {sid: row for row, sid in enumerate(known.sids)}
     made = np.full((len(prompts), k), -1, dtype=np.int64)
     for low, part in _parts(prompts):
-        codes, scores = beam(model, prompt_states(model, part), sids, k)
+        codes, scores = beam_search(model, prompt_states(model, part), sids, k)
         there = torch.isfinite(scores).tolist()
         for row, answers in enumerate(codes.tolist()):
             found = [place[tuple(sid)] for at, sid in enumerate(answers) if there[row][at]]

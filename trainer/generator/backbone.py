@@ -26,15 +26,15 @@ class RMSNorm(nn.Module):
         if self.groups > 1:
             # Not unflatten: the exporter takes the sizes that it sees there for constants.
             parts = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
-            return _normed(parts).reshape(x.shape) * self.weight
-        return _normed(x) * self.weight
+            return _normalise(parts).reshape(x.shape) * self.weight
+        return _normalise(x) * self.weight
 
 
-def _normed(x: Tensor) -> Tensor:
+def _normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
-def _rotate(x: Tensor, theta: float) -> Tensor:
+def _rotate_positions(x: Tensor, theta: float) -> Tensor:
     """Rotary positions (Su et al. 2021) on (B, H, P, E): scores depend on distances alone."""
     half = x.shape[-1] // 2
     steps = torch.arange(half, device=x.device, dtype=torch.float32) / half
@@ -65,7 +65,7 @@ class Layer(nn.Module):
         y = self.mix_norm(x)
         batch, places, width = y.shape
         q, k, v = self.qkv_proj(y).view(batch, places, 3, self.heads, width // self.heads).unbind(2)
-        q, k = (_rotate(part.transpose(1, 2), self.theta) for part in (q, k))
+        q, k = (_rotate_positions(part.transpose(1, 2), self.theta) for part in (q, k))
         seen = F.scaled_dot_product_attention(
             q, k, v.transpose(1, 2), is_causal=True, dropout_p=self.dropout if self.training else 0.0
         )

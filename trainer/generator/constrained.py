@@ -54,7 +54,7 @@ class SidSet:
         return found, keys[found] == wanted
 
 
-def prefix_allowed(sids: SidSet, prompt_length: int, end: int) -> Callable[[int, Tensor], list[int]]:
+def allowed_tokens_function(sids: SidSet, prompt_length: int, end: int) -> Callable[[int, Tensor], list[int]]:
     """`prefix_allowed_tokens_fn` of `generate`: one SID after a left-padded prompt of `prompt_length` tokens.
 
     After a whole SID only `end` is allowed.
@@ -67,7 +67,9 @@ def prefix_allowed(sids: SidSet, prompt_length: int, end: int) -> Callable[[int,
 
 
 @torch.no_grad()
-def beam(model: GeneratorForCausalLM, state: Tensor, sids: SidSet, width: int) -> tuple[Tensor, Tensor]:
+def beam_search(
+    model: GeneratorForCausalLM, state: Tensor, sids: SidSet, width: int
+) -> tuple[Tensor, Tensor]:
     """The best SIDs by the sum of log-probabilities, spelled level by level with `width` beams a row.
 
     state (B, D) -> codes (B, W, L) and scores (B, W), best first; W is `width`, or the number of SIDs.
@@ -93,7 +95,7 @@ def beam(model: GeneratorForCausalLM, state: Tensor, sids: SidSet, width: int) -
 
 
 @torch.no_grad()
-def greedy(model: GeneratorForCausalLM, state: Tensor, sids: SidSet) -> Tensor:
+def spells_known_sids(model: GeneratorForCausalLM, state: Tensor, sids: SidSet) -> Tensor:
     """Spell one SID a row (B, D) over the whole vocabulary, unconstrained -> (B,) bool: is it a known SID?"""
     nodes = torch.zeros(len(state), dtype=torch.long, device=state.device)
     valid = torch.ones(len(state), dtype=torch.bool, device=state.device)

@@ -48,7 +48,7 @@ class _Step(nn.Module):
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silent_exporter() -> Iterator[None]:
     """Without the exporter's own output and warnings."""
     # The exporter tells its maker, not its user, what it is doing.
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
@@ -64,7 +64,7 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def export(model: GeneratorForCausalLM, folder: Path) -> None:
+def export_generator(model: GeneratorForCausalLM, folder: Path) -> None:
     """Write encode.onnx, step_0.onnx .. step_{L-1}.onnx and items.safetensors into `folder`.
 
     Every leading dimension is dynamic. encode: codes (B, P, L) int64, lengths (B,) int64, extras (B, P, D)
@@ -85,7 +85,7 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
     if model.config.num_context:
         given["context"] = torch.full((2, 2), model.config.vocab_size - 1, dtype=torch.int64)
         axes["context"] = {0: "B", 1: "C"}
-    with quiet(), torch.no_grad():
+    with silent_exporter(), torch.no_grad():
         torch.onnx.export(
             _Encode(model), tuple(given.values()), str(folder / "encode.onnx"),
             input_names=list(given), output_names=["state"], dynamic_axes=axes,
@@ -137,7 +137,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 @torch.no_grad()
-def parity(
+def check_parity(
     model: GeneratorForCausalLM, folder: Path, histories: list[list[tuple[int, ...]]], seed: int = 0
 ) -> float:
     """The largest absolute difference of the graphs to torch, on given and on random histories of SIDs,

@@ -24,10 +24,10 @@ DISTANCES = 8
 # How often it is there: once, twice, 3 to 4 times, 5 to 8, more.
 COUNTS = 5
 # Keys are int64.
-_MOST_SIDS = 2**62
+_MAX_SIDS = 2**62
 
 
-class Past(NamedTuple):
+class PastOccurrences(NamedTuple):
     """Items of histories, each by its last place."""
 
     distance: Tensor  # (M,) int64 from what comes next, 1 for the newest item
@@ -53,7 +53,7 @@ class ItemTable(nn.Module):
         slots = 1
         for size in self.sizes:
             slots *= size
-        if slots > _MOST_SIDS:
+        if slots > _MAX_SIDS:
             raise SidstreamError(
                 f"a codebook of {self.sizes} has more SIDs than fit 62 bits: use fewer codes"
             )
@@ -121,7 +121,7 @@ class ItemTable(nn.Module):
             made = made + self.text_proj(self.text[at])
         return made * known
 
-    def again_of(self, query: Tensor, owner: Tensor, past: Past, learning: bool = False) -> Tensor:
+    def again_of(self, query: Tensor, owner: Tensor, past: PastOccurrences, learning: bool = False) -> Tensor:
         """What is added to the logits (M,) of items of the past.
 
         query (N, D); owner (M,) int64: whose past; past: each item's last distance and count (M,);

@@ -22,11 +22,11 @@ from trainer.generator.items import ItemTable
 from trainer.generator.model import GeneratorForCausalLM, GeneratorModel
 
 # What is M times as large in the merged shape; all else of the shape is the members'.
-_WIDE = ("hidden_size", "num_attention_heads", "intermediate_size", "depth_size", "norm_groups")
+_WIDENED_SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "depth_size", "norm_groups")
 
 
 @torch.no_grad()
-def merged(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
+def merge_generators(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
     """One generator whose logits, of codes, words and items, are the mean of the members'.
 
     A single member is returned as it is. Raises ValueError where the members differ in shape, vocabulary or
@@ -35,31 +35,31 @@ def merged(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
     first = members[0]
     if len(members) == 1:
         return first
-    shape = _shape(first)
+    shape = _member_shape(first)
     table = first.model.items
     for other in members[1:]:
         theirs = other.model.items
-        same = _shape(other) == shape and all(
+        same = _member_shape(other) == shape and all(
             torch.equal(getattr(table, name), getattr(theirs, name)) for name in ("keys", "codes", "text")
         )
         if not same:
             raise ValueError("only generators of one shape, vocabulary and catalogue can be merged")
-    wide = {name: len(members) * getattr(first.config, name) for name in _WIDE}
+    wide = {name: len(members) * getattr(first.config, name) for name in _WIDENED_SIZES}
     config = type(first.config).from_dict(first.config.to_dict() | wide)
     made = GeneratorForCausalLM(config)
     made.know(table.codes, table.text if config.text_size else None)
     parts = [dict(member.named_modules()) for member in members]
     for name, module in made.named_modules():
-        _join(name, module, [part[name] for part in parts])
+        _join_module(name, module, [part[name] for part in parts])
     return made.to(next(first.parameters()).device).train(first.training)
 
 
-def _shape(model: GeneratorForCausalLM) -> dict[str, object]:
+def _member_shape(model: GeneratorForCausalLM) -> dict[str, object]:
     told = model.config.to_dict()
     return {name: value for name, value in told.items() if name not in ("_name_or_path", "dtype")}
 
 
-def _join(name: str, module: nn.Module, parts: list[Any]) -> None:
+def _join_module(name: str, module: nn.Module, parts: list[Any]) -> None:
     """Give a module of the merged model what its parts have."""
     kind = name.rpartition(".")[2]
 
@@ -83,32 +83,32 @@ def _join(name: str, module: nn.Module, parts: list[Any]) -> None:
         # One strength for all: each member's is in its own vectors.
         put(torch.cat([part.again * part.strength for part in parts], dim=1), "again")
     elif isinstance(module, nn.Linear):
-        put(_JOINS.get(kind, _blocks)(each()))
+        put(_JOINS.get(kind, _block_diagonal)(each()))
     elif isinstance(module, GeneratorModel):
         put(torch.cat(each("start")), "start")
 
 
-def _blocks(weights: Sequence[Tensor]) -> Tensor:
+def _block_diagonal(weights: Sequence[Tensor]) -> Tensor:
     return torch.block_diag(*weights)
 
 
-def _thirds(weights: Sequence[Tensor]) -> Tensor:
+def _block_diagonal_thirds(weights: Sequence[Tensor]) -> Tensor:
     """Queries, keys and values (3 D, D) of each: all queries first, then all keys, then all values."""
-    return torch.cat([_blocks(part) for part in zip(*(one.chunk(3) for one in weights), strict=True)])
+    return torch.cat([_block_diagonal(part) for part in zip(*(one.chunk(3) for one in weights), strict=True)])
 
 
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
+def _stacked_rows(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(weights))
 
 
-def _mean(weights: Sequence[Tensor]) -> Tensor:
-    return _blocks(weights) / len(weights)
+def _block_diagonal_mean(weights: Sequence[Tensor]) -> Tensor:
+    return _block_diagonal(weights) / len(weights)
 
 
 _JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
-    "qkv_proj": _thirds,
+    "qkv_proj": _block_diagonal_thirds,
     # What the dense head multiplies with items' vectors.
-    "query_proj": _mean,
+    "query_proj": _block_diagonal_mean,
     # All members read the same text.
-    "text_proj": _stacked,
+    "text_proj": _stacked_rows,
 }

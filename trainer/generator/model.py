@@ -27,11 +27,11 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trainer.generator.backbone import DepthLevel, Layer, RMSNorm
 from trainer.generator.configuration import GeneratorConfig
 from trainer.generator.context import Modulation
-from trainer.generator.items import ItemTable, Past
+from trainer.generator.items import ItemTable, PastOccurrences
 from trainer.sequences.batches import IGNORE
 
 # Spread of fresh weights, as in BERT and GPT-2.
-_SPREAD = 0.02
+_INITIAL_STD = 0.02
 
 
 class GeneratorPreTrainedModel(PreTrainedModel):
@@ -47,15 +47,15 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         from transformers import initialization as init
 
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=_SPREAD)
+            init.normal_(module.weight, mean=0.0, std=_INITIAL_STD)
         elif isinstance(module, nn.Conv1d):
             init.normal_(module.weight, mean=0.0, std=self.config.kernel_size**-0.5 / 2)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=_SPREAD)
+            init.normal_(module.weight, mean=0.0, std=_INITIAL_STD)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, ItemTable):
-            init.normal_(module.own, mean=0.0, std=_SPREAD if module.has_own else 0.0)
+            init.normal_(module.own, mean=0.0, std=_INITIAL_STD if module.has_own else 0.0)
             init.eye_(module.query_proj.weight)
             init.ones_(module.strength)
         elif isinstance(module, GeneratorModel):
@@ -123,7 +123,7 @@ class GeneratorModel(GeneratorPreTrainedModel):
         real = (at < lengths[:, None]) & (rows >= 0)
         same = (rows[:, :, None] == rows[:, None]) & real[:, None]
         batch, place = (real & ~(same & (at[:, None] < at)).any(-1)).nonzero(as_tuple=True)
-        past = Past(lengths[batch] - place, same.sum(-1)[batch, place])
+        past = PastOccurrences(lengths[batch] - place, same.sum(-1)[batch, place])
         return batch, rows[batch, place], self.items.again_of(query, batch, past, learning)
 
     def conditioned(self, states: Tensor, context: Tensor | None) -> Tensor:

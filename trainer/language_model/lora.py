@@ -32,8 +32,8 @@ from trainer.alignment.rows import PreferenceRow
 from trainer.alignment.stage import window_rows
 from trainer.cycle_inputs import only_one, read_material
 from trainer.generator.constrained import SidSet
-from trainer.offline.probe import Health
-from trainer.offline.quality import Quality, for_json, hr_ndcg
+from trainer.offline.probe import ProbeOutcome
+from trainer.offline.quality import HeldOutQuality, for_json, hr_ndcg
 from trainer.sequences.batches import IGNORE, Row
 from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
@@ -54,11 +54,11 @@ class LoraResult:
     steps: int
     seconds: float
     loss: float
-    quality: Quality
+    quality: HeldOutQuality
     # Of the alignment, where there were pairs enough: its folder, what it did, and what it is worth.
     aligned: str | None = None
     dpo: DpoResult | None = None
-    aligned_quality: Quality | None = None
+    aligned_quality: HeldOutQuality | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -221,11 +221,11 @@ def _batches(
 @torch.no_grad()
 def rank_held(
     model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
-) -> Quality:
+) -> HeldOutQuality:
     """HR@10 and NDCG@10 of held-out items by constrained `generate`; validity of free answers."""
     rank, valid = ranks_held(model, translation, rows, sids, settings)
     hr, ndcg = hr_ndcg(torch.from_numpy(rank))
-    return Quality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
+    return HeldOutQuality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
 
 
 @torch.no_grad()
@@ -288,9 +288,9 @@ def align_tuned(
     translation = Translation(rows.prompt, ours, theirs)
     few = rows.part(settings.dpo.probe_users)
 
-    def probe(policy: Any) -> Health:
+    def probe(policy: Any) -> ProbeOutcome:
         rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
-        return Health(rank < 10, valid)
+        return ProbeOutcome(rank < 10, valid)
 
     folder = Path(f"{tuned.folder}-dpo")
     made, result = align_language_model(

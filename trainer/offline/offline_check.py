@@ -11,8 +11,8 @@ from torch import nn
 from registry.bundles.ranking import Ranking
 from streams.errors import SidstreamError
 from trainer.generator.constrained import SidSet
-from trainer.offline.probe import Health, Probe
-from trainer.offline.quality import Quality, ranked
+from trainer.offline.probe import HeldOutProbe, ProbeOutcome
+from trainer.offline.quality import HeldOutQuality, rank_held_out
 from trainer.sequences.held_out import Held
 from trainer.sequences.interactions import Catalogue
 from trainer.settings import TrainerSettings
@@ -25,7 +25,7 @@ def check_finite(model: nn.Module) -> None:
             raise SidstreamError("training diverged: a weight is not finite; lower SIDSTREAM_TRAINER__LR")
 
 
-def failing(quality: Quality, before: float | None, settings: TrainerSettings) -> str | None:
+def reason_to_refuse(quality: HeldOutQuality, before: float | None, settings: TrainerSettings) -> str | None:
     """Why a model may not follow one whose HR@10 was `before`; None: it may."""
     if quality.validity < settings.min_validity:
         return (
@@ -40,9 +40,11 @@ def failing(quality: Quality, before: float | None, settings: TrainerSettings) -
     return None
 
 
-def failing_first(quality: Quality, popularity: float, settings: TrainerSettings) -> str | None:
+def reason_to_refuse_first(
+    quality: HeldOutQuality, popularity: float, settings: TrainerSettings
+) -> str | None:
     """Why a model that follows none may not start, where popularity has that HR@10; None: it may."""
-    failed = failing(quality, None, settings)
+    failed = reason_to_refuse(quality, None, settings)
     if failed is None and settings.beat_popularity and quality.hr10 < popularity:
         return (
             f"HR@10 {quality.hr10:.3f} is below popularity's {popularity:.3f} "
@@ -52,9 +54,9 @@ def failing_first(quality: Quality, popularity: float, settings: TrainerSettings
     return failed
 
 
-def held_probe(
+def held_out_probe(
     held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
-) -> Probe | None:
+) -> HeldOutProbe | None:
     """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none.
 
     Of those who clicked, where they are as many as the others: what is bought more often must not hide the
@@ -68,8 +70,8 @@ def held_probe(
         return None
     some = held.take(at)
 
-    def probe(model: Any) -> Health:
-        rank, valid, _ = ranked(model, some, known, sids, settings, ranking)
-        return Health((rank < 10).numpy(), valid.numpy())
+    def probe(model: Any) -> ProbeOutcome:
+        rank, valid, _ = rank_held_out(model, some, known, sids, settings, ranking)
+        return ProbeOutcome((rank < 10).numpy(), valid.numpy())
 
     return probe

@@ -31,16 +31,16 @@ from trainer.sequences.batches import Int32, Int64, context_rows, pad_items
 from trainer.settings import OffPolicySettings
 
 # Candidates of one forward: their logits over the vocabulary stay near the cache.
-_CANDIDATES = 2048
+_CANDIDATES_PER_FORWARD = 2048
 # A draw less likely than this does not happen; its quotient would be all that counts.
-_LEAST = 1e-9
+_MIN_PROPENSITY = 1e-9
 # Below this log-probability nothing more is told about an item.
-_FLOOR = -50.0
+_MIN_LOG_PROBABILITY = -50.0
 _RIDGE = 1.0
 
 
 @dataclass(frozen=True)
-class Explored:
+class LoggedExplorations:
     """N explorations as arrays; their M candidates, of L levels, lie one after the other."""
 
     prompts: list[Int64]  # N of (P, L) token ids, oldest item first
@@ -59,10 +59,10 @@ class Explored:
         return len(self.prompts)
 
 
-def explored(
+def logged_explorations(
     found: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt, settings: OffPolicySettings,
     context: Context | None = None,
-) -> Explored | None:  # fmt: skip
+) -> LoggedExplorations | None:  # fmt: skip
     """The newest `max_explorations` with whether the drawn item was clicked; None where there are none.
 
     Those of another codebook, and those that break their own contract, are left out and counted. `context`
@@ -88,7 +88,7 @@ def explored(
         if (
             len(event.scores) != len(candidates)
             or event.chosen >= len(candidates)
-            or event.propensity < _LEAST
+            or event.propensity < _MIN_PROPENSITY
         ):
             left_out["that contradict themselves"] += 1
             continue
@@ -100,12 +100,12 @@ def explored(
     places = np.array([place for event, _ in kept for place in range(len(event.scores))], dtype=np.float64)
     known = context or Context()
     said = [known.row(event.context) for event, _ in kept]
-    return Explored(
+    return LoggedExplorations(
         prompts=shown,
         contexts=np.array(said, dtype=np.int32).reshape(len(kept), len(known.fields)),
         starts=starts,
         codes=np.array(codes, dtype=np.int64).reshape(-1, len(prompt.sizes)),
-        features=np.stack([np.clip(scores, _FLOOR, 0.0), np.log1p(places)], axis=1),
+        features=np.stack([np.clip(scores, _MIN_LOG_PROBABILITY, 0.0), np.log1p(places)], axis=1),
         temperature=np.array([event.temperature for event, _ in kept], dtype=np.float64),
         drawn=starts[:-1] + np.array([event.chosen for event, _ in kept], dtype=np.int64),
         propensity=np.array([event.propensity for event, _ in kept], dtype=np.float64),
@@ -121,7 +121,7 @@ def _tokens(sids: Sequence[Sequence[int]], prompt: Prompt) -> Int64:
 
 
 @torch.no_grad()
-def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -> Floats:
+def candidate_scores(model: GeneratorForCausalLM, logged: LoggedExplorations, weight: float = 0.0) -> Floats:
     """The score of every candidate (M,) under its own prompt, by the model in its own precision.
 
     (1 - weight) times the log-probability of its SID, plus weight times its product with the dense head,
@@ -131,7 +131,7 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
     where = next(model.parameters()).device
     made = np.zeros(len(logged.codes))
     counts = np.diff(logged.starts)
-    step = max(1, _CANDIDATES // int(counts.max(initial=1)))
+    step = max(1, _CANDIDATES_PER_FORWARD // int(counts.max(initial=1)))
     for low in range(0, len(logged), step):
         high = min(low + step, len(logged))
         rows = slice(int(logged.starts[low]), int(logged.starts[high]))
@@ -158,7 +158,7 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
     return made
 
 
-def target_policy(scored: Floats, logged: Explored) -> Floats:
+def target_policy(scored: Floats, logged: LoggedExplorations) -> Floats:
     """softmax(scored / temperature) over each exploration's candidates: (M,) -> (M,)."""
     counts = np.diff(logged.starts)
     top = np.maximum.reduceat(scored, logged.starts[:-1])
@@ -169,7 +169,7 @@ def target_policy(scored: Floats, logged: Explored) -> Floats:
     return policy
 
 
-def reward_model(logged: Explored) -> Floats:
+def reward_model(logged: LoggedExplorations) -> Floats:
     """Expected reward (M,) of every candidate: a ridge regression, fitted on the other half of the users.
 
     Two folds by the hash of the user: a row's own reward never enters its own expectation, so the doubly
@@ -193,7 +193,7 @@ def reward_model(logged: Explored) -> Floats:
 
 
 @dataclass(frozen=True)
-class Value:
+class IntervalEstimate:
     """An estimate with its 1 - 2 alpha interval."""
 
     value: float
@@ -202,18 +202,18 @@ class Value:
 
 
 @dataclass(frozen=True)
-class OffPolicy:
+class OffPolicyVerdict:
     """What the explorations say of one model. Values are clicks per exploration; None: too few users."""
 
     n: int
     users: int
     left_out: dict[str, int]
     ess: float
-    logged: Value | None  # of the policy that drew them: its own mean reward
-    ips: Value | None
-    clipped_ips: Value | None
-    snips: Value | None
-    dr: Value | None
+    logged: IntervalEstimate | None  # of the policy that drew them: its own mean reward
+    ips: IntervalEstimate | None
+    clipped_ips: IntervalEstimate | None
+    snips: IntervalEstimate | None
+    dr: IntervalEstimate | None
     vetoed: bool
     sentence: str
 
@@ -222,7 +222,7 @@ class OffPolicy:
         made = {"ope_n": float(self.n), "ope_users": float(self.users), "ope_ess": self.ess}
         made["ope_left_out"] = float(sum(self.left_out.values()))
         for name in ("logged", "ips", "clipped_ips", "snips", "dr"):
-            value: Value | None = getattr(self, name)
+            value: IntervalEstimate | None = getattr(self, name)
             if value is not None:
                 made |= {f"ope_{name}": value.value, f"ope_{name}_low": value.low}
                 made[f"ope_{name}_high"] = value.high
@@ -244,54 +244,62 @@ class OffPolicy:
         )
 
 
-def judge(
-    model: GeneratorForCausalLM, logged: Explored, settings: OffPolicySettings, weight: float = 0.0
-) -> OffPolicy:
+def judge_by_explorations(
+    model: GeneratorForCausalLM, logged: LoggedExplorations, settings: OffPolicySettings, weight: float = 0.0
+) -> OffPolicyVerdict:
     """Hold a model against the explorations; `weight` is the dense head's in its score.
 
     Veto: enough effective samples, and the doubly robust value is shown (one-sided `alpha`, clustered by
     user) to be below (1 - margin) of the value that was logged. Anything else is no veto.
     """
     users = len(set(logged.users.tolist()))
-    nothing = OffPolicy(
+    nothing = OffPolicyVerdict(
         len(logged), users, logged.left_out, 0.0, None, None, None, None, None, False,
         f"no veto: explorations of {users} users, and it takes two",
     )  # fmt: skip
     if users < 2:
         return nothing
-    policy = target_policy(scores(model, logged, weight), logged)
+    policy = target_policy(candidate_scores(model, logged, weight), logged)
     w, r = policy[logged.drawn] / logged.propensity, logged.reward
     q = reward_model(logged)
     q_chosen, q_pi = q[logged.drawn], np.add.reduceat(policy * q, logged.starts[:-1])
-    dr = _value(offpolicy.doubly_robust(w, r, q_chosen, q_pi, logged.users), settings.alpha)
-    own = _value(offpolicy.mean(r, logged.users), settings.alpha)
+    dr = _interval_estimate(offpolicy.doubly_robust(w, r, q_chosen, q_pi, logged.users), settings.alpha)
+    own = _interval_estimate(offpolicy.mean(r, logged.users), settings.alpha)
     factor = 1.0 - settings.margin
-    below = _value(
+    below = _interval_estimate(
         offpolicy.doubly_robust_contrast(w, r, q_chosen, q_pi, logged.users, factor), settings.alpha
     )
     ess = offpolicy.effective_sample_size(w)
     vetoed = ess >= settings.min_ess and below is not None and below.high < 0
-    return OffPolicy(
+    return OffPolicyVerdict(
         n=len(logged),
         users=users,
         left_out=logged.left_out,
         ess=ess,
         logged=own,
-        ips=_value(offpolicy.ips(w, r, logged.users), settings.alpha),
-        clipped_ips=_value(offpolicy.clipped_ips(w, r, logged.users, settings.clip), settings.alpha),
-        snips=_value(offpolicy.snips(w, r, logged.users), settings.alpha),
+        ips=_interval_estimate(offpolicy.ips(w, r, logged.users), settings.alpha),
+        clipped_ips=_interval_estimate(
+            offpolicy.clipped_ips(w, r, logged.users, settings.clip), settings.alpha
+        ),
+        snips=_interval_estimate(offpolicy.snips(w, r, logged.users), settings.alpha),
         dr=dr,
         vetoed=vetoed,
         sentence=_sentence(vetoed, ess, dr, own, settings),
     )
 
 
-def _value(estimate: Estimate | None, alpha: float) -> Value | None:
-    return None if estimate is None else Value(estimate.value, *offpolicy.interval(estimate, alpha))
+def _interval_estimate(estimate: Estimate | None, alpha: float) -> IntervalEstimate | None:
+    return (
+        None if estimate is None else IntervalEstimate(estimate.value, *offpolicy.interval(estimate, alpha))
+    )
 
 
 def _sentence(
-    vetoed: bool, ess: float, dr: Value | None, own: Value | None, settings: OffPolicySettings
+    vetoed: bool,
+    ess: float,
+    dr: IntervalEstimate | None,
+    own: IntervalEstimate | None,
+    settings: OffPolicySettings,
 ) -> str:
     if ess < settings.min_ess or dr is None or own is None:
         return f"no veto: {ess:,.0f} effective samples of the {settings.min_ess:,} that it takes"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True)
-class Health:
+class ProbeOutcome:
     """What held-out users say, the same ones at every look: bool (N,) each."""
 
     hits: npt.NDArray[np.bool_]  # the next item is among the ten best
@@ -29,4 +29,4 @@ class Health:
 
 
 # Called with the policy of the moment.
-Probe = Callable[[Any], Health]
+HeldOutProbe = Callable[[Any], ProbeOutcome]

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from registry.bundles.ranking import Ranking
-from trainer.generator.constrained import SidSet, greedy
+from trainer.generator.constrained import SidSet, spells_known_sids
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import ROWS, Ranker, fit, ranks
+from trainer.offline.ranking import ROWS_PER_FORWARD, CatalogueRanker, fit_ranking, target_ranks
 from trainer.sequences.held_out import Held
 from trainer.sequences.interactions import Catalogue
 from trainer.settings import TrainerSettings
 
 # Two-sided, 95 %.
-_SURE = 1.96
+_Z_95_TWO_SIDED = 1.96
 Mask = npt.NDArray[np.bool_]
 
 
-def _nobody() -> Mask:
+def _no_users() -> Mask:
     return np.zeros(0, dtype=np.bool_)
 
 
 @dataclass(frozen=True)
-class Quality:
+class HeldOutQuality:
     """Ranking of held-out next items by the constrained beam, over all items."""
 
     users: int
@@ -41,8 +41,8 @@ class Quality:
     purchases: int = 0  # users whose held-out item was bought
     purchase_hr10: float = 0.0  # of these alone
     # (users,) of each, for comparisons: whether the item is among the ten best, and whether it was bought.
-    hits: Mask = field(default_factory=_nobody, repr=False, compare=False)
-    paid: Mask = field(default_factory=_nobody, repr=False, compare=False)
+    hits: Mask = field(default_factory=_no_users, repr=False, compare=False)
+    paid: Mask = field(default_factory=_no_users, repr=False, compare=False)
 
 
 def for_json(result: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def for_json(result: Any) -> dict[str, Any]:
     return asdict(result, dict_factory=numbers)
 
 
-def told_change(before: Quality, now: Quality) -> str:
+def describe_change(before: HeldOutQuality, now: HeldOutQuality) -> str:
     """How HR@10 went from one model to another over the same held-out users, in words.
 
     Of what was clicked and of what was bought, each with the 95 % interval of the relative change, from the
@@ -70,7 +70,7 @@ def told_change(before: Quality, now: Quality) -> str:
         if not len(old) or not old.any():
             continue
         change = new - old
-        base, spread = old.mean(), _SURE * change.std() / len(change) ** 0.5
+        base, spread = old.mean(), _Z_95_TWO_SIDED * change.std() / len(change) ** 0.5
         low, high = (change.mean() - spread) / base, (change.mean() + spread) / base
         said.append(
             f"of what was {what} {base:.3f} -> {new.mean():.3f} ({change.mean() / base:+.1%}, "
@@ -89,7 +89,7 @@ def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def ranked(
+def rank_held_out(
     model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
     ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
@@ -98,27 +98,27 @@ def ranked(
     Under a ranking, or the one that fits the items best; B >= 1.
     """
     model.eval()
-    ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
+    ranker = CatalogueRanker(model, known.codes, sids, max(settings.beam, 10))
     states = ranker.states(held.histories, held.contexts)
     found = ranker.candidates(held.histories, states)
-    ranking = ranking or fit(found, held)
-    valid = torch.cat([greedy(model, part, sids) for part in states.split(ROWS)])
-    return ranks(found, held, ranking).cpu(), valid.cpu(), ranking
+    ranking = ranking or fit_ranking(found, held)
+    valid = torch.cat([spells_known_sids(model, part, sids) for part in states.split(ROWS_PER_FORWARD)])
+    return target_ranks(found, held, ranking).cpu(), valid.cpu(), ranking
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_held_out(
     model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
     ranking: Ranking | None = None,
-) -> Quality:  # fmt: skip
+) -> HeldOutQuality:  # fmt: skip
     """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
     if not len(held.targets):
         model.eval()
-        return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
-    rank, valid, ranking = ranked(model, held, known, sids, settings, ranking)
+        return HeldOutQuality(0, 0.0, 0.0, 0.0, ranking or Ranking())
+    rank, valid, ranking = rank_held_out(model, held, known, sids, settings, ranking)
     hr, ndcg = hr_ndcg(rank)
     paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
-    return Quality(
+    return HeldOutQuality(
         len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
         int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,
     )  # fmt: skip

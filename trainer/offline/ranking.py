@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from registry.bundles.ranking import Ranking, Repeats, left_out
-from trainer.generator.constrained import SidSet, beam
+from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import Int32, Int64, pad_items
 from trainer.sequences.held_out import Held
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.
-ROWS = 256
-WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
+ROWS_PER_FORWARD = 256
+DENSE_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
 _HOUR, _DAY = 3600, 86_400
-RULES = (
+REPEAT_RULES = (
     Ranking(), Ranking(repeats="bought"), Ranking(repeats="never"),
     *(Ranking(repeats="within", within_s=seconds) for seconds in (_HOUR, _DAY, 7 * _DAY, 30 * _DAY)),
 )  # fmt: skip
@@ -82,13 +82,13 @@ def candidates(
     catalogue's items, `place` (I',) catalogue row of each row of the model's table. A model that knows no
     item by itself has the beam's candidates alone.
     """
-    found, spelled = beam(model, state, sids, width)
+    found, spelled = beam_search(model, state, sids, width)
     found = found + torch.tensor(
         [sids.prompt.code_base(at) for at in range(codes.shape[-1])], device=codes.device
     )
     row = model.model.items.rows(found)
     if not len(place):
-        items = _lookup(found, known)
+        items = _catalogue_rows(found, known)
         gone = ~torch.isfinite(spelled)
         return Candidates(items.masked_fill(gone, -1), spelled, torch.zeros_like(spelled))
     logits, batch, past = item_logits(model, state, codes, lengths)
@@ -114,11 +114,11 @@ def item_logits(
     model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense head's logits (B, I'), and which of them are of the past: rows (M,), items (M,)."""
-    logits, (batch, past, more) = _parts(model, state, codes, lengths)
+    logits, (batch, past, more) = _logits_and_repeat_bias(model, state, codes, lengths)
     return logits.index_put((batch, past), more, accumulate=True), batch, past
 
 
-def _parts(
+def _logits_and_repeat_bias(
     model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The dense head's logits (B, I') but for what is added to the past: rows, items and addends (M,)."""
@@ -127,7 +127,7 @@ def _parts(
     return query @ table.T, model.model.again(query, model.model.items.rows(codes), lengths)
 
 
-def _lookup(codes: Tensor, known: Tensor) -> Tensor:
+def _catalogue_rows(codes: Tensor, known: Tensor) -> Tensor:
     place = {tuple(row): at for at, row in enumerate(known.tolist())}
     found = [[place.get(tuple(sid), -1) for sid in row] for row in codes.tolist()]
     return torch.tensor(found, device=codes.device)
@@ -145,7 +145,7 @@ def sid_scores(model: GeneratorForCausalLM, state: Tensor, owner: Tensor, codes:
     return total
 
 
-class Ranker:
+class CatalogueRanker:
     """A model over one catalogue, ready to rank histories."""
 
     def __init__(self, model: GeneratorForCausalLM, codes: Int64, sids: SidSet, width: int) -> None:
@@ -165,8 +165,8 @@ class Ranker:
         # By length: a short history is not padded to the longest of all.
         lengths = np.array([len(history) for history in histories], dtype=np.int64)
         order = np.argsort(lengths, kind="stable")
-        for low in range(0, len(order), ROWS):
-            rows = order[low : low + ROWS]
+        for low in range(0, len(order), ROWS_PER_FORWARD):
+            rows = order[low : low + ROWS_PER_FORWARD]
             padded = self._padded([histories[row] for row in rows])
             about = None if contexts is None else torch.from_numpy(contexts[rows]).to(self._where).long()
             made[torch.from_numpy(rows).to(self._where)] = self.model.encode(*padded, context=about)
@@ -178,11 +178,11 @@ class Ranker:
         states = self.states(histories) if states is None else states
         none = torch.zeros(0, 2 * self.width)
         parts = [(none.long(), none, none)] if not len(histories) else []
-        for low in range(0, len(histories), ROWS):
-            codes, lengths = self._padded(histories[low : low + ROWS])
+        for low in range(0, len(histories), ROWS_PER_FORWARD):
+            codes, lengths = self._padded(histories[low : low + ROWS_PER_FORWARD])
             found = candidates(
-                self.model, states[low : low + ROWS], codes, lengths, self.sids, self._place, self.width,
-                self._known,
+                self.model, states[low : low + ROWS_PER_FORWARD], codes, lengths, self.sids, self._place,
+                self.width, self._known,
             )  # fmt: skip
             parts.append((found.items.cpu(), found.sid.cpu(), found.dense.cpu()))
         return Candidates(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -195,9 +195,9 @@ class Ranker:
         """
         parts = [torch.zeros(0, k, dtype=torch.long)]
         gone = self._place < 0
-        for low in range(0, len(histories), ROWS):
-            codes, lengths = self._padded(histories[low : low + ROWS])
-            logits, _, _ = item_logits(self.model, states[low : low + ROWS], codes, lengths)
+        for low in range(0, len(histories), ROWS_PER_FORWARD):
+            codes, lengths = self._padded(histories[low : low + ROWS_PER_FORWARD])
+            logits, _, _ = item_logits(self.model, states[low : low + ROWS_PER_FORWARD], codes, lengths)
             rows = logits.masked_fill(gone, -torch.inf).topk(min(k, len(gone)), dim=1).indices
             parts.append(self._place[rows].cpu())
         return torch.cat(parts[1:] or parts)
@@ -208,10 +208,12 @@ class Ranker:
         added to the past, and that: rows, items and addends (M,). Items not in the catalogue have -inf."""
         states = self.states(held.histories, held.contexts)
         gone = self._place < 0
-        for low in range(0, len(held.targets), ROWS):
-            codes, lengths = self._padded(held.histories[low : low + ROWS])
-            logits, added = _parts(self.model, states[low : low + ROWS], codes, lengths)
-            asked = self._known[torch.from_numpy(held.targets[low : low + ROWS]).to(self._where)]
+        for low in range(0, len(held.targets), ROWS_PER_FORWARD):
+            codes, lengths = self._padded(held.histories[low : low + ROWS_PER_FORWARD])
+            logits, added = _logits_and_repeat_bias(
+                self.model, states[low : low + ROWS_PER_FORWARD], codes, lengths
+            )
+            asked = self._known[torch.from_numpy(held.targets[low : low + ROWS_PER_FORWARD]).to(self._where)]
             yield self.model.model.items.rows(asked), logits.masked_fill(gone, -torch.inf), added
 
     @torch.no_grad()
@@ -220,8 +222,8 @@ class Ranker:
         rows = torch.from_numpy(items).to(self._where)
         asked = self._known[rows]
         parts = [torch.zeros(0)]
-        for low in range(0, len(histories), ROWS):
-            part = slice(low, low + ROWS)
+        for low in range(0, len(histories), ROWS_PER_FORWARD):
+            part = slice(low, low + ROWS_PER_FORWARD)
             state, codes = states[part], asked[part]
             score = (1 - weight) * sid_scores(
                 self.model, state, torch.arange(len(codes), device=self._where), codes
@@ -238,7 +240,7 @@ class Ranker:
         return codes.to(self._where), lengths.to(self._where)
 
 
-class Past(NamedTuple):
+class CandidateHistory(NamedTuple):
     """What each candidate (B, C) is of its row's history; items that are not in it have age 0."""
 
     touched: npt.NDArray[np.bool_]
@@ -250,15 +252,15 @@ class Past(NamedTuple):
         return torch.from_numpy(~(self.touched & left_out(rule, self.bought, self.age_s)))
 
 
-def past(
+def candidate_history(
     items: Tensor, histories: Sequence[Int64], ages_s: Sequence[Int64] | None = None,
     bought: Sequence[npt.NDArray[np.bool_]] | None = None,
-) -> Past:  # fmt: skip
+) -> CandidateHistory:  # fmt: skip
     """Look the candidates (B, C), -1 for none, up in the histories of their rows.
 
     `ages_s` and `bought` are those of `Held`; without them only the rules "always" and "never" can be asked.
     """
-    wanted, entries = items.numpy() + 1, _joined(histories, np.int64) + 1
+    wanted, entries = items.numpy() + 1, _concatenate(histories, np.int64) + 1
     rows = np.arange(len(wanted))[:, None]
     width = 1 + max(wanted.max(initial=0), entries.max(initial=0))
     # One number for an item of a row; none, as 0, is in no history.
@@ -266,45 +268,45 @@ def past(
     keys, of = np.unique(owner * width + entries, return_inverse=True)
     once, age = np.zeros(len(keys) + 1, dtype=bool), np.zeros(len(keys) + 1, dtype=np.int64)
     if bought is not None:
-        np.logical_or.at(once, of, _joined(bought, np.bool_))
+        np.logical_or.at(once, of, _concatenate(bought, np.bool_))
     if ages_s is not None:
         age[:-1] = np.iinfo(np.int64).max
-        np.minimum.at(age, of, _joined(ages_s, np.int64))
+        np.minimum.at(age, of, _concatenate(ages_s, np.int64))
     at = np.searchsorted(keys, rows * width + wanted)
     # The key after the last one is nobody's.
     touched = np.append(keys, -1)[at] == rows * width + wanted
     at = np.where(touched, at, len(keys))
-    return Past(touched, once[at], age[at])
+    return CandidateHistory(touched, once[at], age[at])
 
 
-def _joined(rows: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:
+def _concatenate(rows: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype=kind), *rows])
 
 
-def _past(found: Candidates, held: Held) -> Past:
-    return past(found.items, held.histories, held.ages_s, held.bought)
+def _held_out_history(found: Candidates, held: Held) -> CandidateHistory:
+    return candidate_history(found.items, held.histories, held.ages_s, held.bought)
 
 
-def ranks(found: Candidates, held: Held, ranking: Ranking) -> Tensor:
+def target_ranks(found: Candidates, held: Held, ranking: Ranking) -> Tensor:
     """Rank (B,) of each target from 0; C where it is not among the candidates that the rule leaves."""
-    kept = _past(found, held).kept(ranking)
+    kept = _held_out_history(found, held).kept(ranking)
     return found.ranks(torch.from_numpy(held.targets), ranking.dense_weight, kept[None])[0]
 
 
-def fit(found: Candidates, held: Held, k: int = 10) -> Ranking:
+def fit_ranking(found: Candidates, held: Held, k: int = 10) -> Ranking:
     """The rule with the best NDCG at `k` on held-out events, equals going to the simpler one, and its weight.
 
     The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984):
     a few thousand events do not tell .8 from 1, and the dense head alone is the steadier.
     """
-    weights = WEIGHTS if torch.any(found.dense != 0) else (0.0,)
-    seen, targets = _past(found, held), torch.from_numpy(held.targets)
-    kept = torch.stack([seen.kept(rule) for rule in RULES])
+    weights = DENSE_WEIGHTS if torch.any(found.dense != 0) else (0.0,)
+    seen, targets = _held_out_history(found, held), torch.from_numpy(held.targets)
+    kept = torch.stack([seen.kept(rule) for rule in REPEAT_RULES])
     ranked = torch.stack([found.ranks(targets, weight, kept) for weight in weights], dim=1)
     gain, places = torch.zeros(k + 1), min(k, found.items.shape[1])
     gain[:places] = 1.0 / torch.log2(torch.arange(places) + 2.0)
-    best, chosen, rule = -1.0, torch.zeros(len(weights), 0), RULES[0]
-    for one, gains in zip(RULES, gain[ranked.clamp(max=k)], strict=True):
+    best, chosen, rule = -1.0, torch.zeros(len(weights), 0), REPEAT_RULES[0]
+    for one, gains in zip(REPEAT_RULES, gain[ranked.clamp(max=k)], strict=True):
         if float(gains.mean(1).max()) > best + 1e-9:
             best, chosen, rule = float(gains.mean(1).max()), gains, one
     short = chosen[chosen.mean(1).argmax()] - chosen

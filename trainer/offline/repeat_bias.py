@@ -13,34 +13,36 @@ import torch
 from torch import Tensor
 
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Ranker
+from trainer.offline.ranking import CatalogueRanker
 from trainer.sequences.held_out import Held
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
-_AS_LEARNED = STRENGTHS.index(1.0)
+_LEARNED_STRENGTH = STRENGTHS.index(1.0)
 # Fewer held-out events than this say nothing of eight strengths: their standard error is a guess itself.
-_LEAST = 100
+_MIN_EVENTS = 100
 
 
 @torch.no_grad()
-def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: Held, k: int = 10) -> float:
+def fit_repeat_strength(
+    model: GeneratorForCausalLM, ranker: CatalogueRanker, held: Held, k: int = 10
+) -> float:
     """Give what is added to the past the strength with the best NDCG at k on held-out events, and return it.
 
     It is 1 unless the best of a hundred events and more is better by two standard errors of their difference.
     """
     model.model.items.strength.fill_(1.0)
-    if len(held.targets) < _LEAST:
+    if len(held.targets) < _MIN_EVENTS:
         return 1.0
-    gains = _gains(ranker, held, k)
+    gains = _ndcg_by_strength(ranker, held, k)
     best = int(gains.mean(1).argmax())
-    more = gains[best] - gains[_AS_LEARNED]
+    more = gains[best] - gains[_LEARNED_STRENGTH]
     if float(more.mean()) <= 2 * float(more.std(correction=0)) / len(more) ** 0.5:
         return 1.0
     model.model.items.strength.fill_(STRENGTHS[best])
     return STRENGTHS[best]
 
 
-def _gains(ranker: Ranker, held: Held, k: int) -> Tensor:
+def _ndcg_by_strength(ranker: CatalogueRanker, held: Held, k: int) -> Tensor:
     """NDCG at k (S, B) of each target under each of the strengths, by the dense head over all items."""
     parts = []
     for targets, logits, (batch, past, more) in ranker.dense_logits(held):

@@ -15,7 +15,7 @@ from streams.errors import SidstreamError
 from trainer.plots.png import png
 
 
-def picture(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
+def draw_trial(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
     """A PNG of both intervals over time, one row for each comparison that the decision rests on.
 
     Raises SidstreamError where nothing was compared.
@@ -28,27 +28,27 @@ def picture(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
     axes = figure.subplots(len(pairs), 2, squeeze=False)
     for row, pair in enumerate(pairs):
         for column, (name, metric) in enumerate((("CVR", "cvr"), ("CTR", "ctr"))):
-            _curve(axes[row][column], f"{pair}: {name}", [(entry["cohort"], entry[pair][metric])
+            _draw_difference(axes[row][column], f"{pair}: {name}", [(entry["cohort"], entry[pair][metric])
                    for entry in path if entry.get(pair) and entry[pair][metric]])  # fmt: skip
     figure.suptitle(f"trial {record['trial']}, decision {record['decision']}: {record['verdict']}")
     return png(figure)
 
 
-def save_picture(
+def save_trial_plot(
     registry: Registry, record: Mapping[str, Any], seen: Mapping[str, Seen], settings: GateSettings
 ) -> str:
     """Draw a decision and store it beside its record, with every version that it is about; its path there.
 
     Raises SidstreamError as `picture` does, and where MLflow does not answer.
     """
-    drawn = picture(record, looks(seen, settings, record["mode"]))
+    drawn = draw_trial(record, looks(seen, settings, record["mode"]))
     for name, arm in record["arms"].items():
         if name != ANCHOR:
             registry.store_picture(arm["version"], record["decision"], drawn)
     return f"decisions/{record['decision']}.png"
 
 
-def _curve(axis: Any, title: str, points: list[tuple[int, dict[str, Any]]]) -> None:
+def _draw_difference(axis: Any, title: str, points: list[tuple[int, dict[str, Any]]]) -> None:
     """One metric's difference with its interval, zero, and the bound that it must be above."""
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("cohorts since the first", fontsize=8)

@@ -20,11 +20,11 @@ from trainer.sequences.batches import Int64
 
 Floats = npt.NDArray[np.float64]
 # Clicks that an item's own rate must have to weigh as much as that of all items.
-_PRIOR = 10.0
+_PRIOR_CLICKS = 10.0
 
 
 @dataclass(frozen=True)
-class Rates:
+class PurchaseRates:
     """Clicks (I,) of each item and those of them (I,) that led to a purchase."""
 
     clicks: Int64
@@ -40,16 +40,16 @@ class Rates:
         if without is not None:
             clicks, sold = clicks - 1, sold - without
         of_all = (self.sold.sum() + 1) / (self.clicks.sum() + 2)
-        rate = (sold + _PRIOR * of_all) / (clicks + _PRIOR)
+        rate = (sold + _PRIOR_CLICKS * of_all) / (clicks + _PRIOR_CLICKS)
         made: Floats = np.log(rate / (1 - rate))
         return made
 
 
 @dataclass(frozen=True)
-class Chances:
+class CalibratedChances:
     """What tells chances; None where too little happened to tell."""
 
-    rates: Rates
+    purchase_rates: PurchaseRates
     of_click: Any = None
     of_purchase: Any = None
 
@@ -61,29 +61,33 @@ class Chances:
         """(N,) the chance that a click on an item with such a score leads to a purchase."""
         if self.of_purchase is None:
             return None
-        told = np.stack((self.rates.logit(items), scores), axis=1)
+        told = np.stack((self.purchase_rates.logit(items), scores), axis=1)
         made: Floats = self.of_purchase.predict_proba(told)[:, 1]
         return made
 
 
-def rates(items: Int64, bought: Int64, size: int) -> Rates:
+def purchase_rates(items: Int64, bought: Int64, size: int) -> PurchaseRates:
     """Of the clicks (N,) on rows of a catalogue of `size`, whose outcomes (N,) are 0 or 1."""
-    return Rates(np.bincount(items, minlength=size), np.bincount(items[bought == 1], minlength=size))
+    return PurchaseRates(np.bincount(items, minlength=size), np.bincount(items[bought == 1], minlength=size))
 
 
-def chances(
-    known: Rates, shown: tuple[Floats, Int64], clicked: tuple[Int64, Floats, Int64], least: int
-) -> Chances:
+def calibrate_chances(
+    known: PurchaseRates, shown: tuple[Floats, Int64], clicked: tuple[Int64, Floats, Int64], least: int
+) -> CalibratedChances:
     """Fitted to what was `shown` (scores, clicks 0 or 1) and `clicked` (items, scores, purchases 0 or 1).
 
     A chance needs `least` of either outcome.
     """
     items, scores, bought = clicked
     told = np.stack((known.logit(items, bought), scores), axis=1)
-    return Chances(known, _fitted(shown[0][:, None], shown[1], least), _fitted(told, bought, least))
+    return CalibratedChances(
+        known,
+        _logistic_regression(shown[0][:, None], shown[1], least),
+        _logistic_regression(told, bought, least),
+    )
 
 
-def _fitted(features: Floats, outcomes: Int64, least: int) -> Any:
+def _logistic_regression(features: Floats, outcomes: Int64, least: int) -> Any:
     if np.bincount(outcomes, minlength=2).min() < max(1, least):
         return None
     return make_pipeline(StandardScaler(), LogisticRegression()).fit(features, outcomes)

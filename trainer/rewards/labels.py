@@ -30,7 +30,7 @@ from trainer.settings import RewardSettings
 UNKNOWN = -1
 
 
-def purchased(log: Interactions, window_ms: int) -> Int64:
+def purchase_labels(log: Interactions, window_ms: int) -> Int64:
     """(N,) 1 for a purchase and for a click whose user bought the item within `window_ms` after it.
 
     0 for a click whose window has closed without one, by the newest event of the log; UNKNOWN while it is
@@ -41,7 +41,7 @@ def purchased(log: Interactions, window_ms: int) -> Int64:
     return np.where(led, 1, np.where(is_open, UNKNOWN, 0))
 
 
-def obtained(rewards: Rewards, items: Sequence[Priced | None], rows: Int64, bought: Int64) -> Int64:
+def reward_values(rewards: Rewards, items: Sequence[Priced | None], rows: Int64, bought: Int64) -> Int64:
     """(N, 4) what N clicks on items brought of every field of NAMES; UNKNOWN where it is not known.
 
     `items`: of each row of the catalogue, None where nothing is known of it; `rows` (N,): the items that were
@@ -61,7 +61,7 @@ def item_bins(rewards: Rewards, name: str, items: Sequence[Priced | None]) -> In
     return np.array([UNKNOWN if one is None else one for one in found], dtype=np.int64)
 
 
-def learned(
+def learn_rewards(
     items: Sequence[Priced | None], log: Interactions, bought: Int64, ignored: int, settings: RewardSettings
 ) -> Rewards | None:
     """The bins of a catalogue and what a log says of them; None where rewards are switched off.
@@ -89,10 +89,10 @@ def learned(
         if len(some):
             mass[name] = _shares(some, settings.bins)
     known = Rewards({name: some for name, some in edges.items() if name in mass}, mass)
-    return grown(known, bought, ignored, settings)
+    return extend_rewards(known, bought, ignored, settings)
 
 
-def grown(
+def extend_rewards(
     rewards: Rewards, bought: Int64, ignored: int, settings: RewardSettings, context: Context | None = None
 ) -> Rewards:
     """Rewards that know of clicks and purchases, too, once each value of them was seen `min_count` times.
@@ -116,7 +116,7 @@ def _shares(values: Int64, count: int) -> dict[str, float]:
     return {str(value): float(share) for value, share in enumerate(shares)}
 
 
-def tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
+def reward_tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
     """(N, 4) values of NAMES -> (N, R) token ids of the R reward fields of a context.
 
     0 where a value is not known, and for a field that nothing can be asked of yet: what every event has says
@@ -133,7 +133,7 @@ def tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
     return made
 
 
-def told(
+def with_reward_labels(
     log: Interactions,
     items: Sequence[Priced | None],
     bought: Int64,
@@ -143,15 +143,17 @@ def told(
     """The log with the tokens of what its events brought, by the reward fields of `context`."""
     if rewards is None:
         return log
-    return replace(log, rewards=tokens(obtained(rewards, items, log.items, bought), rewards, context))
+    return replace(
+        log, rewards=reward_tokens(reward_values(rewards, items, log.items, bought), rewards, context)
+    )
 
 
-def labelled(
+def answers_with_rewards(
     histories: Sequence[Int64], targets: Int64, context: Int32, values: Int64, worth: Rewards, known: Context
 ) -> Answers:
     """Answers that brought `values` (N, 4) of each field of NAMES; what was ignored is told so every time."""
-    made = tokens(values, worth, known)
+    made = reward_tokens(values, worth, known)
     never = np.full((1, len(NAMES)), UNKNOWN, dtype=np.int64)
     never[0, NAMES.index(CLICK)] = 0
-    refused = tokens(never, worth, known)
+    refused = reward_tokens(never, worth, known)
     return answers(histories, targets, context, made, (made == refused) & (refused > 0))

@@ -8,14 +8,14 @@ import numpy as np
 
 from registry.bundles.context import Context
 from registry.bundles.rewards import CLICK, NAMES, Priced, Rewards
-from trainer.offline.offpolicy import Explored
-from trainer.rewards.labels import labelled, obtained
+from trainer.offline.offpolicy import LoggedExplorations
+from trainer.rewards.labels import answers_with_rewards, reward_values
 from trainer.sequences.batches import Int64
 from trainer.sequences.interactions import Catalogue
 from trainer.sequences.labelled_answers import Answers
 
 
-def shown(logged: Explored, known: Catalogue) -> tuple[list[Int64], Int64, Int64]:
+def explored_items(logged: LoggedExplorations, known: Catalogue) -> tuple[list[Int64], Int64, Int64]:
     """Histories and drawn items of explorations as rows of a catalogue, and which (N,) explorations they are.
 
     Items that the catalogue has not are passed over. An exploration that drew one is left out, and so is one
@@ -33,9 +33,9 @@ def shown(logged: Explored, known: Catalogue) -> tuple[list[Int64], Int64, Int64
     return histories, np.array(targets, dtype=np.int64), np.array(kept, dtype=np.int64)
 
 
-def ignored(
-    logged: Explored | None, known: Catalogue, items: Sequence[Priced | None], rewards: Rewards | None,
-    context: Context, said: int,
+def unclicked_answers(
+    logged: LoggedExplorations | None, known: Catalogue, items: Sequence[Priced | None],
+    rewards: Rewards | None, context: Context, said: int,
 ) -> Answers | None:  # fmt: skip
     """What was explored and not clicked, as `click` 0; None where no field tells of it.
 
@@ -44,11 +44,11 @@ def ignored(
     """
     if logged is None or rewards is None or CLICK not in rewards.mass:
         return None
-    histories, targets, at = shown(logged, known)
+    histories, targets, at = explored_items(logged, known)
     quiet = np.flatnonzero(logged.reward[at] == 0)
-    values = obtained(rewards, items, targets[quiet], np.zeros(len(quiet), np.int64))
+    values = reward_values(rewards, items, targets[quiet], np.zeros(len(quiet), np.int64))
     values[:, NAMES.index(CLICK)] = 0
-    return labelled(
+    return answers_with_rewards(
         [histories[row] for row in quiet], targets[quiet], logged.contexts[at[quiet], :said], values,
         rewards, context,
     )  # fmt: skip

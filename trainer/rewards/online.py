@@ -26,12 +26,12 @@ from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import CLICK, COMMISSION, NAMES, PRICE, PURCHASE, Priced, Rewards
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import Explored
-from trainer.offline.quality import Quality, evaluate
-from trainer.offline.ranking import Ranker
-from trainer.rewards.calibration import Chances, Floats, chances, rates
-from trainer.rewards.labels import UNKNOWN, item_bins, labelled, obtained, tokens
-from trainer.rewards.negative_feedback import shown
+from trainer.offline.offpolicy import LoggedExplorations
+from trainer.offline.quality import HeldOutQuality, evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
+from trainer.rewards.calibration import CalibratedChances, Floats, calibrate_chances, purchase_rates
+from trainer.rewards.labels import UNKNOWN, answers_with_rewards, item_bins, reward_tokens, reward_values
+from trainer.rewards.negative_feedback import explored_items
 from trainer.sequences.batches import Int32, Int64, Pieces
 from trainer.sequences.labelled_answers import Answers
 from trainer.sequences.rows import Rows
@@ -40,23 +40,23 @@ from trainer.tuning.devices import device
 from trainer.tuning.next_item import Replay, batch_loss, placed
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
-_CLICKS = 5000
-_CLIP = 1.0
+_CALIBRATION_CLICKS = 5000
+_MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Worth:
+class RewardEvidence:
     """What a catalogue's items and a log's events bring, and how it is told."""
 
     rewards: Rewards
     context: Context
     offers: Sequence[Priced | None]
     bought: Int64  # (N,) as of trainer.rewards.purchased
-    explored: Explored | None = None
+    explored: LoggedExplorations | None = None
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundOutcome:
     """What became of one round's requests."""
 
     asked: int
@@ -69,10 +69,10 @@ class Round:
 class OnlineResult:
     """What the stage did. `refused`: why its weights were put back; None: they are kept."""
 
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[RoundOutcome] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
-    quality: Quality | None = None
+    quality: HeldOutQuality | None = None
     refused: str | None = None
 
     def told(self) -> str:
@@ -85,7 +85,7 @@ class OnlineResult:
         return f"{len(self.rounds)} round(s), {self.steps} steps, {said}{undone}"
 
 
-def wishes(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
+def reward_requests(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
     """(count, 4) values to ask for of each field of NAMES, all high but one, which is drawn; UNKNOWN: any.
 
     Nobody asks for what is not clicked: where there is another field, the click is never the one.
@@ -102,7 +102,9 @@ def wishes(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
     return made
 
 
-def kept(values: Sequence[Floats], likely: npt.NDArray[np.bool_], quantile: float) -> npt.NDArray[np.bool_]:
+def passing_answers(
+    values: Sequence[Floats], likely: npt.NDArray[np.bool_], quantile: float
+) -> npt.NDArray[np.bool_]:
     """(N,) which answers are kept: likely ones with a reward at its `quantile` of all, in any field.
 
     `values`: (N,) of each field, NaN where it is not known. A field that is the same for all says nothing.
@@ -115,11 +117,16 @@ def kept(values: Sequence[Floats], likely: npt.NDArray[np.bool_], quantile: floa
     return good & likely
 
 
-class Stage:
+class OnlineStage:
     """The stage over one model, which learns in place."""
 
     def __init__(
-        self, model: GeneratorForCausalLM, rows: Rows, sids: SidSet, worth: Worth, dense_weight: float
+        self,
+        model: GeneratorForCausalLM,
+        rows: Rows,
+        sids: SidSet,
+        worth: RewardEvidence,
+        dense_weight: float,
     ) -> None:
         self.model, self.rows, self.sids, self.worth = model, rows, sids, worth
         self.weight = dense_weight
@@ -137,41 +144,41 @@ class Stage:
         size, begin = self.settings.max_items, self.begin
         return [self.rows.log.items[max(begin[row], row - size) : row] for row in at.tolist()]
 
-    def ranker(self) -> Ranker:
+    def ranker(self) -> CatalogueRanker:
         """Of the weights of this moment."""
-        return Ranker(self.model, self.rows.known.codes, self.sids, max(self.settings.beam, 10))
+        return CatalogueRanker(self.model, self.rows.known.codes, self.sids, max(self.settings.beam, 10))
 
     def said(self, context: Int32, values: Int64 | None = None) -> Int32:
         """(N, C + R) token ids: what was said (N, C), and what is asked for (N, 4); None: nothing."""
         none = np.full((len(context), len(NAMES)), UNKNOWN, dtype=np.int64)
-        wanted = tokens(none if values is None else values, self.worth.rewards, self.worth.context)
+        wanted = reward_tokens(none if values is None else values, self.worth.rewards, self.worth.context)
         return np.concatenate((context, wanted), axis=1)
 
-    def chances(self, ranker: Ranker) -> Chances:
+    def chances(self, ranker: CatalogueRanker) -> CalibratedChances:
         """The chances of the model of this moment."""
         log, logged = self.rows.log, self.worth.explored
         seen, outcomes = np.zeros(0), np.zeros(0, dtype=np.int64)
         if logged is not None:
-            histories, targets, at = shown(logged, self.rows.known)
+            histories, targets, at = explored_items(logged, self.rows.known)
             context = logged.contexts[at, : log.context.shape[1]]
             states = ranker.states(histories, self.said(context))
             seen = ranker.scores(histories, states, targets, self.weight).double().numpy()
             outcomes = logged.reward[at].astype(np.int64)
         clicks = np.flatnonzero(~log.bought & (self.worth.bought != UNKNOWN))
-        known = rates(log.items[clicks], self.worth.bought[clicks], len(self.rows.known.items))
+        known = purchase_rates(log.items[clicks], self.worth.bought[clicks], len(self.rows.known.items))
         newest = clicks[np.isin(clicks, self.asked_of)]
-        newest = newest[np.argsort(log.ts[newest], kind="stable")][-_CLICKS:]
+        newest = newest[np.argsort(log.ts[newest], kind="stable")][-_CALIBRATION_CLICKS:]
         scores = self.scores(ranker, newest, log.items[newest])
         led = log.items[newest], scores, self.worth.bought[newest]
-        return chances(known, (seen, outcomes), led, self.settings.rewards.min_count)
+        return calibrate_chances(known, (seen, outcomes), led, self.settings.rewards.min_count)
 
-    def scores(self, ranker: Ranker, at: Int64, items: Int64) -> Floats:
+    def scores(self, ranker: CatalogueRanker, at: Int64, items: Int64) -> Floats:
         """(N,) how likely items are after what the log's rows had before them, with nothing asked for."""
         histories = self.histories(at)
         states = ranker.states(histories, self.said(self.rows.log.context[at]))
         return ranker.scores(histories, states, items, self.weight).double().numpy()
 
-    def answered(self, ranker: Ranker, at: Int64, wanted: Int64, rng: np.random.Generator) -> Int64:
+    def answered(self, ranker: CatalogueRanker, at: Int64, wanted: Int64, rng: np.random.Generator) -> Int64:
         """(N,) an item for each request, drawn from the softmax over the candidates under what is asked."""
         histories = self.histories(at)
         states = ranker.states(histories, self.said(self.rows.log.context[at], wanted))
@@ -183,22 +190,22 @@ class Stage:
         best = (score + rng.gumbel(size=score.shape)).argmax(1)
         return np.take_along_axis(items, best[:, None], 1)[:, 0]
 
-    def round(self, number: int) -> tuple[Round, Answers]:
+    def round(self, number: int) -> tuple[RoundOutcome, Answers]:
         """Ask, answer, score, reject, and tell what was kept with what it brings."""
         online, worth = self.settings.rewards.online, self.worth
         rng = np.random.default_rng((self.settings.seed, number, 7))
         at = rng.choice(self.asked_of, min(online.requests, len(self.asked_of)), replace=False)
-        wanted = wishes(worth.rewards, len(at), rng)
+        wanted = reward_requests(worth.rewards, len(at), rng)
         ranker = self.ranker()
         items = self.answered(ranker, at, wanted, rng)
         known = self.chances(ranker)
         scores = self.scores(ranker, at, items)
         floor = np.quantile(self.scores(ranker, at, self.rows.log.items[at]), online.floor)
         clicked, sold = known.click(scores), known.purchase(items, scores)
-        values = obtained(worth.rewards, worth.offers, items, np.full(len(at), UNKNOWN))
+        values = reward_values(worth.rewards, worth.offers, items, np.full(len(at), UNKNOWN))
         measured = [np.where(bins[items] < 0, np.nan, bins[items]) for bins in self.bins.values()]
-        some = kept([*measured, *(one for one in (clicked, sold) if one is not None)], scores >= floor,
-                    online.quantile)  # fmt: skip
+        chances = [values for values in (clicked, sold) if values is not None]
+        some = passing_answers([*measured, *chances], scores >= floor, online.quantile)
         # What a click and a purchase mean is that they happened: drawn with their chance, not rounded.
         happened = rng.random((2, len(at)))
         click, purchase = NAMES.index(CLICK), NAMES.index(PURCHASE)
@@ -211,8 +218,10 @@ class Stage:
         keep = np.flatnonzero(some)
         histories = self.histories(at[keep])
         context = self.rows.log.context[at[keep]]
-        lessons = labelled(histories, items[keep], context, values[keep], worth.rewards, worth.context)
-        told = Round(len(at), int((scores >= floor).sum()), len(keep), float(followed))
+        lessons = answers_with_rewards(
+            histories, items[keep], context, values[keep], worth.rewards, worth.context
+        )
+        told = RoundOutcome(len(at), int((scores >= floor).sum()), len(keep), float(followed))
         return told, lessons.of(self.rows.touched)
 
     def learn(self, lessons: Answers, number: int, stop: Callable[[], bool]) -> int:
@@ -235,16 +244,16 @@ class Stage:
             optimizer.zero_grad(set_to_none=True)
             loss = batch_loss(model, batches.pop(), [], table, among, self.settings) + replay.loss(model)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
             optimizer.step()
             step += 1
         model.eval()
         return step
 
 
-def refine(
-    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, worth: Worth, before: Quality | None,
-    progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
+def learn_from_own_answers(
+    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, worth: RewardEvidence,
+    before: HeldOutQuality | None, progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> OnlineResult:  # fmt: skip
     """The stage's rounds over `model`, in place; undone where held-out users would be served worse.
 
@@ -257,14 +266,14 @@ def refine(
     online, ranking = settings.rewards.online, before.ranking if before else Ranking()
     model.to(device())
     weights = snapshot(model)
-    stage = Stage(model, rows, sids, worth, ranking.dense_weight)
+    stage = OnlineStage(model, rows, sids, worth, ranking.dense_weight)
     for number in range(online.rounds if len(stage.asked_of) else 0):
         made, lessons = stage.round(number)
         result.rounds.append(made)
         progress(f"round {number + 1}: {made.kept:,} of {made.asked:,} answers kept")
         result.steps += stage.learn(lessons, number, stop or (lambda: False))
     if before is not None and result.steps:
-        result.quality = evaluate(model, rows.split.held, rows.known, sids, settings, ranking)
+        result.quality = evaluate_held_out(model, rows.split.held, rows.known, sids, settings, ranking)
         if result.quality.hr10 < (1 - online.max_fall) * before.hr10:
             result.refused = f"HR@10 fell from {before.hr10:.3f} to {result.quality.hr10:.3f}"
             restore(model, weights)

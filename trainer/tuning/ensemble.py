@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.generator.constrained import SidSet
-from trainer.generator.merge import merged
+from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
@@ -55,7 +55,7 @@ def learn_members(
             return model, result
         found.append((model, result))
     results = [result for _, result in found]
-    whole = merged([model for model, _ in found])
+    whole = merge_generators([model for model, _ in found])
     return whole, SftResult(
         steps=sum(one.steps for one in results), epochs=sum(one.epochs for one in results),
         seconds=sum(one.seconds for one in results), loss=sum(one.loss for one in results) / count,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.generator.items import Past
+from trainer.generator.items import PastOccurrences
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import IGNORE, Batch, Pieces, Row, collate
 from trainer.sequences.rows import Rows
@@ -118,7 +118,7 @@ def learned_states(
     return every, rows, base.conditioned(state, about)
 
 
-def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Past]:
+def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], PastOccurrences]:
     """The items of every learned position's past, by their last occurrence.
 
     rows (B, P), -1 where there is none -> (queries (M,) ascending, items (M,)), where in the past they are.
@@ -133,7 +133,7 @@ def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Past]:
     number = (learned.flatten().cumsum(0) - 1).view(learned.shape)
     row, place, past = seen.nonzero(as_tuple=True)
     count = (same & (at[:, None] >= at)).sum(-1)
-    return (number[row, place], rows[row, past]), Past(place - past, count[row, past])
+    return (number[row, place], rows[row, past]), PastOccurrences(place - past, count[row, past])
 
 
 def batch_loss(

@@ -13,9 +13,9 @@ import torch
 
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.quality import Quality, evaluate
-from trainer.offline.ranking import Ranker
-from trainer.offline.repeat_bias import strengthen
+from trainer.offline.quality import HeldOutQuality, evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
+from trainer.offline.repeat_bias import fit_repeat_strength
 from trainer.sequences.rows import Rows
 from trainer.settings import TrainerSettings
 from trainer.tuning.checkpoint import Checkpoint, Place, restore, snapshot
@@ -38,7 +38,7 @@ class SftResult:
     epochs: float
     seconds: float
     loss: float
-    quality: Quality | None
+    quality: HeldOutQuality | None
     stopped: str
     # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where somebody was held out.
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -89,9 +89,9 @@ def train(
     began, before = time.monotonic(), place.seconds
     running = math.nan if place.loss is None else place.loss
     told = before
-    quality: Quality | None = None
+    quality: HeldOutQuality | None = None
 
-    def validate() -> Quality | None:
+    def validate() -> HeldOutQuality | None:
         nonlocal best
         measured = validated(model, rows, sids, settings)
         if measured is None:
@@ -170,7 +170,7 @@ def train(
     if best is not None:
         restore(model, best)
         if place.stale or quality is None:
-            quality = evaluate(model, rows.split.held, rows.known, sids, settings)
+            quality = evaluate_held_out(model, rows.split.held, rows.known, sids, settings)
     model.eval()
     return SftResult(
         place.step, place.curve[-1]["epoch"] if place.curve else 0.0, place.seconds, running, quality,
@@ -180,16 +180,18 @@ def train(
 
 def validated(
     model: GeneratorForCausalLM, rows: Rows, sids: SidSet, settings: TrainerSettings
-) -> Quality | None:
+) -> HeldOutQuality | None:
     """How the model ranks what is held out, its strength fitted where that is asked; None: nothing is."""
     if not len(rows.split.held.targets):
         return None
     if settings.fit_strength:
-        strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
-    return evaluate(model, rows.split.held, rows.known, sids, settings)
+        fit_repeat_strength(
+            model, CatalogueRanker(model, rows.known.codes, sids, settings.beam), rows.split.held
+        )
+    return evaluate_held_out(model, rows.split.held, rows.known, sids, settings)
 
 
-def spells_better(measured: Quality, place: Place, settings: TrainerSettings) -> bool:
+def spells_better(measured: HeldOutQuality, place: Place, settings: TrainerSettings) -> bool:
     """Whether weights rank as well as the best, and spell more real SIDs than those that are kept do.
 
     Asked as long as what is kept could not be released: where the dense head is done after an epoch, the SIDs
@@ -205,7 +207,7 @@ def _seed_of(seed: int, epoch: int, batch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, batch)).generate_state(1)[0])
 
 
-def _point(epoch: float, place: Place, loss: float, quality: Quality | None) -> dict[str, float]:
+def _point(epoch: float, place: Place, loss: float, quality: HeldOutQuality | None) -> dict[str, float]:
     made = {"epoch": epoch, "step": float(place.step), "seconds": place.seconds}
     if math.isfinite(loss):
         made["loss"] = loss

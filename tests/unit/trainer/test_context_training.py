@@ -21,11 +21,11 @@ from streams.settings import HistorySettings
 from streams.state import history, profile
 from tests.tiny_explorations import exploration
 from tests.tiny_shop import SIZES, Shop, shop, sid_of
-from trainer.generator.export import TOLERANCE, export, parity
+from trainer.generator.export import TOLERANCE, check_parity, export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import explored, scores
-from trainer.offline.quality import evaluate
-from trainer.offline.ranking import Ranker
+from trainer.offline.offpolicy import candidate_scores, logged_explorations
+from trainer.offline.quality import evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
 from trainer.sequences.batches import Pieces
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train
@@ -47,7 +47,7 @@ def model(made: Shop) -> GeneratorForCausalLM:
 
 def first(made: Shop, model: GeneratorForCausalLM, scene: str | None, item: int) -> int:
     """The best next item after one item."""
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     row = np.array([made.context.row({} if scene is None else {"scene": scene})], dtype=np.int32)
     history = [np.array([item])]
     return int(ranker.candidates(history, ranker.states(history, row)).order(1.0)[0, 0])
@@ -64,8 +64,8 @@ def test_the_same_history_is_answered_by_the_scene(made: Shop, model: GeneratorF
 
 def test_held_out_events_are_judged_under_their_own_context(made: Shop, model: GeneratorForCausalLM) -> None:
     held = made.split.held
-    told = evaluate(model, held, made.known, made.sids, made.settings)
-    untold = evaluate(model, held._replace(contexts=None), made.known, made.sids, made.settings)
+    told = evaluate_held_out(model, held, made.known, made.sids, made.settings)
+    untold = evaluate_held_out(model, held._replace(contexts=None), made.known, made.sids, made.settings)
     assert told.ndcg10 > 0.9 > untold.ndcg10
     # Each target has the scene of its own event, which says where it lies.
     step = (
@@ -133,8 +133,8 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
 def test_graphs_follow_the_context_as_torch_does(
     made: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
-    export(model, tmp_path)
-    assert parity(model, tmp_path, [made.known.sids[:5]]) < TOLERANCE
+    export_generator(model, tmp_path)
+    assert check_parity(model, tmp_path, [made.known.sids[:5]]) < TOLERANCE
     served = OnnxGenerator(tmp_path, SIZES, 8)
     assert served.takes_context
     prompts = [[sid_of(3)], [sid_of(3)], [], [sid_of(3)]]
@@ -148,7 +148,7 @@ def test_graphs_follow_the_context_as_torch_does(
     assert np.abs(states[0] - states[1]).max() > 0.1
     np.testing.assert_array_equal(served.encode([prompts[0]]), served.encode([prompts[0]], [[0]]))
     # One that was never told of contexts is exported as it always was.
-    export(shop().model(), tmp_path / "bare")
+    export_generator(shop().model(), tmp_path / "bare")
     assert not OnnxGenerator(tmp_path / "bare", SIZES, 8).takes_context
 
 
@@ -178,7 +178,7 @@ def answered(
 def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none(
     made: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
-    export(model, tmp_path)
+    export_generator(model, tmp_path)
     served = OnnxGenerator(tmp_path, SIZES, 8)
     ask = {
         scene: answered(made, served, made.context, scene, {}) for scene in ("up", "down", "nowhere", None)
@@ -203,13 +203,13 @@ def test_explored_answers_are_judged_under_the_context_that_they_were_given_in(
         (exploration(at, ts=1_600_000_000_000 + at, context=context, **given), False)
         for at, context in enumerate(contexts)
     ]
-    logged = explored(found, "c" * 16, made.prompt, made.settings.offpolicy, made.context)
+    logged = logged_explorations(found, "c" * 16, made.prompt, made.settings.offpolicy, made.context)
     assert logged is not None
-    made_scores = scores(model, logged, weight=1.0).reshape(4, 2)
+    made_scores = candidate_scores(model, logged, weight=1.0).reshape(4, 2)
     assert made_scores[0, 0] > made_scores[0, 1] + 1
     assert made_scores[1, 1] > made_scores[1, 0] + 1
     np.testing.assert_allclose(made_scores[2], made_scores[3], atol=1e-6)
-    untold = explored(found, "c" * 16, made.prompt, made.settings.offpolicy)
+    untold = logged_explorations(found, "c" * 16, made.prompt, made.settings.offpolicy)
     assert untold is not None
     assert untold.contexts.shape == (4, 0)
-    assert len(scores(shop().model(), replace(untold, contexts=logged.contexts), weight=1.0)) == 8
+    assert len(candidate_scores(shop().model(), replace(untold, contexts=logged.contexts), weight=1.0)) == 8

@@ -16,9 +16,9 @@ from serving.decoding.items import Items
 from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, SIZES, Shop, shop
-from trainer.generator.export import export
+from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Ranker
+from trainer.offline.ranking import CatalogueRanker
 
 HISTORIES = [[3, 4, 5], [7], [2, 9, 2, 2, 11, 0, 5, 1], []]
 EXACT = 1000
@@ -39,7 +39,7 @@ def served(
     made: Shop, model: GeneratorForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> OnnxGenerator:
     folder = tmp_path_factory.mktemp("bundle")
-    export(model, folder)
+    export_generator(model, folder)
     return OnnxGenerator(folder, SIZES, 8)
 
 
@@ -53,7 +53,7 @@ def test_serving_and_trainer_agree_on_every_place(
     made: Shop, model: GeneratorForCausalLM, served: OnnxGenerator, index: SidIndex, weight: float
 ) -> None:
     assert served.items is not None
-    found = Ranker(model, made.known.codes, made.sids, ITEMS).candidates(
+    found = CatalogueRanker(model, made.known.codes, made.sids, ITEMS).candidates(
         [np.array(h, int) for h in HISTORIES]
     )
     order = found.order(weight)
@@ -119,7 +119,7 @@ def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(made: Shop,
     model = made.model(seed=6, text_size=256)
     known = torch.from_numpy(made.known.codes)
     model.know(known, torch.from_numpy(title_vectors(made.known.titles)))
-    export(model, tmp_path)
+    export_generator(model, tmp_path)
     items = Items(tmp_path, SIZES)
     index = SidIndex.build(np.array([*made.known.sids, new]), [*made.known.items, "new"])
     leaf = index.leaf_of("new")
@@ -138,7 +138,7 @@ def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(made: Shop,
 
 
 def test_a_file_of_another_codebook_is_named(model: GeneratorForCausalLM, tmp_path: Path) -> None:
-    export(model, tmp_path)
+    export_generator(model, tmp_path)
     with pytest.raises(SidstreamError, match=r"items\.safetensors"):
         Items(tmp_path, (4, 3, 9))
     (tmp_path / "items.safetensors").write_bytes(b"no")
@@ -147,7 +147,7 @@ def test_a_file_of_another_codebook_is_named(model: GeneratorForCausalLM, tmp_pa
 
 
 def test_items_of_an_earlier_generator_are_refused_by_name(made: Shop, tmp_path: Path) -> None:
-    export(made.outspoken(), tmp_path)
+    export_generator(made.outspoken(), tmp_path)
     path = tmp_path / "items.safetensors"
     tensors = load_file(path)
     # What is added to the past was a number a distance.

@@ -18,9 +18,9 @@ from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from tests.tiny_shop import Shop, shop
 from trainer.alignment.dpo import align, check_trl
-from trainer.alignment.rows import collate, preference_rows
-from trainer.alignment.scores import heads_of
-from trainer.offline.probe import Health
+from trainer.alignment.rows import collate_preferences, preference_rows
+from trainer.alignment.scores import score_answers
+from trainer.offline.probe import ProbeOutcome
 from trainer.settings import DpoSettings
 from trainer.tuning.next_item import Replay
 from trainer.tuning.sft import train
@@ -148,9 +148,9 @@ def test_it_stops_when_the_chosen_sid_falls_too_far_below_the_reference(tmp_path
     assert "nats below the reference" in result.stopped
 
 
-def shares(hits: float, valid: float, users: int = 1000) -> Health:
+def shares(hits: float, valid: float, users: int = 1000) -> ProbeOutcome:
     """Users of whom these shares are hit and answered validly, the same ones as far as they go."""
-    return Health(np.arange(users) < hits * users, np.arange(users) < valid * users)
+    return ProbeOutcome(np.arange(users) < hits * users, np.arange(users) < valid * users)
 
 
 def test_noise_on_few_users_is_no_collapse(tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_noise_on_few_users_is_no_collapse(tmp_path: Path) -> None:
     rows = preference_rows([pair(n) for n in range(80)], CODEBOOK, made.prompt, settings.dpo)
     rng = np.random.default_rng(0)
 
-    def probe(model: Any) -> Health:
+    def probe(model: Any) -> ProbeOutcome:
         # A tenth less, at most: four of forty users, and others are hit than before.
-        return Health(rng.random(300) < 0.12, rng.random(300) < 0.9)
+        return ProbeOutcome(rng.random(300) < 0.12, rng.random(300) < 0.9)
 
     _, result = align(made.model(), made.tokenizer, rows, settings, tmp_path, probe=probe)
     assert (result.stopped, result.kept) == ("all pairs seen", result.steps)
@@ -174,7 +174,7 @@ def test_the_weights_go_back_to_the_last_look_that_passed(tmp_path: Path) -> Non
     seen: list[dict[str, torch.Tensor]] = []
     answers = iter([0.5, 0.48, 0.46, 0.42, 0.5])
 
-    def probe(model: Any) -> Health:
+    def probe(model: Any) -> ProbeOutcome:
         seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
         return shares(next(answers), 1.0)
 
@@ -284,11 +284,11 @@ def test_the_joint_loss_of_two_steps_is_the_one_said_by_hand(loss: str, tmp_path
     }
     settings = settings_of(made, **given)
     rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
-    batch = collate(rows, PAD)
+    batch = collate_preferences(rows, PAD)
 
     def by_hand(policy: Any, replayed: float) -> float:
         total = 0.2 * replayed
-        for head, before in zip(heads_of(policy, batch), heads_of(model, batch), strict=True):
+        for head, before in zip(score_answers(policy, batch), score_answers(model, batch), strict=True):
             total += 0.3 * float(head.nll)
             risen, costs = head.scores - before.scores, []
             for at in range(12):

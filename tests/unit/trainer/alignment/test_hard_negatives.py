@@ -14,8 +14,8 @@ from registry.bundles.prompt import Sid
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from tests.tiny_shop import shop
-from trainer.alignment.hard_negatives import Siblings
-from trainer.alignment.stage import hard_negatives
+from trainer.alignment.hard_negatives import SiblingSids
+from trainer.alignment.stage import hard_negative_filler
 from trainer.settings import DpoSettings
 
 ALL: list[Sid] = list(itertools.product(range(3), range(3), range(4)))
@@ -26,7 +26,7 @@ def shared(one: Sid, other: Sid) -> int:
 
 
 def test_what_was_shown_comes_first_then_siblings_then_cousins() -> None:
-    filled = Siblings(ALL).fill([(2, 2, 2), (2, 2, 1)], (0, 0, 0), [], "pair", 8)
+    filled = SiblingSids(ALL).fill([(2, 2, 2), (2, 2, 1)], (0, 0, 0), [], "pair", 8)
     assert filled[:2] == [(2, 2, 2), (2, 2, 1)]
     assert {sid[:2] for sid in filled[2:5]} == {(0, 0)}
     assert {sid[0] for sid in filled[5:]} == {0}
@@ -45,7 +45,7 @@ some = st.lists(sid, max_size=6)
 def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_user(
     known: list[Sid], rejected: list[Sid], chosen: Sid, history: list[Sid], seed: str, k: int
 ) -> None:
-    filled = Siblings(known).fill(rejected, chosen, history, seed, k)
+    filled = SiblingSids(known).fill(rejected, chosen, history, seed, k)
     shown = [one for one in dict.fromkeys(rejected) if one in known and one != chosen]
     assert filled[: len(shown)] == shown[:k]
     hard = filled[len(shown) :]
@@ -57,13 +57,13 @@ def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_use
     # Nothing that is left is nearer than what was taken.
     rest = [shared(one, chosen) for one in allowed - set(hard)]
     assert not hard or max(rest, default=0) <= near[-1]
-    again = Siblings(np.array(known[::-1] * 2))
+    again = SiblingSids(np.array(known[::-1] * 2))
     assert again.fill(rejected, chosen, history, seed, k) == filled
 
 
 def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
     made = shop(users=10, length=20)
-    fill = hard_negatives(made.known, made.log, DpoSettings(hard_negatives=9, max_rejected=9))
+    fill = hard_negative_filler(made.known, made.log, DpoSettings(hard_negatives=9, max_rejected=9))
     assert fill is not None
     for at, user in enumerate(made.log.users):
         touched = {made.known.sids[item] for item in made.log.items[made.log.starts[at] :][:20]}
@@ -80,7 +80,7 @@ def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
 
 
 def test_every_item_of_a_level_is_drawn_equally_often() -> None:
-    siblings = Siblings(ALL)
+    siblings = SiblingSids(ALL)
     counts: dict[Sid, int] = {}
     for pair in range(1200):
         (one,) = siblings.fill([], (1, 1, 1), [(1, 1, 0)], f"pair {pair}", 1)
@@ -92,7 +92,7 @@ def test_every_item_of_a_level_is_drawn_equally_often() -> None:
 
 def test_a_large_level_is_drawn_from_without_listing_it() -> None:
     many = np.stack([np.repeat(np.arange(200), 200), np.tile(np.arange(200), 200)], axis=1)
-    filled = Siblings(many).fill([], (7, 300), [(7, at) for at in range(200)], "pair", 5)
+    filled = SiblingSids(many).fill([], (7, 300), [(7, at) for at in range(200)], "pair", 5)
     assert len(set(filled)) == 5
     assert all(first != 7 for first, _ in filled)
 
@@ -109,4 +109,4 @@ def test_a_large_level_is_drawn_from_without_listing_it() -> None:
 def test_what_cannot_be_filled_is_named(sids: list[Sid], arguments: dict[str, Any], said: str) -> None:
     given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "known": [], "seed": "", "k": 1} | arguments
     with pytest.raises(SidstreamError, match=said):
-        Siblings(sids).fill(**given_)
+        SiblingSids(sids).fill(**given_)

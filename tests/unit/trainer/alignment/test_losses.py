@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.alignment.losses import DynamicBeta, gaps, mean_dpo, softmax_dpo
+from trainer.alignment.losses import DynamicBeta, mean_dpo, mean_margins, softmax_dpo
 
 MARGIN = st.floats(-1000, 1000, allow_subnormal=False)
 BETA = st.floats(0.01, 10)
@@ -84,7 +84,7 @@ def test_the_gradient_of_softmax_dpo_weighs_the_rejected_ones_by_how_likely_they
 def test_the_gap_of_a_pair_is_its_mean_margin(rows: list[list[float]]) -> None:
     margins, real = table(rows)
     wanted = torch.tensor([sum(row) / len(row) for row in rows], dtype=torch.float64)
-    torch.testing.assert_close(gaps(margins, real), wanted)
+    torch.testing.assert_close(mean_margins(margins, real), wanted)
 
 
 def test_the_first_batch_is_its_own_mean_and_keeps_beta_where_it_was() -> None:

@@ -17,7 +17,7 @@ from streams.errors import SidstreamError
 from streams.events import PreferencePair, Scheme
 from tests.tiny_explorations import T0
 from tests.tiny_log import Logged
-from trainer.alignment.pairs_plot import draw
+from trainer.alignment.pairs_plot import draw_pairs_report
 from trainer.alignment.pairs_report import pairs_report
 from trainer.log.pair_filter import Withdrawal
 
@@ -98,7 +98,7 @@ def test_no_pairs_are_an_error_that_says_where_pairs_come_from() -> None:
 
 def test_pictures_are_drawn_of_few_pairs_and_of_several_schemes() -> None:
     for some in ([pair("a", "b")], [pair("a", "bc"), pair("d", "e", 50, scheme="clicked_over_shown")]):
-        drawn = draw(pairs_report(some, T0 + 100))
+        drawn = draw_pairs_report(pairs_report(some, T0 + 100))
         assert set(drawn) == {"pairs-over-time.png", "shared-prefixes.png", "ages.png"}
         assert all(content.startswith(b"\x89PNG") for content in drawn.values())
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from registry.bundles.prompt import BOS, PAD
 from tests.tiny_shop import ITEMS, Shop, come_again, shop
-from trainer.alignment.rows import PreferenceRow, collate
-from trainer.alignment.scores import heads_of
+from trainer.alignment.rows import PreferenceRow, collate_preferences
+from trainer.alignment.scores import score_answers
 from trainer.generator.model import GeneratorForCausalLM
 
 # The last history holds answers: what the dense head adds to items of the past counts.
@@ -55,7 +55,7 @@ def row(made: Shop, at: int) -> PreferenceRow:
 
 
 def batch_of(made: Shop) -> dict[str, Tensor]:
-    return collate([row(made, at) for at in range(len(HISTORIES))], PAD)
+    return collate_preferences([row(made, at) for at in range(len(HISTORIES))], PAD)
 
 
 def spelled(model: GeneratorForCausalLM, prompt: list[int], answer: list[int]) -> float:
@@ -99,7 +99,7 @@ def test_a_batch_is_all_chosen_answers_then_all_first_rejected_ones(made: Shop) 
 
 @torch.no_grad()
 def test_the_sids_head_says_what_the_flat_model_says(made: Shop, model: GeneratorForCausalLM) -> None:
-    head = heads_of(model, batch_of(made))[0]
+    head = score_answers(model, batch_of(made))[0]
     losses = []
     for at in range(4):
         one = row(made, at)
@@ -114,7 +114,7 @@ def test_the_sids_head_says_what_the_flat_model_says(made: Shop, model: Generato
 def test_the_dense_head_says_log_probabilities_of_items_less_one_number_a_prompt(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
-    head = heads_of(model, batch_of(made))[1]
+    head = score_answers(model, batch_of(made))[1]
     losses = []
     for at in range(4):
         logs = liked(model, made, at)
@@ -133,11 +133,11 @@ def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
     few.know(torch.from_numpy(made.known.codes[kept]))
     batch = batch_of(made)
     # Item 0 is chosen in the second row, item 9 rejected in the third.
-    assert heads_of(few, batch)[1].real.tolist() == [
+    assert score_answers(few, batch)[1].real.tolist() == [
         [True, False, False], [False, False, False], [True, False, True], [True, True, False]
     ]  # fmt: skip
     few.know(torch.zeros(0, 3, dtype=torch.long))
-    assert len(heads_of(few, batch)) == 1
+    assert len(score_answers(few, batch)) == 1
 
 
 def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
@@ -150,7 +150,7 @@ def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
         prompt_ids=[BOS, *codes[3].tolist()], chosen_ids=codes[0].tolist(), rejected_ids=[codes[12].tolist()]
     )
     policy = copy.deepcopy(model)
-    head = heads_of(policy, collate([one], PAD))[0]
+    head = score_answers(policy, collate_preferences([one], PAD))[0]
     margin = head.scores[0] - head.scores[1]
     margin.sum().backward()
     for level in (0, 1):
@@ -183,7 +183,7 @@ def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
         prompt_ids=[BOS, *codes[history].flatten().tolist()], chosen_ids=codes[chosen].tolist(),
         rejected_ids=[codes[rejected].tolist()],
     )  # fmt: skip
-    batch = collate([one], PAD)
+    batch = collate_preferences([one], PAD)
     other = _Uniform(int(codes.max()) + 1)
     same = next((at for at in range(3) if codes[chosen, at] != codes[rejected, at]), 3)
     for asked in (model, other):
@@ -193,7 +193,7 @@ def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
             logs = asked(ids, torch.ones_like(ids), use_cache=False).logits[0].log_softmax(-1)
             begin = len(one["prompt_ids"]) - 1
             wanted += sign * sum(float(logs[begin + at, codes[item, at]]) for at in range(same, 3))
-        head = heads_of(asked, batch)[0]
+        head = score_answers(asked, batch)[0]
         assert float(head.scores[0] - head.scores[1]) == pytest.approx(wanted, abs=1e-4)
 
 
@@ -211,7 +211,7 @@ class _Uniform(nn.Module):
 def test_another_language_model_is_asked_for_its_answers_tokens(made: Shop) -> None:
     tokens = int(batch_of(made)["input_ids"].max()) + 1
     other = _Uniform(tokens)
-    (head,) = heads_of(other, batch_of(made))
+    (head,) = score_answers(other, batch_of(made))
     logs = other.table.detach().log_softmax(-1)
     for at in range(4):
         one = row(made, at)

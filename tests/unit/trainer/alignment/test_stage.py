@@ -10,7 +10,7 @@ from registry.bundles.context import Context
 from registry.bundles.prompt import Prompt
 from tests.tiny_log import Logged
 from tests.unit.trainer.log.test_pair_filter import W, pair
-from trainer.alignment.stage import aligned
+from trainer.alignment.stage import align_to_window
 from trainer.settings import TrainerSettings
 
 BOTH = ("purchased_over_clicked", "clicked_over_shown")
@@ -55,14 +55,14 @@ def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path
     none: Any = None
     both = {"min_pairs": 2, "schemes": BOTH}
     trainer = TrainerSettings.model_validate({"dpo": both})
-    made = aligned(material, trainer, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    made = align_to_window(material, trainer, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
     assert (made.model, made.pairs, made.withdrawn) == (None, 1, 1)
     assert made.refused == "1 preference pairs, at least 2 are needed"
     assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.told
 
     # Pairs that are there, and are not asked for, are the first thing to know.
     one = TrainerSettings.model_validate({"dpo": both | {"schemes": ["clicked_over_shown"]}})
-    made = aligned(material, one, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    made = align_to_window(material, one, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
     assert made.refused == (
         "0 preference pairs, at least 2 are needed "
         "(2 are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"

@@ -7,8 +7,8 @@ from registry.bundles.codebook import Codebook
 from registry.settings import CodebookSettings
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
-from trainer.codebooks.fit import Old, assign_keeping, fit_codebook, last_size
-from trainer.codebooks.kmeans import kmeans, means, nearest, residual_kmeans
+from trainer.codebooks.fit import ReplacedCodebook, assign_keeping, fit_codebook, last_level_size
+from trainer.codebooks.kmeans import code_means, kmeans, nearest_centroids, residual_kmeans
 
 
 class Letters:
@@ -72,12 +72,12 @@ def test_the_last_level_has_room_for_the_fullest_prefix_and_more(method):
     [(1, 1.5, 16, 16), (11, 1.5, 16, 32), (32, 1.0, 16, 32), (33, 1, 1, 64), (1, 1, 256, 256)],
 )
 def test_the_last_level_is_the_next_power_of_two(largest, headroom, least, size):
-    assert last_size(largest, headroom, least) == size
+    assert last_level_size(largest, headroom, least) == size
 
 
 def test_a_prefix_beyond_any_code_is_an_error_with_a_remedy():
     with pytest.raises(SidstreamError, match="SIDSTREAM_CODEBOOK__SIZE"):
-        last_size(60_000, 1.5, 16)
+        last_level_size(60_000, 1.5, 16)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "rqvae"])
@@ -109,7 +109,7 @@ def test_centroids_are_the_means_of_the_rows_that_are_nearest_to_them():
     groups = unit_rows(4)
     rows = np.repeat(groups, 50, axis=0) + np.random.default_rng(1).normal(0, 0.01, size=(200, 6))
     centroids = kmeans(rows, 4, seed=0)
-    codes = nearest(rows, centroids)
+    codes = nearest_centroids(rows, centroids)
     assert [len(set(codes[at : at + 50])) for at in range(0, 200, 50)] == [1, 1, 1, 1]
     for code in range(4):
         assert np.allclose(centroids[code], rows[codes == code].mean(axis=0), atol=1e-5)
@@ -117,7 +117,7 @@ def test_centroids_are_the_means_of_the_rows_that_are_nearest_to_them():
 
 def test_a_code_starts_at_the_mean_of_the_rows_that_had_it():
     rows = unit_rows(6).astype(np.float64)
-    made = means(rows, np.array([0, 0, 2, 2, -1, 2]), 4, seed=0)
+    made = code_means(rows, np.array([0, 0, 2, 2, -1, 2]), 4, seed=0)
     assert np.allclose(made[0], rows[:2].mean(axis=0), atol=1e-6)
     assert np.allclose(made[2], rows[[2, 3, 5]].mean(axis=0), atol=1e-6)
     assert all(np.abs(rows - made[code]).sum(axis=1).min() < 1e-6 for code in (1, 3))
@@ -135,7 +135,7 @@ def test_codes_keep_their_meaning_when_a_level_is_fitted_again():
 def test_most_items_keep_their_sid_when_the_catalogue_grows(method, share):
     catalogue = items(400)
     first = fitted(catalogue[:320], method=method)
-    old = Old(first.codebook, dict(zip(first.items, first.sids, strict=True)))
+    old = ReplacedCodebook(first.codebook, dict(zip(first.items, first.sids, strict=True)))
     grown = fitted(catalogue, old, method=method)
     fresh = fitted(catalogue, method=method, seed=11)
     assert len(set(grown.sids)) == 400
@@ -146,13 +146,13 @@ def test_most_items_keep_their_sid_when_the_catalogue_grows(method, share):
 
 def test_sizes_never_shrink_below_those_of_the_codebook_that_is_replaced():
     first = fitted(items(200), size=16, last=64)
-    old = Old(first.codebook, dict(zip(first.items, first.sids, strict=True)))
+    old = ReplacedCodebook(first.codebook, dict(zip(first.items, first.sids, strict=True)))
     assert fitted(items(200), old, size=4, last=1).codebook.sizes == (16, 16, 64)
 
 
 def test_a_codebook_of_another_length_begins_anew():
     first = fitted(items(100))
-    old = Old(first.codebook, dict(zip(first.items, first.sids, strict=True)))
+    old = ReplacedCodebook(first.codebook, dict(zip(first.items, first.sids, strict=True)))
     again = fitted(items(100), old, levels=4)
     assert again.kept(old) == 0
     assert again.codebook.id == fitted(items(100), levels=4).codebook.id

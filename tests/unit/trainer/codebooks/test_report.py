@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from registry.bundles.codebook import Codebook
 from sidstream.cli import app
 from streams.errors import SidstreamError
-from trainer.codebooks.codes_plot import draw
-from trainer.codebooks.report import greedy, report, spread
+from trainer.codebooks.codes_plot import draw_codebook_report
+from trainer.codebooks.report import code_spread, codebook_report, nearest_codes
 
 
 def book():
@@ -26,7 +26,7 @@ def book():
 def test_collisions_are_told_in_all_three_ways():
     vectors = np.array([[4, 1]] * 3 + [[4, -1]] * 2 + [[-4, 1]], np.float32)
     own = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [0, 0], [1, 0]])
-    found = greedy(book(), vectors, own)
+    found = nearest_codes(book(), vectors, own)
     assert found.collision_rate == pytest.approx(3 / 6)
     assert found.collided == pytest.approx(5 / 6)
     assert found.largest_group == 3
@@ -36,7 +36,7 @@ def test_collisions_are_told_in_all_three_ways():
 
 def test_the_error_is_the_squared_distance_over_the_spread():
     vectors = np.array([[4, 2], [-4, -1]], np.float32)
-    found = greedy(book(), vectors, np.array([[0, 1], [1, 1]]))
+    found = nearest_codes(book(), vectors, np.array([[0, 1], [1, 1]]))
     # One vector is 1 away from its code, the other not at all; each is half of (8, 3) from their mean.
     assert found.error == pytest.approx(0.5 / (73 / 4))
     # With its own slot the first is 3 away.
@@ -47,17 +47,17 @@ def test_a_scaled_residual_takes_its_length_along():
     scaled = Codebook("test", book().centroids)
     vectors = np.array([[4, 0.5], [-4, -0.5]], np.float32)
     # (0, .5) is scaled to (0, 1), which the second code is: nothing is left.
-    found = greedy(scaled, vectors, np.array([[0, 1], [1, 0]]))
+    found = nearest_codes(scaled, vectors, np.array([[0, 1], [1, 0]]))
     assert found.error == pytest.approx(0)
     # The other code is 2 away from (0, 1), which is half as long in truth.
     assert found.moved_error == pytest.approx(1 / 16.25)
-    assert greedy(book(), vectors, np.array([[0, 0], [1, 1]])).error == pytest.approx(0.25 / 16.25)
+    assert nearest_codes(book(), vectors, np.array([[0, 0], [1, 1]])).error == pytest.approx(0.25 / 16.25)
 
 
 def test_evenness_at_its_two_ends():
-    even = spread(np.arange(8), 8)
+    even = code_spread(np.arange(8), 8)
     assert (even.used, even.gini, even.perplexity) == (8, pytest.approx(0), pytest.approx(8))
-    one = spread(np.zeros(5, np.int64), 8)
+    one = code_spread(np.zeros(5, np.int64), 8)
     assert (one.used, one.gini, one.perplexity) == (1, pytest.approx(7 / 8), pytest.approx(1))
 
 
@@ -66,7 +66,7 @@ def test_evenness_at_its_two_ends():
 def test_gini_is_the_mean_difference_of_two_codes_over_twice_the_mean(codes):
     counts = np.bincount(codes, minlength=7).astype(float)
     pairs = np.abs(counts[:, None] - counts[None]).mean() / (2 * counts.mean())
-    found = spread(np.array(codes), 7)
+    found = code_spread(np.array(codes), 7)
     assert found.gini == pytest.approx(pairs)
     share = counts[counts > 0] / counts.sum()
     assert math.log(found.perplexity) == pytest.approx(-(share * np.log(share)).sum())
@@ -75,18 +75,18 @@ def test_gini_is_the_mean_difference_of_two_codes_over_twice_the_mean(codes):
 def test_neighbours_and_items_touched_together_are_held_against_chance():
     vectors = np.array([[1, 0], [0.99, 0.01], [0, 1], [0.01, 0.99]], np.float32)
     sids = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    found = report(book(), sids, vectors, [np.array([0, 2]), np.array([1, 3]), np.array([0, 1])])
+    found = codebook_report(book(), sids, vectors, [np.array([0, 2]), np.array([1, 3]), np.array([0, 1])])
     assert (found.neighbours.first, found.neighbours.two, found.neighbours.chance) == (1, 0, 0.5)
     # 0 was next to 2 and 1 equally often (2 is not of its code), 2 to 0, 3 to 1.
     assert found.together.items == 4
     assert found.together.first <= 0.5
-    assert report(book(), sids, vectors).together is None
-    assert report(book(), sids).greedy is None
+    assert codebook_report(book(), sids, vectors).together is None
+    assert codebook_report(book(), sids).greedy is None
 
 
 def test_room_is_the_last_level_over_the_fullest_prefix():
     axes = np.eye(3, dtype=np.float32)
-    found = report(Codebook("test", (axes[:2], axes)), [(0, 0), (0, 2), (1, 0)])
+    found = codebook_report(Codebook("test", (axes[:2], axes)), [(0, 0), (0, 2), (1, 0)])
     assert (found.prefixes, found.largest_prefix, found.headroom) == (2, 2, 1.5)
 
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(arguments, said):
 
 
 def test_a_picture_shows_shares_only_where_they_were_measured():
-    assert draw(report(book(), [(0, 0), (1, 1)])).startswith(b"\x89PNG")
+    assert draw_codebook_report(codebook_report(book(), [(0, 0), (1, 1)])).startswith(b"\x89PNG")
 
 
 def test_data_sets_are_looked_for_where_the_environment_says(tmp_path, monkeypatch):

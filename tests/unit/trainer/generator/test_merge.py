@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from registry.bundles.prompt import BOS, Prompt
 from tests.tiny_shop import SIZES
-from trainer.generator.export import export, parity
-from trainer.generator.merge import merged
+from trainer.generator.export import check_parity, export_generator
+from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM, new_generator
 from trainer.offline.ranking import item_logits
 
@@ -66,7 +66,7 @@ def test_the_dense_head_scores_items_with_the_mean(rows, count, text):
         return found
 
     wanted = torch.stack([logits(one) for one in members]).mean(0)
-    torch.testing.assert_close(logits(merged(members)), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merge_generators(members)), wanted, atol=1e-4, rtol=1e-4)
 
 
 @given(histories, counts)
@@ -80,7 +80,7 @@ def test_codes_and_words_are_predicted_with_the_mean(rows, count):
         ids[at, : len(flat)] = torch.tensor(flat)
     mask = (ids != 0).long()
     wanted = torch.stack([one(ids, attention_mask=mask).logits for one in members]).mean(0)
-    found = merged(members)(ids, attention_mask=mask).logits
+    found = merge_generators(members)(ids, attention_mask=mask).logits
     torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
@@ -88,8 +88,8 @@ def test_codes_and_words_are_predicted_with_the_mean(rows, count):
 def test_merging_what_is_merged_is_a_mean_of_means():
     members = [member(seed) for seed in range(4)]
     codes, lengths = padded([[1, 2, 3], [], [4]])
-    whole = merged(members)
-    halves = merged([merged(members[:2]), merged(members[2:])])
+    whole = merge_generators(members)
+    halves = merge_generators([merge_generators(members[:2]), merge_generators(members[2:])])
     for level in range(len(SIZES)):
         prefix = ITEMS[:3, :level] if level else None
         one, other = (model.step(level, model.encode(codes, lengths), prefix) for model in (whole, halves))
@@ -97,19 +97,19 @@ def test_merging_what_is_merged_is_a_mean_of_means():
 
 
 def test_a_merged_generator_is_saved_read_and_exported_as_any_other(tmp_path):
-    made = merged([member(seed) for seed in range(2)])
+    made = merge_generators([member(seed) for seed in range(2)])
     made.save_pretrained(tmp_path / "model")
     again = GeneratorForCausalLM.from_pretrained(tmp_path / "model").eval()
     codes, lengths = padded([[1, 2, 3]])
     torch.testing.assert_close(again.encode(codes, lengths), made.encode(codes, lengths))
-    export(again, tmp_path)
-    assert parity(again, tmp_path, [[(0, 0, 0)], []]) < 1e-4
+    export_generator(again, tmp_path)
+    assert check_parity(again, tmp_path, [[(0, 0, 0)], []]) < 1e-4
 
 
 @pytest.mark.parametrize("other", [member(1, hidden_size=16), member(1, text=0)])
 def test_generators_of_another_shape_are_refused(other):
     with pytest.raises(ValueError, match="one shape, vocabulary and catalogue"):
-        merged([member(0), other])
+        merge_generators([member(0), other])
 
 
 def test_generators_of_other_items_are_refused():
@@ -117,4 +117,4 @@ def test_generators_of_other_items_are_refused():
     elsewhere = torch.tensor([PROMPT.tokens(sid) for sid in product(*map(range, SIZES))][1::2])
     other.know(elsewhere, other.model.items.text.clone())
     with pytest.raises(ValueError, match="one shape, vocabulary and catalogue"):
-        merged([member(0), other])
+        merge_generators([member(0), other])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from registry.bundles.prompt import BOS, PAD, TITLE, Prompt
 from tests.tiny_shop import SIZES, shop
-from trainer.generator.constrained import SidSet, beam, prefix_allowed
+from trainer.generator.constrained import SidSet, allowed_tokens_function, beam_search
 from trainer.generator.model import GeneratorForCausalLM, new_generator
 
 PROMPT = Prompt(SIZES, 8)
@@ -186,7 +186,7 @@ def test_generate_under_the_constraint_gives_only_known_sids_and_the_beam_the_sa
     ids = torch.tensor([[PAD] * (length - len(row)) + row for row in flat])
     answers = model.generate(
         ids, attention_mask=(ids != PAD).long(), num_beams=20, num_return_sequences=20, length_penalty=0.0,
-        prefix_allowed_tokens_fn=prefix_allowed(known, length, 2), max_new_tokens=3, use_cache=False,
+        prefix_allowed_tokens_fn=allowed_tokens_function(known, length, 2), max_new_tokens=3, use_cache=False,
         do_sample=False, eos_token_id=None,
     )[:, length:].view(3, 20, 3)  # fmt: skip
     spelled = [[made.prompt.sid(answer) for answer in row] for row in answers.tolist()]
@@ -196,7 +196,7 @@ def test_generate_under_the_constraint_gives_only_known_sids_and_the_beam_the_sa
     for at, row in enumerate(histories):
         codes[at, : len(row)] = torch.tensor([made.prompt.tokens(sid) for sid in row])
     state = model.encode(codes, torch.tensor([len(row) for row in histories]))
-    found, scores = beam(model, state, known, 20)
+    found, scores = beam_search(model, state, known, 20)
     assert [[tuple(sid) for sid in row] for row in found.tolist()] == spelled
     assert torch.isfinite(scores).all()
 

@@ -15,7 +15,14 @@ from registry.bundles.prompt import BOS
 from tests.tiny_explorations import T0, exploration, explore
 from tests.tiny_shop import Shop, shop, sid_of
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import Explored, explored, judge, reward_model, scores, target_policy
+from trainer.offline.offpolicy import (
+    LoggedExplorations,
+    candidate_scores,
+    judge_by_explorations,
+    logged_explorations,
+    reward_model,
+    target_policy,
+)
 from trainer.settings import OffPolicySettings
 from trainer.tuning.sft import train
 
@@ -33,9 +40,9 @@ def learned() -> Learned:
     return made, model
 
 
-def logged_of(found: list[Any], made: Shop, **settings: Any) -> Explored:
+def logged_of(found: list[Any], made: Shop, **settings: Any) -> LoggedExplorations:
     chosen = OffPolicySettings.model_validate(settings)
-    logged = explored(found, CODEBOOK, made.prompt, chosen)
+    logged = logged_explorations(found, CODEBOOK, made.prompt, chosen)
     assert logged is not None
     return logged
 
@@ -56,7 +63,7 @@ def test_scores_are_those_of_the_whole_forward_pass() -> None:
             False,
         ))  # fmt: skip
     logged = logged_of(found, made)
-    got = scores(model, logged)
+    got = candidate_scores(model, logged)
     for at in (0, 1, 2, 3, 23, 84, 85, 86, 340, 503):
         event = found[at][0]
         shown = [token for sid in event.prompt[-8:] for token in made.prompt.tokens(sid)]
@@ -83,7 +90,7 @@ def test_the_target_policy_is_a_softmax_over_each_explorations_own_candidates() 
 def test_the_model_that_drew_has_the_value_that_was_logged_and_is_not_vetoed(learned: Learned) -> None:
     made, model = learned
     found = explore(model, made.prompt, 1500)
-    got = judge(model, logged_of(found, made), SETTINGS)
+    got = judge_by_explorations(model, logged_of(found, made), SETTINGS)
     rate = np.mean([clicked for _, clicked in found])
     assert got.ess == pytest.approx(1500, rel=1e-4)
     assert got.users == len({event.user_id for event, _ in found})
@@ -105,7 +112,7 @@ def test_scrambled_weights_are_vetoed_once_there_are_enough_explorations(learned
     made, model = learned
     scrambled = made.model(seed=9)
     many = explore(model, made.prompt, 3000)
-    got = judge(scrambled, logged_of(many, made), SETTINGS)
+    got = judge_by_explorations(scrambled, logged_of(many, made), SETTINGS)
     assert got.vetoed
     assert got.dr is not None
     assert got.logged is not None
@@ -114,21 +121,26 @@ def test_scrambled_weights_are_vetoed_once_there_are_enough_explorations(learned
     assert got.sentence.startswith("veto: CTR ")
     assert "SIDSTREAM_TRAINER__OFFPOLICY__MARGIN" in got.sentence
 
-    few = judge(scrambled, logged_of(many[:400], made), SETTINGS)
+    few = judge_by_explorations(scrambled, logged_of(many[:400], made), SETTINGS)
     assert not few.vetoed
     assert few.sentence.startswith("no veto: ")
     assert few.sentence.endswith(" effective samples of the 1,000 that it takes")
     # The newest are kept.
-    assert judge(scrambled, logged_of(many, made, max_explorations=400), SETTINGS).n == 400
+    assert judge_by_explorations(scrambled, logged_of(many, made, max_explorations=400), SETTINGS).n == 400
     assert (
-        judge(scrambled, logged_of(many, made), SETTINGS.model_copy(update={"margin": 0.9})).vetoed is False
+        judge_by_explorations(
+            scrambled, logged_of(many, made), SETTINGS.model_copy(update={"margin": 0.9})
+        ).vetoed
+        is False
     )
 
 
 def test_a_loss_that_may_be_chance_is_no_veto(learned: Learned) -> None:
     made, model = learned
     settings = OffPolicySettings.model_validate({"min_ess": 5, "alpha": 1e-6})
-    got = judge(made.model(seed=9), logged_of(explore(model, made.prompt, 25), made), settings)
+    got = judge_by_explorations(
+        made.model(seed=9), logged_of(explore(model, made.prompt, 25), made), settings
+    )
     assert got.dr is not None
     assert got.logged is not None
     assert got.dr.value < 0.9 * got.logged.value
@@ -140,7 +152,9 @@ def test_a_better_model_than_the_one_that_drew_is_not_vetoed_and_estimated_highe
     made, model = learned
     # Fresh weights answer at random, so half of the shop are their candidates.
     found = explore(made.model(seed=9), made.prompt, 3000, candidates=12)
-    got = judge(model, logged_of(found, made), OffPolicySettings.model_validate({"min_ess": 50}))
+    got = judge_by_explorations(
+        model, logged_of(found, made), OffPolicySettings.model_validate({"min_ess": 50})
+    )
     assert not got.vetoed
     assert got.dr is not None
     assert got.logged is not None
@@ -165,7 +179,7 @@ def test_what_cannot_be_used_is_left_out_and_counted() -> None:
         "of another codebook": 1, "with a SID that the codebook does not have": 2,
         "that contradict themselves": 3,
     }  # fmt: skip
-    got = judge(made.model(), logged, SETTINGS)
+    got = judge_by_explorations(made.model(), logged, SETTINGS)
     assert got.metrics()["ope_left_out"] == 6
     assert "1 of another codebook left out" in got.told()
     assert not got.vetoed
@@ -173,9 +187,9 @@ def test_what_cannot_be_used_is_left_out_and_counted() -> None:
 
 def test_nothing_to_judge_by_is_no_veto() -> None:
     made = shop()
-    assert explored([], CODEBOOK, made.prompt, SETTINGS) is None
+    assert logged_explorations([], CODEBOOK, made.prompt, SETTINGS) is None
     for found in ([(exploration(0, codebook="d" * 16), True)], [(exploration(0), True)]):
-        got = judge(made.model(), logged_of(found, made), SETTINGS)
+        got = judge_by_explorations(made.model(), logged_of(found, made), SETTINGS)
         assert not got.vetoed
         assert got.sentence == f"no veto: explorations of {got.users} users, and it takes two"
         assert got.dr is None

@@ -15,7 +15,15 @@ from registry.bundles.ranking import Ranking, Repeats, left_out
 from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, Shop, come_again, shop
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import RULES, Candidates, Ranker, fit, past, ranks, sid_scores
+from trainer.offline.ranking import (
+    REPEAT_RULES,
+    Candidates,
+    CatalogueRanker,
+    candidate_history,
+    fit_ranking,
+    sid_scores,
+    target_ranks,
+)
 from trainer.sequences.held_out import Held, held
 
 
@@ -51,7 +59,7 @@ def brute(made: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> tuple
 def test_the_order_is_that_of_all_items_scored_by_hand(
     made: Shop, model: GeneratorForCausalLM, weight: float
 ) -> None:
-    found = Ranker(model, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
+    found = CatalogueRanker(model, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
     order = found.order(weight)
     for row, history in enumerate(HISTORIES):
         spelled, dense = brute(made, model, history)
@@ -64,18 +72,18 @@ def test_the_order_is_that_of_all_items_scored_by_hand(
 def test_the_dense_heads_best_are_those_of_all_items_without_a_beam(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
-    ranker = Ranker(model, made.known.codes, made.sids, 2)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 2)
     best = ranker.best(HISTORIES, ranker.states(HISTORIES), 5)
     for row, history in enumerate(HISTORIES):
         _, dense = brute(made, model, history)
         assert best[row].tolist() == np.argsort(-dense)[:5].tolist()
     # What the model knows and the catalogue has not is never listed.
-    few = Ranker(model, made.known.codes[:9], made.sids, 2)
+    few = CatalogueRanker(model, made.known.codes[:9], made.sids, 2)
     assert sorted(few.best(HISTORIES[:2], few.states(HISTORIES[:2]), 9)[0].tolist()) == list(range(9))
 
 
 def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: GeneratorForCausalLM) -> None:
-    found = Ranker(model, made.known.codes, made.sids, 6).candidates(HISTORIES)
+    found = CatalogueRanker(model, made.known.codes, made.sids, 6).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, dense = brute(made, model, history)
         items = set(found.items[row].tolist()) - {-1}
@@ -87,14 +95,17 @@ def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: Generato
 def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(made: Shop) -> None:
     bare = made.model(seed=1)
     bare.know(torch.zeros(0, 3, dtype=torch.long))
-    found = Ranker(bare, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
+    found = CatalogueRanker(bare, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, _ = brute(made, bare, history)
         listed = found.order(0.0)[row].numpy()
         assert np.all(np.diff(spelled[listed]) <= 1e-4)
     one = held(made.log, [5, 20], 8)
     assert (
-        fit(Ranker(bare, made.known.codes, made.sids, ITEMS).candidates(one.histories), one).dense_weight == 0
+        fit_ranking(
+            CatalogueRanker(bare, made.known.codes, made.sids, ITEMS).candidates(one.histories), one
+        ).dense_weight
+        == 0
     )
 
 
@@ -112,13 +123,13 @@ def test_fitting_takes_the_weight_and_the_rule_under_which_targets_come_first() 
     one = Held(list(histories), np.array([5, 6]), list(ages), list(bought))
     # The dense head has the target second, behind the past item; the other head has it last.
     found = candidates([[1, 5, 7], [2, 6, 7]], [[-1.0, -9.0, -2.0]] * 2, [[-0.5, -1.0, -3.0]] * 2)
-    chosen = fit(found, one)
+    chosen = fit_ranking(found, one)
     assert chosen.repeats == "never"
     assert chosen.dense_weight >= 0.8
-    assert ranks(found, one, chosen).tolist() == [0, 0]
+    assert target_ranks(found, one, chosen).tolist() == [0, 0]
     # Where users do come back, the rule stays away.
     again = Held(list(histories), np.array([1, 2]), list(ages), list(bought))
-    assert fit(found, again) == Ranking(dense_weight=1.0)
+    assert fit_ranking(found, again) == Ranking(dense_weight=1.0)
 
 
 def test_the_rule_leaves_out_what_it_says() -> None:
@@ -128,12 +139,12 @@ def test_the_rule_leaves_out_what_it_says() -> None:
     said = {
         "always": [True] * 4, "never": [False, False, False, True], "bought": [False, True, True, True],
     }  # fmt: skip
-    seen = past(found.items, one.histories, one.ages_s, one.bought)
+    seen = candidate_history(found.items, one.histories, one.ages_s, one.bought)
     for rule, wanted in said.items():
         assert seen.kept(Ranking(repeats=rule)).tolist() == [wanted]
     within = Ranking(repeats="within", within_s=3600)
     assert seen.kept(within).tolist() == [[False, True, False, True]]
-    assert ranks(found, one, within).tolist() == [4]
+    assert target_ranks(found, one, within).tolist() == [4]
     assert left_out(Repeats(repeats="within", within_s=60), bought, ages).tolist() == [True, False, True]
 
 
@@ -152,7 +163,7 @@ def judged(draw: st.DrawFn) -> tuple[Candidates, Held]:
     return Candidates(torch.from_numpy(items), sid, dense), Held(pasts, targets, ages, bought)
 
 
-@given(judged(), st.sampled_from(RULES), st.sampled_from([0.0, 0.5, 1.0]))
+@given(judged(), st.sampled_from(REPEAT_RULES), st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
     case: tuple[Candidates, Held], rule: Ranking, weight: float
 ) -> None:
@@ -165,16 +176,16 @@ def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
         best = sorted((-score[at], at, item) for at, item in named if item not in gone)
         listed = [item for _, _, item in best]
         wanted.append(listed.index(target) if target in listed else found.items.shape[1])
-        left = past(found.items, one.histories, one.ages_s, one.bought).kept(rule)[row]
+        left = candidate_history(found.items, one.histories, one.ages_s, one.bought).kept(rule)[row]
         assert found.order(weight, left[None].expand(len(one.targets), -1))[row].tolist() == (
             listed + [-1] * (found.items.shape[1] - len(listed))
         )
     ranking = Ranking(dense_weight=weight, repeats=rule.repeats, within_s=rule.within_s)
-    assert ranks(found, one, ranking).tolist() == wanted
+    assert target_ranks(found, one, ranking).tolist() == wanted
 
 
 def test_the_order_of_histories_changes_no_score(made: Shop, model: GeneratorForCausalLM) -> None:
-    ranker = Ranker(model, made.known.codes, made.sids, ITEMS)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
     found, back = ranker.candidates(HISTORIES), ranker.candidates(HISTORIES[::-1])
     for row, history in enumerate(HISTORIES):
         alone = ranker.candidates([history])

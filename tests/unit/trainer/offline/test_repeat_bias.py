@@ -8,8 +8,8 @@ import torch
 
 from tests.tiny_shop import ITEMS, Shop, shop
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Ranker
-from trainer.offline.repeat_bias import STRENGTHS, strengthen
+from trainer.offline.ranking import CatalogueRanker
+from trainer.offline.repeat_bias import STRENGTHS, fit_repeat_strength
 from trainer.sequences.held_out import Held
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train
@@ -42,36 +42,37 @@ def histories(rng: np.random.Generator, rows: int = 400) -> list[np.ndarray]:
 def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made: Shop) -> None:
     pasts = histories(np.random.default_rng(0))
     model = liking(made)
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     before = model.model.items.again.clone()
     # Only of those whose past is liked at all: the direction is one state's.
     query = model.model.queries(ranker.states(pasts))
     back = [row for row, one in zip(pasts, (query @ before[0]).tolist(), strict=True) if one > 0]
-    factor = strengthen(model, ranker, held(np.array([row[2] for row in back]), back))
+    factor = fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back]), back))
     assert factor == max(STRENGTHS)
     assert torch.equal(model.model.items.again, before)
     assert float(model.model.items.strength) == pytest.approx(factor)
     # Too few tell nothing.
-    assert strengthen(model, ranker, held(np.array([row[2] for row in back[:99]]), back[:99])) == 1.0
+    assert fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back[:99]]), back[:99])) == 1.0
     # Fitted anew, not on top.
-    assert strengthen(model, ranker, held(np.array([row[2] for row in back]), back)) == factor
+    assert fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back]), back)) == factor
 
 
 def test_what_chance_alone_would_show_changes_nothing(made: Shop) -> None:
     rng = np.random.default_rng(1)
     model = made.outspoken(seed=3)
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     factors = [
-        strengthen(model, ranker, held(rng.integers(ITEMS, size=100), histories(rng, 100))) for _ in range(10)
+        fit_repeat_strength(model, ranker, held(rng.integers(ITEMS, size=100), histories(rng, 100)))
+        for _ in range(10)
     ]
     assert factors.count(1.0) >= 7
-    assert strengthen(model, ranker, held(np.zeros(0, dtype=np.int64), [])) == 1.0
+    assert fit_repeat_strength(model, ranker, held(np.zeros(0, dtype=np.int64), [])) == 1.0
     assert float(model.model.items.strength) == 1.0
 
 
 def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
     model = made.outspoken(seed=3)
-    ranker = Ranker(model, made.known.codes, made.sids, ITEMS)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
     pasts = histories(np.random.default_rng(2), 20)
     some = held(np.array([row[0] for row in pasts]), pasts)
     (targets, logits, (batch, past, more)), *rest = ranker.dense_logits(some)
@@ -88,7 +89,7 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
     model = made.model(seed=1)
     train(model, made.rows, made.sids, made.settings)
     strange = [np.array([3, 14, 3, 14]), np.array([20, 5, 20, 5]), np.array([10, 8, 10, 8])]
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     best = ranker.best(strange, ranker.states(strange), 1)[:, 0]
     assert best.tolist() == [3, 20, 10]
 
@@ -102,7 +103,7 @@ def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(made: Shop)
     for strength in (1.0, 3.0):
         with torch.no_grad():
             model.model.items.strength.fill_(strength)
-            ranker = Ranker(model, made.known.codes, made.sids, ITEMS)
+            ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
             ranked = ranker.scores(history, ranker.states(history), targets, 1.0)
             found.append((float(ranked), float(sequence_loss(model, pieces, table, made.settings.weights))))
     (before, loss), (after, same) = found

@@ -21,11 +21,11 @@ from serving.exploration import Explorer
 from serving.recommender import Recommender, Request
 from streams.events import Arm, Recommendation, Rollout, Trigger
 from tests.tiny_shop import ITEMS, SIZES, Shop, shop, sid_of
-from trainer.generator.export import export
+from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.quality import evaluate
-from trainer.offline.ranking import Ranker
-from trainer.rewards.labels import UNKNOWN, learned, obtained, purchased, told
+from trainer.offline.quality import evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
+from trainer.rewards.labels import UNKNOWN, learn_rewards, purchase_labels, reward_values, with_reward_labels
 from trainer.sequences.held_out import held
 from trainer.sequences.interactions import Interactions, catalogue, interactions
 from trainer.sequences.rows import Rows
@@ -56,7 +56,7 @@ def test_a_click_led_to_a_purchase_did_not_or_may_still() -> None:
         ("w", 2, 100, False),
     )  # fmt: skip
     found = dict(zip(zip(log.items.tolist(), log.ts.tolist(), log.bought.tolist(), strict=True),
-                     purchased(log, 10).tolist(), strict=True))  # fmt: skip
+                     purchase_labels(log, 10).tolist(), strict=True))  # fmt: skip
     # Bought at the end of its window; just after it.
     assert (found[0, 0, False], found[1, 0, False]) == (1, 0)
     # The newest event is of 100: a window from 89 is closed, one from 90 on is open.
@@ -78,7 +78,7 @@ def test_labels_of_purchases_are_those_of_the_definition(
 ) -> None:
     log = log_of(*events)
     user = np.repeat(log.users, np.diff(log.starts))
-    rows = list(zip(user, log.items, log.ts, log.bought, purchased(log, window), strict=True))
+    rows = list(zip(user, log.items, log.ts, log.bought, purchase_labels(log, window), strict=True))
     for who, item, ts, bought, label in rows:
         converted = bought or any(
             paid and (other, what) == (who, item) and ts <= at <= ts + window
@@ -90,22 +90,22 @@ def test_labels_of_purchases_are_those_of_the_definition(
 
 def test_a_field_is_there_where_enough_is_known_of_it() -> None:
     log = log_of(*((f"u{n}", n % 4, n, n % 3 == 0) for n in range(60)))
-    bought = purchased(log, 1)
+    bought = purchase_labels(log, 1)
     priced = [Offer("", 1.0), Offer("", 2.0), None, None]
-    made = learned(priced, log, bought, 0, chosen())
+    made = learn_rewards(priced, log, bought, 0, chosen())
     assert made is not None
     assert sorted(made.mass) == ["price", "purchase"]
     assert made.mass["purchase"] == {"0": 0.0, "1": 1.0}
     assert sum(made.mass["price"].values()) == pytest.approx(1)
-    nothing = learned(priced, log, bought, 0, chosen(min_share=0.6, min_count=50))
+    nothing = learn_rewards(priced, log, bought, 0, chosen(min_share=0.6, min_count=50))
     assert nothing is not None
     assert nothing.mass == {}
-    assert learned(priced, log, bought, 0, chosen(enabled=False)) is None
+    assert learn_rewards(priced, log, bought, 0, chosen(enabled=False)) is None
     offers = [Offer("", 1.0, 0.1), Offer("", 2.0, 0.1), None, None]
-    both = learned(offers, log, bought, 0, chosen(min_count=50))
+    both = learn_rewards(offers, log, bought, 0, chosen(min_count=50))
     assert both is not None
     assert sorted(both.mass) == ["commission", "price"]
-    values = obtained(both, priced, log.items, bought)
+    values = reward_values(both, priced, log.items, bought)
     assert values[log.items == 1][0].tolist() == [1, bought[log.items == 1][0], 3, UNKNOWN]
     assert (values[log.items == 3][:, 2:] == UNKNOWN).all()
 
@@ -120,11 +120,11 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
     walks = np.split(steps, plain.log.starts[1:-1])
     items = np.concatenate([np.cumsum(walk) % ITEMS for walk in walks])
     log = replace(plain.log, items=items)
-    bought = purchased(log, 0)
-    made = learned(OFFERS, log, bought, 0, chosen())
+    bought = purchase_labels(log, 0)
+    made = learn_rewards(OFFERS, log, bought, 0, chosen())
     assert made is not None
     context = with_rewards(plain.context, made)
-    log = told(log, OFFERS, bought, made, context)
+    log = with_reward_labels(log, OFFERS, bought, made, context)
     last = plain.split.ends[plain.split.ends < log.starts[1:]]
     split = replace(plain.split, held=held(log, last, plain.settings.max_items))
     rows = Rows(log, split, plain.known, plain.tokenizer, plain.prompt, plain.settings)
@@ -134,7 +134,9 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
 def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
     made, rewards = rewarded(users=150, rewards={"dropout": 0.25, "unconditioned": 0.4, "bins": 4})
     assert list(made.context.fields) == ["reward.click", "reward.purchase", "reward.price"]
-    price = obtained(rewards, OFFERS, made.log.items, purchased(made.log, 0))[:, NAMES.index("price")]
+    price = reward_values(rewards, OFFERS, made.log.items, purchase_labels(made.log, 0))[
+        :, NAMES.index("price")
+    ]
     # Every event of this log is a click: neither it nor a purchase says anything.
     assert made.log.rewards.tolist() == [
         [0, 0, made.context.row(said({"price": int(value)}))[2]] for value in price
@@ -179,7 +181,7 @@ def test_the_model_follows_the_price_that_is_asked_for(
     asked = [(item, value) for item in range(ITEMS) for value in range(4)]
     past = [np.array([item]) for item, _ in asked]
     rows = np.array([made.context.row(said({"price": value})) for _, value in asked], dtype=np.int32)
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     best = ranker.candidates(past, ranker.states(past, rows)).order(1.0)[:, 0].tolist()
     right = [
         (found - item - 1) % ITEMS < 4 and rewards.bin_of("price", OFFERS[found]) == value
@@ -195,7 +197,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     asked = made.split.held
     assert asked.contexts is not None
     assert asked.contexts.shape == (len(asked.targets), 0)
-    quality = evaluate(model, asked, made.known, made.sids, made.settings)
+    quality = evaluate_held_out(model, asked, made.known, made.sids, made.settings)
     # One of four may come next, and nothing says which: told the price, it would be nearly always the first.
     assert quality.ndcg10 < 0.85
     assert quality.hr10 > 0.9
@@ -205,7 +207,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM], tmp_path: Path
 ) -> None:
     made, rewards, model = trained
-    export(model, tmp_path)
+    export_generator(model, tmp_path)
     served = OnnxGenerator(tmp_path, SIZES, 8)
     bundle = LoadedBundle(
         "b0", BOOK, 8, (), served, served.items, Ranking(dense_weight=1.0), made.context, rewards

@@ -15,11 +15,17 @@ from tests.tiny_explorations import exploration
 from tests.tiny_shop import ITEMS, Shop, sid_of
 from tests.unit.trainer.rewards.test_labels import OFFERS, rewarded
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import explored
-from trainer.offline.quality import evaluate
-from trainer.offline.ranking import Ranker
-from trainer.rewards.labels import UNKNOWN, purchased
-from trainer.rewards.online import Stage, Worth, kept, refine, wishes
+from trainer.offline.offpolicy import logged_explorations
+from trainer.offline.quality import evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
+from trainer.rewards.labels import UNKNOWN, purchase_labels
+from trainer.rewards.online import (
+    OnlineStage,
+    RewardEvidence,
+    learn_from_own_answers,
+    passing_answers,
+    reward_requests,
+)
 from trainer.settings import OffPolicySettings
 from trainer.tuning.sft import train
 
@@ -32,7 +38,7 @@ EIGHT = {str(value): 0.125 for value in range(8)}
 def test_requests_ask_for_the_most_of_everything_but_one(fields: set[str], count: int, seed: int) -> None:
     mass = {name: SURE if name in ("click", "purchase") else EIGHT for name in fields}
     rewards = Rewards({}, mass)
-    asked = wishes(rewards, count, np.random.default_rng(seed))
+    asked = reward_requests(rewards, count, np.random.default_rng(seed))
     high = np.array([rewards.wanted({name: 1.0})[name] if name in fields else UNKNOWN for name in NAMES])
     assert asked.shape == (count, 4)
     assert (asked[:, high == UNKNOWN] == UNKNOWN).all()
@@ -43,7 +49,7 @@ def test_requests_ask_for_the_most_of_everything_but_one(fields: set[str], count
 
 def test_every_supported_value_is_asked_for() -> None:
     rare = EIGHT | {"7": 0.0, "0": 0.25}
-    asked = wishes(Rewards({}, {"price": rare, "commission": EIGHT}), 2000, np.random.default_rng(0))
+    asked = reward_requests(Rewards({}, {"price": rare, "commission": EIGHT}), 2000, np.random.default_rng(0))
     assert sorted(set(asked[:, 2].tolist())) == list(range(7))
     assert sorted(set(asked[:, 3].tolist())) == list(range(8))
 
@@ -52,21 +58,21 @@ def test_an_answer_is_kept_for_any_reward_but_only_where_it_is_likely() -> None:
     price = np.array([0.0, 1, 2, 3, 4, np.nan])
     click = np.array([0.9, 0.1, 0.2, 0.3, 0.4, 0.95])
     likely = np.array([True, True, True, True, False, True])
-    assert kept([price, click], likely, 0.7).tolist() == [True, False, False, True, False, True]
+    assert passing_answers([price, click], likely, 0.7).tolist() == [True, False, False, True, False, True]
     # What is the same for all is no reason.
-    assert not kept([np.full(6, 2.0)], likely, 0.7).any()
-    assert not kept([np.full(6, np.nan)], likely, 0.7).any()
-    assert not kept([], likely, 0.7).any()
+    assert not passing_answers([np.full(6, 2.0)], likely, 0.7).any()
+    assert not passing_answers([np.full(6, np.nan)], likely, 0.7).any()
+    assert not passing_answers([], likely, 0.7).any()
 
 
 @pytest.fixture(scope="module")
-def begun() -> tuple[Shop, Worth, GeneratorForCausalLM]:
+def begun() -> tuple[Shop, RewardEvidence, GeneratorForCausalLM]:
     """A shop where the next item is one of four, of four prices, and a model that follows a price so so."""
     made, rewards = rewarded(users=150, epochs=8, batch_positions=256, lr=1e-2, patience=100,
                              rewards={"min_count": 5, "unconditioned": 0.5, "online": ONLINE})  # fmt: skip
     model = made.model()
     train(model, made.rows, made.sids, made.settings)
-    return made, Worth(rewards, made.context, OFFERS, purchased(made.log, 0)), model.eval()
+    return made, RewardEvidence(rewards, made.context, OFFERS, purchase_labels(made.log, 0)), model.eval()
 
 
 def with_online(made: Shop, **values: object) -> Shop:
@@ -84,10 +90,10 @@ def copied(model: GeneratorForCausalLM, made: Shop) -> GeneratorForCausalLM:
 
 
 def test_a_rounds_answers_are_told_with_what_they_bring(
-    begun: tuple[Shop, Worth, GeneratorForCausalLM],
+    begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     made, worth, model = begun
-    stage = Stage(model, made.rows, made.sids, worth, dense_weight=0.5)
+    stage = OnlineStage(model, made.rows, made.sids, worth, dense_weight=0.5)
     told, lessons = stage.round(0)
     assert (told.asked, told.kept) == (800, len(lessons))
     assert 0 < told.kept <= told.likely <= 800
@@ -107,14 +113,14 @@ def test_a_rounds_answers_are_told_with_what_they_bring(
 
 
 def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
-    begun: tuple[Shop, Worth, GeneratorForCausalLM],
+    begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     made, worth, model = begun
-    before = evaluate(model, made.split.held, made.known, made.sids, made.settings)
+    before = evaluate_held_out(model, made.split.held, made.known, made.sids, made.settings)
     learned = copied(model, made)
     chosen = with_online(made, rounds=3, lr=2e-3, max_fall=0.05)
     said: list[str] = []
-    result = refine(learned, chosen.rows, made.sids, worth, before, said.append)
+    result = learn_from_own_answers(learned, chosen.rows, made.sids, worth, before, said.append)
     assert result.refused is None
     assert result.steps == 180
     assert len(said) == len(result.rounds) == 3
@@ -123,25 +129,29 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     assert result.quality.hr10 >= 0.95 * before.hr10
 
 
-def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, Worth, GeneratorForCausalLM]) -> None:
+def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     made, worth, model = begun
-    before = evaluate(model, made.split.held, made.known, made.sids, made.settings)
+    before = evaluate_held_out(model, made.split.held, made.known, made.sids, made.settings)
     spoiled = copied(model, made)
-    result = refine(spoiled, with_online(made, lr=0.5).rows, made.sids, worth, before, lambda _: None)
+    result = learn_from_own_answers(
+        spoiled, with_online(made, lr=0.5).rows, made.sids, worth, before, lambda _: None
+    )
     assert result.refused is not None
     assert "HR@10 fell from" in result.refused
     for name, value in model.named_parameters():
         assert torch.equal(value, spoiled.get_parameter(name)), name
 
 
-def test_an_interrupted_stage_stops(begun: tuple[Shop, Worth, GeneratorForCausalLM]) -> None:
+def test_an_interrupted_stage_stops(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     made, worth, model = begun
-    result = refine(copied(model, made), made.rows, made.sids, worth, None, lambda _: None, lambda: True)
+    result = learn_from_own_answers(
+        copied(model, made), made.rows, made.sids, worth, None, lambda _: None, lambda: True
+    )
     assert (result.steps, result.quality) == (0, None)
 
 
 def test_clicks_and_purchases_are_drawn_with_their_chances(
-    begun: tuple[Shop, Worth, GeneratorForCausalLM],
+    begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     """Every second item is bought when it is clicked, and four of ten explored answers are clicked."""
     made, worth, model = begun
@@ -152,10 +162,12 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
                      scores=[-1.0]), bool(rng.random() < 0.4))
         for at, item in enumerate(rng.integers(0, ITEMS, 400))
     ]  # fmt: skip
-    logged = explored(found, "c" * 16, made.prompt, OffPolicySettings.model_validate({}), made.context)
+    logged = logged_explorations(
+        found, "c" * 16, made.prompt, OffPolicySettings.model_validate({}), made.context
+    )
     rewards = replace(worth.rewards, mass=dict(worth.rewards.mass) | {"click": SURE, "purchase": SURE})
-    full = Worth(rewards, worth.context, OFFERS, clicks, logged)
-    _, lessons = Stage(model, made.rows, made.sids, full, dense_weight=0.5).round(1)
+    full = RewardEvidence(rewards, worth.context, OFFERS, clicks, logged)
+    _, lessons = OnlineStage(model, made.rows, made.sids, full, dense_weight=0.5).round(1)
     click, purchase, price = lessons.rewards.T
     assert bool((price > 0).all())
     clicked = click == made.context.row({"reward.click": "1"})[0]
@@ -171,10 +183,10 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
 
 
 def test_the_score_of_an_item_is_that_of_the_candidates(
-    begun: tuple[Shop, Worth, GeneratorForCausalLM],
+    begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     made, _, model = begun
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     histories = [np.arange(size) for size in (1, 3, 8, 2)]
     states = ranker.states(histories)
     found = ranker.candidates(histories, states)

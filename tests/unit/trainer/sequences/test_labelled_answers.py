@@ -13,10 +13,10 @@ from registry.bundles.rewards import Rewards, said, with_rewards
 from tests.tiny_explorations import exploration
 from tests.tiny_shop import ITEMS, Shop, shop, sid_of
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import Explored, explored
-from trainer.offline.ranking import Ranker
-from trainer.rewards.labels import labelled
-from trainer.rewards.negative_feedback import ignored
+from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
+from trainer.offline.ranking import CatalogueRanker
+from trainer.rewards.labels import answers_with_rewards
+from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.labelled_answers import Answers, answers
 from trainer.sequences.rows import Rows
 from trainer.settings import OffPolicySettings
@@ -38,7 +38,7 @@ def clicking(**given: object) -> Shop:
     return replace(made, log=log, rows=rows, context=context)
 
 
-def seen(made: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> Explored:
+def seen(made: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> LoggedExplorations:
     """Explorations whose answer is the second of each pair, after the first."""
     found = [
         (exploration(at, prompt=[list(sid_of(i)) for i in past], candidates=[list(sid_of(item))],
@@ -46,7 +46,7 @@ def seen(made: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> Ex
         for at, (past, item) in enumerate(shown)
     ]  # fmt: skip
     limits = OffPolicySettings.model_validate({})
-    logged = explored(found, "c" * 16, made.prompt, limits, made.context)
+    logged = logged_explorations(found, "c" * 16, made.prompt, limits, made.context)
     assert logged is not None
     return logged
 
@@ -54,7 +54,7 @@ def seen(made: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> Ex
 def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> None:
     made = clicking(users=5)
     logged = seen(made, ([1, 2], 9), ([3], 3), ([40], 7), ([5], 41))
-    found = ignored(logged, made.known, ANY, BINS, made.context, 0)
+    found = unclicked_answers(logged, made.known, ANY, BINS, made.context, 0)
     assert found is not None
     # The page's own item and one that is not in the catalogue are no answers; of a past, what is known stays.
     assert found.targets.tolist() == [9, 7]
@@ -63,10 +63,19 @@ def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> 
     refused = made.context.row(said({"click": 0}))
     assert found.rewards.tolist() == [refused, refused]
     assert found.firm.tolist() == [[token > 0 for token in refused]] * 2
-    assert ignored(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0) is not None
-    assert len(ignored(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0) or ()) == 0
-    assert ignored(logged, made.known, ANY, Rewards({}, {}), made.context, 0) is None
-    assert ignored(None, made.known, ANY, BINS, made.context, 0) is None
+    assert (
+        unclicked_answers(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0)
+        is not None
+    )
+    assert (
+        len(
+            unclicked_answers(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0)
+            or ()
+        )
+        == 0
+    )
+    assert unclicked_answers(logged, made.known, ANY, Rewards({}, {}), made.context, 0) is None
+    assert unclicked_answers(None, made.known, ANY, BINS, made.context, 0) is None
 
 
 def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
@@ -76,7 +85,7 @@ def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
     values = np.full((400, 4), -1)
     values[:, 0], values[:, 2] = np.arange(400) % 2, 1
     targets = np.arange(400) % ITEMS
-    given = labelled(histories, targets, np.zeros((400, 0), np.int32), values, BINS, made.context)
+    given = answers_with_rewards(histories, targets, np.zeros((400, 0), np.int32), values, BINS, made.context)
     click, _, price = made.context.row(said({"click": 0, "price": 1}))
     told = {(0, price): 0, (click, 0): 0, (click, price): 0, (click + 1, 0): 0, (click + 1, price): 0}
     for piece in given.pieces(made.settings, 0):
@@ -126,7 +135,7 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
 def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
     made = clicking(users=20, rewards={"ignored_share": share})
     shown = [([at % ITEMS], (at + 5) % ITEMS) for at in range(300)]
-    given = ignored(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
+    given = unclicked_answers(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
     rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
     alone = sum(int(piece.learned.sum()) for piece in made.rows.pieces(0))
     both = sum(int(piece.learned.sum()) for piece in rows.pieces(0))
@@ -141,7 +150,7 @@ def taught() -> tuple[Shop, GeneratorForCausalLM]:
     begins, sizes = rng.integers(0, ITEMS, 240), rng.integers(1, 9, 240)
     walks = [(begin + np.arange(size)) % ITEMS for begin, size in zip(begins, sizes, strict=True)]
     shown = [(walk.tolist(), int(walk[-1] + 5) % ITEMS) for walk in walks]
-    given = ignored(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
+    given = unclicked_answers(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
     rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
     model = made.model()
     train(model, rows, made.sids, made.settings)
@@ -155,6 +164,6 @@ def test_what_was_ignored_is_likely_only_where_that_is_asked_for(
     made, model = taught
     past = [np.arange(item, item + 4) % ITEMS for item in range(ITEMS)]
     rows = np.array([made.context.row(said(conditions))] * ITEMS, dtype=np.int32)
-    ranker = Ranker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
     best = ranker.candidates(past, ranker.states(past, rows)).order(0.5)[:, 0].numpy()
     assert ((best - np.arange(ITEMS) - 3) % ITEMS == after).mean() > 0.9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny_shop import Shop, shop
-from trainer.generator.merge import merged
+from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import item_logits
 from trainer.sequences.rows import Rows
@@ -50,7 +50,7 @@ def test_members_begin_and_learn_otherwise_and_answer_together() -> None:
         learn(one, made.rows.under(own), made.sids, own)
         alone.append(one)
     assert not any(same(alone[0], other) for other in alone[1:])
-    assert same(model, merged(alone))
+    assert same(model, merge_generators(alone))
     assert model.config.hidden_size == 3 * 32
     codes, lengths = torch.from_numpy(made.known.codes[None, :4]), torch.tensor([4])
     with torch.no_grad():

@@ -12,9 +12,9 @@ from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from registry.bundles.ranking import Ranking
 from tests.tiny_shop import SIZES, come_again, shop
 from trainer.generator.constrained import SidSet
-from trainer.offline.quality import Quality, hr_ndcg
+from trainer.offline.quality import HeldOutQuality, hr_ndcg
 from trainer.offline.ranking import sid_scores
-from trainer.plots.curve import draw
+from trainer.plots.curve import draw_training_curve
 from trainer.sequences.batches import IGNORE, Pieces, collate
 from trainer.sequences.held_out import hold_out
 from trainer.sequences.interactions import catalogue, interactions
@@ -67,7 +67,7 @@ def test_the_curve_has_a_point_for_each_epoch_also_over_an_interruption(tmp_path
     )  # fmt: skip
     resumed = train(made.model(), made.rows, made.sids, made.settings, folder=tmp_path)
     assert [point["step"] for point in resumed.curve] == [point["step"] for point in whole.curve]
-    assert draw("sft", whole.curve).startswith(b"\x89PNG")
+    assert draw_training_curve("sft", whole.curve).startswith(b"\x89PNG")
 
 
 def test_a_spent_time_budget_ends_the_run() -> None:
@@ -287,7 +287,7 @@ def test_until_a_model_can_be_released_one_that_ranks_as_well_and_spells_more_is
 ) -> None:
     settings = shop().settings
     assert settings.min_validity == 0.7
-    measured = Quality(100, 0.5, ndcg, validity, Ranking())
+    measured = HeldOutQuality(100, 0.5, ndcg, validity, Ranking())
     assert spells_better(measured, Place(best_ndcg=0.5, validity=kept), settings) is better
 
 
