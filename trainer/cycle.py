@@ -281,13 +281,13 @@ def _dpo(
     tuned = result.sft.quality if result.sft else None
     made = align_to_window(
         material, settings, window_ms, model, tuned, run / "dpo", sequences=rows, stop=stop,
-        tell=lambda text: stages.tell("dpo", text),
+        report_progress=lambda text: stages.tell("dpo", text),
     )  # fmt: skip
     result.pairs, result.withdrawn, result.dpo, result.no_dpo = (
         made.pairs, made.withdrawn, made.dpo, made.refused
     )  # fmt: skip
     result.metrics |= made.metrics | (_named("dpo", made.quality) if made.quality else {})
-    stages.done("dpo", made.told)
+    stages.done("dpo", made.summary)
     return made.model
 
 

@@ -102,7 +102,7 @@ def codebook_fit(
         f"the fullest of {found.prefixes} prefixes holds {found.largest_prefix} items"
     )
     if old is not None:
-        kept = fit.kept(old)
+        kept = fit.unchanged_sids(old)
         result |= {"replaced": current, "kept": kept, "had": len(old.sids)}
         text += f"; {kept} of {len(old.sids)} items keep the SID that they had under {current}"
         if len(old.codebook.sizes) != len(codebook.sizes):

@@ -71,38 +71,42 @@ class DpoResult:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer with losses over 1 + K answers, for rows that are token ids already."""
 
-    def __init__(self, dpo: DpoSettings, replay: Replay | None, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, dpo: DpoSettings, replay: Replay | None, **trainer_arguments: Any) -> None:
+        super().__init__(**trainer_arguments)
         self.dpo, self.replay = dpo, replay
         self.dynamic = DynamicBeta(
             dpo.beta, dpo.beta_scale, dpo.beta_momentum, dpo.left_out, gather=self.accelerator.gather
         )
-        self.draws = torch.Generator().manual_seed(self.args.seed)
+        self.pair_generator = torch.Generator().manual_seed(self.args.seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        heads = score_answers(self._asked(model), inputs)
+        heads = score_answers(self._scored_model(model), inputs)
         with torch.no_grad():
-            before = self._reference(model, inputs)
-        dpo, beta, kept = self.dpo, self.dpo.beta, torch.ones(len(inputs["real"]), dtype=torch.bool)
-        kept = kept.to(inputs["real"].device)
-        pulls = [_margins(head, held) for head, held in zip(heads, before, strict=False)]
+            reference = self._reference(model, inputs)
+        dpo, beta, selected = self.dpo, self.dpo.beta, torch.ones(len(inputs["real"]), dtype=torch.bool)
+        selected = selected.to(inputs["real"].device)
+        margins = [
+            _margins(head, reference_scores) for head, reference_scores in zip(heads, reference, strict=False)
+        ]
         if dpo.dynamic_beta:
-            beta, kept = self.dynamic(mean_margins(pulls[0], heads[0].real), model.training, self.draws)
-        loss = torch.zeros((), device=kept.device)
-        for head, pull in zip(heads, pulls, strict=True):
-            used = kept & head.real.any(-1)
-            if bool(used.any()):
-                loss = loss + dpo.weight * LOSSES[dpo.loss](pull[used], head.real[used], beta).mean()
+            beta, selected = self.dynamic(
+                mean_margins(margins[0], heads[0].real), model.training, self.pair_generator
+            )
+        loss = torch.zeros((), device=selected.device)
+        for head, margin in zip(heads, margins, strict=True):
+            counted = selected & head.real.any(-1)
+            if bool(counted.any()):
+                loss = loss + dpo.weight * LOSSES[dpo.loss](margin[counted], head.real[counted], beta).mean()
             loss = loss + dpo.sft_weight * head.nll
         if self.replay is not None and model.training:
             loss = loss + dpo.replay_weight * self.replay.loss(self.accelerator.unwrap_model(model))
-        self._note(heads[0], before[0], pulls[0], beta, model.training)
+        self._record_metrics(heads[0], reference[0], margins[0], beta, model.training)
         return (loss, None) if return_outputs else loss
 
-    def _asked(self, model: Any) -> Any:
+    def _scored_model(self, model: Any) -> Any:
         inner = self.accelerator.unwrap_model(model)
         return inner if isinstance(inner, GeneratorForCausalLM) else model
 
@@ -113,29 +117,31 @@ class _PreferenceTrainer(DPOTrainer):
         with inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext():
             return score_answers(model, inputs, with_nll=False)
 
-    def _note(self, head: HeadScores, before: HeadScores, pull: Tensor, beta: float, training: bool) -> None:
+    def _record_metrics(
+        self, head: HeadScores, reference: HeadScores, margins: Tensor, beta: float, training: bool
+    ) -> None:
         """What TRL averages over the steps between two looks."""
-        real, risen = head.real, head.scores[0].detach() - before.scores[0]
-        noted = {
-            "risen": risen, "margin": mean_margins(pull.detach(), real),
-            "accuracy": ((pull > 0) & real).sum(-1) / real.sum(-1), "logps/chosen": head.scores[0].detach(),
+        real, risen = head.real, head.scores[0].detach() - reference.scores[0]
+        measured = {
+            "risen": risen, "margin": mean_margins(margins.detach(), real),
+            "accuracy": ((margins > 0) & real).sum(-1) / real.sum(-1), "logps/chosen": head.scores[0].detach(),
         }  # fmt: skip
         metrics = self._metrics["train" if training else "eval"]
-        for name, values in noted.items():
+        for name, values in measured.items():
             metrics[name].append(float(self.accelerator.gather(values.float()).mean()))
         metrics["beta"].append(beta)
 
 
-def _margins(head: HeadScores, before: HeadScores) -> Tensor:
+def _margins(head: HeadScores, reference: HeadScores) -> Tensor:
     """(B, K): how much more the chosen answer has risen over the reference than each rejected one."""
-    risen = head.scores - before.scores
+    risen = head.scores - reference.scores
     return (risen[0] - risen[1:]).T
 
 
 def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
     """Raise SidstreamError where TRL's internals are not those that this module was written for."""
     try:
-        made = inspect.getsource(trainer.__init__)
+        constructor = inspect.getsource(trainer.__init__)
         columns = inspect.getsource(trainer._set_signature_columns_if_needed)
         caller = inspect.getsource(trainer.compute_loss)
         logged = inspect.getsource(trainer.log)
@@ -143,17 +149,17 @@ def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
         computed = list(inspect.signature(trainer._compute_loss).parameters)
     except AttributeError as error:
         raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: {_INSTALL_HINT}") from error
-    for wanted, text in (
-        ("self._prepare_dataset(train_dataset", made), ('"prompt_ids"', columns), ('"chosen_ids"', columns),
+    for expected_text, source in (
+        ("self._prepare_dataset(train_dataset", constructor), ('"prompt_ids"', columns), ('"chosen_ids"', columns),
         ('"rejected_ids"', columns), ("self._compute_loss(", caller), ("self._metrics[mode]", logged),
     ):  # fmt: skip
-        if wanted not in text:
-            raise SidstreamError(f"this TRL's DPOTrainer does not use {wanted}: {_INSTALL_HINT}")
-    for name, found, expected in (
+        if expected_text not in source:
+            raise SidstreamError(f"this TRL's DPOTrainer does not use {expected_text}: {_INSTALL_HINT}")
+    for name, arguments, expected in (
         ("_prepare_dataset", prepared[:2], ["self", "dataset"]),
         ("_compute_loss", computed, ["self", "model", "inputs", "return_outputs"]),
     ):
-        if found != expected:
+        if arguments != expected:
             raise SidstreamError(f"this TRL's DPOTrainer.{name} has other arguments: {_INSTALL_HINT}")
 
 
@@ -206,10 +212,10 @@ def align_language_model(
     """
     policy = model if adapters is not None else copy.deepcopy(model)
     reference = None if adapters is not None else copy.deepcopy(model).eval()
-    made, result = _train(
+    aligned, result = _train(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, adapters, None
     )
-    return (made.merge_and_unload() if adapters is not None else made).cpu().eval(), result
+    return (aligned.merge_and_unload() if adapters is not None else aligned).cpu().eval(), result
 
 
 def _train(
@@ -237,25 +243,25 @@ def _train(
     # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     stop_rules = StopRules(dpo, probe, progress, stop)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _SilentTraining():
         trainer = _PreferenceTrainer(
             dpo, replay, model=policy, ref_model=reference, args=arguments,
             train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=tokenizer,
-            data_collator=lambda batch: collate_preferences(batch, pad), callbacks=[stop_rules],
+            data_collator=lambda batch: collate_preferences(batch, pad_id), callbacks=[stop_rules],
             peft_config=adapters,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         stop_rules.begin(trainer.model)
-        began = time.monotonic()
+        started_at = time.monotonic()
         outcome = trainer.train()
         stop_rules.end(trainer.model, outcome.global_step)
     return trainer.model, DpoResult(
         pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=outcome.global_step,
-        kept=stop_rules.kept_step(outcome.global_step), seconds=time.monotonic() - began,
+        kept=stop_rules.kept_step(outcome.global_step), seconds=time.monotonic() - started_at,
         loss=float(outcome.training_loss), margin=stop_rules.margin,
-        accuracy=stop_rules.last.get("accuracy", 0.0), drop=stop_rules.drop,
-        beta=stop_rules.last.get("beta", dpo.beta),
+        accuracy=stop_rules.last_log.get("accuracy", 0.0), drop=stop_rules.drop,
+        beta=stop_rules.last_log.get("beta", dpo.beta),
         stopped=stop_rules.stopped, curve=stop_rules.curve,
     )  # fmt: skip
 

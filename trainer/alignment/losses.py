@@ -52,7 +52,7 @@ class BatchBeta(NamedTuple):
     """What `DynamicBeta` says of a batch."""
 
     beta: float
-    kept: Tensor  # (B,) bool
+    selected: Tensor  # (B,) bool
 
 
 def _single_device(values: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class DynamicBeta:
     base: float
     scale: float = 0.6
     momentum: float = 0.9
-    left_out: float = 0.2  # share of a batch
+    outlier_share: float = 0.2  # share of a batch
     warm_steps: int = 20  # before these, nothing is left out: the deviation is hardly known
     bound: float = 10.0  # beta stays within base / bound and base * bound
     gather: Callable[[Tensor], Tensor] = field(default=_single_device, repr=False)
@@ -99,30 +99,30 @@ class DynamicBeta:
         pair is kept. `generator` draws what is left out.
         """
         gap = gap.detach().float()
-        everybody = torch.ones_like(gap, dtype=torch.bool)
+        all_pairs = torch.ones_like(gap, dtype=torch.bool)
         if not training:
-            return BatchBeta(self._bounded(float(self.gather(gap).mean())), everybody)
-        together = self.gather(gap)
+            return BatchBeta(self._bounded_beta(float(self.gather(gap).mean())), all_pairs)
+        all_gaps = self.gather(gap)
         self._steps += 1
-        rest = 1 - self.momentum
-        self._mean = self.momentum * self._mean + rest * float(together.mean())
-        spread = float(together.std(correction=0)) if len(together) > 1 else 0.0
-        self._deviation = self.momentum * self._deviation + rest * spread
-        kept = everybody if self._steps <= self.warm_steps else self._drawn(gap, generator)
+        new_share = 1 - self.momentum
+        self._mean = self.momentum * self._mean + new_share * float(all_gaps.mean())
+        spread = float(all_gaps.std(correction=0)) if len(all_gaps) > 1 else 0.0
+        self._deviation = self.momentum * self._deviation + new_share * spread
+        selected = all_pairs if self._steps <= self.warm_steps else self._select_pairs(gap, generator)
         # Sums and counts travel, since each device may keep others.
-        sums = self.gather(torch.stack(((gap * kept).sum(), kept.sum().float()))[None]).sum(0)
-        return BatchBeta(self._bounded(float(sums[0] / sums[1])), kept)
+        sums = self.gather(torch.stack(((gap * selected).sum(), selected.sum().float()))[None]).sum(0)
+        return BatchBeta(self._bounded_beta(float(sums[0] / sums[1])), selected)
 
-    def _drawn(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
-        count = max(1, round((1 - self.left_out) * len(gap)))
+    def _select_pairs(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
+        count = max(1, round((1 - self.outlier_share) * len(gap)))
         # Never 0: a batch of nothing but outliers is kept, too, as far as it has to be.
-        away = (gap - self.mean) / max(self.deviation, 1e-6)
-        weights = torch.exp(-0.5 * away.square()).clamp(min=1e-30)
-        drawn = torch.multinomial(weights.cpu(), count, generator=generator)
-        kept = torch.zeros(len(gap), dtype=torch.bool)
-        kept[drawn] = True
-        return kept.to(gap.device)
+        deviations = (gap - self.mean) / max(self.deviation, 1e-6)
+        weights = torch.exp(-0.5 * deviations.square()).clamp(min=1e-30)
+        indices = torch.multinomial(weights.cpu(), count, generator=generator)
+        selected = torch.zeros(len(gap), dtype=torch.bool)
+        selected[indices] = True
+        return selected.to(gap.device)
 
-    def _bounded(self, gap: float) -> float:
-        wanted = self.base * (1 + self.scale * (gap - self.mean))
-        return min(max(wanted, self.base / self.bound), self.base * self.bound)
+    def _bounded_beta(self, gap: float) -> float:
+        beta = self.base * (1 + self.scale * (gap - self.mean))
+        return min(max(beta, self.base / self.bound), self.base * self.bound)

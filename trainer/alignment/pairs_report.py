@@ -92,9 +92,9 @@ class PairsReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, rounded to four places, for JSON; without what is only drawn."""
-        made: dict[str, Any] = round_floats(dataclasses.asdict(self))
-        del made["timeline"], made["ages_ms"]
-        return made
+        fields: dict[str, Any] = round_floats(dataclasses.asdict(self))
+        del fields["timeline"], fields["ages_ms"]
+        return fields
 
 
 def pairs_report(
@@ -104,37 +104,41 @@ def pairs_report(
 
     `withdrawal` is what `trainer.log.pair_filter.withdraw` made of them. Raises SidstreamError for no pairs.
     """
-    found = list({pair.event_id: pair for pair in pairs}.values())
-    if not found:
+    distinct_pairs = list({pair.event_id: pair for pair in pairs}.values())
+    if not distinct_pairs:
         raise SidstreamError(
             "there are no preference pairs: they are written when attribution windows of purchases close; "
             "see that `sidstream agents` runs and that purchases arrive"
         )
     groups: dict[tuple[str, str], list[PreferencePair]] = {}
-    for pair in found:
+    for pair in distinct_pairs:
         groups.setdefault((pair.codebook, pair.scheme), []).append(pair)
-    chosen = Counter(pair.chosen_item for pair in found)
-    rejected = {item for pair in found for item in pair.rejected_items}
+    chosen = Counter(pair.chosen_item for pair in distinct_pairs)
+    rejected = {item for pair in distinct_pairs for item in pair.rejected_items}
     both = len(rejected & chosen.keys())
-    ages = now_ms - np.array([pair.ts for pair in found], dtype=np.int64)
-    often = np.repeat(np.arange(len(chosen)), list(chosen.values()))
-    made = [_group(codebook, scheme, some) for (codebook, scheme), some in groups.items()]
+    ages = now_ms - np.array([pair.ts for pair in distinct_pairs], dtype=np.int64)
+    choices = np.repeat(np.arange(len(chosen)), list(chosen.values()))
+    pair_groups = [
+        _group(codebook, scheme, group_pairs) for (codebook, scheme), group_pairs in groups.items()
+    ]
     return PairsReport(
-        pairs=len(found),
-        repeats=len(pairs) - len(found),
-        users=len({pair.user_id for pair in found}),
+        pairs=len(distinct_pairs),
+        repeats=len(pairs) - len(distinct_pairs),
+        users=len({pair.user_id for pair in distinct_pairs}),
         age_ms=Ages(int(ages.min()), float(np.median(ages)), int(ages.max())),
         chosen_items=len(chosen),
         rejected_items=len(rejected),
         chosen_also_rejected=both / len(chosen),
         rejected_also_chosen=both / len(rejected),
-        gini=code_spread(often, len(chosen)).gini,
-        top=tuple(sorted(chosen.items(), key=lambda one: (-one[1], one[0]))[:_TOP_ITEMS]),
+        gini=code_spread(choices, len(chosen)).gini,
+        top=tuple(
+            sorted(chosen.items(), key=lambda item_count: (-item_count[1], item_count[0]))[:_TOP_ITEMS]
+        ),
         withdrawn=None
         if withdrawal is None
         else WithdrawnPairs(withdrawal.bought, withdrawal.clicked, withdrawal.same, withdrawal.gone),
-        groups=tuple(sorted(made, key=lambda group: (-group.pairs, group.codebook, group.scheme))),
-        timeline=_timeline(found),
+        groups=tuple(sorted(pair_groups, key=lambda group: (-group.pairs, group.codebook, group.scheme))),
+        timeline=_timeline(distinct_pairs),
         ages_ms=tuple(np.percentile(ages, range(101)).tolist()),
     )
 
@@ -154,14 +158,14 @@ def _group(codebook: str, scheme: str, pairs: Sequence[PreferencePair]) -> PairG
     )  # fmt: skip
 
 
-def _shared_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+def _shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Leading codes that are the same."""
-    number = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
+    length = 0
+    for code, other_code in zip(first, second, strict=False):
+        if code != other_code:
             break
-        number += 1
-    return number
+        length += 1
+    return length
 
 
 def _distribution(numbers: Iterable[int]) -> Distribution:

@@ -47,69 +47,73 @@ def _generator_heads(
     answers = ids.gather(1, ends[:, None] + torch.arange(levels, device=ids.device)).unflatten(0, (-1, count))
     # The prompt is read once for all of its answers.
     state = model.encode(codes, lengths, context=context)
-    spelled = _sid_log_probs(model, state, answers)
-    heads = [HeadScores(spelled, real, -spelled[0].mean() / levels)]
+    sid_log_probs = _sid_log_probs(model, state, answers)
+    heads = [HeadScores(sid_log_probs, real, -sid_log_probs[0].mean() / levels)]
     rows = model.model.items.rows(answers)
-    known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
-    if not bool(known.any()):
+    both_known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
+    if not bool(both_known.any()):
         return heads
     query = model.model.queries(state)
-    every = model.model.items.vectors(model.model.embed_tokens.weight)
-    past = model.model.items.rows(codes)
-    scores = (query * F.embedding(rows.clamp(min=0), every)).sum(-1) + _repeat_bias(
-        model, query, past, lengths, rows
+    item_vectors = model.model.items.vectors(model.model.embed_tokens.weight)
+    history_rows = model.model.items.rows(codes)
+    scores = (query * F.embedding(rows.clamp(min=0), item_vectors)).sum(-1) + _repeat_bias(
+        model, query, history_rows, lengths, rows
     )
     nll = torch.zeros((), device=ids.device)
     if with_nll:
-        asked = rows[0] >= 0
-        owner, row, extra = model.model.again(query[asked], past[asked], lengths[asked], learning=True)
-        nll = softmax_loss(query[asked], every, rows[0, asked], 0.0, (owner, row), extra)
-    return [*heads, HeadScores(scores, known, nll)]
+        with_item = rows[0] >= 0
+        owner, row, repeat_bias = model.model.again(
+            query[with_item], history_rows[with_item], lengths[with_item], learning=True
+        )
+        nll = softmax_loss(query[with_item], item_vectors, rows[0, with_item], 0.0, (owner, row), repeat_bias)
+    return [*heads, HeadScores(scores, both_known, nll)]
 
 
 def _split_prompts(
     model: GeneratorForCausalLM, ids: Tensor, completion: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (B, P, L), lengths (B,) and context tokens (B, T) of prompts (B, T) before their completions."""
-    levels, last = model.config.levels, model.config.vocab_size - model.config.num_context
-    said = (ids >= last) & (completion.cumsum(1) == 0)
-    lengths = (completion.cumsum(1).eq(0).sum(1) - 1 - said.sum(1)) // levels
+    levels, first_context_token = model.config.levels, model.config.vocab_size - model.config.num_context
+    is_context = (ids >= first_context_token) & (completion.cumsum(1) == 0)
+    lengths = (completion.cumsum(1).eq(0).sum(1) - 1 - is_context.sum(1)) // levels
     longest = max(1, int(lengths.max()))
     ids = F.pad(ids, (0, max(0, 1 + longest * levels - ids.shape[1])), value=model.config.code_base)
     codes = ids[:, 1 : 1 + longest * levels].unflatten(1, (longest, levels))
     # Codes after a row's own prompt are its answer or padding: made a real code, which no length reaches.
     inside = torch.arange(longest, device=ids.device) < lengths[:, None]
-    context = torch.where(said, ids[:, : said.shape[1]], model.config.pad_token_id)
+    context = torch.where(is_context, ids[:, : is_context.shape[1]], model.config.pad_token_id)
     return torch.where(inside[..., None], codes, model.config.code_base), lengths, context
 
 
 def _sid_log_probs(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Tensor:
     """Log-probabilities (1 + K, B) of SIDs (1 + K, B, L) after states (B, D)."""
-    many, count, levels = answers.shape
-    total = state.new_zeros(many, count)
+    answers_per_prompt, count, levels = answers.shape
+    total = state.new_zeros(answers_per_prompt, count)
     # The first code depends on the prompt alone.
-    states = state.expand(many, -1, -1).flatten(0, 1)
+    states = state.expand(answers_per_prompt, -1, -1).flatten(0, 1)
     for level in range(levels):
         first = model.config.code_range(level)[0]
-        wanted = answers[..., level] - first
+        codes = answers[..., level] - first
         if level:
-            logs = model.step(level, states, answers[..., :level].flatten(0, 1)).unflatten(0, (many, count))
+            log_probs = model.step(level, states, answers[..., :level].flatten(0, 1)).unflatten(
+                0, (answers_per_prompt, count)
+            )
         else:
-            logs = model.step(0, state, None).expand(many, -1, -1)
-        total = total + logs.gather(-1, wanted[..., None])[..., 0]
+            log_probs = model.step(0, state, None).expand(answers_per_prompt, -1, -1)
+        total = total + log_probs.gather(-1, codes[..., None])[..., 0]
     return total
 
 
 def _repeat_bias(
-    model: GeneratorForCausalLM, query: Tensor, past: Tensor, lengths: Tensor, rows: Tensor
+    model: GeneratorForCausalLM, query: Tensor, history_rows: Tensor, lengths: Tensor, rows: Tensor
 ) -> Tensor:
     """What the dense head adds to answers (1 + K, B) that are in their prompt's past (B, P)."""
-    at = torch.arange(past.shape[1], device=past.device)
-    same = (past == rows[..., None]) & (rows >= 0)[..., None] & (at < lengths[:, None])
-    last = torch.where(same, at, -1).amax(-1)
-    owner = torch.arange(len(query), device=past.device).expand_as(last)
-    when = PastOccurrences((lengths - last).clamp(min=1), same.sum(-1).clamp(min=1))
-    return torch.where(last >= 0, model.model.items.again_of(query, owner, when), 0.0)
+    places = torch.arange(history_rows.shape[1], device=history_rows.device)
+    same = (history_rows == rows[..., None]) & (rows >= 0)[..., None] & (places < lengths[:, None])
+    last_place = torch.where(same, places, -1).amax(-1)
+    owner = torch.arange(len(query), device=history_rows.device).expand_as(last_place)
+    occurrences = PastOccurrences((lengths - last_place).clamp(min=1), same.sum(-1).clamp(min=1))
+    return torch.where(last_place >= 0, model.model.items.again_of(query, owner, occurrences), 0.0)
 
 
 def _language_head(model: Any, batch: dict[str, Tensor]) -> HeadScores:

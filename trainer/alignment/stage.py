@@ -33,18 +33,20 @@ class Alignment:
     withdrawn: int = 0  # rejected items that late purchases and clicks contradict
     model: GeneratorForCausalLM | None = None
     refused: str | None = None
-    told: str = ""  # the stage in a line
+    summary: str = ""  # the stage in a line
     dpo: DpoResult | None = None
     quality: HeldOutQuality | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def refuse(self, reason: str, told: str) -> Alignment:
+    def refuse(self, reason: str, summary: str) -> Alignment:
         """No model, for a reason."""
-        self.refused, self.told = reason, f"left out: {told}"
+        self.refused, self.summary = reason, f"left out: {summary}"
         return self
 
 
-def hard_negative_filler(known: Catalogue, log: Interactions, settings: DpoSettings) -> RejectedFiller | None:
+def hard_negative_filler(
+    catalogue: Catalogue, log: Interactions, settings: DpoSettings
+) -> RejectedFiller | None:
     """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled.
 
     Nothing that the user touched, before the pair or since, nor the item that opened the page: what was never
@@ -52,15 +54,17 @@ def hard_negative_filler(known: Catalogue, log: Interactions, settings: DpoSetti
     """
     if not settings.hard_negatives:
         return None
-    siblings = SiblingSids(known.sids)
-    group = {user: at for at, user in enumerate(log.users)}
+    siblings = SiblingSids(catalogue.sids)
+    user_index = {user: index for index, user in enumerate(log.users)}
 
     def fill(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
-        most = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
-        never = [tuple(sid) for sid in (*pair.history, *([pair.trigger] if pair.trigger else []))]
-        if (at := group.get(pair.user_id)) is not None:
-            never += [known.sids[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
-        return siblings.fill(rejected, tuple(pair.chosen), never, pair.event_id, most)
+        max_rejected = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
+        excluded = [tuple(sid) for sid in (*pair.history, *([pair.trigger] if pair.trigger else []))]
+        if (index := user_index.get(pair.user_id)) is not None:
+            excluded += [
+                catalogue.sids[item] for item in log.items[log.starts[index] : log.starts[index + 1]]
+            ]
+        return siblings.add_negatives(rejected, tuple(pair.chosen), excluded, pair.event_id, max_rejected)
 
     return fill
 
@@ -72,65 +76,69 @@ def window_rows(
 
     `window_ms` is the attribution window of the pairs; `context`: what of it the prompts may say.
     """
-    book = material.codebook.id
-    found = material.window.pairs(window_ms, book, settings.schemes, settings.max_pairs)
-    fill = hard_negative_filler(material.known, material.log, settings)
+    codebook_id = material.codebook.id
+    withdrawal = material.window.pairs(window_ms, codebook_id, settings.schemes, settings.max_pairs)
+    fill_rejected = hard_negative_filler(material.known, material.log, settings)
     rows = preference_rows(
-        found.pairs, book, material.prompt, settings, context, material.profiles, fill
+        withdrawal.pairs, codebook_id, material.prompt, settings, context, material.profiles, fill_rejected
     )  # fmt: skip
-    return rows, found
+    return rows, withdrawal
 
 
 def align_to_window(
     material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
-    tuned: HeldOutQuality | None, folder: Path, *, sequences: Rows, tell: Callable[[str], None],
+    tuned: HeldOutQuality | None, folder: Path, *, sequences: Rows, report_progress: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
     """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
 
-    `window_ms` is the attribution window of the pairs; `sequences` are what it was fine-tuned on; `tell` gets
+    `window_ms` is the attribution window of the pairs; `sequences` are what it was fine-tuned on; `report_progress` gets
     the progress.
     """
     # Here: TRL takes seconds to import, and a cycle without pairs has nothing to align.
     from trainer.alignment.dpo import align
 
-    dpo, made = settings.dpo, Alignment()
-    rows, found = window_rows(material, dpo, window_ms, material.context)
-    made.withdrawn = found.bought + found.clicked
-    said = f"; {found.told()}" if found.told() else ""
-    made.pairs = len(rows)
-    if made.pairs < dpo.min_pairs:
-        reason = f"{made.pairs} preference pairs, at least {dpo.min_pairs} are needed"
-        if found.unasked:
-            reason += f" ({found.unasked:,} are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
-        return made.refuse(reason, reason + said)
-    held = material.split.held
+    dpo, alignment = settings.dpo, Alignment()
+    rows, withdrawal = window_rows(material, dpo, window_ms, material.context)
+    alignment.withdrawn = withdrawal.bought + withdrawal.clicked
+    withdrawn_note = f"; {withdrawal.told()}" if withdrawal.told() else ""
+    alignment.pairs = len(rows)
+    if alignment.pairs < dpo.min_pairs:
+        reason = f"{alignment.pairs} preference pairs, at least {dpo.min_pairs} are needed"
+        if withdrawal.unasked:
+            reason += (
+                f" ({withdrawal.unasked:,} are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+            )
+        return alignment.refuse(reason, reason + withdrawn_note)
+    held_out = material.split.held
     probe = None
     if tuned is not None:
-        probe = held_out_probe(held, material.known, material.sids, settings, tuned.ranking)
-    better, result = align(
-        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=tell,
+        probe = held_out_probe(held_out, material.known, material.sids, settings, tuned.ranking)
+    aligned_model, result = align(
+        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=report_progress,
         stop=stop,
     )  # fmt: skip
-    made.dpo = result
-    made.metrics = {
+    alignment.dpo = result
+    alignment.metrics = {
         "dpo/margin": result.margin, "dpo/accuracy": result.accuracy, "dpo/drop": result.drop,
         "dpo/loss": result.loss, "dpo/rejected": float(result.rejected), "dpo/beta": result.beta,
-        "dpo/withdrawn": float(made.withdrawn), "dpo/kept_step": float(result.kept),
+        "dpo/withdrawn": float(alignment.withdrawn), "dpo/kept_step": float(result.kept),
     }  # fmt: skip
-    shown, failed = "", None
-    if tuned is not None and len(held.targets):
+    change_note, failure = "", None
+    if tuned is not None and len(held_out.targets):
         # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
-        made.quality = evaluate_held_out(better, held, material.known, material.sids, settings, tuned.ranking)
-        if change := describe_change(tuned, made.quality):
-            shown = f"; {change}"
-        failed = reason_to_refuse(made.quality, tuned.hr10, settings)
-    failed = result.failed(dpo.max_drop) or failed
-    if failed:
-        return made.refuse(f"it failed its offline check: {failed}", failed + said)
-    made.model = better
-    made.told = (
-        f"{made.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}{shown}; "
-        f"{result.stopped}{said}"
+        alignment.quality = evaluate_held_out(
+            aligned_model, held_out, material.known, material.sids, settings, tuned.ranking
+        )
+        if change := describe_change(tuned, alignment.quality):
+            change_note = f"; {change}"
+        failure = reason_to_refuse(alignment.quality, tuned.hr10, settings)
+    failure = result.failed(dpo.max_drop) or failure
+    if failure:
+        return alignment.refuse(f"it failed its offline check: {failure}", failure + withdrawn_note)
+    alignment.model = aligned_model
+    alignment.summary = (
+        f"{alignment.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}{change_note}; "
+        f"{result.stopped}{withdrawn_note}"
     )
-    return made
+    return alignment

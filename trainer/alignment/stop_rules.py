@@ -45,41 +45,41 @@ class StopRules(TrainerCallback):
         stop: Callable[[], bool] | None,
     ) -> None:
         self.settings, self.probe, self.progress, self.stop = settings, probe, progress, stop
-        self.began = time.monotonic()
-        self.last: dict[str, float] = {}
+        self.started_at = time.monotonic()
+        self.last_log: dict[str, float] = {}
         self.curve: list[dict[str, float]] = []
         self.stopped = "all pairs seen"
-        self.before: ProbeOutcome | None = None
-        self._good: dict[str, Tensor] = {}
-        self._good_at = 0
+        self.outcome_at_start: ProbeOutcome | None = None
+        self._saved_weights: dict[str, Tensor] = {}
+        self._saved_step = 0
         self._failed = False
-        self._probed = 0
+        self._probed_step = 0
 
     @property
     def drop(self) -> float:
         """Nats that the chosen answer lost against the reference, at the last look."""
-        return -self.last.get("risen", 0.0)
+        return -self.last_log.get("risen", 0.0)
 
     @property
     def margin(self) -> float:
         """The mean margin at the last look, times beta."""
-        return self.settings.beta * self.last.get("margin", 0.0)
+        return self.settings.beta * self.last_log.get("margin", 0.0)
 
     def kept_step(self, steps: int) -> int:
         """The step whose weights the stage of so many steps ends with."""
-        return self._good_at if self._failed else steps
+        return self._saved_step if self._failed else steps
 
     def begin(self, model: Any) -> None:
         """Probe the model that the stage starts from."""
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
         if self.probe is not None:
-            self.before = self._ask(model)
-            self._keep(model, 0)
+            self.outcome_at_start = self._run_probe(model)
+            self._save_weights(model, 0)
 
     def end(self, model: Any, step: int) -> None:
         """A last probe, of the weights that the stage ended with, unless one has failed already."""
-        if self.before is not None and self._probed < step and not self._failed:
-            self._look(model, step)
+        if self.outcome_at_start is not None and self._probed_step < step and not self._failed:
+            self._passes_probe(model, step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
@@ -88,13 +88,13 @@ class StopRules(TrainerCallback):
         # The last log of a run sums it up, and has no figures of its own.
         if not logs or "risen" not in logs:
             return
-        self.last = {key: float(value) for key, value in logs.items()}
+        self.last_log = {key: float(value) for key, value in logs.items()}
         if self.progress:
             self.progress(f"step {state.global_step} of {state.max_steps}, margin {self.margin:.3f}")
-        if "loss" in self.last:
+        if "loss" in self.last_log:
             self.curve.append({
-                "step": float(state.global_step), "loss": self.last["loss"], "drop": self.drop,
-                "margin": self.margin, "accuracy": self.last["accuracy"], "beta": self.last["beta"],
+                "step": float(state.global_step), "loss": self.last_log["loss"], "drop": self.drop,
+                "margin": self.margin, "accuracy": self.last_log["accuracy"], "beta": self.last_log["beta"],
             })  # fmt: skip
         if self.drop > self.settings.max_drop:
             self.stopped = f"the chosen SID's log-probability fell {self.drop:.2f} nats below the reference"
@@ -103,57 +103,60 @@ class StopRules(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
         """Look at time, at the wish to stop and, every `probe_steps`, at held-out users."""
         budget = self.settings.max_seconds
-        if budget is not None and time.monotonic() - self.began > budget:
+        if budget is not None and time.monotonic() - self.started_at > budget:
             self.stopped = "time budget spent"
             control.should_training_stop = True
         elif self.stop is not None and self.stop():
             self.stopped = "interrupted"
             control.should_training_stop = True
-        elif self.before is not None and state.global_step % self._every(state.max_steps) == 0:
-            control.should_training_stop = not self._look(model, state.global_step)
+        elif (
+            self.outcome_at_start is not None
+            and state.global_step % self._steps_between_probes(state.max_steps) == 0
+        ):
+            control.should_training_stop = not self._passes_probe(model, state.global_step)
 
-    def _every(self, steps: int) -> int:
+    def _steps_between_probes(self, steps: int) -> int:
         """Steps between two looks: a short stage has several, too, or there is nothing to go back to."""
         return min(self.settings.probe_steps, max(_MIN_STEPS_BETWEEN_PROBES, steps // _PROBES_PER_STAGE))
 
-    def _look(self, model: Any, step: int) -> bool:
+    def _passes_probe(self, model: Any, step: int) -> bool:
         """Whether the policy passes; where it does not, it gets the weights of the last look back."""
-        assert self.before is not None, "a probe was made at the beginning"
-        found, before = self._ask(model), self.before
-        self._probed = step
-        self.curve.append({"step": float(step), "hr10": found.hr10, "validity": found.validity})
-        said = ""
-        if _fell_significantly(before.hits, found.hits, self.settings.max_recall_fall * before.hr10):
-            said = f"HR@10 of held-out users fell from {before.hr10:.3f} to {found.hr10:.3f}"
-        elif _fell_significantly(before.valid, found.valid, self.settings.max_invalid_rise):
-            said = f"the share of real SIDs fell from {before.validity:.3f} to {found.validity:.3f}"
-        if not said:
-            self._keep(model, step)
+        assert self.outcome_at_start is not None, "a probe was made at the beginning"
+        outcome, before = self._run_probe(model), self.outcome_at_start
+        self._probed_step = step
+        self.curve.append({"step": float(step), "hr10": outcome.hr10, "validity": outcome.validity})
+        failure = ""
+        if _fell_significantly(before.hits, outcome.hits, self.settings.max_recall_fall * before.hr10):
+            failure = f"HR@10 of held-out users fell from {before.hr10:.3f} to {outcome.hr10:.3f}"
+        elif _fell_significantly(before.valid, outcome.valid, self.settings.max_invalid_rise):
+            failure = f"the share of real SIDs fell from {before.validity:.3f} to {outcome.validity:.3f}"
+        if not failure:
+            self._save_weights(model, step)
             return True
-        self.stopped = f"{said}; the weights of step {self._good_at} are kept"
+        self.stopped = f"{failure}; the weights of step {self._saved_step} are kept"
         self._failed = True
-        self._give_back(model)
+        self._restore_weights(model)
         return False
 
     @torch.no_grad()
-    def _ask(self, model: Any) -> ProbeOutcome:
+    def _run_probe(self, model: Any) -> ProbeOutcome:
         assert self.probe is not None, "only asked where there is a probe"
         training = model.training
-        found = self.probe(model)
+        outcome = self.probe(model)
         model.train(training)
-        return found
+        return outcome
 
     @torch.no_grad()
-    def _keep(self, model: Any, step: int) -> None:
-        self._good_at = step
-        self._good = {
+    def _save_weights(self, model: Any, step: int) -> None:
+        self._saved_step = step
+        self._saved_weights = {
             name: value.detach().cpu().clone()
             for name, value in model.named_parameters()
             if value.requires_grad
         }
 
     @torch.no_grad()
-    def _give_back(self, model: Any) -> None:
+    def _restore_weights(self, model: Any) -> None:
         for name, value in model.named_parameters():
-            if name in self._good:
-                value.copy_(self._good[name])
+            if name in self._saved_weights:
+                value.copy_(self._saved_weights[name])

@@ -22,9 +22,9 @@ def read_item_sequences(
 
     Raises SidstreamError when the broker does not answer or a topic is missing.
     """
-    known = Catalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
+    catalogue = Catalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
     # The trainer's own log is its cycle's, which may be running.
     with tempfile.TemporaryDirectory() as folder:
-        log = read_window(kafka, Log.open(Path(folder)), advance=advance).interactions(known)
+        log = read_window(kafka, Log.open(Path(folder)), advance=advance).interactions(catalogue)
     rows = log.items.tolist()
     return [[items[row] for row in rows[begin:end]] for begin, end in pairwise(log.starts.tolist())]

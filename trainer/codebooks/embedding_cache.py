@@ -36,36 +36,36 @@ class CachedEmbedder:
 
     def embed(self, texts: list[str]) -> Float32:
         """Unit rows, float32 (N, dim), in the order of `texts`."""
-        known = self._read()
+        cached = self._read_cache()
         keys = [self._key(text) for text in texts]
-        lacking = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-        if lacking:
-            rows = self.embedder.embed(list(lacking.values()))
-            made = dict(zip(lacking, rows, strict=True))
-            self._write(made)
-            known |= made
-        return np.array([known[key] for key in keys], dtype=np.float32).reshape(len(texts), self.dim)
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in cached}
+        if missing:
+            rows = self.embedder.embed(list(missing.values()))
+            new_rows = dict(zip(missing, rows, strict=True))
+            self._write_rows(new_rows)
+            cached |= new_rows
+        return np.array([cached[key] for key in keys], dtype=np.float32).reshape(len(texts), self.dim)
 
     def _key(self, text: str) -> bytes:
         return hashlib.sha256(f"{self.id}\0{text}".encode()).digest()[:16]
 
-    def _read(self) -> dict[bytes, Float32]:
+    def _read_cache(self) -> dict[bytes, Float32]:
         files = sorted(self._folder.glob(f"*{_SUFFIX}"))
-        known: dict[bytes, Float32] = {}
+        cached: dict[bytes, Float32] = {}
         for file in files:
             with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
-                found = load_file(file)
-                keys, rows = found["keys"], found["rows"]
+                stored = load_file(file)
+                keys, rows = stored["keys"], stored["rows"]
                 if keys.shape == (len(rows), 16) and rows.shape[1:] == (self.dim,):
-                    known |= dict(zip((key.tobytes() for key in keys), rows, strict=True))
+                    cached |= dict(zip((key.tobytes() for key in keys), rows, strict=True))
         if len(files) > MAX_FILES:
-            kept = self._write(known)
+            merged_file = self._write_rows(cached)
             for file in files:
-                if file != kept:
+                if file != merged_file:
                     file.unlink(missing_ok=True)
-        return known
+        return cached
 
-    def _write(self, rows: dict[bytes, Float32]) -> Path:
+    def _write_rows(self, rows: dict[bytes, Float32]) -> Path:
         """Write one file, named by its keys: whoever writes the same rows writes the same file."""
         self._folder.mkdir(parents=True, exist_ok=True)
         ordered = sorted(rows)

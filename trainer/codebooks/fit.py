@@ -53,7 +53,7 @@ class FittedCodebook:
     vectors: Float32
     sids: list[Sid]
 
-    def kept(self, old: ReplacedCodebook) -> int:
+    def unchanged_sids(self, old: ReplacedCodebook) -> int:
         """Items that have the SID that they had."""
         return sum(old.sids.get(item) == sid for item, sid in zip(self.items, self.sids, strict=True))
 
@@ -81,18 +81,20 @@ def fit_codebook(
         )
     names = [item.item_id for item in ordered]
     vectors = embedder.embed([item_text(item) for item in ordered])
-    extra = settings.collaborative_dim if settings.collaborative else 0
-    if extra:
+    collaborative_dim = settings.collaborative_dim if settings.collaborative else 0
+    if collaborative_dim:
         place = {name: row for row, name in enumerate(names)}
-        rows = [np.array([place[i] for i in one if i in place], np.int64) for one in sequences]
+        rows = [np.array([place[i] for i in sequence if i in place], np.int64) for sequence in sequences]
         vectors = fuse_vectors(
-            vectors, collaborative_vectors(rows, len(names), extra), settings.collaborative
+            vectors, collaborative_vectors(rows, len(names), collaborative_dim), settings.collaborative
         )
     if old is not None and len(old.codebook.sizes) != settings.levels:
         old = None
     replaced = old.codebook if old else None
     before = [None if old is None else old.sids.get(name) for name in names]
-    codebook = fit_codebook_to_vectors(vectors, embedder.id, settings, extra, replaced, before, progress)
+    codebook = fit_codebook_to_vectors(
+        vectors, embedder.id, settings, collaborative_dim, replaced, before, progress
+    )
     return FittedCodebook(codebook, names, vectors, assign_keeping(codebook, vectors, before))
 
 
@@ -109,32 +111,34 @@ def fit_codebook_to_vectors(
 
     `old`: the codebook that it replaces, of as many levels, under which the vectors had `sids`.
     """
-    seed, last = settings.seed, settings.levels - 1
+    seed, last_level = settings.seed, settings.levels - 1
     # Never fewer codes than before: SIDs that are kept must fit.
-    least = old.sizes if old else (1,) * settings.levels
-    sizes = [max(settings.size, size) for size in least]
+    min_sizes = old.sizes if old else (1,) * settings.levels
+    sizes = [max(settings.size, size) for size in min_sizes]
     codes = None
     if old is not None:
         codes = np.array([sid or (-1,) * settings.levels for sid in sids], dtype=np.int64)
     if settings.method == "kmeans":
         levels, residual, prefixes = residual_kmeans(vectors, sizes[:-1], seed, old=codes, progress=progress)
-        made = Codebook(embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative=collaborative)
+        partial_codebook = Codebook(
+            embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative=collaborative
+        )
     else:
-        made = _rqvae_codebook(vectors, embedder, sizes, seed, collaborative, old, codes)
-        quantised, residual = made.quantise(vectors)
+        partial_codebook = _rqvae_codebook(vectors, embedder, sizes, seed, collaborative, old, codes)
+        quantised, residual = partial_codebook.quantise(vectors)
         prefixes = quantised[:, :-1]
         if progress:
-            progress(last)
-    largest = max(Counter(map(tuple, prefixes.tolist())).values())
-    size = max(last_level_size(largest, settings.headroom, settings.last), least[-1])
+            progress(last_level)
+    largest_prefix = max(Counter(map(tuple, prefixes.tolist())).values())
+    size = max(last_level_size(largest_prefix, settings.headroom, settings.last), min_sizes[-1])
     start = None
     if codes is not None:
         same = (codes[:, :-1] == prefixes).all(axis=1)
-        start = code_means(residual, np.where(same, codes[:, -1], -1), size, seed + last)
-    levels = [*made.centroids[:-1], kmeans(residual, size, seed + last, start)]
+        start = code_means(residual, np.where(same, codes[:, -1], -1), size, seed + last_level)
+    levels = [*partial_codebook.centroids[:-1], kmeans(residual, size, seed + last_level, start)]
     if progress:
         progress(1)
-    return Codebook(embedder, tuple(levels), made.encoder, made.scaled, collaborative)
+    return Codebook(embedder, tuple(levels), partial_codebook.encoder, partial_codebook.scaled, collaborative)
 
 
 def _rqvae_codebook(
@@ -162,12 +166,12 @@ def _update_centroids(
     old: Codebook, vectors: Float32, sizes: Sequence[int], seed: int, codes: Int64
 ) -> tuple[Float32, ...]:
     """Centroids at the means of what the items with each old code are now, level by level."""
-    residual, before, levels = old.encode(vectors), codes, []
+    residual, old_codes, levels = old.encode(vectors), codes, []
     for level, size in enumerate(sizes):
-        centroids = code_means(residual, before[:, level], size, seed + level)
-        chosen = nearest_centroids(residual, centroids)
-        before = mask_changed_codes(before, chosen, level)
-        residual = residual - centroids[chosen].astype(np.float64)
+        centroids = code_means(residual, old_codes[:, level], size, seed + level)
+        codes_now = nearest_centroids(residual, centroids)
+        old_codes = mask_changed_codes(old_codes, codes_now, level)
+        residual = residual - centroids[codes_now].astype(np.float64)
         levels.append(centroids)
     return tuple(levels)
 
@@ -178,19 +182,19 @@ def assign_keeping(codebook: Codebook, vectors: Float32, old: Sequence[Sid | Non
     SIDs that are kept are reserved before any other is given.
     """
     codes, _ = codebook.quantise(vectors)
-    kept = [
+    unchanged = [
         sid if sid is not None and sid[0] == first else None
         for sid, first in zip(old, codes[:, 0].tolist(), strict=True)
     ]
-    fresh = [row for row, sid in enumerate(kept) if sid is None]
-    given = iter(codebook.assign(vectors[fresh], {sid for sid in kept if sid is not None}))
-    return [next(given) if sid is None else sid for sid in kept]
+    rows_to_assign = [row for row, sid in enumerate(unchanged) if sid is None]
+    assigned = iter(codebook.assign(vectors[rows_to_assign], {sid for sid in unchanged if sid is not None}))
+    return [next(assigned) if sid is None else sid for sid in unchanged]
 
 
-def last_level_size(largest: int, headroom: float, least: int) -> int:
+def last_level_size(largest: int, headroom: float, minimum: int) -> int:
     """Codes of the last level: the next power of two at or above head-room times the fullest prefix."""
-    wanted = max(least, int(np.ceil(largest * headroom)))
-    size = 1 << (wanted - 1).bit_length()
+    required = max(minimum, int(np.ceil(largest * headroom)))
+    size = 1 << (required - 1).bit_length()
     if size > MAX_CODES:
         raise SidstreamError(
             f"{largest} items share one prefix; raise SIDSTREAM_CODEBOOK__SIZE so that they spread"

@@ -39,20 +39,20 @@ def residual_kmeans(
     called once a level.
     """
     residual = np.asarray(rows, dtype=np.float64)
-    made: list[Float32] = []
+    levels: list[Float32] = []
     codes = np.empty((len(residual), len(sizes)), dtype=np.int64)
-    before = old
+    old_codes = old
     for level, size in enumerate(sizes):
-        start = None if before is None else code_means(residual, before[:, level], size, seed + level)
+        start = None if old_codes is None else code_means(residual, old_codes[:, level], size, seed + level)
         centroids = kmeans(residual, size, seed + level, start)
         codes[:, level] = nearest_centroids(residual, centroids)
-        if before is not None:
-            before = mask_changed_codes(before, codes[:, level], level)
+        if old_codes is not None:
+            old_codes = mask_changed_codes(old_codes, codes[:, level], level)
         residual = unit(residual - centroids[codes[:, level]].astype(np.float64))
-        made.append(centroids)
+        levels.append(centroids)
         if progress:
             progress(1)
-    return made, residual, codes
+    return levels, residual, codes
 
 
 def kmeans(rows: Float64, size: int, seed: int, start: Float32 | None = None) -> Float32:
@@ -84,10 +84,10 @@ def code_means(rows: Float64, codes: Int64, size: int, seed: int) -> Float32:
     counts = np.bincount(codes[counted], minlength=size)
     totals = np.zeros((size, rows.shape[1]))
     np.add.at(totals, codes[counted], rows[counted])
-    made = (totals / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    centroids = (totals / np.maximum(counts, 1)[:, None]).astype(np.float32)
     unused = np.flatnonzero(counts == 0)
-    made[unused] = _draw_centroids(np.unique(rows.astype(np.float32), axis=0), len(unused), seed)
-    return made
+    centroids[unused] = _draw_centroids(np.unique(rows.astype(np.float32), axis=0), len(unused), seed)
+    return centroids
 
 
 def mask_changed_codes(old: Int64, codes: Int64, level: int) -> Int64:

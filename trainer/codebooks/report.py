@@ -76,10 +76,10 @@ class CodebookReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, rounded to four places, for JSON."""
-        made: dict[str, Any] = round_floats(dataclasses.asdict(self))
-        for level in made["levels"]:
+        fields: dict[str, Any] = round_floats(dataclasses.asdict(self))
+        for level in fields["levels"]:
             del level["counts"]
-        return made
+        return fields
 
 
 def codebook_report(
@@ -105,20 +105,20 @@ def codebook_report(
     )
 
 
-def nearest_codes(codebook: Codebook, vectors: Float32, given: Int64) -> NearestCodes:
-    """Collisions and error of the nearest codes of vectors (N, D); `given`: the items' own SIDs (N, L)."""
+def nearest_codes(codebook: Codebook, vectors: Float32, own_codes: Int64) -> NearestCodes:
+    """Collisions and error of the nearest codes of vectors (N, D); `own_codes`: the items' own SIDs (N, L)."""
     codes, _ = codebook.quantise(vectors)
     groups = np.array(list(Counter(map(tuple, codes.tolist())).values()))
     latent = codebook.encode(vectors)
-    apart = ((latent - latent.mean(axis=0)) ** 2).sum(axis=1).mean() or 1.0
+    mean_squared_distance = ((latent - latent.mean(axis=0)) ** 2).sum(axis=1).mean() or 1.0
     return NearestCodes(
         collision_rate=(len(codes) - len(groups)) / len(codes),
         collided=float(groups[groups > 1].sum() / len(codes)),
         largest_group=int(groups.max()),
         p99_group=float(np.percentile(groups, 99)),
-        error=float(_squared_errors(codebook, latent, codes).mean() / apart),
-        moved=float((codes != given).any(axis=1).mean()),
-        moved_error=float(_squared_errors(codebook, latent, given).mean() / apart),
+        error=float(_squared_errors(codebook, latent, codes).mean() / mean_squared_distance),
+        moved=float((codes != own_codes).any(axis=1).mean()),
+        moved_error=float(_squared_errors(codebook, latent, own_codes).mean() / mean_squared_distance),
     )
 
 
@@ -146,22 +146,24 @@ def code_spread(codes: Int64, size: int) -> LevelSpread:
     total = counts.sum()
     share = counts[counts > 0] / total
     rank = np.arange(1, size + 1)
-    held = counts[::-1].astype(np.int64).tolist()
+    fullest_first = counts[::-1].astype(np.int64).tolist()
     gini = 2.0 / (size * total) * float((rank * counts).sum()) - (size + 1) / size
-    return LevelSpread(size, len(share), float(np.exp(-(share * np.log(share)).sum())), gini, tuple(held))
+    return LevelSpread(
+        size, len(share), float(np.exp(-(share * np.log(share)).sum())), gini, tuple(fullest_first)
+    )
 
 
 def _vector_neighbours(codes: Int64, vectors: Float32) -> SharedPrefixes | None:
     if len(codes) < 2:
         return None
     rows = np.unique(np.linspace(0, len(codes) - 1, min(MAX_NEIGHBOUR_QUERIES, len(codes))).astype(np.int64))
-    found = np.empty(len(rows), dtype=np.int64)
+    neighbours = np.empty(len(rows), dtype=np.int64)
     for begin in range(0, len(rows), 512):
         part = rows[begin : begin + 512]
-        near = vectors[part] @ vectors.T
-        near[np.arange(len(part)), part] = -np.inf
-        found[begin : begin + 512] = near.argmax(axis=1)
-    return _shared_prefixes(codes, rows, found)
+        similarities = vectors[part] @ vectors.T
+        similarities[np.arange(len(part)), part] = -np.inf
+        neighbours[begin : begin + 512] = similarities.argmax(axis=1)
+    return _shared_prefixes(codes, rows, neighbours)
 
 
 def _co_interacted_neighbours(codes: Int64, sequences: Sequence[Int64]) -> SharedPrefixes | None:

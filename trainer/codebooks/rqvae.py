@@ -65,10 +65,10 @@ class RQVAE(nn.Module):
             chosen.append(code)
         return latent + (total - latent).detach(), loss, torch.stack(chosen, dim=1)
 
-    def forward(self, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss () of giving `wanted` (B, D) back from `rows` (B, D), and the codes (B, L)."""
+    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss () of giving `targets` (B, D) back from `rows` (B, D), and the codes (B, L)."""
         quantised, loss, codes = self.quantise(self.encoder(rows))
-        return (self.decoder(quantised) - wanted).pow(2).sum(1).mean() + loss, codes
+        return (self.decoder(quantised) - targets).pow(2).sum(1).mean() + loss, codes
 
 
 def fit_rqvae(
@@ -94,23 +94,23 @@ def fit_rqvae(
     _initialise_codes(model, data, seed, old)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for epoch in range(EPOCHS):
-        used = [torch.zeros(size, dtype=torch.bool) for size in sizes]
-        for picked in torch.randperm(len(data), generator=generator).split(BATCH):
-            wanted = data[picked]
-            given = wanted
+        used_codes = [torch.zeros(size, dtype=torch.bool) for size in sizes]
+        for batch in torch.randperm(len(data), generator=generator).split(BATCH):
+            targets = data[batch]
+            inputs = targets
             if optional:
-                given = wanted.clone()
-                given[torch.rand(len(picked), generator=generator) < 0.25, -optional:] = 0.0
-            loss, codes = model(given, wanted)
+                inputs = targets.clone()
+                inputs[torch.rand(len(batch), generator=generator) < 0.25, -optional:] = 0.0
+            loss, codes = model(inputs, targets)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            for level, column in zip(used, codes.T, strict=True):
+            for level, column in zip(used_codes, codes.T, strict=True):
                 level[column] = True
         # The last fifth settles: a code that moves then would find no time to.
         if epoch < 0.8 * EPOCHS:
-            _restart_unused_codes(model, data, used, generator)
+            _restart_unused_codes(model, data, used_codes, generator)
         if progress:
             progress(1)
     return FittedRqvae(
@@ -149,16 +149,16 @@ def _initialise_codes(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) 
 
 @torch.no_grad()
 def _restart_unused_codes(
-    model: RQVAE, data: Tensor, used: Sequence[Tensor], generator: torch.Generator
+    model: RQVAE, data: Tensor, used_codes: Sequence[Tensor], generator: torch.Generator
 ) -> None:
     """Codes that no row took in an epoch begin again at what is left of rows that were drawn."""
-    if all(bool(level.all()) for level in used):
+    if all(bool(level.all()) for level in used_codes):
         return
-    drawn = data[torch.randint(len(data), (BATCH,), generator=generator)]
-    residual = model.encoder(drawn)
-    for level, seen in zip(model.codes, used, strict=True):
-        dead = (~seen).nonzero()[:, 0]
-        level[dead] = residual[torch.randint(len(residual), (len(dead),), generator=generator)]
+    sample = data[torch.randint(len(data), (BATCH,), generator=generator)]
+    residual = model.encoder(sample)
+    for level, used in zip(model.codes, used_codes, strict=True):
+        unused = (~used).nonzero()[:, 0]
+        level[unused] = residual[torch.randint(len(residual), (len(unused),), generator=generator)]
         near = ((level**2).sum(1) - 2.0 * residual @ level.T).argmin(1)
         residual = residual - level[near]
 

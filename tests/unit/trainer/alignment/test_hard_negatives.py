@@ -26,7 +26,7 @@ def shared(one: Sid, other: Sid) -> int:
 
 
 def test_what_was_shown_comes_first_then_siblings_then_cousins() -> None:
-    filled = SiblingSids(ALL).fill([(2, 2, 2), (2, 2, 1)], (0, 0, 0), [], "pair", 8)
+    filled = SiblingSids(ALL).add_negatives([(2, 2, 2), (2, 2, 1)], (0, 0, 0), [], "pair", 8)
     assert filled[:2] == [(2, 2, 2), (2, 2, 1)]
     assert {sid[:2] for sid in filled[2:5]} == {(0, 0)}
     assert {sid[0] for sid in filled[5:]} == {0}
@@ -45,7 +45,7 @@ some = st.lists(sid, max_size=6)
 def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_user(
     known: list[Sid], rejected: list[Sid], chosen: Sid, history: list[Sid], seed: str, k: int
 ) -> None:
-    filled = SiblingSids(known).fill(rejected, chosen, history, seed, k)
+    filled = SiblingSids(known).add_negatives(rejected, chosen, history, seed, k)
     shown = [one for one in dict.fromkeys(rejected) if one in known and one != chosen]
     assert filled[: len(shown)] == shown[:k]
     hard = filled[len(shown) :]
@@ -58,7 +58,7 @@ def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_use
     rest = [shared(one, chosen) for one in allowed - set(hard)]
     assert not hard or max(rest, default=0) <= near[-1]
     again = SiblingSids(np.array(known[::-1] * 2))
-    assert again.fill(rejected, chosen, history, seed, k) == filled
+    assert again.add_negatives(rejected, chosen, history, seed, k) == filled
 
 
 def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
@@ -83,7 +83,7 @@ def test_every_item_of_a_level_is_drawn_equally_often() -> None:
     siblings = SiblingSids(ALL)
     counts: dict[Sid, int] = {}
     for pair in range(1200):
-        (one,) = siblings.fill([], (1, 1, 1), [(1, 1, 0)], f"pair {pair}", 1)
+        (one,) = siblings.add_negatives([], (1, 1, 1), [(1, 1, 0)], f"pair {pair}", 1)
         counts[one] = counts.get(one, 0) + 1
     assert set(counts) == {(1, 1, 2), (1, 1, 3)}
     # 600 are expected; five standard deviations are 87.
@@ -92,7 +92,7 @@ def test_every_item_of_a_level_is_drawn_equally_often() -> None:
 
 def test_a_large_level_is_drawn_from_without_listing_it() -> None:
     many = np.stack([np.repeat(np.arange(200), 200), np.tile(np.arange(200), 200)], axis=1)
-    filled = SiblingSids(many).fill([], (7, 300), [(7, at) for at in range(200)], "pair", 5)
+    filled = SiblingSids(many).add_negatives([], (7, 300), [(7, at) for at in range(200)], "pair", 5)
     assert len(set(filled)) == 5
     assert all(first != 7 for first, _ in filled)
 
@@ -109,4 +109,4 @@ def test_a_large_level_is_drawn_from_without_listing_it() -> None:
 def test_what_cannot_be_filled_is_named(sids: list[Sid], arguments: dict[str, Any], said: str) -> None:
     given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "known": [], "seed": "", "k": 1} | arguments
     with pytest.raises(SidstreamError, match=said):
-        SiblingSids(sids).fill(**given_)
+        SiblingSids(sids).add_negatives(**given_)

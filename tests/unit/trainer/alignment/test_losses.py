@@ -94,7 +94,7 @@ def test_the_first_batch_is_its_own_mean_and_keeps_beta_where_it_was() -> None:
     assert dynamic.mean == pytest.approx(7.0)
     assert dynamic.deviation == pytest.approx(math.sqrt(8 / 3))
     assert found.beta == pytest.approx(0.1)
-    assert bool(found.kept.all())
+    assert bool(found.selected.all())
 
 
 def test_running_figures_are_the_corrected_averages_said_by_hand() -> None:
@@ -117,7 +117,7 @@ def test_evaluation_moves_nothing_and_leaves_nobody_out(gap: list[float], base: 
     before = (dynamic.mean, dynamic.deviation)
     found = dynamic(torch.tensor(gap), training=False)
     assert (dynamic.mean, dynamic.deviation) == before
-    assert bool(found.kept.all())
+    assert bool(found.selected.all())
 
 
 @given(st.lists(st.lists(MARGIN, min_size=2, max_size=8), min_size=1, max_size=5), BETA)
@@ -128,7 +128,7 @@ def test_beta_stays_within_its_bound_and_some_pair_is_always_kept(
     for batch in batches:
         found = dynamic(torch.tensor(batch), training=True, generator=torch.Generator().manual_seed(1))
         assert base / 10 * (1 - 1e-9) <= found.beta <= base * 10 * (1 + 1e-9)
-        assert int(found.kept.sum()) == max(1, round(0.8 * len(batch)))
+        assert int(found.selected.sum()) == max(1, round(0.8 * len(batch)))
 
 
 def test_outliers_are_left_out_and_beta_is_of_those_that_are_kept() -> None:
@@ -139,9 +139,9 @@ def test_outliers_are_left_out_and_beta_is_of_those_that_are_kept() -> None:
     batch = usual.clone()
     batch[3], batch[11] = 500.0, -400.0
     found = dynamic(batch, training=True, generator=torch.Generator().manual_seed(2))
-    assert not found.kept[3]
-    assert not found.kept[11]
-    wanted = 0.1 * (1 + 0.6 * (float(batch[found.kept].mean()) - dynamic.mean))
+    assert not found.selected[3]
+    assert not found.selected[11]
+    wanted = 0.1 * (1 + 0.6 * (float(batch[found.selected].mean()) - dynamic.mean))
     assert found.beta == pytest.approx(wanted, rel=1e-4)
 
 

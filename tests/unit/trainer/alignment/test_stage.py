@@ -55,14 +55,18 @@ def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path
     none: Any = None
     both = {"min_pairs": 2, "schemes": BOTH}
     trainer = TrainerSettings.model_validate({"dpo": both})
-    made = align_to_window(material, trainer, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    made = align_to_window(
+        material, trainer, W, none, None, tmp_path, sequences=none, report_progress=lambda _: None
+    )
     assert (made.model, made.pairs, made.withdrawn) == (None, 1, 1)
     assert made.refused == "1 preference pairs, at least 2 are needed"
-    assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.told
+    assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.summary
 
     # Pairs that are there, and are not asked for, are the first thing to know.
     one = TrainerSettings.model_validate({"dpo": both | {"schemes": ["clicked_over_shown"]}})
-    made = align_to_window(material, one, W, none, None, tmp_path, sequences=none, tell=lambda _: None)
+    made = align_to_window(
+        material, one, W, none, None, tmp_path, sequences=none, report_progress=lambda _: None
+    )
     assert made.refused == (
         "0 preference pairs, at least 2 are needed "
         "(2 are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"

@@ -140,8 +140,8 @@ def test_most_items_keep_their_sid_when_the_catalogue_grows(method, share):
     fresh = fitted(catalogue, method=method, seed=11)
     assert len(set(grown.sids)) == 400
     assert all(new >= was for new, was in zip(grown.codebook.sizes, first.codebook.sizes, strict=True))
-    assert grown.kept(old) > share * 320
-    assert fresh.kept(old) < 0.1 * 320
+    assert grown.unchanged_sids(old) > share * 320
+    assert fresh.unchanged_sids(old) < 0.1 * 320
 
 
 def test_sizes_never_shrink_below_those_of_the_codebook_that_is_replaced():
@@ -154,7 +154,7 @@ def test_a_codebook_of_another_length_begins_anew():
     first = fitted(items(100))
     old = ReplacedCodebook(first.codebook, dict(zip(first.items, first.sids, strict=True)))
     again = fitted(items(100), old, levels=4)
-    assert again.kept(old) == 0
+    assert again.unchanged_sids(old) == 0
     assert again.codebook.id == fitted(items(100), levels=4).codebook.id
 
 
