@@ -85,7 +85,7 @@ def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progre
             (query, past), when = pasts(at, pieces.learned)
             asked = model.model.queries(state)
             logits = asked @ every.T
-            more = model.model.items.again_of(asked, query, when)
+            more = model.model.items.repeat_bias(asked, query, when)
             logits = logits.index_put((query, past), more, accumulate=True)
             total += logits.log_softmax(-1)[:, rows]
         if "rows" not in student:

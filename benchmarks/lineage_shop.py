@@ -214,7 +214,7 @@ class Shop:
             for trigger, page in zip(asked, pages, strict=True)
         ]
         if version.ranking.dense_weight == 1:
-            best = ranker.best(pasts, ranker.states(pasts), SHOWN + 1)
+            best = ranker.best_items(pasts, ranker.states(pasts), SHOWN + 1)
         else:
             best = ranker.candidates(pasts).order(version.ranking.dense_weight)
         return [

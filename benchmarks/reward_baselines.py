@@ -44,7 +44,7 @@ class Lesson:
 def lesson(made: Trained, histories: list[Int64], targets: Int64) -> Lesson:
     """Interactions with the twenty items that the model finds likely before each."""
     newest = [row[-made.settings.max_items :] for row in histories]
-    return Lesson(newest, targets, made.ranker.best(newest, made.ranker.states(newest), 20).numpy())
+    return Lesson(newest, targets, made.ranker.best_items(newest, made.ranker.states(newest), 20).numpy())
 
 
 def modpo(
@@ -137,7 +137,7 @@ def _logits(
     codes, lengths = pad_items([seen.histories[row] for row in rows.tolist()], made.known.codes)
     query = model.model.queries(model.encode(codes, lengths))
     every = model.model.items.vectors(model.model.embed_tokens.weight)
-    batch, past, more = model.model.again(query, model.model.items.rows(codes), lengths)
+    batch, past, more = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
     places = ((batch, past), more)
     if not whole:
         return query, query, every, places

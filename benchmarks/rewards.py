@@ -142,7 +142,7 @@ class Bench:
         result = learn_from_own_answers(
             model, rows, first.set, worth, first.result.quality, partial(_tell, "online")
         )
-        _tell("online", result.told())
+        _tell("online", result.summary())
         made.use(model)
         return made
 

@@ -49,7 +49,7 @@ class Shop:
             **given | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
         if not made.config.text_size:
-            made.know(torch.from_numpy(self.known.codes))
+            made.set_items(torch.from_numpy(self.known.codes))
         return made
 
     def outspoken(self, seed: int = 0) -> GeneratorForCausalLM:

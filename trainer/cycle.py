@@ -152,7 +152,7 @@ def _sft(
     if material.start is not None:
         start, _ = load_model(material.start.model)
         text = None if material.text is None else torch.from_numpy(material.text)
-        start.know(torch.from_numpy(material.known.codes), text)
+        start.set_items(torch.from_numpy(material.known.codes), text)
         settings = settings.model_copy(
             update={
                 "lr": settings.refresh_lr, "max_items": material.prompt.max_items,
@@ -226,7 +226,7 @@ def _online(
     if made.quality and not made.refused:
         tuned.quality = made.quality
         result.metrics |= _named("rewards", made.quality)
-    stages.done("rewards", made.told())
+    stages.done("rewards", made.summary())
 
 
 def _popularity_ranks(material: Material) -> torch.Tensor:
@@ -270,7 +270,7 @@ def _veto(
     found = judge_by_explorations(model, logged, settings.offpolicy, ranking.dense_weight)
     result.offpolicy[kind] = found
     result.metrics |= {f"{kind}/{name}": value for name, value in found.metrics().items()}
-    stages.done(f"{kind}-offpolicy", found.told())
+    stages.done(f"{kind}-offpolicy", found.summary())
     return found.sentence if found.vetoed else ""
 
 

@@ -120,11 +120,12 @@ class _PreferenceTrainer(DPOTrainer):
     def _record_metrics(
         self, head: HeadScores, reference: HeadScores, margins: Tensor, beta: float, training: bool
     ) -> None:
-        """What TRL averages over the steps between two looks."""
+        """Keep the figures that TRL averages over the steps between two logs."""
         real, risen = head.real, head.scores[0].detach() - reference.scores[0]
         measured = {
             "risen": risen, "margin": mean_margins(margins.detach(), real),
-            "accuracy": ((margins > 0) & real).sum(-1) / real.sum(-1), "logps/chosen": head.scores[0].detach(),
+            "accuracy": ((margins > 0) & real).sum(-1) / real.sum(-1),
+            "logps/chosen": head.scores[0].detach(),
         }  # fmt: skip
         metrics = self._metrics["train" if training else "eval"]
         for name, values in measured.items():
@@ -150,8 +151,9 @@ def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
     except AttributeError as error:
         raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: {_INSTALL_HINT}") from error
     for expected_text, source in (
-        ("self._prepare_dataset(train_dataset", constructor), ('"prompt_ids"', columns), ('"chosen_ids"', columns),
-        ('"rejected_ids"', columns), ("self._compute_loss(", caller), ("self._metrics[mode]", logged),
+        ("self._prepare_dataset(train_dataset", constructor), ('"prompt_ids"', columns),
+        ('"chosen_ids"', columns), ('"rejected_ids"', columns),
+        ("self._compute_loss(", caller), ("self._metrics[mode]", logged),
     ):  # fmt: skip
         if expected_text not in source:
             raise SidstreamError(f"this TRL's DPOTrainer does not use {expected_text}: {_INSTALL_HINT}")
@@ -267,7 +269,7 @@ def _train(
 
 
 class _SilentTraining:
-    """Transformers and TRL say nothing while this is entered."""
+    """A context in which transformers and TRL print and log nothing below errors."""
 
     def __enter__(self) -> None:
         self._verbosity = transformers_logging.get_verbosity()

@@ -33,15 +33,15 @@ class SiblingSids:
     def add_negatives(
         self, rejected: Sequence[Sid], chosen: Sid, interacted: Sequence[Sid], seed: str, count: int
     ) -> list[Sid]:
-        """Up to `count` SIDs to hold against `chosen`, each once, and all of them SIDs that exist.
+        """Up to `count` existing SIDs to reject against `chosen`, without repeats.
 
-        First come those of `rejected`, in order. Then others are drawn, those that share most leading codes
-        with `chosen` before all that share fewer; none of them is `chosen`, of `rejected` or `interacted` to the
-        user. `seed` (a pair's event_id) and the SIDs decide the draw. Raises SidstreamError where `count` is
-        negative or `chosen` has another number of codes.
+        First come those of `rejected`, in order. Then others are drawn: SIDs that share more leading codes
+        with `chosen` come before SIDs that share fewer. No drawn SID is `chosen`, in `rejected` or in
+        `interacted` (the user's own items). `seed` (a pair's event_id) and the SIDs decide the draw. Raises
+        SidstreamError where `count` is negative or `chosen` has another number of codes.
         """
         if count < 0:
-            raise SidstreamError(f"k is {count}: ask for 0 or more negatives")
+            raise SidstreamError(f"count is {count}: ask for 0 or more negatives")
         if len(chosen) != len(self._codes):
             raise SidstreamError(
                 f"chosen is {tuple(chosen)}, {len(chosen)} codes, and these SIDs have {len(self._codes)}; "

@@ -62,8 +62,8 @@ def _generator_heads(
     nll = torch.zeros((), device=ids.device)
     if with_nll:
         with_item = rows[0] >= 0
-        owner, row, repeat_bias = model.model.again(
-            query[with_item], history_rows[with_item], lengths[with_item], learning=True
+        owner, row, repeat_bias = model.model.repeat_bias(
+            query[with_item], history_rows[with_item], lengths[with_item], as_learned=True
         )
         nll = softmax_loss(query[with_item], item_vectors, rows[0, with_item], 0.0, (owner, row), repeat_bias)
     return [*heads, HeadScores(scores, both_known, nll)]
@@ -113,7 +113,7 @@ def _repeat_bias(
     last_place = torch.where(same, places, -1).amax(-1)
     owner = torch.arange(len(query), device=history_rows.device).expand_as(last_place)
     occurrences = PastOccurrences((lengths - last_place).clamp(min=1), same.sum(-1).clamp(min=1))
-    return torch.where(last_place >= 0, model.model.items.again_of(query, owner, occurrences), 0.0)
+    return torch.where(last_place >= 0, model.model.items.repeat_bias(query, owner, occurrences), 0.0)
 
 
 def _language_head(model: Any, batch: dict[str, Tensor]) -> HeadScores:

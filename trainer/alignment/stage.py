@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Alignment:
-    """What the stage made. `model`: None where there is none, and `refused` says why."""
+    """The outcome of the stage. `model`: None where there is no aligned model; `refused` is the reason."""
 
     pairs: int = 0
     withdrawn: int = 0  # rejected items that late purchases and clicks contradict
@@ -47,10 +47,10 @@ class Alignment:
 def hard_negative_filler(
     catalogue: Catalogue, log: Interactions, settings: DpoSettings
 ) -> RejectedFiller | None:
-    """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled.
+    """The function that adds hard negatives to pairs with fewer than `max_rejected`; None where they are off.
 
-    Nothing that the user touched, before the pair or since, nor the item that opened the page: what was never
-    shown is only a guess, and the log must not contradict it.
+    It adds no item that the user clicked or bought, before the pair or since, nor the item that opened the
+    page. An item that was never shown is only presumed to be rejected, and the log must not contradict that.
     """
     if not settings.hard_negatives:
         return None
@@ -72,9 +72,9 @@ def hard_negative_filler(
 def window_rows(
     material: Material, settings: DpoSettings, window_ms: int, context: Context
 ) -> tuple[list[PreferenceRow], Withdrawal]:
-    """The rows of a window's pairs, filled with hard negatives, and what was withdrawn of the pairs.
+    """The rows of a window's pairs, with hard negatives added, and what was withdrawn of the pairs.
 
-    `window_ms` is the attribution window of the pairs; `context`: what of it the prompts may say.
+    `window_ms` is the attribution window of the pairs; `context`: the context fields of the prompts.
     """
     codebook_id = material.codebook.id
     withdrawal = material.window.pairs(window_ms, codebook_id, settings.schemes, settings.max_pairs)
@@ -92,8 +92,8 @@ def align_to_window(
 ) -> Alignment:  # fmt: skip
     """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
 
-    `window_ms` is the attribution window of the pairs; `sequences` are what it was fine-tuned on; `report_progress` gets
-    the progress.
+    `window_ms` is the attribution window of the pairs; `sequences` are the rows that it was fine-tuned on;
+    `report_progress` gets a line of text at each log.
     """
     # Here: TRL takes seconds to import, and a cycle without pairs has nothing to align.
     from trainer.alignment.dpo import align
@@ -115,8 +115,8 @@ def align_to_window(
     if tuned is not None:
         probe = held_out_probe(held_out, material.known, material.sids, settings, tuned.ranking)
     aligned_model, result = align(
-        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=report_progress,
-        stop=stop,
+        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe,
+        progress=report_progress, stop=stop,
     )  # fmt: skip
     alignment.dpo = result
     alignment.metrics = {

@@ -33,7 +33,8 @@ def draw_codebook_report(report: CodebookReport) -> bytes:
     shares.set(xlim=(0, 1), xlabel="share of items")
     shares.invert_yaxis()
     figure.suptitle(
-        f"codebook {report.codebook}: {report.items} items, {report.largest_prefix} below the fullest prefix, "
+        f"codebook {report.codebook}: {report.items} items, "
+        f"{report.largest_prefix} below the fullest prefix, "
         f"{report.headroom:.1f} times as many codes in the last level"
     )
     return png(figure)

@@ -147,6 +147,6 @@ def _check(model: Any, exported: SentenceEmbedder) -> None:
     # A NaN compares false: written so that it fails too.
     if not largest_difference < TOLERANCE:
         raise SidstreamError(
-            f"the exported encoder differs from sentence-transformers by {largest_difference:.2g} (at most {TOLERANCE} is "
-            "accepted); use wordllama, and report the model and the version of torch"
+            f"the exported encoder differs from sentence-transformers by {largest_difference:.2g} "
+            f"(at most {TOLERANCE} is accepted); use wordllama, and report the model and the version of torch"
         )

@@ -1,6 +1,6 @@
 """How good a codebook's SIDs are: collisions, how evenly codes are used, and what neighbours share.
 
-Collisions are told in three ways, because one of them alone misleads: (N - U) / N with U distinct SIDs, the
+Collisions are counted in three ways, because one of them alone misleads: (N - U) / N with U distinct SIDs, the
 share of items whose SID another item has too, and the sizes of such groups.
 """
 
@@ -62,7 +62,7 @@ class SharedPrefixes:
 
 @dataclasses.dataclass(frozen=True)
 class CodebookReport:
-    """What `sidstream sids report` tells. None: what it needs was not there."""
+    """The output of `sidstream sids report`. A part is None where the data that it needs is missing."""
 
     codebook: str
     items: int
@@ -106,7 +106,10 @@ def codebook_report(
 
 
 def nearest_codes(codebook: Codebook, vectors: Float32, own_codes: Int64) -> NearestCodes:
-    """Collisions and error of the nearest codes of vectors (N, D); `own_codes`: the items' own SIDs (N, L)."""
+    """Collisions and error of the nearest codes of vectors (N, D).
+
+    `own_codes`: the SIDs (N, L) that the items have.
+    """
     codes, _ = codebook.quantise(vectors)
     groups = np.array(list(Counter(map(tuple, codes.tolist())).values()))
     latent = codebook.encode(vectors)

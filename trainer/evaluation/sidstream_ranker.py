@@ -225,7 +225,7 @@ class Trained:
             newest = [row[-self.settings.max_items :] for row in histories]
             states = self.ranker.states(newest, contexts)
             if weight == 1 and mask == "none" and not beam_only:
-                return self.ranker.best(newest, states, k).numpy()
+                return self.ranker.best_items(newest, states, k).numpy()
             found = self.ranker.candidates(newest, states)
             # One set of histories, the largest: every head and mask asks for the same ones.
             if all(len(histories) >= len(kept.items) for kept in self._lists.values()):
@@ -234,7 +234,7 @@ class Trained:
         if beam_only:
             left[:, self.recipe.candidates :] = False
         if mask == "seen":
-            left &= ~torch.from_numpy(candidate_history(found.items, histories).touched)
+            left &= ~torch.from_numpy(candidate_history(found.items, histories).in_history)
         order = found.order(weight, left)[:, :k].numpy()
         made = np.full((len(histories), k), -1, dtype=np.int64)
         made[:, : order.shape[1]] = order

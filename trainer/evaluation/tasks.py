@@ -22,7 +22,7 @@ def prompt_states(model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]])
     """The states (B, D) that an item is decoded from after prompts of token ids."""
     ids, lengths = _padded(prompts)
     where = model.lm_head.weight.device
-    states = model.model.read(ids.to(where))[0]
+    states = model.model.depth_inputs(ids.to(where))[0]
     return states[torch.arange(len(ids)), lengths - 1]
 
 

@@ -28,7 +28,7 @@ class SidSet:
     def __len__(self) -> int:
         return len(self.keys[-1])
 
-    def allowed(self, prefix: Sequence[int]) -> list[int]:
+    def allowed_tokens(self, prefix: Sequence[int]) -> list[int]:
         """Tokens that may follow an item's first tokens `prefix`, ascending; empty where there is none."""
         node = 0
         for level, token in enumerate(prefix):
@@ -49,9 +49,9 @@ class SidSet:
         """Nodes (N,) of the level above (0 at level 0) -> children (N, K) int64, which exist (N, K) bool."""
         keys = self.keys[level].to(nodes.device)
         codes = torch.arange(self.prompt.sizes[level], device=nodes.device)
-        wanted = nodes[:, None] * self.prompt.sizes[level] + codes
-        found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        return found, keys[found] == wanted
+        child_keys = nodes[:, None] * self.prompt.sizes[level] + codes
+        child = torch.searchsorted(keys, child_keys).clamp(max=len(keys) - 1)
+        return child, keys[child] == child_keys
 
 
 def allowed_tokens_function(sids: SidSet, prompt_length: int, end: int) -> Callable[[int, Tensor], list[int]]:
@@ -61,7 +61,7 @@ def allowed_tokens_function(sids: SidSet, prompt_length: int, end: int) -> Calla
     """
 
     def allowed(row: int, tokens: Tensor) -> list[int]:
-        return sids.allowed(tokens[prompt_length:].tolist()) or [end]
+        return sids.allowed_tokens(tokens[prompt_length:].tolist()) or [end]
 
     return allowed
 

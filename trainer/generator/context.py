@@ -23,5 +23,5 @@ class Modulation(nn.Module):
 
     def forward(self, state: Tensor, context: Tensor) -> Tensor:
         """state (..., D), context (..., D) the sum of its tokens' embeddings -> state (..., D)."""
-        made: Tensor = state * (1 + self.scale_proj(context)) + self.shift_proj(context)
-        return made
+        modulated: Tensor = state * (1 + self.scale_proj(context)) + self.shift_proj(context)
+        return modulated

@@ -92,7 +92,7 @@ class ItemTable(nn.Module):
         return torch.where(self.keys[at] == key, at, -1)
 
     @torch.no_grad()
-    def replace(self, codes: Tensor, text: Tensor | None) -> Tensor:
+    def set_items(self, codes: Tensor, text: Tensor | None) -> Tensor:
         """Know these items: codes (I, L) token ids, text (I, T) float32 or None where T is 0.
 
         Returns the rows (I,) that they have now. What was known of an item before is kept; a new one starts
@@ -110,27 +110,29 @@ class ItemTable(nn.Module):
         rows[order] = torch.arange(len(order), device=order.device)
         return rows
 
-    def extras(self, rows: Tensor) -> Tensor:
+    def beyond_codes(self, rows: Tensor) -> Tensor:
         """Rows (...), -1 for unknown -> own vector plus projected text (..., D), zeros for unknown."""
-        known = (rows >= 0)[..., None]
+        is_known = (rows >= 0)[..., None]
         if not len(self.own):
             return self.own.new_zeros(*rows.shape, self.own.shape[1])
         at = rows.clamp(min=0)
-        made = F.embedding(at, self.own)
+        vectors = F.embedding(at, self.own)
         if self.text_proj is not None:
-            made = made + self.text_proj(self.text[at])
-        return made * known
+            vectors = vectors + self.text_proj(self.text[at])
+        return vectors * is_known
 
-    def again_of(self, query: Tensor, owner: Tensor, past: PastOccurrences, learning: bool = False) -> Tensor:
+    def repeat_bias(
+        self, query: Tensor, owner: Tensor, occurrences: PastOccurrences, as_learned: bool = False
+    ) -> Tensor:
         """What is added to the logits (M,) of items of the past.
 
         query (N, D); owner (M,) int64: whose past; past: each item's last distance and count (M,);
-        `learning`: as the next-item loss has it, without the strength.
+        `as_learned`: as the next-item loss has it, without the strength.
         """
-        offered = (query @ self.again.to(query.dtype).T).float()
-        near = _bucket(past.distance, DISTANCES)
-        made = offered[owner, near] + offered[owner, DISTANCES + _bucket(past.times, COUNTS)]
-        return made if learning else made * self.strength
+        by_bucket = (query @ self.again.to(query.dtype).T).float()
+        near = _bucket(occurrences.distance, DISTANCES)
+        bias = by_bucket[owner, near] + by_bucket[owner, DISTANCES + _bucket(occurrences.times, COUNTS)]
+        return bias if as_learned else bias * self.strength
 
     def vectors(self, embeddings: Tensor) -> Tensor:
         """All items' vectors (I, D) from the token embeddings (V, D).
@@ -140,9 +142,9 @@ class ItemTable(nn.Module):
         """
         own: Tensor = self.own
         if self.training and self.item_dropout:
-            kept = torch.rand(len(own), 1, device=own.device) >= self.item_dropout
-            own = own * kept
-        made: Tensor = own + F.embedding_bag(self.codes, embeddings, mode="sum")
+            with_own = torch.rand(len(own), 1, device=own.device) >= self.item_dropout
+            own = own * with_own
+        vectors: Tensor = own + F.embedding_bag(self.codes, embeddings, mode="sum")
         if self.text_proj is not None:
-            made = made + self.text_proj(self.text)
-        return made
+            vectors = vectors + self.text_proj(self.text)
+        return vectors

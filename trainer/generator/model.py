@@ -103,38 +103,38 @@ class GeneratorModel(GeneratorPreTrainedModel):
 
     def embed_items(self, codes: Tensor) -> Tensor:
         """Items as codes (B, P, L) of token ids -> positions (B, P, D)."""
-        return self.embed_tokens(codes).sum(-2) + self.items.extras(self.items.rows(codes))
+        return self.embed_tokens(codes).sum(-2) + self.items.beyond_codes(self.items.rows(codes))
 
     def queries(self, states: Tensor) -> Tensor:
         """What the dense head multiplies with items' vectors: states (..., D) -> (..., D)."""
-        made: Tensor = self.items.query_proj(states)
-        return made
+        queries: Tensor = self.items.query_proj(states)
+        return queries
 
-    def again(
-        self, query: Tensor, rows: Tensor, lengths: Tensor, learning: bool = False
+    def repeat_bias(
+        self, query: Tensor, rows: Tensor, lengths: Tensor, as_learned: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the dense head adds to the items of a row's past.
 
         query (B, D) as of `queries`; rows (B, P) of the item table, oldest first, of which `lengths` (B,) are
         the past; -1 for an unknown item -> row of the batch (M,), row of the table (M,), what is added (M,)
-        float32; no pair comes twice. `learning`: without the strength that held-out events gave.
+        float32; no pair comes twice. `as_learned`: without the strength that held-out events gave.
         """
-        at = torch.arange(rows.shape[1], device=rows.device)
-        real = (at < lengths[:, None]) & (rows >= 0)
-        same = (rows[:, :, None] == rows[:, None]) & real[:, None]
-        batch, place = (real & ~(same & (at[:, None] < at)).any(-1)).nonzero(as_tuple=True)
-        past = PastOccurrences(lengths[batch] - place, same.sum(-1)[batch, place])
-        return batch, rows[batch, place], self.items.again_of(query, batch, past, learning)
+        places = torch.arange(rows.shape[1], device=rows.device)
+        is_history = (places < lengths[:, None]) & (rows >= 0)
+        same = (rows[:, :, None] == rows[:, None]) & is_history[:, None]
+        batch, place = (is_history & ~(same & (places[:, None] < places)).any(-1)).nonzero(as_tuple=True)
+        occurrences = PastOccurrences(lengths[batch] - place, same.sum(-1)[batch, place])
+        return batch, rows[batch, place], self.items.repeat_bias(query, batch, occurrences, as_learned)
 
-    def conditioned(self, states: Tensor, context: Tensor | None) -> Tensor:
+    def with_context(self, states: Tensor, context: Tensor | None) -> Tensor:
         """States (..., D) under contexts (..., C) of token ids, padded with 0 -> (..., D)."""
         if self.modulation is None or context is None:
             return states
         real = context != self.config.pad_token_id
-        made: Tensor = self.modulation(states, (self.embed_tokens(context) * real[..., None]).sum(-2))
-        return made
+        modulated: Tensor = self.modulation(states, (self.embed_tokens(context) * real[..., None]).sum(-2))
+        return modulated
 
-    def _levels_of(self, ids: Tensor) -> Tensor:
+    def _token_levels(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> 0 for specials, 1..L for codes of level 0..L-1, L+1 for words, L+2 for contexts."""
         bounds = [self.config.code_range(level)[0] for level in range(self.config.levels)]
         bounds.append(self.config.code_range(self.config.levels - 1)[1])
@@ -155,7 +155,7 @@ class GeneratorModel(GeneratorPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("the generator folds token ids: pass input_ids, not inputs_embeds")
-        state, folded, chosen = self.read(input_ids, attention_mask)
+        state, folded, chosen = self.depth_inputs(input_ids, attention_mask)
         vectors = torch.zeros_like(state)
         for level, head in enumerate(self.depth):
             at = (chosen == level).nonzero(as_tuple=True)
@@ -163,33 +163,35 @@ class GeneratorModel(GeneratorPreTrainedModel):
             vectors = vectors.index_put(at, scored.to(vectors.dtype))
         return BaseModelOutput(last_hidden_state=vectors)
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def depth_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Every place of flat input (B, T) as the depth head wants it.
 
         States (B, T, D) after the last closed position, sums (B, T, D) of the codes of the item that is open,
         and their number (B, T), 0 where none is open. A prompt is decoded from the state of its last place.
         """
-        levels, last = self._levels_of(input_ids), self.config.levels
+        levels, last = self._token_levels(input_ids), self.config.levels
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             real = real & attention_mask.bool()
-        told = real & (levels == last + 2)
+        is_context = real & (levels == last + 2)
         # A place closes a position unless it is a code that leaves its item open, or of the context.
         opens = (levels >= 1) & (levels < last)
-        closes = real & ~opens & ~told
-        done = closes.long().cumsum(1)
-        group = done - closes.long()
+        closes = real & ~opens & ~is_context
+        closed_count = closes.long().cumsum(1)
+        group = closed_count - closes.long()
 
         embeds = self.embed_tokens(input_ids)
-        said = embeds * told[..., None]
-        embeds = embeds * (real & ~told)[..., None]
+        context_embeds = embeds * is_context[..., None]
+        embeds = embeds * (real & ~is_context)[..., None]
         folded = embeds
         for back in range(1, last):
             same = real[:, back:] & real[:, :-back] & (group[:, back:] == group[:, :-back])
             folded = folded + F.pad(embeds[:, :-back] * same[..., None], (0, 0, back, 0))
 
         batch, length, width = folded.shape
-        count = max(int(done[:, -1].max()), 1)
+        count = max(int(closed_count[:, -1].max()), 1)
         # Where each position was closed; rows with fewer positions read place 0, which nothing real sees.
         slots = torch.where(closes, group, count)
         places = torch.zeros(batch, count + 1, dtype=torch.long, device=folded.device)
@@ -204,17 +206,19 @@ class GeneratorModel(GeneratorPreTrainedModel):
             codes = input_ids[rows[..., None], tail]
             climbing = torch.arange(1, last + 1, device=closed.device)
             spelled = (levels[rows[..., None], tail] == climbing).all(-1)
-            known = torch.where(whole & spelled, self.items.rows(codes), -1)
-            positions = positions + self.items.extras(known)
+            item_rows = torch.where(whole & spelled, self.items.rows(codes), -1)
+            positions = positions + self.items.beyond_codes(item_rows)
         states = self.states(positions)
 
         states = torch.cat((self.start.to(states.dtype).expand(batch, 1, width), states), dim=1)
-        state = states[rows, done]
+        state = states[rows, closed_count]
         if self.modulation is not None:
             # All that was said so far, less what was said before this item began.
-            heard = F.pad(said.cumsum(1), (0, 0, 1, 0))
-            begun = F.pad(closed + 1, (1, 0))
-            state = self.modulation(state, heard[:, 1:] - heard[rows, begun.gather(1, done)])
+            context_sums = F.pad(context_embeds.cumsum(1), (0, 0, 1, 0))
+            item_starts = F.pad(closed + 1, (1, 0))
+            state = self.modulation(
+                state, context_sums[:, 1:] - context_sums[rows, item_starts.gather(1, closed_count)]
+            )
         return state, folded, torch.where(real & opens, levels, 0)
 
 
@@ -262,14 +266,18 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         """What `generate` passes to `forward`: always the whole sequence, since nothing is cached."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def know(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
+    def set_items(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
         """Know these items by themselves: see `ItemTable.replace`. The configuration follows."""
-        rows = self.model.items.replace(codes, text)
+        rows = self.model.items.set_items(codes, text)
         self.config.num_items = len(codes)
         return rows
 
     def encode(
-        self, codes: Tensor, lengths: Tensor, extras: Tensor | None = None, context: Tensor | None = None
+        self,
+        codes: Tensor,
+        lengths: Tensor,
+        beyond_codes: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """The state after BOS, a row's items and its context: what a request is decoded from.
 
@@ -280,10 +288,14 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         """
         base = self.model
         begin = base.embed_tokens(torch.full_like(lengths, self.config.bos_token_id))[:, None]
-        items = base.embed_items(codes) if extras is None else base.embed_tokens(codes).sum(-2) + extras
+        items = (
+            base.embed_items(codes)
+            if beyond_codes is None
+            else base.embed_tokens(codes).sum(-2) + beyond_codes
+        )
         states = base.states(torch.cat((begin, items), dim=1))
         state = states.gather(1, lengths[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
-        return base.conditioned(state, context)
+        return base.with_context(state, context)
 
     def step(self, level: int, state: Tensor, prefix: Tensor | None) -> Tensor:
         """Log-probabilities of one level's codes, normalised over the whole vocabulary.

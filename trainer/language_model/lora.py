@@ -249,7 +249,7 @@ def ranks_held(
 
         def allowed(row: int, tokens: Tensor, length: int = length) -> list[int]:
             prefix = [translation.back[token] for token in tokens[length:].tolist()]
-            return [translation.table[token][0] for token in sids.allowed(prefix)] or [translation.end]
+            return [translation.table[token][0] for token in sids.allowed_tokens(prefix)] or [translation.end]
 
         shared = {"attention_mask": mask, "max_new_tokens": levels, "do_sample": False,
                   "pad_token_id": translation.pad, "eos_token_id": None}  # fmt: skip
@@ -263,7 +263,7 @@ def ranks_held(
             ranks.append(answers.index(known.sids[target]) if known.sids[target] in answers else beams)
         for row in model.generate(ids, num_beams=1, **shared)[:, length:].tolist():
             tokens = [translation.back.get(token, PAD) for token in row]
-            valid.append(all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens)))
+            valid.append(all(token in sids.allowed_tokens(tokens[:at]) for at, token in enumerate(tokens)))
     return np.array(ranks, dtype=np.int64), np.array(valid, dtype=bool)
 
 

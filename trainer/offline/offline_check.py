@@ -55,23 +55,23 @@ def reason_to_refuse_first(
 
 
 def held_out_probe(
-    held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
+    held_out: Held, catalogue: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
 ) -> HeldOutProbe | None:
     """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none.
 
     Of those who clicked, where they are as many as the others: what is bought more often must not hide the
     clicks that are lost. A log of purchases alone has no others.
     """
-    at = np.arange(len(held.targets))
-    if held.paid is not None and 2 * held.paid.sum() <= len(at):
-        at = at[~held.paid]
-    at = at[: settings.dpo.probe_users]
-    if not len(at):
+    rows = np.arange(len(held_out.targets))
+    if held_out.paid is not None and 2 * held_out.paid.sum() <= len(rows):
+        rows = rows[~held_out.paid]
+    rows = rows[: settings.dpo.probe_users]
+    if not len(rows):
         return None
-    some = held.take(at)
+    probe_users = held_out.take(rows)
 
     def probe(model: Any) -> ProbeOutcome:
-        rank, valid, _ = rank_held_out(model, some, known, sids, settings, ranking)
+        rank, valid, _ = rank_held_out(model, probe_users, catalogue, sids, settings, ranking)
         return ProbeOutcome((rank < 10).numpy(), valid.numpy())
 
     return probe

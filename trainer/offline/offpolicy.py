@@ -60,20 +60,22 @@ class LoggedExplorations:
 
 
 def logged_explorations(
-    found: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt, settings: OffPolicySettings,
-    context: Context | None = None,
+    explorations: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt,
+    settings: OffPolicySettings, context: Context | None = None,
 ) -> LoggedExplorations | None:  # fmt: skip
     """The newest `max_explorations` with whether the drawn item was clicked; None where there are none.
 
     Those of another codebook, and those that break their own contract, are left out and counted. `context`
     has the tokens of what was said.
     """
-    if not found:
+    if not explorations:
         return None
-    newest = sorted(found, key=lambda one: (one[0].ts, one[0].request_id))[-settings.max_explorations :]
+    newest = sorted(explorations, key=lambda pair: (pair[0].ts, pair[0].request_id))[
+        -settings.max_explorations :
+    ]
     left_out: Counter[str] = Counter()
-    kept: list[tuple[Exploration, bool]] = []
-    shown: list[Int64] = []
+    usable: list[tuple[Exploration, bool]] = []
+    prompts: list[Int64] = []
     codes: list[list[int]] = []
     for event, clicked in newest:
         if event.codebook != codebook:
@@ -92,25 +94,25 @@ def logged_explorations(
         ):
             left_out["that contradict themselves"] += 1
             continue
-        kept.append((event, clicked))
-        shown.append(history)
+        usable.append((event, clicked))
+        prompts.append(history)
         codes += candidates
-    starts = np.cumsum([0, *(len(event.candidates) for event, _ in kept)], dtype=np.int64)
-    scores = np.array([score for event, _ in kept for score in event.scores], dtype=np.float64)
-    places = np.array([place for event, _ in kept for place in range(len(event.scores))], dtype=np.float64)
-    known = context or Context()
-    said = [known.row(event.context) for event, _ in kept]
+    starts = np.cumsum([0, *(len(event.candidates) for event, _ in usable)], dtype=np.int64)
+    scores = np.array([score for event, _ in usable for score in event.scores], dtype=np.float64)
+    places = np.array([place for event, _ in usable for place in range(len(event.scores))], dtype=np.float64)
+    context_fields = context or Context()
+    context_rows = [context_fields.row(event.context) for event, _ in usable]
     return LoggedExplorations(
-        prompts=shown,
-        contexts=np.array(said, dtype=np.int32).reshape(len(kept), len(known.fields)),
+        prompts=prompts,
+        contexts=np.array(context_rows, dtype=np.int32).reshape(len(usable), len(context_fields.fields)),
         starts=starts,
         codes=np.array(codes, dtype=np.int64).reshape(-1, len(prompt.sizes)),
         features=np.stack([np.clip(scores, _MIN_LOG_PROBABILITY, 0.0), np.log1p(places)], axis=1),
-        temperature=np.array([event.temperature for event, _ in kept], dtype=np.float64),
-        drawn=starts[:-1] + np.array([event.chosen for event, _ in kept], dtype=np.int64),
-        propensity=np.array([event.propensity for event, _ in kept], dtype=np.float64),
-        reward=np.array([clicked for _, clicked in kept], dtype=np.float64),
-        users=np.array([hashed(event.user_id) for event, _ in kept], dtype=np.str_),
+        temperature=np.array([event.temperature for event, _ in usable], dtype=np.float64),
+        drawn=starts[:-1] + np.array([event.chosen for event, _ in usable], dtype=np.int64),
+        propensity=np.array([event.propensity for event, _ in usable], dtype=np.float64),
+        reward=np.array([clicked for _, clicked in usable], dtype=np.float64),
+        users=np.array([hashed(event.user_id) for event, _ in usable], dtype=np.str_),
         left_out=dict(left_out),
     )
 
@@ -128,34 +130,34 @@ def candidate_scores(model: GeneratorForCausalLM, logged: LoggedExplorations, we
     which is its log-probability there up to one constant a prompt.
     """
     model.eval()
-    where = next(model.parameters()).device
-    made = np.zeros(len(logged.codes))
+    device = next(model.parameters()).device
+    scores = np.zeros(len(logged.codes))
     counts = np.diff(logged.starts)
-    step = max(1, _CANDIDATES_PER_FORWARD // int(counts.max(initial=1)))
-    for low in range(0, len(logged), step):
-        high = min(low + step, len(logged))
+    rows_per_forward = max(1, _CANDIDATES_PER_FORWARD // int(counts.max(initial=1)))
+    for low in range(0, len(logged), rows_per_forward):
+        high = min(low + rows_per_forward, len(logged))
         rows = slice(int(logged.starts[low]), int(logged.starts[high]))
         prompts = logged.prompts[low:high]
         # pad_items takes rows of a table of codes: here the table is the prompts themselves.
         ends = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         places = [np.arange(begin, end) for begin, end in pairwise(ends)]
         items, lengths = pad_items(places, np.concatenate(prompts))
-        context = context_rows(logged.contexts, low, high, where)
-        state = model.encode(items.to(where), lengths.to(where), context=context)
-        codes = torch.from_numpy(logged.codes[rows]).to(where)
-        owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(where)
+        context = context_rows(logged.contexts, low, high, device)
+        state = model.encode(items.to(device), lengths.to(device), context=context)
+        codes = torch.from_numpy(logged.codes[rows]).to(device)
+        owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(device)
         total = sid_scores(model, state, owner, codes)
         if weight > 0:
             vectors = model.model.embed_items(codes)
             query = model.model.queries(state)
             logits = (query[owner] * vectors).sum(-1)
-            batch, past, more = model.model.again(
-                query, model.model.items.rows(items.to(where)), lengths.to(where)
+            batch, history_items, bias = model.model.repeat_bias(
+                query, model.model.items.rows(items.to(device)), lengths.to(device)
             )
-            same = (owner[:, None] == batch) & (model.model.items.rows(codes)[:, None] == past)
-            total = (1 - weight) * total + weight * (logits + (same * more).sum(-1))
-        made[rows] = total.double().cpu().numpy()
-    return made
+            same = (owner[:, None] == batch) & (model.model.items.rows(codes)[:, None] == history_items)
+            total = (1 - weight) * total + weight * (logits + (same * bias).sum(-1))
+        scores[rows] = total.double().cpu().numpy()
+    return scores
 
 
 def target_policy(scored: Floats, logged: LoggedExplorations) -> Floats:
@@ -178,18 +180,18 @@ def reward_model(logged: LoggedExplorations) -> Floats:
     """
     fold = np.array([int(user, 16) & 1 for user in logged.users], dtype=np.int64)
     of_candidate = np.repeat(fold, np.diff(logged.starts))
-    made = np.zeros(len(logged.codes))
+    expected = np.zeros(len(logged.codes))
     for part in (0, 1):
-        learn = fold != part
-        if not learn.any():
+        fitted = fold != part
+        if not fitted.any():
             continue
-        seen, reward = logged.features[logged.drawn[learn]], logged.reward[learn]
-        center, scale = seen.mean(0), np.maximum(seen.std(0), 1e-9)
-        x, level = (seen - center) / scale, reward.mean()
+        features, reward = logged.features[logged.drawn[fitted]], logged.reward[fitted]
+        center, scale = features.mean(0), np.maximum(features.std(0), 1e-9)
+        x, level = (features - center) / scale, reward.mean()
         slope = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ (reward - level))
-        ask = of_candidate == part
-        made[ask] = np.clip(level + (logged.features[ask] - center) / scale @ slope, 0.0, 1.0)
-    return made
+        predicted = of_candidate == part
+        expected[predicted] = np.clip(level + (logged.features[predicted] - center) / scale @ slope, 0.0, 1.0)
+    return expected
 
 
 @dataclass(frozen=True)
@@ -219,18 +221,18 @@ class OffPolicyVerdict:
 
     def metrics(self) -> dict[str, float]:
         """Figures for the registry, by name."""
-        made = {"ope_n": float(self.n), "ope_users": float(self.users), "ope_ess": self.ess}
-        made["ope_left_out"] = float(sum(self.left_out.values()))
+        figures = {"ope_n": float(self.n), "ope_users": float(self.users), "ope_ess": self.ess}
+        figures["ope_left_out"] = float(sum(self.left_out.values()))
         for name in ("logged", "ips", "clipped_ips", "snips", "dr"):
             value: IntervalEstimate | None = getattr(self, name)
             if value is not None:
-                made |= {f"ope_{name}": value.value, f"ope_{name}_low": value.low}
-                made[f"ope_{name}_high"] = value.high
-        return made
+                figures |= {f"ope_{name}": value.value, f"ope_{name}_low": value.low}
+                figures[f"ope_{name}_high"] = value.high
+        return figures
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line: how much there was, all estimates side by side, and the sentence."""
-        shown = [
+        estimates = [
             f"{name} {value.value:.4f}"
             for name, value in (
                 ("logged", self.logged), ("IPS", self.ips), ("clipped", self.clipped_ips),
@@ -238,9 +240,12 @@ class OffPolicyVerdict:
             )
             if value is not None
         ]  # fmt: skip
-        out = [f"{count:,} {reason} left out" for reason, count in self.left_out.items()]
+        omitted = [f"{count:,} {reason} left out" for reason, count in self.left_out.items()]
         return "; ".join(
-            [", ".join([f"{self.n:,} explorations of {self.users:,} users", *out, *shown]), self.sentence]
+            [
+                ", ".join([f"{self.n:,} explorations of {self.users:,} users", *omitted, *estimates]),
+                self.sentence,
+            ]
         )
 
 

@@ -64,19 +64,19 @@ def describe_change(before: HeldOutQuality, now: HeldOutQuality) -> str:
     Of what was clicked and of what was bought, each with the 95 % interval of the relative change, from the
     users' paired differences. A group without users or hits is left out.
     """
-    said = []
-    for what, of in (("clicked", ~before.paid), ("bought", before.paid)):
-        old, new = before.hits[of].astype(float), now.hits[of].astype(float)
+    parts = []
+    for action, users in (("clicked", ~before.paid), ("bought", before.paid)):
+        old, new = before.hits[users].astype(float), now.hits[users].astype(float)
         if not len(old) or not old.any():
             continue
         change = new - old
         base, spread = old.mean(), _Z_95_TWO_SIDED * change.std() / len(change) ** 0.5
         low, high = (change.mean() - spread) / base, (change.mean() + spread) / base
-        said.append(
-            f"of what was {what} {base:.3f} -> {new.mean():.3f} ({change.mean() / base:+.1%}, "
+        parts.append(
+            f"of what was {action} {base:.3f} -> {new.mean():.3f} ({change.mean() / base:+.1%}, "
             f"{low:+.1%} to {high:+.1%})"
         )
-    return f"HR@10 {', '.join(said)}" if said else ""
+    return f"HR@10 {', '.join(parts)}" if parts else ""
 
 
 def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
@@ -90,35 +90,35 @@ def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
 
 @torch.no_grad()
 def rank_held_out(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
-    ranking: Ranking | None = None,
+    model: GeneratorForCausalLM, held_out: Held, catalogue: Catalogue, sids: SidSet,
+    settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
     """Rank (B,) from 0 of each held-out item, whether (B,) what is spelled freely is a SID, and the ranking.
 
     Under a ranking, or the one that fits the items best; B >= 1.
     """
     model.eval()
-    ranker = CatalogueRanker(model, known.codes, sids, max(settings.beam, 10))
-    states = ranker.states(held.histories, held.contexts)
-    found = ranker.candidates(held.histories, states)
-    ranking = ranking or fit_ranking(found, held)
+    ranker = CatalogueRanker(model, catalogue.codes, sids, max(settings.beam, 10))
+    states = ranker.states(held_out.histories, held_out.contexts)
+    candidates = ranker.candidates(held_out.histories, states)
+    ranking = ranking or fit_ranking(candidates, held_out)
     valid = torch.cat([spells_known_sids(model, part, sids) for part in states.split(ROWS_PER_FORWARD)])
-    return target_ranks(found, held, ranking).cpu(), valid.cpu(), ranking
+    return target_ranks(candidates, held_out, ranking).cpu(), valid.cpu(), ranking
 
 
 @torch.no_grad()
 def evaluate_held_out(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
-    ranking: Ranking | None = None,
+    model: GeneratorForCausalLM, held_out: Held, catalogue: Catalogue, sids: SidSet,
+    settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> HeldOutQuality:  # fmt: skip
     """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
-    if not len(held.targets):
+    if not len(held_out.targets):
         model.eval()
         return HeldOutQuality(0, 0.0, 0.0, 0.0, ranking or Ranking())
-    rank, valid, ranking = rank_held_out(model, held, known, sids, settings, ranking)
+    rank, valid, ranking = rank_held_out(model, held_out, catalogue, sids, settings, ranking)
     hr, ndcg = hr_ndcg(rank)
-    paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
+    paid = np.zeros(len(held_out.targets), dtype=bool) if held_out.paid is None else held_out.paid
     return HeldOutQuality(
-        len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
+        len(held_out.targets), hr, ndcg, float(valid.float().mean()), ranking,
         int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,
     )  # fmt: skip

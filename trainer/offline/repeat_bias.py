@@ -24,33 +24,33 @@ _MIN_EVENTS = 100
 
 @torch.no_grad()
 def fit_repeat_strength(
-    model: GeneratorForCausalLM, ranker: CatalogueRanker, held: Held, k: int = 10
+    model: GeneratorForCausalLM, ranker: CatalogueRanker, held_out: Held, k: int = 10
 ) -> float:
     """Give what is added to the past the strength with the best NDCG at k on held-out events, and return it.
 
     It is 1 unless the best of a hundred events and more is better by two standard errors of their difference.
     """
     model.model.items.strength.fill_(1.0)
-    if len(held.targets) < _MIN_EVENTS:
+    if len(held_out.targets) < _MIN_EVENTS:
         return 1.0
-    gains = _ndcg_by_strength(ranker, held, k)
+    gains = _ndcg_by_strength(ranker, held_out, k)
     best = int(gains.mean(1).argmax())
-    more = gains[best] - gains[_LEARNED_STRENGTH]
-    if float(more.mean()) <= 2 * float(more.std(correction=0)) / len(more) ** 0.5:
+    improvement = gains[best] - gains[_LEARNED_STRENGTH]
+    if float(improvement.mean()) <= 2 * float(improvement.std(correction=0)) / len(improvement) ** 0.5:
         return 1.0
     model.model.items.strength.fill_(STRENGTHS[best])
     return STRENGTHS[best]
 
 
-def _ndcg_by_strength(ranker: CatalogueRanker, held: Held, k: int) -> Tensor:
+def _ndcg_by_strength(ranker: CatalogueRanker, held_out: Held, k: int) -> Tensor:
     """NDCG at k (S, B) of each target under each of the strengths, by the dense head over all items."""
     parts = []
-    for targets, logits, (batch, past, more) in ranker.dense_logits(held):
-        mine = torch.arange(len(targets), device=logits.device)
-        found = []
+    for targets, logits, (batch, history_items, bias) in ranker.dense_logits(held_out):
+        rows = torch.arange(len(targets), device=logits.device)
+        gains = []
         for factor in STRENGTHS:
-            whole = logits.index_put((batch, past), factor * more, accumulate=True)
-            rank = (whole > whole[mine, targets][:, None]).sum(1)
-            found.append(torch.where(rank < k, 1.0 / torch.log2(rank + 2.0), 0.0))
-        parts.append(torch.stack(found).cpu())
+            total = logits.index_put((batch, history_items), factor * bias, accumulate=True)
+            rank = (total > total[rows, targets][:, None]).sum(1)
+            gains.append(torch.where(rank < k, 1.0 / torch.log2(rank + 2.0), 0.0))
+        parts.append(torch.stack(gains).cpu())
     return torch.cat(parts, dim=1)

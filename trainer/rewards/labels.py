@@ -47,22 +47,22 @@ def reward_values(rewards: Rewards, items: Sequence[Priced | None], rows: Int64,
     `items`: of each row of the catalogue, None where nothing is known of it; `rows` (N,): the items that were
     clicked; `bought` (N,): as of `purchased`.
     """
-    made = np.full((len(rows), len(NAMES)), UNKNOWN, dtype=np.int64)
-    made[:, NAMES.index(CLICK)] = 1
-    made[:, NAMES.index(PURCHASE)] = bought
+    values = np.full((len(rows), len(NAMES)), UNKNOWN, dtype=np.int64)
+    values[:, NAMES.index(CLICK)] = 1
+    values[:, NAMES.index(PURCHASE)] = bought
     for name in (PRICE, COMMISSION):
-        made[:, NAMES.index(name)] = item_bins(rewards, name, items)[rows]
-    return made
+        values[:, NAMES.index(name)] = item_bins(rewards, name, items)[rows]
+    return values
 
 
 def item_bins(rewards: Rewards, name: str, items: Sequence[Priced | None]) -> Int64:
     """(I,) the bin of each item's price or commission; UNKNOWN where it has none."""
-    found = (None if item is None else rewards.bin_of(name, item) for item in items)
-    return np.array([UNKNOWN if one is None else one for one in found], dtype=np.int64)
+    bins = (None if item is None else rewards.bin_of(name, item) for item in items)
+    return np.array([UNKNOWN if number is None else number for number in bins], dtype=np.int64)
 
 
 def learn_rewards(
-    items: Sequence[Priced | None], log: Interactions, bought: Int64, ignored: int, settings: RewardSettings
+    items: Sequence[Priced | None], log: Interactions, bought: Int64, unclicked: int, settings: RewardSettings
 ) -> Rewards | None:
     """The bins of a catalogue and what a log says of them; None where rewards are switched off.
 
@@ -72,40 +72,43 @@ def learn_rewards(
     """
     if not settings.enabled:
         return None
-    there = [item for item in items if item is not None]
+    described_items = [item for item in items if item is not None]
     edges = {}
     for name in (PRICE, COMMISSION):
-        made = quantile_edges(name, there, settings.bins, settings.min_category)
-        bare = Rewards({name: made}, {})
-        if made and (item_bins(bare, name, items) >= 0).mean() >= settings.min_share:
-            edges[name] = made
+        field_edges = quantile_edges(name, described_items, settings.bins, settings.min_category)
+        only_edges = Rewards({name: field_edges}, {})
+        if field_edges and (item_bins(only_edges, name, items) >= 0).mean() >= settings.min_share:
+            edges[name] = field_edges
     converting = bought == 1
     if converting.sum() < settings.min_count:
         converting = np.ones(len(log), dtype=bool)
     mass = {}
     for name in edges:
-        of = item_bins(Rewards(edges, {}), name, items)[log.items]
-        some = of[converting & (of >= 0)]
-        if len(some):
-            mass[name] = _shares(some, settings.bins)
-    known = Rewards({name: some for name, some in edges.items() if name in mass}, mass)
-    return extend_rewards(known, bought, ignored, settings)
+        item_bin = item_bins(Rewards(edges, {}), name, items)[log.items]
+        bins = item_bin[converting & (item_bin >= 0)]
+        if len(bins):
+            mass[name] = _shares(bins, settings.bins)
+    rewards = Rewards({name: bins for name, bins in edges.items() if name in mass}, mass)
+    return extend_rewards(rewards, bought, unclicked, settings)
 
 
 def extend_rewards(
-    rewards: Rewards, bought: Int64, ignored: int, settings: RewardSettings, context: Context | None = None
+    rewards: Rewards, bought: Int64, unclicked: int, settings: RewardSettings, context: Context | None = None
 ) -> Rewards:
     """Rewards that know of clicks and purchases, too, once each value of them was seen `min_count` times.
 
-    `bought` (N,): as of `purchased`, of the log's clicks and purchases; `ignored`: answers that were not
+    `bought` (N,): as of `purchased`, of the log's clicks and purchases; `unclicked`: answers that were not
     clicked. A `context` without tokens for a field learns nothing of it; None: it is not made yet.
     """
-    sold = np.bincount(bought[bought >= 0], minlength=2)
-    seen = {CLICK: (ignored, len(bought)), PURCHASE: (int(sold[0]), int(sold[1]))}
+    purchase_counts = np.bincount(bought[bought >= 0], minlength=2)
+    counts_of = {
+        CLICK: (unclicked, len(bought)),
+        PURCHASE: (int(purchase_counts[0]), int(purchase_counts[1])),
+    }
     mass = dict(rewards.mass)
-    for name, counts in seen.items():
-        spoken = context is None or PREFIX + name in context.fields
-        if name not in mass and spoken and min(counts) >= settings.min_count:
+    for name, counts in counts_of.items():
+        has_tokens = context is None or PREFIX + name in context.fields
+        if name not in mass and has_tokens and min(counts) >= settings.min_count:
             # Of what converted, which is what masses are of: all of it was clicked and bought.
             mass[name] = {"0": 0.0, "1": 1.0}
     return replace(rewards, mass=mass)
@@ -123,14 +126,14 @@ def reward_tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
     nothing.
     """
     names = [name for name in context.fields if name.startswith(PREFIX)]
-    made: npt.NDArray[np.int32] = np.zeros((len(values), len(names)), dtype=np.int32)
+    token_ids: npt.NDArray[np.int32] = np.zeros((len(values), len(names)), dtype=np.int32)
     place = {name: at for at, name in enumerate(context.fields)}
     for column, name in enumerate(names):
         field = name.removeprefix(PREFIX)
         for value in context.fields[name] if field in rewards.mass else ():
             token = context.row({name: value})[place[name]]
-            made[values[:, NAMES.index(field)] == int(value), column] = token
-    return made
+            token_ids[values[:, NAMES.index(field)] == int(value), column] = token
+    return token_ids
 
 
 def with_reward_labels(
@@ -149,11 +152,16 @@ def with_reward_labels(
 
 
 def answers_with_rewards(
-    histories: Sequence[Int64], targets: Int64, context: Int32, values: Int64, worth: Rewards, known: Context
+    histories: Sequence[Int64],
+    targets: Int64,
+    context: Int32,
+    values: Int64,
+    rewards: Rewards,
+    vocabulary: Context,
 ) -> Answers:
     """Answers that brought `values` (N, 4) of each field of NAMES; what was ignored is told so every time."""
-    made = reward_tokens(values, worth, known)
-    never = np.full((1, len(NAMES)), UNKNOWN, dtype=np.int64)
-    never[0, NAMES.index(CLICK)] = 0
-    refused = reward_tokens(never, worth, known)
-    return answers(histories, targets, context, made, (made == refused) & (refused > 0))
+    labels = reward_tokens(values, rewards, vocabulary)
+    unclicked = np.full((1, len(NAMES)), UNKNOWN, dtype=np.int64)
+    unclicked[0, NAMES.index(CLICK)] = 0
+    unclicked_labels = reward_tokens(unclicked, rewards, vocabulary)
+    return answers(histories, targets, context, labels, (labels == unclicked_labels) & (unclicked_labels > 0))

@@ -15,40 +15,41 @@ from trainer.sequences.interactions import Catalogue
 from trainer.sequences.labelled_answers import Answers
 
 
-def explored_items(logged: LoggedExplorations, known: Catalogue) -> tuple[list[Int64], Int64, Int64]:
-    """Histories and drawn items of explorations as rows of a catalogue, and which (N,) explorations they are.
+def explored_items(logged: LoggedExplorations, catalogue: Catalogue) -> tuple[list[Int64], Int64, Int64]:
+    """Histories and drawn items of explorations as rows of a catalogue, and the explorations' indices (N,).
 
-    Items that the catalogue has not are passed over. An exploration that drew one is left out, and so is one
-    that drew the page's own item, which is no answer.
+    Items that the catalogue does not have are dropped from histories. An exploration that drew such an item
+    is left out, and so is one that drew the item of its own page, which is no answer.
     """
-    place = {tuple(codes): row for row, codes in enumerate(known.codes.tolist())}
-    histories, targets, kept = [], [], []
-    for at, prompt in enumerate(logged.prompts):
-        past = [place[key] for key in map(tuple, prompt.tolist()) if key in place]
-        target = place.get(tuple(logged.codes[logged.drawn[at]].tolist()))
-        if target is not None and (not past or past[-1] != target):
-            histories.append(np.array(past, dtype=np.int64))
+    row_of = {tuple(codes): row for row, codes in enumerate(catalogue.codes.tolist())}
+    histories, targets, explorations = [], [], []
+    for exploration, prompt in enumerate(logged.prompts):
+        history = [row_of[key] for key in map(tuple, prompt.tolist()) if key in row_of]
+        target = row_of.get(tuple(logged.codes[logged.drawn[exploration]].tolist()))
+        if target is not None and (not history or history[-1] != target):
+            histories.append(np.array(history, dtype=np.int64))
             targets.append(target)
-            kept.append(at)
-    return histories, np.array(targets, dtype=np.int64), np.array(kept, dtype=np.int64)
+            explorations.append(exploration)
+    return histories, np.array(targets, dtype=np.int64), np.array(explorations, dtype=np.int64)
 
 
 def unclicked_answers(
-    logged: LoggedExplorations | None, known: Catalogue, items: Sequence[Priced | None],
-    rewards: Rewards | None, context: Context, said: int,
+    logged: LoggedExplorations | None, catalogue: Catalogue, items: Sequence[Priced | None],
+    rewards: Rewards | None, context: Context, num_context_fields: int,
 ) -> Answers | None:  # fmt: skip
-    """What was explored and not clicked, as `click` 0; None where no field tells of it.
+    """Explored items that were not clicked, as answers with `click` 0; None without a `click` field.
 
-    `items`: of each row of the catalogue; `said`: fields of the context that are not rewards. Explorations
-    are drawn by chance: what an answer shows beside them was chosen by the model that would learn from it.
+    `items`: of each row of the catalogue; `num_context_fields`: fields of the context that are not rewards.
+    Only explorations are used, since they are drawn by chance: the other items of an answer were chosen by
+    the model that would learn from them.
     """
     if logged is None or rewards is None or CLICK not in rewards.mass:
         return None
-    histories, targets, at = explored_items(logged, known)
-    quiet = np.flatnonzero(logged.reward[at] == 0)
-    values = reward_values(rewards, items, targets[quiet], np.zeros(len(quiet), np.int64))
+    histories, targets, explorations = explored_items(logged, catalogue)
+    unclicked = np.flatnonzero(logged.reward[explorations] == 0)
+    values = reward_values(rewards, items, targets[unclicked], np.zeros(len(unclicked), np.int64))
     values[:, NAMES.index(CLICK)] = 0
     return answers_with_rewards(
-        [histories[row] for row in quiet], targets[quiet], logged.contexts[at[quiet], :said], values,
+        [histories[row] for row in unclicked], targets[unclicked], logged.contexts[explorations[unclicked], :num_context_fields], values,
         rewards, context,
     )  # fmt: skip

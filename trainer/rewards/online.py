@@ -51,8 +51,8 @@ class RewardEvidence:
     rewards: Rewards
     context: Context
     offers: Sequence[Priced | None]
-    bought: Int64  # (N,) as of trainer.rewards.purchased
-    explored: LoggedExplorations | None = None
+    purchases: Int64  # (N,) as of trainer.rewards.purchased
+    explorations: LoggedExplorations | None = None
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,16 @@ class OnlineResult:
     quality: HeldOutQuality | None = None
     refused: str | None = None
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The stage in a line."""
         if not self.rounds:
             return "left out: nobody has a history to ask after"
         last = self.rounds[-1]
-        said = f"{last.kept:,} of {last.asked:,} answers kept, {last.followed:.0%} in the bins asked for"
+        kept_share = (
+            f"{last.kept:,} of {last.asked:,} answers kept, {last.followed:.0%} in the bins asked for"
+        )
         undone = f"; undone: {self.refused}" if self.refused else ""
-        return f"{len(self.rounds)} round(s), {self.steps} steps, {said}{undone}"
+        return f"{len(self.rounds)} round(s), {self.steps} steps, {kept_share}{undone}"
 
 
 def reward_requests(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
@@ -91,15 +93,15 @@ def reward_requests(rewards: Rewards, count: int, rng: np.random.Generator) -> I
     Nobody asks for what is not clicked: where there is another field, the click is never the one.
     """
     fields = [name for name in NAMES if name in rewards.mass]
-    free = [name for name in fields if name != CLICK] or fields
-    made = np.full((count, len(NAMES)), UNKNOWN, dtype=np.int64)
+    drawable = [name for name in fields if name != CLICK] or fields
+    requests = np.full((count, len(NAMES)), UNKNOWN, dtype=np.int64)
     for name in fields:
-        made[:, NAMES.index(name)] = rewards.wanted({name: 1.0})[name]
-    which = rng.integers(0, len(free), count)
-    for at, name in enumerate(free):
-        mine = np.flatnonzero(which == at)
-        made[mine, NAMES.index(name)] = rng.choice(rewards.supported(name), len(mine))
-    return made
+        requests[:, NAMES.index(name)] = rewards.wanted({name: 1.0})[name]
+    which = rng.integers(0, len(drawable), count)
+    for at, name in enumerate(drawable):
+        rows = np.flatnonzero(which == at)
+        requests[rows, NAMES.index(name)] = rng.choice(rewards.supported(name), len(rows))
+    return requests
 
 
 def passing_answers(
@@ -109,12 +111,14 @@ def passing_answers(
 
     `values`: (N,) of each field, NaN where it is not known. A field that is the same for all says nothing.
     """
-    good = np.zeros(len(likely), dtype=bool)
-    for one in values:
-        known = one[~np.isnan(one)]
-        if len(known) and known.min() < known.max():
-            good |= (one >= np.quantile(known, quantile)) & (one > known.min())
-    return good & likely
+    passing = np.zeros(len(likely), dtype=bool)
+    for field_values in values:
+        known_values = field_values[~np.isnan(field_values)]
+        if len(known_values) and known_values.min() < known_values.max():
+            passing |= (field_values >= np.quantile(known_values, quantile)) & (
+                field_values > known_values.min()
+            )
+    return passing & likely
 
 
 class OnlineStage:
@@ -125,104 +129,112 @@ class OnlineStage:
         model: GeneratorForCausalLM,
         rows: Rows,
         sids: SidSet,
-        worth: RewardEvidence,
+        evidence: RewardEvidence,
         dense_weight: float,
     ) -> None:
-        self.model, self.rows, self.sids, self.worth = model, rows, sids, worth
-        self.weight = dense_weight
+        self.model, self.rows, self.sids, self.evidence = model, rows, sids, evidence
+        self.dense_weight = dense_weight
         self.settings = rows.settings
-        self.bins = {name: item_bins(worth.rewards, name, worth.offers) for name in (PRICE, COMMISSION)}
+        self.bins = {name: item_bins(evidence.rewards, name, evidence.offers) for name in (PRICE, COMMISSION)}
         log = rows.log
-        self.begin = np.repeat(log.starts[:-1], np.diff(log.starts))
+        self.sequence_starts = np.repeat(log.starts[:-1], np.diff(log.starts))
         trained = np.arange(len(log)) < np.repeat(rows.split.ends, np.diff(log.starts))
         fresh = np.ones(len(log), dtype=bool)
         fresh[1:] = log.items[1:] != log.items[:-1]
-        self.asked_of = np.flatnonzero(trained & fresh & (np.arange(len(log)) > self.begin))
+        self.request_rows = np.flatnonzero(trained & fresh & (np.arange(len(log)) > self.sequence_starts))
 
     def histories(self, at: Int64) -> list[Int64]:
         """What users did before the log's rows (N,), the newest `max_items`."""
-        size, begin = self.settings.max_items, self.begin
+        size, begin = self.settings.max_items, self.sequence_starts
         return [self.rows.log.items[max(begin[row], row - size) : row] for row in at.tolist()]
 
     def ranker(self) -> CatalogueRanker:
         """Of the weights of this moment."""
         return CatalogueRanker(self.model, self.rows.known.codes, self.sids, max(self.settings.beam, 10))
 
-    def said(self, context: Int32, values: Int64 | None = None) -> Int32:
+    def context_tokens(self, context: Int32, values: Int64 | None = None) -> Int32:
         """(N, C + R) token ids: what was said (N, C), and what is asked for (N, 4); None: nothing."""
-        none = np.full((len(context), len(NAMES)), UNKNOWN, dtype=np.int64)
-        wanted = reward_tokens(none if values is None else values, self.worth.rewards, self.worth.context)
-        return np.concatenate((context, wanted), axis=1)
+        unknown = np.full((len(context), len(NAMES)), UNKNOWN, dtype=np.int64)
+        reward_labels = reward_tokens(
+            unknown if values is None else values, self.evidence.rewards, self.evidence.context
+        )
+        return np.concatenate((context, reward_labels), axis=1)
 
-    def chances(self, ranker: CatalogueRanker) -> CalibratedChances:
+    def calibrated_chances(self, ranker: CatalogueRanker) -> CalibratedChances:
         """The chances of the model of this moment."""
-        log, logged = self.rows.log, self.worth.explored
-        seen, outcomes = np.zeros(0), np.zeros(0, dtype=np.int64)
+        log, logged = self.rows.log, self.evidence.explorations
+        explored_scores, outcomes = np.zeros(0), np.zeros(0, dtype=np.int64)
         if logged is not None:
             histories, targets, at = explored_items(logged, self.rows.known)
             context = logged.contexts[at, : log.context.shape[1]]
-            states = ranker.states(histories, self.said(context))
-            seen = ranker.scores(histories, states, targets, self.weight).double().numpy()
+            states = ranker.states(histories, self.context_tokens(context))
+            explored_scores = ranker.scores(histories, states, targets, self.dense_weight).double().numpy()
             outcomes = logged.reward[at].astype(np.int64)
-        clicks = np.flatnonzero(~log.bought & (self.worth.bought != UNKNOWN))
-        known = purchase_rates(log.items[clicks], self.worth.bought[clicks], len(self.rows.known.items))
-        newest = clicks[np.isin(clicks, self.asked_of)]
+        clicks = np.flatnonzero(~log.bought & (self.evidence.purchases != UNKNOWN))
+        item_rates = purchase_rates(
+            log.items[clicks], self.evidence.purchases[clicks], len(self.rows.known.items)
+        )
+        newest = clicks[np.isin(clicks, self.request_rows)]
         newest = newest[np.argsort(log.ts[newest], kind="stable")][-_CALIBRATION_CLICKS:]
         scores = self.scores(ranker, newest, log.items[newest])
-        led = log.items[newest], scores, self.worth.bought[newest]
-        return calibrate_chances(known, (seen, outcomes), led, self.settings.rewards.min_count)
+        clicked = log.items[newest], scores, self.evidence.purchases[newest]
+        return calibrate_chances(
+            item_rates, (explored_scores, outcomes), clicked, self.settings.rewards.min_count
+        )
 
     def scores(self, ranker: CatalogueRanker, at: Int64, items: Int64) -> Floats:
         """(N,) how likely items are after what the log's rows had before them, with nothing asked for."""
         histories = self.histories(at)
-        states = ranker.states(histories, self.said(self.rows.log.context[at]))
-        return ranker.scores(histories, states, items, self.weight).double().numpy()
+        states = ranker.states(histories, self.context_tokens(self.rows.log.context[at]))
+        return ranker.scores(histories, states, items, self.dense_weight).double().numpy()
 
-    def answered(self, ranker: CatalogueRanker, at: Int64, wanted: Int64, rng: np.random.Generator) -> Int64:
+    def draw_answers(
+        self, ranker: CatalogueRanker, at: Int64, requests: Int64, rng: np.random.Generator
+    ) -> Int64:
         """(N,) an item for each request, drawn from the softmax over the candidates under what is asked."""
         histories = self.histories(at)
-        states = ranker.states(histories, self.said(self.rows.log.context[at], wanted))
-        found = ranker.candidates(histories, states)
-        items, score = found.items.numpy(), found.score(self.weight).double().numpy()
+        states = ranker.states(histories, self.context_tokens(self.rows.log.context[at], requests))
+        candidates = ranker.candidates(histories, states)
+        items, score = candidates.items.numpy(), candidates.score(self.dense_weight).double().numpy()
         pages = np.array([history[-1] for history in histories])
         score = np.where(items == pages[:, None], -np.inf, score) / self.settings.rewards.online.temperature
         # The largest of scores with Gumbel noise is a draw from their softmax.
         best = (score + rng.gumbel(size=score.shape)).argmax(1)
         return np.take_along_axis(items, best[:, None], 1)[:, 0]
 
-    def round(self, number: int) -> tuple[RoundOutcome, Answers]:
+    def collect_answers(self, number: int) -> tuple[RoundOutcome, Answers]:
         """Ask, answer, score, reject, and tell what was kept with what it brings."""
-        online, worth = self.settings.rewards.online, self.worth
+        online, evidence = self.settings.rewards.online, self.evidence
         rng = np.random.default_rng((self.settings.seed, number, 7))
-        at = rng.choice(self.asked_of, min(online.requests, len(self.asked_of)), replace=False)
-        wanted = reward_requests(worth.rewards, len(at), rng)
+        at = rng.choice(self.request_rows, min(online.requests, len(self.request_rows)), replace=False)
+        requests = reward_requests(evidence.rewards, len(at), rng)
         ranker = self.ranker()
-        items = self.answered(ranker, at, wanted, rng)
-        known = self.chances(ranker)
+        items = self.draw_answers(ranker, at, requests, rng)
+        chances = self.calibrated_chances(ranker)
         scores = self.scores(ranker, at, items)
         floor = np.quantile(self.scores(ranker, at, self.rows.log.items[at]), online.floor)
-        clicked, sold = known.click(scores), known.purchase(items, scores)
-        values = reward_values(worth.rewards, worth.offers, items, np.full(len(at), UNKNOWN))
+        click_chance, purchase_chance = chances.click(scores), chances.purchase(items, scores)
+        values = reward_values(evidence.rewards, evidence.offers, items, np.full(len(at), UNKNOWN))
         measured = [np.where(bins[items] < 0, np.nan, bins[items]) for bins in self.bins.values()]
-        chances = [values for values in (clicked, sold) if values is not None]
-        some = passing_answers([*measured, *chances], scores >= floor, online.quantile)
+        chances_of_fields = [values for values in (click_chance, purchase_chance) if values is not None]
+        passing = passing_answers([*measured, *chances_of_fields], scores >= floor, online.quantile)
         # What a click and a purchase mean is that they happened: drawn with their chance, not rounded.
         happened = rng.random((2, len(at)))
         click, purchase = NAMES.index(CLICK), NAMES.index(PURCHASE)
-        values[:, click] = UNKNOWN if clicked is None else happened[0] < clicked
-        if sold is not None:
-            values[:, purchase] = (happened[1] < sold) & (values[:, click] != 0)
+        values[:, click] = UNKNOWN if click_chance is None else happened[0] < click_chance
+        if purchase_chance is not None:
+            values[:, purchase] = (happened[1] < purchase_chance) & (values[:, click] != 0)
         of_items = [NAMES.index(PRICE), NAMES.index(COMMISSION)]
-        about = wanted[:, of_items] != UNKNOWN
-        followed = (values[:, of_items] == wanted[:, of_items])[about].mean() if about.any() else 0.0
-        keep = np.flatnonzero(some)
+        about = requests[:, of_items] != UNKNOWN
+        followed = (values[:, of_items] == requests[:, of_items])[about].mean() if about.any() else 0.0
+        keep = np.flatnonzero(passing)
         histories = self.histories(at[keep])
         context = self.rows.log.context[at[keep]]
         lessons = answers_with_rewards(
-            histories, items[keep], context, values[keep], worth.rewards, worth.context
+            histories, items[keep], context, values[keep], evidence.rewards, evidence.context
         )
-        told = RoundOutcome(len(at), int((scores >= floor).sum()), len(keep), float(followed))
-        return told, lessons.of(self.rows.touched)
+        outcome = RoundOutcome(len(at), int((scores >= floor).sum()), len(keep), float(followed))
+        return outcome, lessons.of(self.rows.touched)
 
     def learn(self, lessons: Answers, number: int, stop: Callable[[], bool]) -> int:
         """Steps over the kept answers, each beside a batch of the log; how many were made."""
@@ -252,7 +264,7 @@ class OnlineStage:
 
 
 def learn_from_own_answers(
-    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, worth: RewardEvidence,
+    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, evidence: RewardEvidence,
     before: HeldOutQuality | None, progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> OnlineResult:  # fmt: skip
     """The stage's rounds over `model`, in place; undone where held-out users would be served worse.
@@ -260,17 +272,17 @@ def learn_from_own_answers(
     `before`: the quality that SFT left, whose ranking mixes the heads; None: nobody is held out. Raises
     ValueError where no reward can be asked for.
     """
-    if not worth.rewards.mass:
+    if not evidence.rewards.mass:
         raise ValueError("no reward can be asked for: there is nothing to learn from answers")
-    settings, result, began = rows.settings, OnlineResult(), time.monotonic()
+    settings, result, started_at = rows.settings, OnlineResult(), time.monotonic()
     online, ranking = settings.rewards.online, before.ranking if before else Ranking()
     model.to(device())
     weights = snapshot(model)
-    stage = OnlineStage(model, rows, sids, worth, ranking.dense_weight)
-    for number in range(online.rounds if len(stage.asked_of) else 0):
-        made, lessons = stage.round(number)
-        result.rounds.append(made)
-        progress(f"round {number + 1}: {made.kept:,} of {made.asked:,} answers kept")
+    stage = OnlineStage(model, rows, sids, evidence, ranking.dense_weight)
+    for number in range(online.rounds if len(stage.request_rows) else 0):
+        outcome, lessons = stage.collect_answers(number)
+        result.rounds.append(outcome)
+        progress(f"round {number + 1}: {outcome.kept:,} of {outcome.asked:,} answers kept")
         result.steps += stage.learn(lessons, number, stop or (lambda: False))
     if before is not None and result.steps:
         result.quality = evaluate_held_out(model, rows.split.held, rows.known, sids, settings, ranking)
@@ -278,5 +290,5 @@ def learn_from_own_answers(
             result.refused = f"HR@10 fell from {before.hr10:.3f} to {result.quality.hr10:.3f}"
             restore(model, weights)
     model.to("cpu").eval()
-    result.seconds = time.monotonic() - began
+    result.seconds = time.monotonic() - started_at
     return result

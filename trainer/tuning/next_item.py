@@ -81,7 +81,7 @@ def sequence_loss(
         asked = base.queries(state)
         loss = loss + weights.next_item * softmax_loss(
             asked, every, wanted, smoothing, (query, past),
-            base.items.again_of(asked, query, when, learning=True), each,
+            base.items.repeat_bias(asked, query, when, as_learned=True), each,
         )  # fmt: skip
         if soft is not None:
             loss = loss + weights.next_item * teacher_term(asked, every, wanted, soft, each)
@@ -115,7 +115,7 @@ def learned_states(
     past = F.embedding(seen.clamp(min=0), every) * (seen >= 0)[..., None]
     state = base.states(torch.cat((begin, past), dim=1))[pieces.learned]
     about = None if pieces.context is None else pieces.context[pieces.learned]
-    return every, rows, base.conditioned(state, about)
+    return every, rows, base.with_context(state, about)
 
 
 def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], PastOccurrences]:

@@ -131,7 +131,7 @@ def run(redis_url: str) -> Callable[[Callable[[Any], Awaitable[None]]], dict[str
 async def begun(store: redis.asyncio.Redis, **worker: Any) -> Worker:
     """A worker that has written four clicks of each user under the old codebook."""
     made = Worker(store, **worker)
-    made.know(OLD)
+    made.set_items(OLD)
     for user in USERS:
         await made.histories.apply(clicks(user, [0, 5, 2, 1]))
     return made
@@ -140,7 +140,7 @@ async def begun(store: redis.asyncio.Redis, **worker: Any) -> Worker:
 def test_the_scan_brings_over_this_workers_users_and_no_others(run) -> None:
     async def work(store: Any) -> None:
         made = await begun(store, partitions=[1, 3])
-        made.know(NEW)
+        made.set_items(NEW)
         await made.scan()
 
     for user, value in run(work).items():
@@ -151,7 +151,7 @@ def test_the_scan_brings_over_this_workers_users_and_no_others(run) -> None:
 def test_an_event_brings_its_history_over_and_a_redelivered_one_changes_nothing(run) -> None:
     async def work(store: Any) -> None:
         made = await begun(store)
-        made.know(NEW)
+        made.set_items(NEW)
         # The last two of the old time are seen again, beside a new one.
         again = clicks("u7", [0, 5, 2, 1, 3])[2:]
         await made.histories.apply(again)
@@ -166,7 +166,7 @@ def test_an_event_brings_its_history_over_and_a_redelivered_one_changes_nothing(
 def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restart(run, restarted) -> None:
     async def work(store: Any) -> None:
         made = await begun(store)
-        made.know(NEW, ITEMS[:5])
+        made.set_items(NEW, ITEMS[:5])
         await made.scan()
         for value in [await store.get(keys.history(user)) for user in USERS]:
             decoded = history.decode(value)
@@ -175,10 +175,10 @@ def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restar
         await made.histories.apply(clicks("u3", [4], since=4))
         if restarted:
             made = Worker(store)
-            made.know(OLD)
-            made.know(NEW, ITEMS[:5])
+            made.set_items(OLD)
+            made.set_items(NEW, ITEMS[:5])
             await made.scan()
-        made.know(NEW, ITEMS[5:])
+        made.set_items(NEW, ITEMS[5:])
         await made.recoding.tick()
 
     for user, value in run(work).items():
@@ -188,7 +188,7 @@ def test_what_waits_takes_its_place_when_its_item_gets_a_sid_also_after_a_restar
 def test_a_write_in_between_is_not_lost(run) -> None:
     async def work(store: Any) -> None:
         other, calls = Worker(store), itertools.count()
-        other.know(OLD)
+        other.set_items(OLD)
 
         async def overtaken(values: Any) -> list[int]:
             # A worker that has not heard of the new codebook yet writes after the read.
@@ -197,7 +197,7 @@ def test_a_write_in_between_is_not_lost(run) -> None:
             return await Replacer(store).replace(values)
 
         made = await begun(store, replace=overtaken)
-        made.know(NEW)
+        made.set_items(NEW)
         await made.scan()
 
     assert run(work)["u1"] == pure(clicks("u1", [0, 5, 2, 1, 3]), NEW)
@@ -210,14 +210,14 @@ def test_a_worker_that_dies_half_way_is_followed_by_one_that_brings_over_the_res
             raise Killed
 
         made = await begun(store, replace=dying)
-        made.know(NEW)
+        made.set_items(NEW)
         with pytest.raises(Killed):
             await made.scan()
         tags = [(await store.get(keys.history(user)))[2:6].hex() for user in USERS]
         assert set(tags) == {OLD[:8], NEW[:8]}
         next_one = Worker(store)
-        next_one.know(OLD)
-        next_one.know(NEW)
+        next_one.set_items(OLD)
+        next_one.set_items(NEW)
         await next_one.histories.apply(clicks("u0", [0, 5, 2, 1])[1:])  # what was not committed
         await next_one.scan()
 
@@ -229,7 +229,7 @@ def test_a_history_that_cannot_be_read_stops_neither_the_scan_nor_the_others(run
         made = await begun(store)
         await store.set(keys.history("broken"), b"\x02\x02abcd" + bytes(20) + b"\x00\x00\x00\x09x")
         await store.set(keys.history("future"), b"\x09" + bytes(30))
-        made.know(NEW)
+        made.set_items(NEW)
         await made.scan()
 
     after = run(work)

@@ -118,7 +118,7 @@ def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(made: Shop,
     new, title = (3, 2, 4), "A New Red Lantern"
     model = made.model(seed=6, text_size=256)
     known = torch.from_numpy(made.known.codes)
-    model.know(known, torch.from_numpy(title_vectors(made.known.titles)))
+    model.set_items(known, torch.from_numpy(title_vectors(made.known.titles)))
     export_generator(model, tmp_path)
     items = Items(tmp_path, SIZES)
     index = SidIndex.build(np.array([*made.known.sids, new]), [*made.known.items, "new"])
@@ -126,7 +126,9 @@ def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(made: Shop,
     codes = torch.tensor([made.prompt.tokens(new)])
     with torch.no_grad():
         alone = model.model.embed_items(codes)[0].numpy()
-        model.know(torch.cat((known, codes)), torch.from_numpy(title_vectors([*made.known.titles, title])))
+        model.set_items(
+            torch.cat((known, codes)), torch.from_numpy(title_vectors([*made.known.titles, title]))
+        )
         told = model.model.embed_items(codes)[0].numpy()
     # While its title is not there, it is its codes; another item's coming is the next chance.
     items.meet(index, lambda _: "")

@@ -103,10 +103,11 @@ def test_a_large_level_is_drawn_from_without_listing_it() -> None:
         ([], {}, "at least one SID"),
         ([(1, 2), (1, 2, 3)], {}, "one common number of codes"),
         ([(1, 2)], {"chosen": (1,)}, r"chosen is \(1,\)"),
-        ([(1, 2)], {"k": -1}, "k is -1"),
+        ([(1, 2)], {"count": -1}, "count is -1"),
     ],
 )
 def test_what_cannot_be_filled_is_named(sids: list[Sid], arguments: dict[str, Any], said: str) -> None:
-    given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "known": [], "seed": "", "k": 1} | arguments
+    given_: dict[str, Any] = {"rejected": [], "chosen": (1, 2), "interacted": [], "seed": "", "count": 1}
+    given_ |= arguments
     with pytest.raises(SidstreamError, match=said):
         SiblingSids(sids).add_negatives(**given_)

@@ -130,13 +130,13 @@ def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
 ) -> None:
     few = copy.deepcopy(model)
     kept = [item for item in range(len(made.known.codes)) if item not in (0, 9)]
-    few.know(torch.from_numpy(made.known.codes[kept]))
+    few.set_items(torch.from_numpy(made.known.codes[kept]))
     batch = batch_of(made)
     # Item 0 is chosen in the second row, item 9 rejected in the third.
     assert score_answers(few, batch)[1].real.tolist() == [
         [True, False, False], [False, False, False], [True, False, True], [True, True, False]
     ]  # fmt: skip
-    few.know(torch.zeros(0, 3, dtype=torch.long))
+    few.set_items(torch.zeros(0, 3, dtype=torch.long))
     assert len(score_answers(few, batch)) == 1
 
 

@@ -34,7 +34,7 @@ def member(seed: int, text: int = 5, **shape: int) -> GeneratorForCausalLM:
         **(given | shape),
     )  # fmt: skip
     texts = torch.randn(len(ITEMS), text, generator=torch.Generator().manual_seed(0))
-    made.know(ITEMS, texts if text else None)
+    made.set_items(ITEMS, texts if text else None)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.5)
@@ -115,6 +115,6 @@ def test_generators_of_another_shape_are_refused(other):
 def test_generators_of_other_items_are_refused():
     other = copy.deepcopy(member(1))
     elsewhere = torch.tensor([PROMPT.tokens(sid) for sid in product(*map(range, SIZES))][1::2])
-    other.know(elsewhere, other.model.items.text.clone())
+    other.set_items(elsewhere, other.model.items.text.clone())
     with pytest.raises(ValueError, match="one shape, vocabulary and catalogue"):
         merge_generators([member(0), other])

@@ -30,7 +30,7 @@ def model() -> GeneratorForCausalLM:
     )  # fmt: skip
     # Half of all SIDs are items that it knows by themselves.
     some = [sid for at, sid in enumerate(product(*map(range, SIZES))) if at % 2]
-    made.know(torch.tensor([PROMPT.tokens(sid) for sid in some]))
+    made.set_items(torch.tensor([PROMPT.tokens(sid) for sid in some]))
     with torch.no_grad():
         made.model.items.own.normal_(0, 0.1)
         made.model.embed_tokens.weight[FIRST_SAID:].normal_(0, 1)
@@ -81,7 +81,7 @@ def reference(model: GeneratorForCausalLM, ids: list[int]) -> torch.Tensor:
             position = torch.stack(opened[-len(SIZES) :]).sum(0)
             if spelled[-len(SIZES) :] == list(range(len(SIZES))):
                 codes = torch.tensor(ids[len(spelled) - len(SIZES) : len(spelled)])
-                position = position + base.items.extras(base.items.rows(codes))
+                position = position + base.items.beyond_codes(base.items.rows(codes))
             positions.append(position)
             opened, heard = [], []
             vectors.append(base.depth[0](last_state(), None))

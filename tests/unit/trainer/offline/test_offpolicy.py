@@ -102,8 +102,8 @@ def test_the_model_that_drew_has_the_value_that_was_logged_and_is_not_vetoed(lea
     assert not got.vetoed
     assert got.sentence.startswith("no veto: CTR ")
     assert "is not shown to be more than 10% below" in got.sentence
-    assert "IPS 0." in got.told()
-    assert "clipped 0." in got.told()
+    assert "IPS 0." in got.summary()
+    assert "clipped 0." in got.summary()
     assert got.metrics()["ope_dr"] == got.dr.value
     json.dumps(dataclasses.asdict(got), allow_nan=False)
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_used_is_left_out_and_counted() -> None:
     }  # fmt: skip
     got = judge_by_explorations(made.model(), logged, SETTINGS)
     assert got.metrics()["ope_left_out"] == 6
-    assert "1 of another codebook left out" in got.told()
+    assert "1 of another codebook left out" in got.summary()
     assert not got.vetoed
 
 

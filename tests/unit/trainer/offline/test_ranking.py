@@ -73,13 +73,13 @@ def test_the_dense_heads_best_are_those_of_all_items_without_a_beam(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
     ranker = CatalogueRanker(model, made.known.codes, made.sids, 2)
-    best = ranker.best(HISTORIES, ranker.states(HISTORIES), 5)
+    best = ranker.best_items(HISTORIES, ranker.states(HISTORIES), 5)
     for row, history in enumerate(HISTORIES):
         _, dense = brute(made, model, history)
         assert best[row].tolist() == np.argsort(-dense)[:5].tolist()
     # What the model knows and the catalogue has not is never listed.
     few = CatalogueRanker(model, made.known.codes[:9], made.sids, 2)
-    assert sorted(few.best(HISTORIES[:2], few.states(HISTORIES[:2]), 9)[0].tolist()) == list(range(9))
+    assert sorted(few.best_items(HISTORIES[:2], few.states(HISTORIES[:2]), 9)[0].tolist()) == list(range(9))
 
 
 def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: GeneratorForCausalLM) -> None:
@@ -94,7 +94,7 @@ def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: Generato
 
 def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(made: Shop) -> None:
     bare = made.model(seed=1)
-    bare.know(torch.zeros(0, 3, dtype=torch.long))
+    bare.set_items(torch.zeros(0, 3, dtype=torch.long))
     found = CatalogueRanker(bare, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, _ = brute(made, bare, history)
@@ -141,9 +141,9 @@ def test_the_rule_leaves_out_what_it_says() -> None:
     }  # fmt: skip
     seen = candidate_history(found.items, one.histories, one.ages_s, one.bought)
     for rule, wanted in said.items():
-        assert seen.kept(Ranking(repeats=rule)).tolist() == [wanted]
+        assert seen.allowed(Ranking(repeats=rule)).tolist() == [wanted]
     within = Ranking(repeats="within", within_s=3600)
-    assert seen.kept(within).tolist() == [[False, True, False, True]]
+    assert seen.allowed(within).tolist() == [[False, True, False, True]]
     assert target_ranks(found, one, within).tolist() == [4]
     assert left_out(Repeats(repeats="within", within_s=60), bought, ages).tolist() == [True, False, True]
 
@@ -176,7 +176,7 @@ def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
         best = sorted((-score[at], at, item) for at, item in named if item not in gone)
         listed = [item for _, _, item in best]
         wanted.append(listed.index(target) if target in listed else found.items.shape[1])
-        left = candidate_history(found.items, one.histories, one.ages_s, one.bought).kept(rule)[row]
+        left = candidate_history(found.items, one.histories, one.ages_s, one.bought).allowed(rule)[row]
         assert found.order(weight, left[None].expand(len(one.targets), -1))[row].tolist() == (
             listed + [-1] * (found.items.shape[1] - len(listed))
         )

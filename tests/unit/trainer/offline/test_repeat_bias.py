@@ -78,7 +78,7 @@ def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
     (targets, logits, (batch, past, more)), *rest = ranker.dense_logits(some)
     assert not rest
     whole = logits.index_put((batch, past), more, accumulate=True)
-    best = ranker.best(pasts, ranker.states(pasts), ITEMS)
+    best = ranker.best_items(pasts, ranker.states(pasts), ITEMS)
     by_hand = [row.tolist().index(int(target)) for row, target in zip(best, some.targets, strict=True)]
     assert (whole > whole[torch.arange(20), targets][:, None]).sum(1).tolist() == by_hand
 
@@ -90,7 +90,7 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
     train(model, made.rows, made.sids, made.settings)
     strange = [np.array([3, 14, 3, 14]), np.array([20, 5, 20, 5]), np.array([10, 8, 10, 8])]
     ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
-    best = ranker.best(strange, ranker.states(strange), 1)[:, 0]
+    best = ranker.best_items(strange, ranker.states(strange), 1)[:, 0]
     assert best.tolist() == [3, 20, 10]
 
 

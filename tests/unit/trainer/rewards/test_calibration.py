@@ -20,7 +20,7 @@ def test_chances_are_calibrated_where_they_were_not_fitted() -> None:
     half = slice(None, 10_000)
     known = purchase_rates(items[half], bought[half], 50)
     made = calibrate_chances(
-        known, (scores[half], clicked[half]), (items[half], scores[half], bought[half]), least=100
+        known, (scores[half], clicked[half]), (items[half], scores[half], bought[half]), min_outcomes=100
     )
     rest = slice(10_000, None)
     for found, outcome in (
@@ -54,8 +54,8 @@ def test_an_outcome_is_taken_out_of_the_rate_that_is_to_tell_it() -> None:
 def test_nothing_is_said_where_too_little_happened() -> None:
     scores, outcomes = np.arange(10.0), np.array([0, 1] * 5)
     none = purchase_rates(np.zeros(0, np.int64), np.zeros(0, np.int64), 4)
-    few = calibrate_chances(none, (scores, outcomes), (np.zeros(0, np.int64), *NOTHING), least=6)
+    few = calibrate_chances(none, (scores, outcomes), (np.zeros(0, np.int64), *NOTHING), min_outcomes=6)
     assert few.click(scores) is None
     assert few.purchase(np.zeros(10, np.int64), scores) is None
-    enough = calibrate_chances(none, (scores, outcomes), (np.zeros(0, np.int64), *NOTHING), least=5)
+    enough = calibrate_chances(none, (scores, outcomes), (np.zeros(0, np.int64), *NOTHING), min_outcomes=5)
     assert enough.click(scores) is not None

@@ -94,7 +94,7 @@ def test_a_rounds_answers_are_told_with_what_they_bring(
 ) -> None:
     made, worth, model = begun
     stage = OnlineStage(model, made.rows, made.sids, worth, dense_weight=0.5)
-    told, lessons = stage.round(0)
+    told, lessons = stage.collect_answers(0)
     assert (told.asked, told.kept) == (800, len(lessons))
     assert 0 < told.kept <= told.likely <= 800
     assert 0.25 < told.followed <= 1
@@ -107,7 +107,7 @@ def test_a_rounds_answers_are_told_with_what_they_bring(
     # No answer is the page's own item, and the histories are those of the log.
     pages = lessons.items[lessons.starts[1:] - 1]
     assert (lessons.targets != pages).all()
-    again, same = stage.round(0)
+    again, same = stage.collect_answers(0)
     assert again == told
     assert (same.targets == lessons.targets).all()
 
@@ -167,7 +167,7 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
     )
     rewards = replace(worth.rewards, mass=dict(worth.rewards.mass) | {"click": SURE, "purchase": SURE})
     full = RewardEvidence(rewards, worth.context, OFFERS, clicks, logged)
-    _, lessons = OnlineStage(model, made.rows, made.sids, full, dense_weight=0.5).round(1)
+    _, lessons = OnlineStage(model, made.rows, made.sids, full, dense_weight=0.5).collect_answers(1)
     click, purchase, price = lessons.rewards.T
     assert bool((price > 0).all())
     clicked = click == made.context.row({"reward.click": "1"})[0]

@@ -243,10 +243,10 @@ def test_children_of_a_prefix_are_those_of_the_sids() -> None:
     made = shop()
     known = SidSet([(0, 1, 2), (0, 1, 4), (3, 0, 0)], made.prompt)
     base = [made.prompt.code_base(level) for level in range(3)]
-    assert known.allowed([]) == [base[0], base[0] + 3]
-    assert known.allowed([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
-    assert known.allowed([base[0] + 1]) == []
-    assert known.allowed(made.prompt.tokens((0, 1, 2))) == []
+    assert known.allowed_tokens([]) == [base[0], base[0] + 3]
+    assert known.allowed_tokens([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
+    assert known.allowed_tokens([base[0] + 1]) == []
+    assert known.allowed_tokens(made.prompt.tokens((0, 1, 2))) == []
 
 
 def test_without_item_vectors_codes_alone_are_learned() -> None:
