@@ -22,7 +22,7 @@ def keep_picture(
     if record["mode"] == "guard":
         return None
     try:
-        from trainer.plots.figure import save_trial_plot
+        from trainer.plots.trial_plot import save_trial_plot
 
         return save_trial_plot(registry, record, seen, settings)
     except (ModuleNotFoundError, SidstreamError) as error:

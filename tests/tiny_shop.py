@@ -58,13 +58,13 @@ class Shop:
         with torch.no_grad():
             made.model.items.own.normal_(0, 0.5)
             made.model.items.query_proj.weight.normal_(0, 0.3)
-            made.model.items.again.normal_(0, 1)
+            made.model.items.repeat_vectors.normal_(0, 1)
         return made
 
 
 def come_again(model: GeneratorForCausalLM, query: Tensor, past: list[int], item: int) -> float:
     """What the dense head adds to an item of a past (oldest first) under a query (D,), said by hand."""
-    rows = model.model.items.again
+    rows = model.model.items.repeat_vectors
     distance, count = past[::-1].index(item) + 1, past.count(item)
     near = next(at for at in range(8) if distance <= 2**at or at == 7)
     often = next(at for at in range(5) if count <= 2**at or at == 4)

@@ -35,7 +35,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
 from trainer.offline.offpolicy import LoggedExplorations, judge_by_explorations
 from trainer.offline.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
-from trainer.plots.curve import draw_training_curve
+from trainer.plots.training_curve import draw_training_curve
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 from trainer.sequences.interactions import popular
 from trainer.sequences.rows import Rows

@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from registry.bundles.embedder import title_vectors
+from registry.bundles.ranking import COUNT_STARTS, DISTANCE_STARTS
 from serving.decoding.index import Ints, SidIndex
 from streams.errors import SidstreamError
 
 ITEMS = "items.safetensors"
-# Rows of `again` that are for an item's last distance in the past; those for its count come after them.
-DISTANCES = 8
 Floats = NDArray[np.float32]
 
 
-def _bucket(numbers: Ints, buckets: int) -> Ints:
-    """1, 2, 3 to 4, 5 to 8, ... -> 0, 1, 2, 3, ..., the last one for all beyond."""
-    return np.minimum(np.ceil(np.log2(numbers)).astype(np.int64), buckets - 1)
+def _bucket(numbers: Ints, starts: Sequence[int]) -> Ints:
+    """The bucket (n,) of each number (n,), where bucket b begins at starts[b]."""
+    return np.searchsorted(starts, numbers, side="right") - 1
 
 
 class Items:
@@ -47,7 +46,7 @@ class Items:
             raise SidstreamError(f"{path} does not open ({error}); export the bundle again") from error
         self._sizes = tuple(sizes)
         fits = self._codes.shape[0] == sum(sizes) and sids.shape == (len(extras), len(sizes))
-        if not fits or self._again.ndim != 2 or len(self._again) <= DISTANCES:
+        if not fits or self._again.ndim != 2 or len(self._again) != len(DISTANCE_STARTS) + len(COUNT_STARTS):
             raise SidstreamError(
                 f"{path} is not of a codebook of {self._sizes}, or of an earlier generator; "
                 "export the bundle again"
@@ -113,8 +112,8 @@ class Items:
         counts (n,): how often the item is there.
         """
         offered = query @ self._again.T
-        near = _bucket(distances, DISTANCES)
-        often = DISTANCES + _bucket(counts, offered.shape[1] - DISTANCES)
+        near = _bucket(distances, DISTANCE_STARTS)
+        often = len(DISTANCE_STARTS) + _bucket(counts, COUNT_STARTS)
         made: Floats = offered[owner, near] + offered[owner, often]
         return made
 

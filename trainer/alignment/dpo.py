@@ -1,11 +1,11 @@
 """Preference alignment with TRL: DPO, Softmax-DPO and beta-DPO, jointly with the chosen answer's own loss.
 
-Plain DPO on SIDs has been published as harmful: the next-token term holds the chosen SID up, one epoch is
-all, and the stage stops where the chosen SID's log-probability, the hit rate on held-out users or the share
-of real SIDs falls too far (`trainer.alignment.stop_rules`).
+Plain DPO on SIDs has been published as harmful: the next-token term keeps the chosen SID likely, one epoch is
+enough, and the stage stops where the chosen SID's log-probability, the hit rate on held-out users or the
+share of real SIDs falls too far (`trainer.alignment.stop_rules`).
 
-The same code aligns the generator, in full, and a Hugging Face causal LM, by LoRA: the losses ask for no more
-than the log-probability of an answer (`trainer.alignment.scores`). The reference is the model that the stage
+The same code aligns the generator, in full, and a Hugging Face causal LM, by LoRA: the losses need only the
+log-probability of an answer (`trainer.alignment.scores`). The reference is the model that the stage
 starts from; where adapters are trained, it is the model without them.
 """
 
@@ -40,14 +40,14 @@ from trainer.sequences.rows import Rows
 from trainer.settings import DpoSettings, TrainerSettings
 from trainer.tuning.next_item import Replay
 
-# Steps between looks at the chosen SID's log-probability.
+# Steps between two checks of the chosen SID's log-probability.
 _STEPS_BETWEEN_LOGS = 5
 _INSTALL_HINT = "install trl>=1.16,<1.17"
 
 
 @dataclass(frozen=True)
 class DpoResult:
-    """What the stage did; `drop` is in nats below the reference, `margin` in beta-scaled reward."""
+    """Counts and figures of the stage; `drop` in nats below the reference, `margin` times beta."""
 
     pairs: int
     rejected: int
@@ -58,9 +58,9 @@ class DpoResult:
     margin: float
     accuracy: float
     drop: float
-    beta: float  # of the last look: it moves where it is dynamic
+    beta: float  # at the last log: it changes where it is dynamic
     stopped: str
-    # A point for each look: step, loss, margin, accuracy, drop, and what a probe found.
+    # A point for each log (step, loss, margin, accuracy, drop, beta) and each probe (step, hr10, validity).
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def failed(self, max_drop: float) -> str | None:
@@ -69,7 +69,7 @@ class DpoResult:
 
 
 class _PreferenceTrainer(DPOTrainer):
-    """DPOTrainer with losses over 1 + K answers, for rows that are token ids already."""
+    """DPOTrainer with losses over 1 + K answers, for rows that are already token ids."""
 
     def __init__(self, dpo: DpoSettings, replay: Replay | None, **trainer_arguments: Any) -> None:
         super().__init__(**trainer_arguments)
@@ -134,7 +134,7 @@ class _PreferenceTrainer(DPOTrainer):
 
 
 def _margins(head: HeadScores, reference: HeadScores) -> Tensor:
-    """(B, K): how much more the chosen answer has risen over the reference than each rejected one."""
+    """Margins (B, K): the chosen answer's gain over the reference less each rejected answer's gain."""
     risen = head.scores - reference.scores
     return (risen[0] - risen[1:]).T
 
@@ -179,13 +179,13 @@ def align(
 ) -> tuple[GeneratorForCausalLM, DpoResult]:
     """A copy of `model` aligned to rows of token ids, in full; `model` itself is the frozen reference.
 
-    `folder` is where TRL may keep files; `sequences` are what the model was fine-tuned on, whose next-item
-    loss joins at `dpo.replay_weight` and keeps the clicks; `probe` looks at the policy every
-    `dpo.probe_steps`. Where a stop rule ends the stage, the weights are those of the last look that passed.
+    `folder` is for TRL's files; `sequences` are the rows of the fine-tuning: their next-item loss is added
+    with the weight `dpo.replay_weight`, so that clicks are not forgotten. `probe` measures the policy every
+    `dpo.probe_steps`. Where a stop rule ends the stage, the weights are those of the last probe that passed.
     Raises SidstreamError when there are no rows.
     """
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
-    # Not a part of the preference: dropped items would move the policy alone.
+    # Off, since item dropout would change the policy's scores but not the reference's.
     policy.model.items.item_dropout = 0.0
     replay = Replay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
     _, result = _train(
@@ -210,7 +210,7 @@ def align_language_model(
 ) -> tuple[Any, DpoResult]:
     """A causal LM aligned to rows in its own token ids: by `adapters`, which are merged, or in full (None).
 
-    `model` is used up where there are adapters, and stays as it is without them. Otherwise as `align`.
+    With adapters `model` itself is changed; without them it is copied first. Otherwise as `align`.
     """
     policy = model if adapters is not None else copy.deepcopy(model)
     reference = None if adapters is not None else copy.deepcopy(model).eval()
@@ -226,7 +226,7 @@ def _train(
     progress: Callable[[str], None] | None, stop: Callable[[], bool] | None, adapters: PeftConfig | None,
     replay: Replay | None,
 ) -> tuple[Any, DpoResult]:  # fmt: skip
-    """The model as TRL trained it (with its adapters, where there are any), and what the stage did."""
+    """The model as TRL trained it, with adapters where there are any, and the outcome of the stage."""
     check_trl()
     if not rows:
         raise SidstreamError(
@@ -238,7 +238,7 @@ def _train(
         output_dir=str(folder), seed=settings.seed, num_train_epochs=dpo.epochs, learning_rate=dpo.lr,
         per_device_train_batch_size=dpo.batch, beta=dpo.beta, max_length=None, bf16=False,
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), lr_scheduler_type="cosine",
-        # The rate of the first of them is 0: a stage of a few steps has none.
+        # The first warm-up step has a rate of 0: a stage of fewer than ten steps has no warm-up.
         warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_STEPS_BETWEEN_LOGS, save_strategy="no",
         report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Preference losses on margins: DPO, Softmax-DPO with K rejected answers, and a beta that follows the batch.
 
 With Delta(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of y, the margin of a rejected answer is
-Delta(chosen) - Delta(rejected). Everything here is a function of margins, so it holds for any model that says
-how likely an answer is: a SID spelled code by code, an item scored at once, the text of a language model.
+Delta(chosen) - Delta(rejected). All losses are functions of margins, so they hold for any model
+that gives an answer's log-probability: for a SID spelled code by code, an item scored at once, or text.
 
 Tokens that chosen and rejected share at their beginning cancel in a margin, in value and in gradient.
 """
@@ -44,12 +44,12 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
 
 
 def mean_margins(margins: Tensor, real: Tensor) -> Tensor:
-    """The mean margin of each pair (B,): what `DynamicBeta` looks at where there are K rejected answers."""
+    """The mean margin (B,) of each pair over its rejected answers: the gap of `DynamicBeta`."""
     return (margins * real).sum(-1) / real.sum(-1)
 
 
 class BatchBeta(NamedTuple):
-    """What `DynamicBeta` says of a batch."""
+    """The beta of a batch, and the pairs that are trained on."""
 
     beta: float
     selected: Tensor  # (B,) bool
@@ -63,7 +63,7 @@ def _single_device(values: Tensor) -> Tensor:
 class DynamicBeta:
     """beta-DPO (Wu et al. 2024, arXiv 2407.08639): beta follows a batch's mean gap, outliers are left out.
 
-    beta = base (1 + scale (mean gap of the kept pairs - running mean gap)), equation 8; pairs are kept with
+    beta = base (1 + scale (mean gap of the kept pairs - running mean gap)), equation 8; pairs are drawn with
     weights exp(-(gap - running mean)^2 / (2 running deviation^2)), equation 9, without replacement.
 
     Four things that the published code does not do: running means are corrected for their start at 0 (Kingma
@@ -75,7 +75,7 @@ class DynamicBeta:
     scale: float = 0.6
     momentum: float = 0.9
     outlier_share: float = 0.2  # share of a batch
-    warm_steps: int = 20  # before these, nothing is left out: the deviation is hardly known
+    warm_steps: int = 20  # in these first steps nothing is left out: the deviation is not yet estimated well
     bound: float = 10.0  # beta stays within base / bound and base * bound
     gather: Callable[[Tensor], Tensor] = field(default=_single_device, repr=False)
     _mean: float = field(default=0.0, init=False)
@@ -95,8 +95,8 @@ class DynamicBeta:
     def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> BatchBeta:
         """The beta of a batch with gaps (B,), and which of its pairs are kept.
 
-        In training the running figures take the batch in first; in evaluation they stand still, and every
-        pair is kept. `generator` draws what is left out.
+        In training the running figures are updated first; in evaluation they stay, and every pair is kept.
+        `generator` draws the pairs that are kept.
         """
         gap = gap.detach().float()
         all_pairs = torch.ones_like(gap, dtype=torch.bool)
@@ -109,13 +109,13 @@ class DynamicBeta:
         spread = float(all_gaps.std(correction=0)) if len(all_gaps) > 1 else 0.0
         self._deviation = self.momentum * self._deviation + new_share * spread
         selected = all_pairs if self._steps <= self.warm_steps else self._select_pairs(gap, generator)
-        # Sums and counts travel, since each device may keep others.
+        # Sums and counts are gathered, not means, since devices may keep different numbers of pairs.
         sums = self.gather(torch.stack(((gap * selected).sum(), selected.sum().float()))[None]).sum(0)
         return BatchBeta(self._bounded_beta(float(sums[0] / sums[1])), selected)
 
     def _select_pairs(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
         count = max(1, round((1 - self.outlier_share) * len(gap)))
-        # Never 0: a batch of nothing but outliers is kept, too, as far as it has to be.
+        # Weights stay above 0, so that `count` pairs can be drawn from a batch of outliers, too.
         deviations = (gap - self.mean) / max(self.deviation, 1e-6)
         weights = torch.exp(-0.5 * deviations.square()).clamp(min=1e-30)
         indices = torch.multinomial(weights.cpu(), count, generator=generator)

@@ -1,4 +1,4 @@
-"""Pictures of preference pairs: when they were decided, what their codes share, and how old they are."""
+"""Plots of preference pairs: when they were decided, what their codes share, and how old they are."""
 
 from __future__ import annotations
 

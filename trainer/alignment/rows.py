@@ -15,7 +15,7 @@ from streams.events import PreferencePair
 from trainer.log.pair_filter import newest_of_each
 from trainer.settings import DpoSettings
 
-# Of a pair: what else is rejected beside what its user passed over, up to K in all.
+# (pair, rejected SIDs) -> the rejected SIDs and hard negatives, up to K in all.
 RejectedFiller = Callable[[PreferencePair, list[Sid]], list[Sid]]
 
 
@@ -32,12 +32,12 @@ def preference_rows(
     context: Context | None = None, profiles: Mapping[str, Attributes] | None = None,
     fill_rejected: RejectedFiller | None = None,
 ) -> list[PreferenceRow]:  # fmt: skip
-    """A row for each of the newest `max_pairs` pairs of this codebook, shared out among the wanted schemes.
+    """A row for each of the newest `max_pairs` pairs of this codebook, in equal parts of `settings.schemes`.
 
     A row has up to `max_rejected` rejected SIDs, none of them twice, none of them the chosen one. A pair that
     repeats, that has no other SID to reject, or whose codes are not of this codebook, is left out. After the
     items of a prompt stand the tokens of `context` for the pair's scene and its user's profile.
-    `fill(pair, rejected)`: more of them, where a pair has fewer.
+    `fill_rejected(pair, rejected)` adds hard negatives where a pair has fewer.
     """
     matching_pairs = {
         pair.event_id: pair
@@ -56,7 +56,7 @@ def _row(
     profiles: Mapping[str, Attributes], fill_rejected: RejectedFiller | None,
 ) -> PreferenceRow | None:  # fmt: skip
     trigger = tuple(pair.trigger) if pair.trigger is not None else None
-    # Batches are as long as their longest prompt, and the last items say most: short prompts are fast.
+    # A batch is as long as its longest prompt, so short prompts are fast; the last items matter most.
     length = min(settings.max_items, prompt.max_items)
     prompt_items = prompt_sids([tuple(sid) for sid in pair.history], trigger, length)
     chosen = tuple(pair.chosen)

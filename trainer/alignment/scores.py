@@ -1,8 +1,8 @@
-"""How likely a model finds the answers of a batch of preference rows: one interface, whatever the model is.
+"""Log-probabilities of the answers of a batch of preference rows, for a generator and for a language model.
 
-A generator has two heads, and what is served is a mixture of both, so both are asked: the log-probability of
-a SID, and the dense head's of its item. Any other causal language model is asked for the log-probability of
-the answer's tokens. All that a preference loss needs is their difference to a reference.
+A generator has two heads, and serving mixes both, so both have scores: the log-probability of the SID, and
+the dense head's of its item. Any other causal language model has the log-probability of the answer's tokens.
+A preference loss needs only their difference to a reference.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from trainer.tuning.losses import softmax_loss
 
 
 class HeadScores(NamedTuple):
-    """What one head says of 1 + K answers to each of B prompts, the chosen one first."""
+    """One head's scores of 1 + K answers to each of B prompts, the chosen answer first."""
 
-    scores: Tensor  # (1 + K, B): log-probability of an answer, less a number that is the same for its prompt
+    scores: Tensor  # (1 + K, B): log-probability of an answer, up to a constant of its prompt
     real: Tensor  # (B, K) bool: which rejected answers count; a pair with none is left out
     nll: Tensor  # (): mean negative log-probability of the chosen answers, per token
 
 
 def score_answers(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> list[HeadScores]:
-    """The heads of a generator or of another causal LM for a batch of `preference_rows.collate`.
+    """The scores of each head of a generator, or of another causal LM, for a batch of `collate_preferences`.
 
     A prompt of the generator is BOS, whole items and at its end the tokens of its context; an answer is one
     SID. `with_nll`: False for a reference, whose nll is 0.
@@ -79,7 +79,8 @@ def _split_prompts(
     longest = max(1, int(lengths.max()))
     ids = F.pad(ids, (0, max(0, 1 + longest * levels - ids.shape[1])), value=model.config.code_base)
     codes = ids[:, 1 : 1 + longest * levels].unflatten(1, (longest, levels))
-    # Codes after a row's own prompt are its answer or padding: made a real code, which no length reaches.
+    # Codes after a row's own prompt are its answer or padding. A valid code takes their place: no length
+    # reaches it, but the embedding must exist.
     inside = torch.arange(longest, device=ids.device) < lengths[:, None]
     context = torch.where(is_context, ids[:, : is_context.shape[1]], model.config.pad_token_id)
     return torch.where(inside[..., None], codes, model.config.code_base), lengths, context
@@ -107,7 +108,7 @@ def _sid_log_probs(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) 
 def _repeat_bias(
     model: GeneratorForCausalLM, query: Tensor, history_rows: Tensor, lengths: Tensor, rows: Tensor
 ) -> Tensor:
-    """What the dense head adds to answers (1 + K, B) that are in their prompt's past (B, P)."""
+    """The repeat bias (1 + K, B) of answers' rows (1 + K, B); 0 for those outside of the history (B, P)."""
     places = torch.arange(history_rows.shape[1], device=history_rows.device)
     same = (history_rows == rows[..., None]) & (rows >= 0)[..., None] & (places < lengths[:, None])
     last_place = torch.where(same, places, -1).amax(-1)
@@ -118,7 +119,7 @@ def _repeat_bias(
 
 def _language_head(model: Any, batch: dict[str, Tensor]) -> HeadScores:
     ids, answer = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
-    # Called as a module: wrappers that join gradients of several devices see the call.
+    # Called as a module, so that wrappers that gather gradients of several devices see the call.
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     logs = logits[answer].float().log_softmax(-1).gather(-1, ids[:, 1:][answer][:, None])[:, 0]
     scores = torch.zeros_like(answer, dtype=logs.dtype).masked_scatter(answer, logs).sum(1)

@@ -57,7 +57,7 @@ def hard_negative_filler(
     siblings = SiblingSids(catalogue.sids)
     user_index = {user: index for index, user in enumerate(log.users)}
 
-    def fill(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
+    def fill_rejected(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
         max_rejected = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
         excluded = [tuple(sid) for sid in (*pair.history, *([pair.trigger] if pair.trigger else []))]
         if (index := user_index.get(pair.user_id)) is not None:
@@ -66,7 +66,7 @@ def hard_negative_filler(
             ]
         return siblings.add_negatives(rejected, tuple(pair.chosen), excluded, pair.event_id, max_rejected)
 
-    return fill
+    return fill_rejected
 
 
 def window_rows(
@@ -90,7 +90,7 @@ def align_to_window(
     tuned: HeldOutQuality | None, folder: Path, *, sequences: Rows, report_progress: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
-    """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
+    """Align `model`, whose fine-tuning ended with the quality `tuned` (None: no users are held out).
 
     `window_ms` is the attribution window of the pairs; `sequences` are the rows that it was fine-tuned on;
     `report_progress` gets a line of text at each log.
@@ -126,7 +126,7 @@ def align_to_window(
     }  # fmt: skip
     change_note, failure = "", None
     if tuned is not None and len(held_out.targets):
-        # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
+        # Under the reference's ranking: its dense weight is fitted to the two heads, not to the pairs.
         alignment.quality = evaluate_held_out(
             aligned_model, held_out, material.known, material.sids, settings, tuned.ranking
         )

@@ -15,26 +15,28 @@ from transformers import TrainerCallback
 from trainer.offline.probe import HeldOutProbe, ProbeOutcome
 from trainer.settings import DpoSettings
 
-# One-sided, 1 %: a look at some hundred users must not take noise for a collapse, and there are several.
+# One-sided, 1 %: a stage has several probes of a few hundred users, and none of them may stop it by chance.
 _Z_99_ONE_SIDED = 2.326
-# A stage of any length has about so many looks at held-out users, so many steps apart at least.
+# A stage of any length has about six probes of held-out users, at least five steps apart.
 _PROBES_PER_STAGE, _MIN_STEPS_BETWEEN_PROBES = 6, 5
 
 
 def _fell_significantly(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_], margin: float) -> bool:
     """Whether a share fell by more than `margin`, and not by chance: the paired test, user by user."""
     fall = before.astype(float) - now
-    least = fall.mean() - _Z_99_ONE_SIDED * fall.std() / len(fall) ** 0.5
-    return bool(fall.mean() > margin and least > 0)
+    lower_bound = fall.mean() - _Z_99_ONE_SIDED * fall.std() / len(fall) ** 0.5
+    return bool(fall.mean() > margin and lower_bound > 0)
 
 
 class StopRules(TrainerCallback):
-    """Progress, the time budget, and three rules that end the stage.
+    """Reports progress, holds the time budget, and ends the stage by three rules.
 
-    The chosen answer's log-probability fell more than `max_drop` below the reference; HR@10 of held-out
-    users fell by more than `max_recall_fall` of what it was; `max_invalid_rise` more of the unconstrained
-    answers are no SID. The last two must be more than noise, and the weights go back to the last probe that
-    passed.
+    1. The chosen answer's log-probability is more than `max_drop` nats below the reference.
+    2. HR@10 of held-out users fell by more than the share `max_recall_fall` since the start of the stage.
+    3. The share of unconstrained answers that are no SID rose by more than `max_invalid_rise`.
+
+    Rules 2 and 3 hold only where the fall is significant. After them the model gets the weights back that
+    passed the last probe.
     """
 
     def __init__(
@@ -57,16 +59,16 @@ class StopRules(TrainerCallback):
 
     @property
     def drop(self) -> float:
-        """Nats that the chosen answer lost against the reference, at the last look."""
+        """Nats that the chosen answer lost against the reference, at the last log."""
         return -self.last_log.get("risen", 0.0)
 
     @property
     def margin(self) -> float:
-        """The mean margin at the last look, times beta."""
+        """The mean margin at the last log, times beta."""
         return self.settings.beta * self.last_log.get("margin", 0.0)
 
     def kept_step(self, steps: int) -> int:
-        """The step whose weights the stage of so many steps ends with."""
+        """The step whose weights are kept after a stage of `steps` steps."""
         return self._saved_step if self._failed else steps
 
     def begin(self, model: Any) -> None:
@@ -77,15 +79,15 @@ class StopRules(TrainerCallback):
             self._save_weights(model, 0)
 
     def end(self, model: Any, step: int) -> None:
-        """A last probe, of the weights that the stage ended with, unless one has failed already."""
+        """Probe the weights of the last step, unless a probe failed before."""
         if self.outcome_at_start is not None and self._probed_step < step and not self._failed:
             self._passes_probe(model, step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
     ) -> None:
-        """Remember what TRL averaged; stop where the chosen answer fell too far."""
-        # The last log of a run sums it up, and has no figures of its own.
+        """Keep the figures that TRL averaged; stop where the chosen answer fell too far."""
+        # The last log of a run is a summary without these figures.
         if not logs or "risen" not in logs:
             return
         self.last_log = {key: float(value) for key, value in logs.items()}
@@ -101,7 +103,7 @@ class StopRules(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
-        """Look at time, at the wish to stop and, every `probe_steps`, at held-out users."""
+        """Stop at the time budget or on request; probe held-out users every `probe_steps` steps."""
         budget = self.settings.max_seconds
         if budget is not None and time.monotonic() - self.started_at > budget:
             self.stopped = "time budget spent"
@@ -116,12 +118,12 @@ class StopRules(TrainerCallback):
             control.should_training_stop = not self._passes_probe(model, state.global_step)
 
     def _steps_between_probes(self, steps: int) -> int:
-        """Steps between two looks: a short stage has several, too, or there is nothing to go back to."""
+        """Steps between two probes; a short stage has several, too, so that it has weights to go back to."""
         return min(self.settings.probe_steps, max(_MIN_STEPS_BETWEEN_PROBES, steps // _PROBES_PER_STAGE))
 
     def _passes_probe(self, model: Any, step: int) -> bool:
-        """Whether the policy passes; where it does not, it gets the weights of the last look back."""
-        assert self.outcome_at_start is not None, "a probe was made at the beginning"
+        """Probe the policy; where it fails, restore the weights that passed the last probe."""
+        assert self.outcome_at_start is not None, "`begin` sets the first outcome"
         outcome, before = self._run_probe(model), self.outcome_at_start
         self._probed_step = step
         self.curve.append({"step": float(step), "hr10": outcome.hr10, "validity": outcome.validity})
@@ -140,7 +142,7 @@ class StopRules(TrainerCallback):
 
     @torch.no_grad()
     def _run_probe(self, model: Any) -> ProbeOutcome:
-        assert self.probe is not None, "only asked where there is a probe"
+        assert self.probe is not None, "called only where there is a probe"
         training = model.training
         outcome = self.probe(model)
         model.train(training)

@@ -1,4 +1,4 @@
-"""A picture of a report: how many items each code has, level by level, and what neighbours share."""
+"""A plot of a codebook report: how many items each code has, level by level, and what neighbours share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How good a codebook's SIDs are: collisions, how evenly codes are used, and what neighbours share.
 
-Collisions are counted in three ways, because one of them alone misleads: (N - U) / N with U distinct SIDs, the
-share of items whose SID another item has too, and the sizes of such groups.
+Collisions are counted in three ways, because one of them alone misleads: (N - U) / N with U distinct SIDs,
+the share of items whose SID another item has too, and the sizes of such groups.
 """
 
 from __future__ import annotations

@@ -49,8 +49,7 @@ class _Step(nn.Module):
 
 @contextlib.contextmanager
 def silent_exporter() -> Iterator[None]:
-    """Without the exporter's own output and warnings."""
-    # The exporter tells its maker, not its user, what it is doing.
+    """A context without the exporter's own output and warnings, which are for torch's developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -68,9 +67,9 @@ def export_generator(model: GeneratorForCausalLM, folder: Path) -> None:
     """Write encode.onnx, step_0.onnx .. step_{L-1}.onnx and items.safetensors into `folder`.
 
     Every leading dimension is dynamic. encode: codes (B, P, L) int64, lengths (B,) int64, extras (B, P, D)
-    float32, which are the items' own vectors and texts, and, where the model has context tokens, context
-    (B, C) int64 padded with 0 -> state (B, D) float32. step_l: state (N, D) and, for
-    l > 0, prefix (N, l) int64 -> log_probs (N, K_l) float32.
+    float32, which are `ItemTable.beyond_codes`, and, where the model has context tokens, context (B, C)
+    int64 padded with 0 -> state (B, D) float32. step_l: state (N, D) and, for l > 0, prefix (N, l) int64 ->
+    log_probs (N, K_l) float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -123,7 +122,7 @@ def _save_items(model: GeneratorForCausalLM, path: Path) -> None:
             "extras": table.beyond_codes(rows).detach().numpy(),
             "codes": base.embed_tokens.weight[config.code_base : end].detach().numpy().copy(),
             "query": table.query_proj.weight.detach().numpy(),
-            "again": (table.again * table.strength).detach().numpy(),
+            "again": (table.repeat_vectors * table.repeat_strength).detach().numpy(),
         },
         str(path),
     )
@@ -191,6 +190,7 @@ def check_parity(
     if not largest_difference < TOLERANCE:
         raise SidstreamError(
             f"the exported graphs differ from torch by {largest_difference:.2g} (at most {TOLERANCE} is "
-            "accepted); the model was not registered; train it again, and report the versions of torch and onnxruntime"
+            "accepted); the model was not registered; train it again, and report the versions of torch and "
+            "onnxruntime"
         )
     return largest_difference

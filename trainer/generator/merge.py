@@ -61,7 +61,7 @@ def _member_shape(model: GeneratorForCausalLM) -> dict[str, object]:
 
 
 def _join_module(name: str, module: nn.Module, parts: list[Any]) -> None:
-    """Give a module of the merged model what its parts have."""
+    """Fill a module of the merged model from the members' modules of the same name."""
     kind = name.rpartition(".")[2]
 
     def parts_of(parameter: str = "weight") -> list[Tensor]:
@@ -71,18 +71,21 @@ def _join_module(name: str, module: nn.Module, parts: list[Any]) -> None:
         getattr(module, parameter).copy_(value)
 
     if kind == "lm_head":
-        return  # the embeddings
+        return  # tied to the token embeddings
     if isinstance(module, nn.Embedding):
         set_value(torch.cat(parts_of(), dim=1))
     elif isinstance(module, RMSNorm):
-        # The depth head's last word: what is multiplied with the embeddings. Their sum, as a mean.
+        # The depth head's last norm gives what is multiplied with the embeddings: a sum over the members,
+        # which the division makes a mean.
         set_value(torch.cat(parts_of()) / (len(parts) if ".depth." in f".{name}" else 1))
     elif isinstance(module, nn.Conv1d):
         set_value(torch.cat(parts_of()))
     elif isinstance(module, ItemTable):
         set_value(torch.cat(parts_of("own"), dim=1), "own")
-        # One strength for all: each member's is in its own vectors.
-        set_value(torch.cat([part.again * part.strength for part in parts], dim=1), "again")
+        # The merged model has one strength, 1: each member's own is multiplied into its vectors.
+        set_value(
+            torch.cat([part.repeat_vectors * part.repeat_strength for part in parts], dim=1), "repeat_vectors"
+        )
     elif isinstance(module, nn.Linear):
         set_value(_JOINS.get(kind, _block_diagonal)(parts_of()))
     elif isinstance(module, GeneratorModel):
@@ -110,7 +113,7 @@ def _block_diagonal_mean(weights: Sequence[Tensor]) -> Tensor:
 
 _JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
     "qkv_proj": _block_diagonal_thirds,
-    # What the dense head multiplies with items' vectors.
+    # The dense head's products with items' vectors are a sum over the members: made a mean.
     "query_proj": _block_diagonal_mean,
     # All members read the same text.
     "text_proj": _stacked_rows,

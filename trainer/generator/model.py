@@ -5,9 +5,9 @@ codes of an item fold into one position (the sum of their embeddings), a causal 
 and the vector that predicts an item's next code is made from the last position and the codes already chosen
 (RQ-Transformer's spatial and depth parts, Lee et al. 2022, arXiv 2203.01941). A convolution over the last
 few positions runs beside attention (a local filter, after BSARec, arXiv 2312.10325). Beside the SID's codes a
-position holds what is known of the item itself (trainer.generator.items), and the dense head scores a state
-against every item's vector at once. What a request says beside its history (registry.bundles.context) bends
-the state that answers are made from (trainer.context).
+position holds the item's own vector and text (trainer.generator.items), and the dense head scores a state
+against every item's vector at once. The context of a request, beside its history (registry.bundles.context),
+modulates the state that answers are decoded from (trainer.generator.context).
 
 Shapes: B rows, T flat tokens, P positions, L levels, D width, V tokens of vocabulary, C context tokens.
 """
@@ -35,7 +35,7 @@ _INITIAL_STD = 0.02
 
 
 class GeneratorPreTrainedModel(PreTrainedModel):
-    """What the two models share: the configuration, and how weights start."""
+    """The configuration and the initial weights of `GeneratorModel` and `GeneratorForCausalLM`."""
 
     config_class = GeneratorConfig
     base_model_prefix = "model"
@@ -57,7 +57,7 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ItemTable):
             init.normal_(module.own, mean=0.0, std=_INITIAL_STD if module.has_own else 0.0)
             init.eye_(module.query_proj.weight)
-            init.ones_(module.strength)
+            init.ones_(module.repeat_strength)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)
             # Here: transformers passes over a module of another package that has no weights of its own.
@@ -67,20 +67,20 @@ class GeneratorPreTrainedModel(PreTrainedModel):
 
 
 class GeneratorModel(GeneratorPreTrainedModel):
-    """Folding, backbone and depth head: one vector a flat place, made to be multiplied with E^T."""
+    """Folding, backbone and depth head: a vector for each flat token; its product with E^T are logits."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # What is known before the first position: only malformed input, which has no BOS, reads it.
+        # The state before the first position: only malformed input, without BOS, reads it.
         self.start = nn.Parameter(torch.zeros(config.hidden_size))
         self.items = ItemTable(config)
-        # A position is a sum of several small vectors: scaled, it is of the size that the layers add.
+        # A position is a sum of several small vectors: the norm scales it to the size of the layers' outputs.
         self.position_norm = RMSNorm(config.hidden_size, config.norm_groups)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_groups)
         self.depth = nn.ModuleList(DepthLevel(config, level) for level in range(config.levels))
-        # Without context tokens it is not there: weights from before there were any load as they are.
+        # None without context tokens, so that weights of a model without them load unchanged.
         self.modulation = Modulation(config) if config.num_context else None
         self.drop = nn.Dropout(config.dropout)
         self.post_init()
@@ -106,18 +106,18 @@ class GeneratorModel(GeneratorPreTrainedModel):
         return self.embed_tokens(codes).sum(-2) + self.items.beyond_codes(self.items.rows(codes))
 
     def queries(self, states: Tensor) -> Tensor:
-        """What the dense head multiplies with items' vectors: states (..., D) -> (..., D)."""
+        """States (..., D) -> the dense head's queries (..., D): times items' vectors they give logits."""
         queries: Tensor = self.items.query_proj(states)
         return queries
 
     def repeat_bias(
         self, query: Tensor, rows: Tensor, lengths: Tensor, as_learned: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the dense head adds to the items of a row's past.
+        """The dense head's addends to the logits of items that are in their row's history.
 
-        query (B, D) as of `queries`; rows (B, P) of the item table, oldest first, of which `lengths` (B,) are
-        the past; -1 for an unknown item -> row of the batch (M,), row of the table (M,), what is added (M,)
-        float32; no pair comes twice. `as_learned`: without the strength that held-out events gave.
+        query (B, D) from `queries`; rows (B, P) of the item table, oldest first, -1 for items without a row;
+        lengths (B,): how many of them are the history -> row of the batch (M,), row of the item table (M,),
+        addend (M,) float32, without repeats. `as_learned`: without `repeat_strength`.
         """
         places = torch.arange(rows.shape[1], device=rows.device)
         is_history = (places < lengths[:, None]) & (rows >= 0)
@@ -166,17 +166,18 @@ class GeneratorModel(GeneratorPreTrainedModel):
     def depth_inputs(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every place of flat input (B, T) as the depth head wants it.
+        """The inputs of the depth head at each place of flat input (B, T).
 
-        States (B, T, D) after the last closed position, sums (B, T, D) of the codes of the item that is open,
-        and their number (B, T), 0 where none is open. A prompt is decoded from the state of its last place.
+        States (B, T, D) after the last closed position, sums (B, T, D) of the embeddings of the open item's
+        codes, and the number (B, T) of these codes, 0 where no item is open. A prompt is decoded from the
+        state of its last place.
         """
         levels, last = self._token_levels(input_ids), self.config.levels
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             real = real & attention_mask.bool()
         is_context = real & (levels == last + 2)
-        # A place closes a position unless it is a code that leaves its item open, or of the context.
+        # A place closes a position unless it is a code that leaves its item open, or a context token.
         opens = (levels >= 1) & (levels < last)
         closes = real & ~opens & ~is_context
         closed_count = closes.long().cumsum(1)
@@ -200,20 +201,13 @@ class GeneratorModel(GeneratorPreTrainedModel):
         closed = places[:, :count]
         positions = folded[rows, closed]
         if len(self.items.keys):
-            # The L tokens that end where an item is closed; other positions have no item.
-            tail = (closed[..., None] - torch.arange(last - 1, -1, -1, device=closed.device)).clamp(min=0)
-            whole = levels.gather(1, closed).eq(last)
-            codes = input_ids[rows[..., None], tail]
-            climbing = torch.arange(1, last + 1, device=closed.device)
-            spelled = (levels[rows[..., None], tail] == climbing).all(-1)
-            item_rows = torch.where(whole & spelled, self.items.rows(codes), -1)
-            positions = positions + self.items.beyond_codes(item_rows)
+            positions = positions + self.items.beyond_codes(self._closed_items(input_ids, levels, closed))
         states = self.states(positions)
 
         states = torch.cat((self.start.to(states.dtype).expand(batch, 1, width), states), dim=1)
         state = states[rows, closed_count]
         if self.modulation is not None:
-            # All that was said so far, less what was said before this item began.
+            # The context since the last closed position: the sum so far, less the sum up to there.
             context_sums = F.pad(context_embeds.cumsum(1), (0, 0, 1, 0))
             item_starts = F.pad(closed + 1, (1, 0))
             state = self.modulation(
@@ -221,9 +215,20 @@ class GeneratorModel(GeneratorPreTrainedModel):
             )
         return state, folded, torch.where(real & opens, levels, 0)
 
+    def _closed_items(self, input_ids: Tensor, levels: Tensor, closed: Tensor) -> Tensor:
+        """Rows (B, P) of the item table for the items that close at places `closed` (B, P) of input (B, T).
+
+        -1 where the L tokens up to the place are not one whole item. levels (B, T) as of `_token_levels`.
+        """
+        last, row = self.config.levels, torch.arange(len(closed), device=closed.device)[:, None, None]
+        places = (closed[..., None] - torch.arange(last - 1, -1, -1, device=closed.device)).clamp(min=0)
+        ascending = torch.arange(1, last + 1, device=closed.device)
+        is_item = (levels[row, places] == ascending).all(-1)
+        return torch.where(is_item, self.items.rows(input_ids[row, places]), -1)
+
 
 class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
-    """The generator with its output layer, which is E itself."""
+    """The generator with its output layer, whose weights are the token embeddings E."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -267,7 +272,7 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def set_items(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
-        """Know these items by themselves: see `ItemTable.replace`. The configuration follows."""
+        """Make these the items of the item table and of the configuration: see `ItemTable.set_items`."""
         rows = self.model.items.set_items(codes, text)
         self.config.num_items = len(codes)
         return rows
@@ -282,9 +287,9 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         """The state after BOS, a row's items and its context: what a request is decoded from.
 
         codes (B, P, L) token ids, oldest first, right-padded with 0; lengths (B,) items a row, 0 allowed;
-        extras (B, P, D) what is known of the items beyond their codes, default: the table's; context (B, C)
-        int64 token ids padded with 0, default: nothing is said -> (B, D). Equals the state that `forward`
-        keeps at the last place of BOS, the items and the context.
+        beyond_codes (B, P, D) the items' own vectors and texts, default: the item table's; context (B, C)
+        int64 token ids padded with 0, default: no context -> (B, D). Equals the state that `forward` has at
+        the last place of BOS, the items and the context.
         """
         base = self.model
         begin = base.embed_tokens(torch.full_like(lengths, self.config.bos_token_id))[:, None]

@@ -1,4 +1,4 @@
-"""The offline check: which models are turned away before they are registered, and why."""
+"""The offline check: which models are refused before they are registered, and why."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def reason_to_refuse_first(
 def held_out_probe(
     held_out: Held, catalogue: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
 ) -> HeldOutProbe | None:
-    """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none.
+    """The probe of alignment over the first `dpo.probe_users` held-out users; None where there are none.
 
-    Of those who clicked, where they are as many as the others: what is bought more often must not hide the
-    clicks that are lost. A log of purchases alone has no others.
+    Only users whose held-out event is a click, where they are at least half of all: otherwise more hits among
+    purchases could hide lost hits among clicks.
     """
     rows = np.arange(len(held_out.targets))
     if held_out.paid is not None and 2 * held_out.paid.sum() <= len(rows):

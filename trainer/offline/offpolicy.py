@@ -1,9 +1,9 @@
-"""Off-policy check: what the explorations say of a new model before it gets traffic. It can only veto.
+"""Off-policy check: a new model's value by logged explorations, before it gets traffic. It can only veto.
 
-Serving draws the first place of some answers by chance, and logs candidates and chances. A new model's
-softmax over the same candidates gives each drawn item another chance, and the quotient reweights its click.
-What it would show beyond the candidates is not judged. The window's clicks were also trained on, so the
-estimates lean towards the new model: fit to refuse one, not to praise one.
+Serving draws the first place of some answers by chance, and logs the candidates and their probabilities. A
+new model's softmax over the same candidates gives each drawn item another probability, and the quotient of
+both weights its click. Items that only the new model would show are not judged. The window's clicks were also
+trained on, so the estimates favour the new model: they can refuse a model, but not show that it is better.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from trainer.offline.ranking import sid_scores
 from trainer.sequences.batches import Int32, Int64, context_rows, pad_items
 from trainer.settings import OffPolicySettings
 
-# Candidates of one forward: their logits over the vocabulary stay near the cache.
+# Candidates of one forward pass: so many rows of logits over the vocabulary fit a core's cache.
 _CANDIDATES_PER_FORWARD = 2048
-# A draw less likely than this does not happen; its quotient would be all that counts.
+# An exploration with a smaller propensity contradicts itself; its weight would dominate every estimate.
 _MIN_PROPENSITY = 1e-9
-# Below this log-probability nothing more is told about an item.
+# Log-probabilities are clipped here: below it they carry no information about an item.
 _MIN_LOG_PROBABILITY = -50.0
 _RIDGE = 1.0
 
@@ -44,7 +44,7 @@ class LoggedExplorations:
     """N explorations as arrays; their M candidates, of L levels, lie one after the other."""
 
     prompts: list[Int64]  # N of (P, L) token ids, oldest item first
-    contexts: Int32  # (N, C) token ids, 0 where nothing was said
+    contexts: Int32  # (N, C) token ids, 0 where a field has no value
     starts: Int64  # (N + 1,) first candidate of each
     codes: Int64  # (M, L) token ids
     features: Floats  # (M, 2) log-probability under the bundle that answered, log of the place
@@ -63,10 +63,10 @@ def logged_explorations(
     explorations: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt,
     settings: OffPolicySettings, context: Context | None = None,
 ) -> LoggedExplorations | None:  # fmt: skip
-    """The newest `max_explorations` with whether the drawn item was clicked; None where there are none.
+    """The newest `max_explorations` of (exploration, whether its drawn item was clicked); None for none.
 
-    Those of another codebook, and those that break their own contract, are left out and counted. `context`
-    has the tokens of what was said.
+    Explorations of another codebook, and those that contradict themselves, are left out and counted.
+    `context` has the tokens of the explorations' context fields.
     """
     if not explorations:
         return None
@@ -164,7 +164,7 @@ def target_policy(scored: Floats, logged: LoggedExplorations) -> Floats:
     """softmax(scored / temperature) over each exploration's candidates: (M,) -> (M,)."""
     counts = np.diff(logged.starts)
     top = np.maximum.reduceat(scored, logged.starts[:-1])
-    # The best is taken off first: a small temperature then makes zeros, and never a quotient of infinities.
+    # The largest score is subtracted first, so that a small temperature gives zeros and not infinities.
     raised = np.exp((scored - np.repeat(top, counts)) / np.repeat(logged.temperature, counts))
     normaliser = np.add.reduceat(raised, logged.starts[:-1])
     policy: Floats = raised / np.repeat(normaliser, counts)
@@ -205,7 +205,7 @@ class IntervalEstimate:
 
 @dataclass(frozen=True)
 class OffPolicyVerdict:
-    """What the explorations say of one model. Values are clicks per exploration; None: too few users."""
+    """The estimates for one model, in clicks per exploration; None for too few users."""
 
     n: int
     users: int
@@ -231,7 +231,7 @@ class OffPolicyVerdict:
         return figures
 
     def summary(self) -> str:
-        """One line: how much there was, all estimates side by side, and the sentence."""
+        """One line: the counts, all estimates side by side, and the sentence."""
         estimates = [
             f"{name} {value.value:.4f}"
             for name, value in (
@@ -252,10 +252,10 @@ class OffPolicyVerdict:
 def judge_by_explorations(
     model: GeneratorForCausalLM, logged: LoggedExplorations, settings: OffPolicySettings, weight: float = 0.0
 ) -> OffPolicyVerdict:
-    """Hold a model against the explorations; `weight` is the dense head's in its score.
+    """Judge a model by the explorations; `weight` is the dense head's in its score.
 
-    Veto: enough effective samples, and the doubly robust value is shown (one-sided `alpha`, clustered by
-    user) to be below (1 - margin) of the value that was logged. Anything else is no veto.
+    It is vetoed where there are enough effective samples and the doubly robust value is significantly
+    (one-sided `alpha`, clustered by user) below (1 - margin) of the logged policy's value.
     """
     users = len(set(logged.users.tolist()))
     nothing = OffPolicyVerdict(

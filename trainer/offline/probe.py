@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class ProbeOutcome:
-    """What held-out users say, the same ones at every look: bool (N,) each."""
+    """The results of the same N held-out users at each probe."""
 
-    hits: npt.NDArray[np.bool_]  # the next item is among the ten best
-    valid: npt.NDArray[np.bool_]  # what is spelled without a constraint is a SID
+    hits: npt.NDArray[np.bool_]  # (N,) the next item is among the ten best
+    valid: npt.NDArray[np.bool_]  # (N,) the unconstrained answer is a SID
 
     @property
     def hr10(self) -> float:

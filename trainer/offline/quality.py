@@ -1,4 +1,4 @@
-"""How well a generator ranks held-out next items, and how much of what it spells freely is a SID."""
+"""Ranking quality of a generator on held-out next items, and the share of its free answers that are SIDs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HeldOutQuality:
 
 
 def for_json(result: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary for JSON, without what single users did in the qualities in it."""
+    """A dataclass as a dictionary for JSON, without the arrays of single users in it."""
 
     def numbers(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         return {
@@ -59,9 +59,9 @@ def for_json(result: Any) -> dict[str, Any]:
 
 
 def describe_change(before: HeldOutQuality, now: HeldOutQuality) -> str:
-    """How HR@10 went from one model to another over the same held-out users, in words.
+    """The change of HR@10 from one model to another over the same held-out users, as text.
 
-    Of what was clicked and of what was bought, each with the 95 % interval of the relative change, from the
+    Separately for held-out clicks and purchases, each with the 95 % interval of the relative change from the
     users' paired differences. A group without users or hits is left out.
     """
     parts = []
@@ -93,9 +93,9 @@ def rank_held_out(
     model: GeneratorForCausalLM, held_out: Held, catalogue: Catalogue, sids: SidSet,
     settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
-    """Rank (B,) from 0 of each held-out item, whether (B,) what is spelled freely is a SID, and the ranking.
+    """Rank (B,) from 0 of each held-out item, whether (B,) the free answer is a SID, and the ranking.
 
-    Under a ranking, or the one that fits the items best; B >= 1.
+    `ranking` None: the one that is fitted to the held-out items. B >= 1.
     """
     model.eval()
     ranker = CatalogueRanker(model, catalogue.codes, sids, max(settings.beam, 10))
@@ -111,7 +111,7 @@ def evaluate_held_out(
     model: GeneratorForCausalLM, held_out: Held, catalogue: Catalogue, sids: SidSet,
     settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> HeldOutQuality:  # fmt: skip
-    """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
+    """HR@10, NDCG@10 and validity on held-out items, under `ranking`, or the one that is fitted to them."""
     if not len(held_out.targets):
         model.eval()
         return HeldOutQuality(0, 0.0, 0.0, 0.0, ranking or Ranking())

@@ -116,7 +116,7 @@ def candidates(
 def item_logits(
     model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The dense head's logits (B, I') with the repeat bias, and the entries that have one: row (M,), item (M,)."""
+    """The dense head's logits (B, I') with the repeat bias, and where there is one: row (M,), item (M,)."""
     logits, (batch, history_items, bias) = _logits_and_repeat_bias(model, state, codes, lengths)
     return logits.index_put((batch, history_items), bias, accumulate=True), batch, history_items
 
@@ -157,7 +157,7 @@ class CatalogueRanker:
         self._device = next(model.parameters()).device
         self._catalogue_tokens = torch.from_numpy(codes).to(self._device)
         rows = model.model.items.rows(self._catalogue_tokens)
-        # The catalogue row of each row of the model's item table; -1 for items that the catalogue does not have.
+        # The catalogue row of each row of the item table; -1 for items that the catalogue does not have.
         self._catalogue_row = torch.full(
             (len(model.model.items.keys),), -1, dtype=torch.long, device=self._device
         )

@@ -1,8 +1,8 @@
-"""The calibrated chances of a click and of a purchase, from a model's scores and from what happened.
+"""Calibrated probabilities of a click and of a purchase, from a model's scores and the outcomes in the log.
 
-Logistic regressions of the outcome (Platt 1999): of a click on the log-probability of the item, over those
-answers that were drawn by chance, so that both outcomes are seen where the model did not choose; of a
-purchase after a click on that, and on how often the item was bought when it was clicked.
+Logistic regressions of the outcome (Platt 1999): of a click on the log-probability of the item, over
+explorations, which are drawn by chance and so have outcomes of items that the model would not choose; of a
+purchase after a click on that log-probability and on the item's own purchase rate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from trainer.sequences.batches import Int64
 
 Floats = npt.NDArray[np.float64]
-# Clicks that an item's own rate must have to weigh as much as that of all items.
+# With so many clicks an item's own rate weighs as much as the rate of all items.
 _PRIOR_CLICKS = 10.0
 
 
@@ -33,8 +33,8 @@ class PurchaseRates:
     def logit(self, items: Int64, own_outcomes: Int64 | None = None) -> Floats:
         """The log-odds (N,) of a purchase after a click on each item, drawn towards that of all items.
 
-        `own_outcomes` (N,): each row's own outcome, 0 or 1, which is taken out of its item's rate. A rate that
-        contains the outcome that it predicts looks better than it is.
+        `own_outcomes` (N,): each row's own outcome, 0 or 1, which is taken out of its item's rate. A rate
+        that contains the outcome that it predicts looks better than it is.
         """
         clicks, purchases = self.clicks[items].astype(np.float64), self.purchases[items].astype(np.float64)
         if own_outcomes is not None:

@@ -1,4 +1,4 @@
-"""The rewards that a log's events brought: which fields there are, and each event's tokens of them."""
+"""Reward labels: which reward fields a log has, the values of each event, and their tokens."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from trainer.sequences.labelled_answers import Answers, answers
 from trainer.sequences.tasks import bought_within
 from trainer.settings import RewardSettings
 
-# Where a value of a field is not known.
+# The value of a field that is not known.
 UNKNOWN = -1
 
 
 def purchase_labels(log: Interactions, window_ms: int) -> Int64:
-    """(N,) 1 for a purchase and for a click whose user bought the item within `window_ms` after it.
+    """(N,) 1 for a purchase, and for a click whose user bought the item within `window_ms` after it.
 
-    0 for a click whose window has closed without one, by the newest event of the log; UNKNOWN while it is
-    open, since "clicked, not bought" is no fact yet.
+    0 for a click whose window closed without a purchase before the newest event of the log; UNKNOWN while the
+    window is open, since the user may still buy.
     """
     led = bought_within(log, log.starts[1:], window_ms)
     is_open = log.ts + window_ms >= log.ts.max(initial=0)
@@ -42,10 +42,10 @@ def purchase_labels(log: Interactions, window_ms: int) -> Int64:
 
 
 def reward_values(rewards: Rewards, items: Sequence[Priced | None], rows: Int64, bought: Int64) -> Int64:
-    """(N, 4) what N clicks on items brought of every field of NAMES; UNKNOWN where it is not known.
+    """Values (N, 4) of every field of NAMES for N clicks; UNKNOWN where a value is not known.
 
-    `items`: of each row of the catalogue, None where nothing is known of it; `rows` (N,): the items that were
-    clicked; `bought` (N,): as of `purchased`.
+    `items`: for each row of the catalogue, None where the item has no record; `rows` (N,): the clicked items;
+    `bought` (N,): as of `purchase_labels`.
     """
     values = np.full((len(rows), len(NAMES)), UNKNOWN, dtype=np.int64)
     values[:, NAMES.index(CLICK)] = 1
@@ -56,7 +56,7 @@ def reward_values(rewards: Rewards, items: Sequence[Priced | None], rows: Int64,
 
 
 def item_bins(rewards: Rewards, name: str, items: Sequence[Priced | None]) -> Int64:
-    """(I,) the bin of each item's price or commission; UNKNOWN where it has none."""
+    """The bin (I,) of each item's price or commission; UNKNOWN where it has none."""
     bins = (None if item is None else rewards.bin_of(name, item) for item in items)
     return np.array([UNKNOWN if number is None else number for number in bins], dtype=np.int64)
 
@@ -64,11 +64,11 @@ def item_bins(rewards: Rewards, name: str, items: Sequence[Priced | None]) -> In
 def learn_rewards(
     items: Sequence[Priced | None], log: Interactions, bought: Int64, unclicked: int, settings: RewardSettings
 ) -> Rewards | None:
-    """The bins of a catalogue and what a log says of them; None where rewards are switched off.
+    """The reward fields of a catalogue and a log, with bins and masses; None where rewards are switched off.
 
-    A price or a commission is a field where a share `min_share` of the items has one; a click or a purchase
-    as in `grown`. Masses are of the events that were purchases or led to one; of all, where those are fewer
-    than `min_count`.
+    Price and commission are fields where a share `min_share` of the items has one; click and purchase are as
+    in `extend_rewards`. A mass is a bin's share of the converting events (purchases, and clicks that led to
+    one), or of all events where fewer than `min_count` convert.
     """
     if not settings.enabled:
         return None
@@ -95,10 +95,11 @@ def learn_rewards(
 def extend_rewards(
     rewards: Rewards, bought: Int64, unclicked: int, settings: RewardSettings, context: Context | None = None
 ) -> Rewards:
-    """Rewards that know of clicks and purchases, too, once each value of them was seen `min_count` times.
+    """The rewards with the fields click and purchase, where each of their values occurs `min_count` times.
 
-    `bought` (N,): as of `purchased`, of the log's clicks and purchases; `unclicked`: answers that were not
-    clicked. A `context` without tokens for a field learns nothing of it; None: it is not made yet.
+    `bought` (N,): as of `purchase_labels`, for the log's clicks and purchases; `unclicked`: the number of
+    answers that were not clicked. A field without tokens in `context` is not added; None: the context is made
+    later, from these rewards.
     """
     purchase_counts = np.bincount(bought[bought >= 0], minlength=2)
     counts_of = {
@@ -109,7 +110,7 @@ def extend_rewards(
     for name, counts in counts_of.items():
         has_tokens = context is None or PREFIX + name in context.fields
         if name not in mass and has_tokens and min(counts) >= settings.min_count:
-            # Of what converted, which is what masses are of: all of it was clicked and bought.
+            # Masses are shares of converting events, all of which were clicked and bought.
             mass[name] = {"0": 0.0, "1": 1.0}
     return replace(rewards, mass=mass)
 
@@ -122,8 +123,7 @@ def _shares(values: Int64, count: int) -> dict[str, float]:
 def reward_tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
     """(N, 4) values of NAMES -> (N, R) token ids of the R reward fields of a context.
 
-    0 where a value is not known, and for a field that nothing can be asked of yet: what every event has says
-    nothing.
+    0 where a value is not known, and for a field without a mass: a value that all events share is no signal.
     """
     names = [name for name in context.fields if name.startswith(PREFIX)]
     token_ids: npt.NDArray[np.int32] = np.zeros((len(values), len(names)), dtype=np.int32)
@@ -143,7 +143,7 @@ def with_reward_labels(
     rewards: Rewards | None,
     context: Context,
 ) -> Interactions:
-    """The log with the tokens of what its events brought, by the reward fields of `context`."""
+    """The log with the reward tokens of its events, by the reward fields of `context`."""
     if rewards is None:
         return log
     return replace(

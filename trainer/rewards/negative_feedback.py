@@ -1,4 +1,4 @@
-"""What was shown and not clicked, as answers that brought `click` 0 (registry.bundles.rewards)."""
+"""Negative feedback: explored items that were not clicked, as answers with the reward `click` 0."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def unclicked_answers(
     values = reward_values(rewards, items, targets[unclicked], np.zeros(len(unclicked), np.int64))
     values[:, NAMES.index(CLICK)] = 0
     return answers_with_rewards(
-        [histories[row] for row in unclicked], targets[unclicked], logged.contexts[explorations[unclicked], :num_context_fields], values,
-        rewards, context,
+        [histories[row] for row in unclicked], targets[unclicked],
+        logged.contexts[explorations[unclicked], :num_context_fields], values, rewards, context,
     )  # fmt: skip

@@ -1,13 +1,14 @@
 """The online stage of Rewards-in-Context (Yang et al., ICML 2024, arXiv 2402.10207, section 3.2).
 
-After SFT the model answers requests near the Pareto front: all rewards high but one, which is drawn. What it
-answers is an item of the catalogue, so its price and its commission are known; the chances of a click and of
-a purchase are calibrated (trainer.rewards.calibration). Answers are kept by multi-objective rejection, told
-with the rewards that they bring and not with those that were asked for, and learned beside the log's own
+After SFT the model answers requests near the Pareto front: all rewards high but one, which is drawn. An
+answer is an item of the catalogue, so its price and its commission are known; the probabilities of a click
+and of a purchase are calibrated (trainer.rewards.calibration). Answers are kept by multi-objective rejection, labelled
+with the rewards that they have and not with those of the request, and learned together with the log's own
 sequences.
 
-RiC keeps what is good in any reward. Alone, that keeps dear items that nobody would click: an answer must
-also be as likely, with nothing asked for, as a quantile of what users went on to.
+RiC keeps an answer that is good in any reward. That alone would keep expensive items that no user would
+click. So an answer must also be as likely, without requested rewards, as a quantile of the users' own next
+items.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ _MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class RewardEvidence:
-    """What a catalogue's items and a log's events bring, and how it is told."""
+    """The rewards of a catalogue's items and of a log's events, and their tokens."""
 
     rewards: Rewards
     context: Context
     offers: Sequence[Priced | None]
-    purchases: Int64  # (N,) as of trainer.rewards.purchased
+    purchases: Int64  # (N,) as of trainer.rewards.labels.purchase_labels
     explorations: LoggedExplorations | None = None
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What became of one round's requests."""
+    """The counts of one round's requests and answers."""
 
     asked: int
     likely: int  # answers above the floor
@@ -67,7 +68,7 @@ class RoundOutcome:
 
 @dataclass
 class OnlineResult:
-    """What the stage did. `refused`: why its weights were put back; None: they are kept."""
+    """The outcome of the stage. `refused`: why its weights were undone; None: they are kept."""
 
     rounds: list[RoundOutcome] = field(default_factory=list)
     steps: int = 0
@@ -88,9 +89,9 @@ class OnlineResult:
 
 
 def reward_requests(rewards: Rewards, count: int, rng: np.random.Generator) -> Int64:
-    """(count, 4) values to ask for of each field of NAMES, all high but one, which is drawn; UNKNOWN: any.
+    """Requested values (count, 4) of each field of NAMES: all high but one, which is drawn; UNKNOWN: any.
 
-    Nobody asks for what is not clicked: where there is another field, the click is never the one.
+    The drawn field is the click only where there is no other: no request is for items that are not clicked.
     """
     fields = [name for name in NAMES if name in rewards.mass]
     drawable = [name for name in fields if name != CLICK] or fields
@@ -107,9 +108,9 @@ def reward_requests(rewards: Rewards, count: int, rng: np.random.Generator) -> I
 def passing_answers(
     values: Sequence[Floats], likely: npt.NDArray[np.bool_], quantile: float
 ) -> npt.NDArray[np.bool_]:
-    """(N,) which answers are kept: likely ones with a reward at its `quantile` of all, in any field.
+    """Which answers (N,) bool are kept: likely ones that reach the `quantile` of all answers in any field.
 
-    `values`: (N,) of each field, NaN where it is not known. A field that is the same for all says nothing.
+    `values`: (N,) for each field, NaN where it is not known. A field with one value for all is not counted.
     """
     passing = np.zeros(len(likely), dtype=bool)
     for field_values in values:
@@ -122,7 +123,7 @@ def passing_answers(
 
 
 class OnlineStage:
-    """The stage over one model, which learns in place."""
+    """The rounds of the stage over one model, whose weights change in place."""
 
     def __init__(
         self,
@@ -144,16 +145,16 @@ class OnlineStage:
         self.request_rows = np.flatnonzero(trained & fresh & (np.arange(len(log)) > self.sequence_starts))
 
     def histories(self, at: Int64) -> list[Int64]:
-        """What users did before the log's rows (N,), the newest `max_items`."""
+        """The users' histories before the log's rows (N,): the newest `max_items` items."""
         size, begin = self.settings.max_items, self.sequence_starts
         return [self.rows.log.items[max(begin[row], row - size) : row] for row in at.tolist()]
 
     def ranker(self) -> CatalogueRanker:
-        """Of the weights of this moment."""
+        """A ranker with the current weights."""
         return CatalogueRanker(self.model, self.rows.known.codes, self.sids, max(self.settings.beam, 10))
 
     def context_tokens(self, context: Int32, values: Int64 | None = None) -> Int32:
-        """(N, C + R) token ids: what was said (N, C), and what is asked for (N, 4); None: nothing."""
+        """Token ids (N, C + R) of context fields (N, C) and of requested rewards (N, 4), None: no request."""
         unknown = np.full((len(context), len(NAMES)), UNKNOWN, dtype=np.int64)
         reward_labels = reward_tokens(
             unknown if values is None else values, self.evidence.rewards, self.evidence.context
@@ -161,7 +162,7 @@ class OnlineStage:
         return np.concatenate((context, reward_labels), axis=1)
 
     def calibrated_chances(self, ranker: CatalogueRanker) -> CalibratedChances:
-        """The chances of the model of this moment."""
+        """The calibrated chances of a click and a purchase under the current weights."""
         log, logged = self.rows.log, self.evidence.explorations
         explored_scores, outcomes = np.zeros(0), np.zeros(0, dtype=np.int64)
         if logged is not None:
@@ -183,7 +184,7 @@ class OnlineStage:
         )
 
     def scores(self, ranker: CatalogueRanker, at: Int64, items: Int64) -> Floats:
-        """(N,) how likely items are after what the log's rows had before them, with nothing asked for."""
+        """Log-probabilities (N,) of items after the histories of rows of the log, without a request."""
         histories = self.histories(at)
         states = ranker.states(histories, self.context_tokens(self.rows.log.context[at]))
         return ranker.scores(histories, states, items, self.dense_weight).double().numpy()
@@ -191,7 +192,7 @@ class OnlineStage:
     def draw_answers(
         self, ranker: CatalogueRanker, at: Int64, requests: Int64, rng: np.random.Generator
     ) -> Int64:
-        """(N,) an item for each request, drawn from the softmax over the candidates under what is asked."""
+        """An item (N,) for each request, drawn from the softmax over the candidates under that request."""
         histories = self.histories(at)
         states = ranker.states(histories, self.context_tokens(self.rows.log.context[at], requests))
         candidates = ranker.candidates(histories, states)
@@ -203,7 +204,7 @@ class OnlineStage:
         return np.take_along_axis(items, best[:, None], 1)[:, 0]
 
     def collect_answers(self, number: int) -> tuple[RoundOutcome, Answers]:
-        """Ask, answer, score, reject, and tell what was kept with what it brings."""
+        """Draw requests and answers, reject some, and label the kept answers with their rewards."""
         online, evidence = self.settings.rewards.online, self.evidence
         rng = np.random.default_rng((self.settings.seed, number, 7))
         at = rng.choice(self.request_rows, min(online.requests, len(self.request_rows)), replace=False)
@@ -218,7 +219,7 @@ class OnlineStage:
         measured = [np.where(bins[items] < 0, np.nan, bins[items]) for bins in self.bins.values()]
         chances_of_fields = [values for values in (click_chance, purchase_chance) if values is not None]
         passing = passing_answers([*measured, *chances_of_fields], scores >= floor, online.quantile)
-        # What a click and a purchase mean is that they happened: drawn with their chance, not rounded.
+        # A click and a purchase are events: their values are drawn by their probability, not rounded.
         happened = rng.random((2, len(at)))
         click, purchase = NAMES.index(CLICK), NAMES.index(PURCHASE)
         values[:, click] = UNKNOWN if click_chance is None else happened[0] < click_chance
@@ -237,7 +238,7 @@ class OnlineStage:
         return outcome, lessons.of(self.rows.touched)
 
     def learn(self, lessons: Answers, number: int, stop: Callable[[], bool]) -> int:
-        """Steps over the kept answers, each beside a batch of the log; how many were made."""
+        """Train on the kept answers, each step with a batch of the log, too; the number of steps."""
         online, model = self.settings.rewards.online, self.model
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay
@@ -267,10 +268,10 @@ def learn_from_own_answers(
     model: GeneratorForCausalLM, rows: Rows, sids: SidSet, evidence: RewardEvidence,
     before: HeldOutQuality | None, progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> OnlineResult:  # fmt: skip
-    """The stage's rounds over `model`, in place; undone where held-out users would be served worse.
+    """Run the stage's rounds over `model`, in place; undone where HR@10 of held-out users falls too far.
 
-    `before`: the quality that SFT left, whose ranking mixes the heads; None: nobody is held out. Raises
-    ValueError where no reward can be asked for.
+    `before`: the quality after SFT, whose ranking mixes the heads; None: no users are held out. Raises
+    ValueError where there is no reward field.
     """
     if not evidence.rewards.mass:
         raise ValueError("no reward can be asked for: there is nothing to learn from answers")

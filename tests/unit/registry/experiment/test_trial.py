@@ -11,7 +11,7 @@ from registry.experiment.trial import Move, Sight, next_move
 from registry.settings import GateSettings, GuardSettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
-from trainer.plots.figure import draw_trial
+from trainer.plots.trial_plot import draw_trial
 
 HOUR = 3_600_000
 SFT, CHAMPION, DPO, ANCHOR = "challenger-sft", "champion", "challenger-dpo", "anchor"

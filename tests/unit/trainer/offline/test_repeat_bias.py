@@ -31,7 +31,7 @@ def liking(made: Shop) -> GeneratorForCausalLM:
     codes = torch.from_numpy(made.known.codes)[None, :1]
     with torch.no_grad():
         base = model.model
-        base.items.again[:] = 0.05 * base.queries(model.encode(codes, torch.tensor([1])))[0]
+        base.items.repeat_vectors[:] = 0.05 * base.queries(model.encode(codes, torch.tensor([1])))[0]
     return model
 
 
@@ -43,14 +43,14 @@ def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made:
     pasts = histories(np.random.default_rng(0))
     model = liking(made)
     ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
-    before = model.model.items.again.clone()
+    before = model.model.items.repeat_vectors.clone()
     # Only of those whose past is liked at all: the direction is one state's.
     query = model.model.queries(ranker.states(pasts))
     back = [row for row, one in zip(pasts, (query @ before[0]).tolist(), strict=True) if one > 0]
     factor = fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back]), back))
     assert factor == max(STRENGTHS)
-    assert torch.equal(model.model.items.again, before)
-    assert float(model.model.items.strength) == pytest.approx(factor)
+    assert torch.equal(model.model.items.repeat_vectors, before)
+    assert float(model.model.items.repeat_strength) == pytest.approx(factor)
     # Too few tell nothing.
     assert fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back[:99]]), back[:99])) == 1.0
     # Fitted anew, not on top.
@@ -67,7 +67,7 @@ def test_what_chance_alone_would_show_changes_nothing(made: Shop) -> None:
     ]
     assert factors.count(1.0) >= 7
     assert fit_repeat_strength(model, ranker, held(np.zeros(0, dtype=np.int64), [])) == 1.0
-    assert float(model.model.items.strength) == 1.0
+    assert float(model.model.items.repeat_strength) == 1.0
 
 
 def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
@@ -102,7 +102,7 @@ def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(made: Shop)
     found = []
     for strength in (1.0, 3.0):
         with torch.no_grad():
-            model.model.items.strength.fill_(strength)
+            model.model.items.repeat_strength.fill_(strength)
             ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
             ranked = ranker.scores(history, ranker.states(history), targets, 1.0)
             found.append((float(ranked), float(sequence_loss(model, pieces, table, made.settings.weights))))

@@ -14,7 +14,7 @@ from tests.tiny_shop import SIZES, come_again, shop
 from trainer.generator.constrained import SidSet
 from trainer.offline.quality import HeldOutQuality, hr_ndcg
 from trainer.offline.ranking import sid_scores
-from trainer.plots.curve import draw_training_curve
+from trainer.plots.training_curve import draw_training_curve
 from trainer.sequences.batches import IGNORE, Pieces, collate
 from trainer.sequences.held_out import hold_out
 from trainer.sequences.interactions import catalogue, interactions
@@ -126,7 +126,7 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float)
     base = model.model
     with torch.no_grad():
         base.items.own.normal_(0, 0.3)
-        base.items.again.normal_(0, 1)
+        base.items.repeat_vectors.normal_(0, 1)
     items = torch.tensor([[4, 7, 4, 4, 9], [3, 2, -1, -1, -1]])
     learned = torch.tensor([[True, True, True, False, True], [True, True, False, False, False]])
     table = base.items.rows(torch.from_numpy(made.known.codes))

@@ -1,4 +1,4 @@
-"""A picture of a trial: both intervals over time, for each comparison that its decision rests on."""
+"""A plot of a trial: both intervals over time, for each comparison that its decision rests on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save_trial_plot(
 ) -> str:
     """Draw a decision and store it beside its record, with every version that it is about; its path there.
 
-    Raises SidstreamError as `picture` does, and where MLflow does not answer.
+    Raises SidstreamError as `draw_trial` does, and where MLflow does not answer.
     """
     image = draw_trial(record, looks(outcomes_by_arm, settings, record["mode"]))
     for name, arm in record["arms"].items():

@@ -1,4 +1,4 @@
-"""A picture of how a stage of training went: each figure over steps."""
+"""A plot of a stage of training: each of its figures over steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from trainer.plots.png import png
 
-# What is drawn of a point where it is there, each in a plot of its own.
+# The figures of a point that are drawn where they are present, each in its own plot.
 _TITLES = {
     "loss": "loss",
     "ndcg10": "NDCG@10, held out",
