@@ -36,9 +36,9 @@ from trainer.alignment.scores import Head, heads_of
 from trainer.alignment.stop_rules import Watch
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.probe import Probe
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
-from trainer.tuning.next_item import Replay
+from trainer.tuning.next_item import LogReplay
 
 # Steps between looks at the chosen SID's log-probability.
 _LOOK = 5
@@ -71,7 +71,7 @@ class DpoResult:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer with losses over 1 + K answers, for rows that are token ids already."""
 
-    def __init__(self, dpo: DpoSettings, replay: Replay | None, **given: Any) -> None:
+    def __init__(self, dpo: DpoSettings, replay: LogReplay | None, **given: Any) -> None:
         super().__init__(**given)
         self.dpo, self.replay = dpo, replay
         self.dynamic = DynamicBeta(
@@ -164,7 +164,7 @@ def align(
     settings: TrainerSettings,
     folder: Path,
     *,
-    sequences: Rows | None = None,
+    sequences: TrainingRows | None = None,
     probe: Probe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -179,7 +179,7 @@ def align(
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
     # Not a part of the preference: dropped items would move the policy alone.
     policy.model.items.item_dropout = 0.0
-    replay = Replay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
+    replay = LogReplay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
     _, result = _run(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
     )
@@ -215,7 +215,7 @@ def align_language_model(
 def _run(
     policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
     settings: TrainerSettings, folder: Path, probe: Probe | None, progress: Callable[[str], None] | None,
-    stop: Callable[[], bool] | None, adapters: PeftConfig | None, replay: Replay | None,
+    stop: Callable[[], bool] | None, adapters: PeftConfig | None, replay: LogReplay | None,
 ) -> tuple[Any, DpoResult]:  # fmt: skip
     """The model as TRL trained it (with its adapters, where there are any), and what the stage did."""
     check_trl()

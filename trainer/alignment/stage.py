@@ -12,13 +12,13 @@ from registry.bundles.prompt import Sid
 from streams.events import PreferencePair
 from trainer.alignment.hard_negatives import Siblings
 from trainer.alignment.rows import Fill, PreferenceRow, preference_rows
-from trainer.cycle_inputs import Material
+from trainer.cycle_inputs import CycleInputs
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.log.pair_filter import Withdrawal
+from trainer.log.pair_filter import FilteredPairs
 from trainer.offline.offline_check import failing, held_probe
 from trainer.offline.quality import Quality, evaluate, told_change
-from trainer.sequences.interactions import Catalogue, Interactions
-from trainer.sequences.rows import Rows
+from trainer.sequences.interactions import Interactions, TrainingCatalogue
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Alignment:
         return self
 
 
-def hard_negatives(known: Catalogue, log: Interactions, settings: DpoSettings) -> Fill | None:
+def hard_negatives(known: TrainingCatalogue, log: Interactions, settings: DpoSettings) -> Fill | None:
     """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled.
 
     Nothing that the user touched, before the pair or since, nor the item that opened the page: what was never
@@ -66,15 +66,15 @@ def hard_negatives(known: Catalogue, log: Interactions, settings: DpoSettings) -
 
 
 def window_rows(
-    material: Material, settings: DpoSettings, window_ms: int, context: Context
-) -> tuple[list[PreferenceRow], Withdrawal]:
+    material: CycleInputs, settings: DpoSettings, window_ms: int, context: Context
+) -> tuple[list[PreferenceRow], FilteredPairs]:
     """The rows of a window's pairs, filled with hard negatives, and what was withdrawn of the pairs.
 
     `window_ms` is the attribution window of the pairs; `context`: what of it the prompts may say.
     """
     book = material.codebook.id
-    found = material.window.pairs(window_ms, book, settings.schemes, settings.max_pairs)
-    fill = hard_negatives(material.known, material.log, settings)
+    found = material.window.preference_pairs(window_ms, book, settings.schemes, settings.max_pairs)
+    fill = hard_negatives(material.catalogue, material.log, settings)
     rows = preference_rows(
         found.pairs, book, material.prompt, settings, context, material.profiles, fill
     )  # fmt: skip
@@ -82,8 +82,8 @@ def window_rows(
 
 
 def aligned(
-    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
-    tuned: Quality | None, folder: Path, *, sequences: Rows, tell: Callable[[str], None],
+    material: CycleInputs, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
+    tuned: Quality | None, folder: Path, *, sequences: TrainingRows, tell: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
     """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
@@ -97,17 +97,20 @@ def aligned(
     dpo, made = settings.dpo, Alignment()
     rows, found = window_rows(material, dpo, window_ms, material.context)
     made.withdrawn = found.bought + found.clicked
-    said = f"; {found.told()}" if found.told() else ""
+    said = f"; {found.summary()}" if found.summary() else ""
     made.pairs = len(rows)
     if made.pairs < dpo.min_pairs:
         reason = f"{made.pairs} preference pairs, at least {dpo.min_pairs} are needed"
-        if found.unasked:
-            reason += f" ({found.unasked:,} are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+        if found.of_other_schemes:
+            reason += (
+                f" ({found.of_other_schemes:,} are of schemes that "
+                "SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+            )
         return made.refuse(reason, reason + said)
-    held = material.split.held
+    held = material.split.held_out
     probe = None
     if tuned is not None:
-        probe = held_probe(held, material.known, material.sids, settings, tuned.ranking)
+        probe = held_probe(held, material.catalogue, material.sids, settings, tuned.ranking)
     better, result = align(
         model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=tell,
         stop=stop,
@@ -121,7 +124,7 @@ def aligned(
     shown, failed = "", None
     if tuned is not None and len(held.targets):
         # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
-        made.quality = evaluate(better, held, material.known, material.sids, settings, tuned.ranking)
+        made.quality = evaluate(better, held, material.catalogue, material.sids, settings, tuned.ranking)
         if change := told_change(tuned, made.quality):
             shown = f"; {change}"
         failed = failing(made.quality, tuned.hr10, settings)

@@ -13,8 +13,8 @@ from streams.errors import SidstreamError
 from trainer.generator.constrained import SidSet
 from trainer.offline.probe import Health, Probe
 from trainer.offline.quality import Quality, ranked
-from trainer.sequences.held_out import Held
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 
@@ -53,7 +53,7 @@ def failing_first(quality: Quality, popularity: float, settings: TrainerSettings
 
 
 def held_probe(
-    held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
+    held: HeldOut, known: TrainingCatalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
 ) -> Probe | None:
     """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none.
 
@@ -61,8 +61,8 @@ def held_probe(
     clicks that are lost. A log of purchases alone has no others.
     """
     at = np.arange(len(held.targets))
-    if held.paid is not None and 2 * held.paid.sum() <= len(at):
-        at = at[~held.paid]
+    if held.target_bought is not None and 2 * held.target_bought.sum() <= len(at):
+        at = at[~held.target_bought]
     at = at[: settings.dpo.probe_users]
     if not len(at):
         return None

@@ -27,7 +27,7 @@ from streams.events import Exploration
 from streams.state.keys import hashed
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import sid_scores
-from trainer.sequences.batches import Int32, Int64, context_rows, pad_items
+from trainer.sequences.batches import Int32, Int64, context_tensor, pad_items
 from trainer.settings import OffPolicySettings
 
 # Candidates of one forward: their logits over the vocabulary stay near the cache.
@@ -140,7 +140,7 @@ def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -
         ends = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         places = [np.arange(begin, end) for begin, end in pairwise(ends)]
         items, lengths = pad_items(places, np.concatenate(prompts))
-        context = context_rows(logged.contexts, low, high, where)
+        context = context_tensor(logged.contexts, low, high, where)
         state = model.encode(items.to(where), lengths.to(where), context=context)
         codes = torch.from_numpy(logged.codes[rows]).to(where)
         owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(where)

@@ -16,8 +16,8 @@ from registry.bundles.ranking import Ranking
 from trainer.generator.constrained import SidSet, greedy
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import ROWS, Ranker, fit, ranks
-from trainer.sequences.held_out import Held
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 # Two-sided, 95 %.
@@ -90,7 +90,8 @@ def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
 
 @torch.no_grad()
 def ranked(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
+    model: GeneratorForCausalLM, held: HeldOut, known: TrainingCatalogue, sids: SidSet,
+    settings: TrainerSettings,
     ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
     """Rank (B,) from 0 of each held-out item, whether (B,) what is spelled freely is a SID, and the ranking.
@@ -108,7 +109,8 @@ def ranked(
 
 @torch.no_grad()
 def evaluate(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
+    model: GeneratorForCausalLM, held: HeldOut, known: TrainingCatalogue, sids: SidSet,
+    settings: TrainerSettings,
     ranking: Ranking | None = None,
 ) -> Quality:  # fmt: skip
     """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
@@ -117,7 +119,7 @@ def evaluate(
         return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
     rank, valid, ranking = ranked(model, held, known, sids, settings, ranking)
     hr, ndcg = hr_ndcg(rank)
-    paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
+    paid = np.zeros(len(held.targets), dtype=bool) if held.target_bought is None else held.target_bought
     return Quality(
         len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
         int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,

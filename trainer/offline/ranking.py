@@ -22,7 +22,7 @@ from registry.bundles.ranking import Ranking, Repeats, left_out
 from trainer.generator.constrained import SidSet, beam
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import Int32, Int64, pad_items
-from trainer.sequences.held_out import Held
+from trainer.sequences.held_out import HeldOut
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.
 ROWS = 256
@@ -203,7 +203,7 @@ class Ranker:
         return torch.cat(parts[1:] or parts)
 
     @torch.no_grad()
-    def dense_logits(self, held: Held) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    def dense_logits(self, held: HeldOut) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
         """Held-out targets (B,) as rows of the model's table, the dense head's logits (B, I') without what is
         added to the past, and that: rows, items and addends (M,). Items not in the catalogue have -inf."""
         states = self.states(held.histories, held.contexts)
@@ -281,17 +281,17 @@ def _joined(rows: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDA
     return np.concatenate([np.zeros(0, dtype=kind), *rows])
 
 
-def _past(found: Candidates, held: Held) -> Past:
+def _past(found: Candidates, held: HeldOut) -> Past:
     return past(found.items, held.histories, held.ages_s, held.bought)
 
 
-def ranks(found: Candidates, held: Held, ranking: Ranking) -> Tensor:
+def ranks(found: Candidates, held: HeldOut, ranking: Ranking) -> Tensor:
     """Rank (B,) of each target from 0; C where it is not among the candidates that the rule leaves."""
     kept = _past(found, held).kept(ranking)
     return found.ranks(torch.from_numpy(held.targets), ranking.dense_weight, kept[None])[0]
 
 
-def fit(found: Candidates, held: Held, k: int = 10) -> Ranking:
+def fit(found: Candidates, held: HeldOut, k: int = 10) -> Ranking:
     """The rule with the best NDCG at `k` on held-out events, equals going to the simpler one, and its weight.
 
     The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984):

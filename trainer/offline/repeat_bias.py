@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Ranker
-from trainer.sequences.held_out import Held
+from trainer.sequences.held_out import HeldOut
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 _AS_LEARNED = STRENGTHS.index(1.0)
@@ -23,7 +23,7 @@ _LEAST = 100
 
 
 @torch.no_grad()
-def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: Held, k: int = 10) -> float:
+def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: HeldOut, k: int = 10) -> float:
     """Give what is added to the past the strength with the best NDCG at k on held-out events, and return it.
 
     It is 1 unless the best of a hundred events and more is better by two standard errors of their difference.
@@ -40,7 +40,7 @@ def strengthen(model: GeneratorForCausalLM, ranker: Ranker, held: Held, k: int =
     return STRENGTHS[best]
 
 
-def _gains(ranker: Ranker, held: Held, k: int) -> Tensor:
+def _gains(ranker: Ranker, held: HeldOut, k: int) -> Tensor:
     """NDCG at k (S, B) of each target under each of the strengths, by the dense head over all items."""
     parts = []
     for targets, logits, (batch, past, more) in ranker.dense_logits(held):

@@ -22,7 +22,7 @@ from registry.bundles.rewards import (
 )
 from trainer.sequences.batches import Int32, Int64
 from trainer.sequences.interactions import Interactions
-from trainer.sequences.labelled_answers import Answers, answers
+from trainer.sequences.labelled_answers import LabelledAnswers, join_answers
 from trainer.sequences.tasks import bought_within
 from trainer.settings import RewardSettings
 
@@ -148,10 +148,10 @@ def told(
 
 def labelled(
     histories: Sequence[Int64], targets: Int64, context: Int32, values: Int64, worth: Rewards, known: Context
-) -> Answers:
+) -> LabelledAnswers:
     """Answers that brought `values` (N, 4) of each field of NAMES; what was ignored is told so every time."""
     made = tokens(values, worth, known)
     never = np.full((1, len(NAMES)), UNKNOWN, dtype=np.int64)
     never[0, NAMES.index(CLICK)] = 0
     refused = tokens(never, worth, known)
-    return answers(histories, targets, context, made, (made == refused) & (refused > 0))
+    return join_answers(histories, targets, context, made, (made == refused) & (refused > 0))

@@ -11,11 +11,11 @@ from registry.bundles.rewards import CLICK, NAMES, Priced, Rewards
 from trainer.offline.offpolicy import Explored
 from trainer.rewards.labels import labelled, obtained
 from trainer.sequences.batches import Int64
-from trainer.sequences.interactions import Catalogue
-from trainer.sequences.labelled_answers import Answers
+from trainer.sequences.interactions import TrainingCatalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
 
 
-def shown(logged: Explored, known: Catalogue) -> tuple[list[Int64], Int64, Int64]:
+def shown(logged: Explored, known: TrainingCatalogue) -> tuple[list[Int64], Int64, Int64]:
     """Histories and drawn items of explorations as rows of a catalogue, and which (N,) explorations they are.
 
     Items that the catalogue has not are passed over. An exploration that drew one is left out, and so is one
@@ -34,9 +34,10 @@ def shown(logged: Explored, known: Catalogue) -> tuple[list[Int64], Int64, Int64
 
 
 def ignored(
-    logged: Explored | None, known: Catalogue, items: Sequence[Priced | None], rewards: Rewards | None,
+    logged: Explored | None, known: TrainingCatalogue, items: Sequence[Priced | None],
+    rewards: Rewards | None,
     context: Context, said: int,
-) -> Answers | None:  # fmt: skip
+) -> LabelledAnswers | None:  # fmt: skip
     """What was explored and not clicked, as `click` 0; None where no field tells of it.
 
     `items`: of each row of the catalogue; `said`: fields of the context that are not rewards. Explorations

@@ -32,12 +32,12 @@ from trainer.offline.ranking import Ranker
 from trainer.rewards.calibration import Chances, Floats, chances, rates
 from trainer.rewards.labels import UNKNOWN, item_bins, labelled, obtained, tokens
 from trainer.rewards.negative_feedback import shown
-from trainer.sequences.batches import Int32, Int64, Pieces
-from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Rows
+from trainer.sequences.batches import Int32, Int64, SequenceBatch
+from trainer.sequences.labelled_answers import LabelledAnswers
+from trainer.sequences.rows import TrainingRows
 from trainer.tuning.checkpoint import restore, snapshot
 from trainer.tuning.devices import device
-from trainer.tuning.next_item import Replay, batch_loss, placed
+from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
 _CLICKS = 5000
@@ -119,7 +119,7 @@ class Stage:
     """The stage over one model, which learns in place."""
 
     def __init__(
-        self, model: GeneratorForCausalLM, rows: Rows, sids: SidSet, worth: Worth, dense_weight: float
+        self, model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, worth: Worth, dense_weight: float
     ) -> None:
         self.model, self.rows, self.sids, self.worth = model, rows, sids, worth
         self.weight = dense_weight
@@ -127,7 +127,7 @@ class Stage:
         self.bins = {name: item_bins(worth.rewards, name, worth.offers) for name in (PRICE, COMMISSION)}
         log = rows.log
         self.begin = np.repeat(log.starts[:-1], np.diff(log.starts))
-        trained = np.arange(len(log)) < np.repeat(rows.split.ends, np.diff(log.starts))
+        trained = np.arange(len(log)) < np.repeat(rows.split.training_ends, np.diff(log.starts))
         fresh = np.ones(len(log), dtype=bool)
         fresh[1:] = log.items[1:] != log.items[:-1]
         self.asked_of = np.flatnonzero(trained & fresh & (np.arange(len(log)) > self.begin))
@@ -139,7 +139,7 @@ class Stage:
 
     def ranker(self) -> Ranker:
         """Of the weights of this moment."""
-        return Ranker(self.model, self.rows.known.codes, self.sids, max(self.settings.beam, 10))
+        return Ranker(self.model, self.rows.catalogue.codes, self.sids, max(self.settings.beam, 10))
 
     def said(self, context: Int32, values: Int64 | None = None) -> Int32:
         """(N, C + R) token ids: what was said (N, C), and what is asked for (N, 4); None: nothing."""
@@ -152,13 +152,13 @@ class Stage:
         log, logged = self.rows.log, self.worth.explored
         seen, outcomes = np.zeros(0), np.zeros(0, dtype=np.int64)
         if logged is not None:
-            histories, targets, at = shown(logged, self.rows.known)
+            histories, targets, at = shown(logged, self.rows.catalogue)
             context = logged.contexts[at, : log.context.shape[1]]
             states = ranker.states(histories, self.said(context))
             seen = ranker.scores(histories, states, targets, self.weight).double().numpy()
             outcomes = logged.reward[at].astype(np.int64)
         clicks = np.flatnonzero(~log.bought & (self.worth.bought != UNKNOWN))
-        known = rates(log.items[clicks], self.worth.bought[clicks], len(self.rows.known.items))
+        known = rates(log.items[clicks], self.worth.bought[clicks], len(self.rows.catalogue.item_ids))
         newest = clicks[np.isin(clicks, self.asked_of)]
         newest = newest[np.argsort(log.ts[newest], kind="stable")][-_CLICKS:]
         scores = self.scores(ranker, newest, log.items[newest])
@@ -183,7 +183,7 @@ class Stage:
         best = (score + rng.gumbel(size=score.shape)).argmax(1)
         return np.take_along_axis(items, best[:, None], 1)[:, 0]
 
-    def round(self, number: int) -> tuple[Round, Answers]:
+    def round(self, number: int) -> tuple[Round, LabelledAnswers]:
         """Ask, answer, score, reject, and tell what was kept with what it brings."""
         online, worth = self.settings.rewards.online, self.worth
         rng = np.random.default_rng((self.settings.seed, number, 7))
@@ -213,23 +213,23 @@ class Stage:
         context = self.rows.log.context[at[keep]]
         lessons = labelled(histories, items[keep], context, values[keep], worth.rewards, worth.context)
         told = Round(len(at), int((scores >= floor).sum()), len(keep), float(followed))
-        return told, lessons.of(self.rows.touched)
+        return told, lessons.of_items(self.rows.trained_items)
 
-    def learn(self, lessons: Answers, number: int, stop: Callable[[], bool]) -> int:
+    def learn(self, lessons: LabelledAnswers, number: int, stop: Callable[[], bool]) -> int:
         """Steps over the kept answers, each beside a batch of the log; how many were made."""
         online, model = self.settings.rewards.online, self.model
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay
         )
-        table, among = placed(model, self.rows)
-        replay = Replay(model, self.rows)
-        batches: list[Pieces] = []
+        table, among = catalogue_table_rows(model, self.rows)
+        replay = LogReplay(model, self.rows)
+        batches: list[SequenceBatch] = []
         epoch = step = 0
         model.train()
         torch.manual_seed(self.settings.seed + number)
         while step < online.steps and not stop():
             if not batches:
-                batches, epoch = lessons.pieces(self.settings, epoch), epoch + 1
+                batches, epoch = lessons.sequence_batches(self.settings, epoch), epoch + 1
                 if not batches:
                     break
             optimizer.zero_grad(set_to_none=True)
@@ -243,7 +243,7 @@ class Stage:
 
 
 def refine(
-    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, worth: Worth, before: Quality | None,
+    model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, worth: Worth, before: Quality | None,
     progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> OnlineResult:  # fmt: skip
     """The stage's rounds over `model`, in place; undone where held-out users would be served worse.
@@ -264,7 +264,7 @@ def refine(
         progress(f"round {number + 1}: {made.kept:,} of {made.asked:,} answers kept")
         result.steps += stage.learn(lessons, number, stop or (lambda: False))
     if before is not None and result.steps:
-        result.quality = evaluate(model, rows.split.held, rows.known, sids, settings, ranking)
+        result.quality = evaluate(model, rows.split.held_out, rows.catalogue, sids, settings, ranking)
         if result.quality.hr10 < (1 - online.max_fall) * before.hr10:
             result.refused = f"HR@10 fell from {before.hr10:.3f} to {result.quality.hr10:.3f}"
             restore(model, weights)

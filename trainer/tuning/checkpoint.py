@@ -15,7 +15,7 @@ from trainer.generator.model import GeneratorForCausalLM
 
 
 @dataclass
-class Place:
+class TrainingState:
     """Where a run stands."""
 
     epoch: int = 0
@@ -53,7 +53,7 @@ class Checkpoint:
         self,
         model: GeneratorForCausalLM,
         optimizer: torch.optim.Optimizer,
-        place: Place,
+        place: TrainingState,
         best: dict[str, Tensor] | None,
     ) -> None:
         """Write all of it beside the old checkpoint, then put it in its place."""
@@ -76,7 +76,7 @@ class Checkpoint:
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, model: GeneratorForCausalLM, optimizer: torch.optim.Optimizer) -> Place | None:
+    def load(self, model: GeneratorForCausalLM, optimizer: torch.optim.Optimizer) -> TrainingState | None:
         """Put the checkpoint into model and optimizer; None where there is none."""
         if not (self.folder / "place.json").exists():
             return None
@@ -89,7 +89,7 @@ class Checkpoint:
             optimizer.state[parameters[parameter]][key] = value.to(where)
         best = self.folder / "best.safetensors"
         self.best = load_file(best, device=str(where)) if best.exists() else None
-        return Place(**json.loads((self.folder / "place.json").read_text()))
+        return TrainingState(**json.loads((self.folder / "place.json").read_text()))
 
     def remove(self) -> None:
         """Forget the run."""

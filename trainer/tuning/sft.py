@@ -16,11 +16,11 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.quality import Quality, evaluate
 from trainer.offline.ranking import Ranker
 from trainer.offline.repeat_bias import strengthen
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.checkpoint import Checkpoint, Place, restore, snapshot
+from trainer.tuning.checkpoint import Checkpoint, TrainingState, restore, snapshot
 from trainer.tuning.devices import Devices, device
-from trainer.tuning.next_item import Teacher, batch_loss, placed
+from trainer.tuning.next_item import Teacher, batch_loss, catalogue_table_rows
 from trainer.tuning.soft_targets import code_tree
 
 _WARMUP = 0.05
@@ -55,7 +55,7 @@ def _learning_rate(fraction: float) -> float:
 
 def train(
     model: GeneratorForCausalLM,
-    rows: Rows,
+    rows: TrainingRows,
     sids: SidSet,
     settings: TrainerSettings,
     *,
@@ -83,7 +83,7 @@ def train(
     )
     saved = Checkpoint(folder) if folder else None
     place = saved.load(model, optimizer) if saved else None
-    place = place or Place()
+    place = place or TrainingState()
     best = saved.best if saved else None
     devices.spread(model)
     began, before = time.monotonic(), place.seconds
@@ -91,12 +91,16 @@ def train(
     told = before
     quality: Quality | None = None
 
-    def validate() -> Quality | None:
+    def look() -> Quality | None:
         nonlocal best
-        measured = validated(model, rows, sids, settings)
+        measured = validate(model, rows, sids, settings)
         if measured is None:
             return None
-        better = best is None or measured.ndcg10 > place.best_ndcg or spells_better(measured, place, settings)
+        better = (
+            best is None
+            or measured.ndcg10 > place.best_ndcg
+            or spells_more_real_sids(measured, place, settings)
+        )
         place.stale = 0 if better else place.stale + 1
         # Of equals the later one: the dense head may have nothing left to learn, and the SIDs have.
         if better or measured.ndcg10 == place.best_ndcg:
@@ -108,11 +112,11 @@ def train(
         if saved and devices.main:
             saved.save(model, optimizer, place, best)
 
-    table, among = placed(model, rows)
+    table, among = catalogue_table_rows(model, rows)
     tree = code_tree(model.model.items.codes) if settings.smoothing else ()
     while place.stopped is None and place.epoch < settings.epochs:
-        batches = rows.pieces(place.epoch)
-        texts = rows.texts(place.epoch)
+        batches = rows.sequence_batches(place.epoch)
+        texts = rows.text_rows(place.epoch)
         each = -(-len(texts) // max(1, len(batches)))
         while place.batch < len(batches):
             place.seconds = before + time.monotonic() - began
@@ -141,7 +145,7 @@ def train(
             own = model.model.items.own.grad
             if among is not None and own is not None:
                 # Titles reach them too: a new item stays its codes and its text.
-                own.mul_(among.touched[:, None])
+                own.mul_(among.is_scored[:, None])
             torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
             rate = settings.lr * _learning_rate(max(spent, done / settings.epochs))
             for group in optimizer.param_groups:
@@ -157,7 +161,7 @@ def train(
         done = place.epoch + place.batch / max(1, len(batches))
         if place.stopped is None:
             place.epoch, place.batch = place.epoch + 1, 0
-        quality = validate()
+        quality = look()
         place.stale = int(devices.told([float(place.stale)])[0])
         if place.stopped is None and place.stale >= settings.patience:
             place.stopped = f"no better NDCG@10 for {place.stale} validations"
@@ -170,7 +174,7 @@ def train(
     if best is not None:
         restore(model, best)
         if place.stale or quality is None:
-            quality = evaluate(model, rows.split.held, rows.known, sids, settings)
+            quality = evaluate(model, rows.split.held_out, rows.catalogue, sids, settings)
     model.eval()
     return SftResult(
         place.step, place.curve[-1]["epoch"] if place.curve else 0.0, place.seconds, running, quality,
@@ -178,18 +182,18 @@ def train(
     )  # fmt: skip
 
 
-def validated(
-    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, settings: TrainerSettings
+def validate(
+    model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings
 ) -> Quality | None:
     """How the model ranks what is held out, its strength fitted where that is asked; None: nothing is."""
-    if not len(rows.split.held.targets):
+    if not len(rows.split.held_out.targets):
         return None
     if settings.fit_strength:
-        strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
-    return evaluate(model, rows.split.held, rows.known, sids, settings)
+        strengthen(model, Ranker(model, rows.catalogue.codes, sids, settings.beam), rows.split.held_out)
+    return evaluate(model, rows.split.held_out, rows.catalogue, sids, settings)
 
 
-def spells_better(measured: Quality, place: Place, settings: TrainerSettings) -> bool:
+def spells_more_real_sids(measured: Quality, place: TrainingState, settings: TrainerSettings) -> bool:
     """Whether weights rank as well as the best, and spell more real SIDs than those that are kept do.
 
     Asked as long as what is kept could not be released: where the dense head is done after an epoch, the SIDs
@@ -205,7 +209,7 @@ def _seed_of(seed: int, epoch: int, batch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, batch)).generate_state(1)[0])
 
 
-def _point(epoch: float, place: Place, loss: float, quality: Quality | None) -> dict[str, float]:
+def _point(epoch: float, place: TrainingState, loss: float, quality: Quality | None) -> dict[str, float]:
     made = {"epoch": epoch, "step": float(place.step), "seconds": place.seconds}
     if math.isfinite(loss):
         made["loss"] = loss

@@ -110,7 +110,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, Worth, GeneratorForCausalLM],
 ) -> None:
     made, worth, model = begun
-    before = evaluate(model, made.split.held, made.known, made.sids, made.settings)
+    before = evaluate(model, made.split.held_out, made.known, made.sids, made.settings)
     learned = copied(model, made)
     chosen = with_online(made, rounds=3, lr=2e-3, max_fall=0.05)
     said: list[str] = []
@@ -125,7 +125,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
 
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, Worth, GeneratorForCausalLM]) -> None:
     made, worth, model = begun
-    before = evaluate(model, made.split.held, made.known, made.sids, made.settings)
+    before = evaluate(model, made.split.held_out, made.known, made.sids, made.settings)
     spoiled = copied(model, made)
     result = refine(spoiled, with_online(made, lr=0.5).rows, made.sids, worth, before, lambda _: None)
     assert result.refused is not None
@@ -167,7 +167,7 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
     assert bought[clicked & odd].mean() > 0.85
     assert bought[clicked & ~odd].mean() < 0.15
     # A refusal is told each time.
-    assert (lessons.firm[:, 0] == ~clicked).all()
+    assert (lessons.always_visible[:, 0] == ~clicked).all()
 
 
 def test_the_score_of_an_item_is_that_of_the_candidates(
