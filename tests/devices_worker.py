@@ -111,7 +111,7 @@ def main() -> None:
         broadcast.follow_main_process(devices)
     elif what == "lost":
         devices.send(folder / "nowhere")
-        devices.told([0.0])
+        devices.broadcast([0.0])
         devices.leave()
     else:
         lead(devices, folder)

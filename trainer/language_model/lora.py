@@ -38,6 +38,7 @@ from trainer.sequences.batches import IGNORE, TokenRow
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import device
+from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
@@ -176,33 +177,37 @@ def tune_lora(
     where = device()
     model = _adapted(model, settings).to(where)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+    optimizer = ClippedAdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+
+    def loss_of(batch: list[TokenRow]) -> Tensor:
+        ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        learned = labels[:, 1:] != IGNORE
+        losses = F.cross_entropy(logits[learned].float(), labels[:, 1:][learned], reduction="none")
+        return (losses * weight[:, None].expand_as(learned)[learned]).mean()
+
+    def out_of_time() -> bool:
+        return settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
+
+    def report(step: int, loss: float) -> None:
+        if progress:
+            progress(f"step {step}, loss {loss:.3f}")
+
     began = time.monotonic()
-    steps, value = 0, float("nan")
     model.train()
-    for epoch in range(settings.epochs):
-        for batch in _batches(rows.epoch_rows(epoch), translation, settings, epoch):
-            if settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds:
-                break
-            ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            at = labels[:, 1:] != IGNORE
-            losses = F.cross_entropy(logits[at].float(), labels[:, 1:][at], reduction="none")
-            loss = (losses * weight[:, None].expand_as(at)[at]).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            steps, value = steps + 1, float(loss.detach())
-            if progress:
-                progress(f"epoch {epoch + 1}, step {steps}, loss {value:.3f}")
+    batches = (
+        batch
+        for epoch in range(settings.epochs)
+        for batch in _batches(rows.epoch_rows(epoch), translation, settings, epoch)
+    )
+    steps, loss = train_on_batches(optimizer, batches, loss_of, stop=out_of_time, progress=report)
     seconds = time.monotonic() - began
     merged = model.merge_and_unload().eval()
     quality = evaluate_held_out(merged, translation, rows, sids, settings)
     folder.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(folder)
     theirs.save_pretrained(folder)
-    return LoraResult(str(folder), steps, seconds, value, quality)
+    return LoraResult(str(folder), steps, seconds, loss, quality)
 
 
 def _batches(

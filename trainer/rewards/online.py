@@ -13,13 +13,14 @@ also be as likely, with nothing asked for, as a quantile of what users went on t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor
 
 from registry.bundles.context import Context
 from registry.bundles.ranking import Ranking
@@ -38,10 +39,10 @@ from trainer.sequences.rows import TrainingRows
 from trainer.tuning.checkpoint import restore, snapshot
 from trainer.tuning.devices import device
 from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows
+from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
 _CLICKS = 5000
-_CLIP = 1.0
 
 
 @dataclass(frozen=True)
@@ -218,28 +219,27 @@ class Stage:
     def learn(self, lessons: LabelledAnswers, number: int, stop: Callable[[], bool]) -> int:
         """Steps over the kept answers, each beside a batch of the log; how many were made."""
         online, model = self.settings.rewards.online, self.model
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay
-        )
-        table, among = catalogue_table_rows(model, self.rows)
+        optimizer = ClippedAdamW(model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay)
+        table, scored = catalogue_table_rows(model, self.rows)
         replay = LogReplay(model, self.rows)
-        batches: list[SequenceBatch] = []
-        epoch = step = 0
+
+        def loss_of(batch: SequenceBatch) -> Tensor:
+            return batch_loss(model, batch, [], table, scored, self.settings) + replay.loss(model)
+
         model.train()
         torch.manual_seed(self.settings.seed + number)
-        while step < online.steps and not stop():
-            if not batches:
-                batches, epoch = lessons.sequence_batches(self.settings, epoch), epoch + 1
-                if not batches:
-                    break
-            optimizer.zero_grad(set_to_none=True)
-            loss = batch_loss(model, batches.pop(), [], table, among, self.settings) + replay.loss(model)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-            optimizer.step()
-            step += 1
+        batches = islice(self._endless_batches(lessons), online.steps)
+        steps, _ = train_on_batches(optimizer, batches, loss_of, stop=stop)
         model.eval()
-        return step
+        return steps
+
+    def _endless_batches(self, lessons: LabelledAnswers) -> Iterator[SequenceBatch]:
+        """The batches of one epoch after another; none where an epoch is empty."""
+        for epoch in count():
+            batches = lessons.sequence_batches(self.settings, epoch)
+            if not batches:
+                return
+            yield from reversed(batches)
 
 
 def refine(

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: weights, optimizer and place, without pickle."""
+"""Checkpoints of a training run: weights, optimizer and state, without pickle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.generator.model import GeneratorForCausalLM
 
 @dataclass
 class TrainingState:
-    """Where a run stands."""
+    """How far a training run is. The fields are the keys of a checkpoint's place.json."""
 
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
@@ -53,7 +53,7 @@ class Checkpoint:
         self,
         model: GeneratorForCausalLM,
         optimizer: torch.optim.Optimizer,
-        place: TrainingState,
+        state: TrainingState,
         best: dict[str, Tensor] | None,
     ) -> None:
         """Write all of it beside the old checkpoint, then put it in its place."""
@@ -68,7 +68,7 @@ class Checkpoint:
         save_file(moments, fresh / "optimizer.safetensors")
         if best is not None:
             save_file(best, fresh / "best.safetensors")
-        (fresh / "place.json").write_text(json.dumps(asdict(place)))
+        (fresh / "place.json").write_text(json.dumps(asdict(state)))
         old = self.folder.with_name("checkpoint.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():

@@ -154,6 +154,6 @@ def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
 
 def test_one_process_needs_no_launcher() -> None:
     alone = Devices()
-    assert (alone.main, alone.count, alone.told([1.5])) == (True, 1, [1.5])
+    assert (alone.main, alone.count, alone.broadcast([1.5])) == (True, 1, [1.5])
     assert alone.receive() is None
     alone.leave()
