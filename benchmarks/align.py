@@ -38,12 +38,12 @@ from streams.state.redisdb import client
 from streams.wire.connect import client_options
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
-from trainer.cycle_inputs import read_material
+from trainer.cycle_inputs import read_cycle_inputs
 from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import CatalogueRanker
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -156,18 +156,18 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     court = jury(settings, bundle)
-    material = read_material(
+    material = read_cycle_inputs(
         settings.trainer, settings.kafka, registry, from_scratch=False,
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
     )  # fmt: skip
-    sequences = Rows(
+    sequences = TrainingRows(
         material.log,
         material.split,
-        material.known,
+        material.catalogue,
         material.tokenizer,
         material.prompt,
         settings.trainer,
-        material.ignored,
+        material.negative_feedback,
     )
     with tempfile.TemporaryDirectory() as folder:
         pairs = pairs_of(settings, bundle)

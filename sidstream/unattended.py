@@ -118,8 +118,8 @@ class Cycle:
         except SidstreamError as error:
             return self._noted(Turn("refuse", str(error)))
         if result.skipped:
-            return self._noted(Turn("skip", result.told()))
-        turn = Turn("train", result.told(), result.trial, details=result.as_dict())
+            return self._noted(Turn("skip", result.summary()))
+        turn = Turn("train", result.summary(), result.trial, details=result.as_dict())
         return self._noted(turn) if result.no_dpo else turn
 
     def _noted(self, turn: Turn) -> Turn:

@@ -23,7 +23,7 @@ from trainer.alignment.losses import DynamicBeta
 from trainer.tuning import broadcast
 from trainer.tuning.checkpoint import snapshot
 from trainer.tuning.devices import Devices, launched
-from trainer.tuning.pretrain import learn
+from trainer.tuning.pretrain import pretrain_and_tune
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
 SHOP: dict[str, Any] = {
@@ -67,10 +67,10 @@ def lead(devices: Devices, folder: Path) -> None:
     def run(name: str, within: Path, dropout: float, stages: dict[str, Any], until: int | None = None) -> int:
         made = shop(**SHOP | stages)
         model = made.model(dropout=dropout)
-        broadcast.write(within, model, made.tokenizer, made.rows, made.settings)
+        broadcast.write_training_inputs(within, model, made.tokenizer, made.rows, made.settings)
         devices.send(within)
         calls = iter(range(1000))
-        result = learn(
+        result = pretrain_and_tune(
             model, made.rows, made.sids, made.settings, folder=within, devices=devices,
             stop=lambda: next(calls) == until,
         )  # fmt: skip
@@ -103,15 +103,15 @@ def main() -> None:
         names = iter(("one", "two", "cut", "cut", "cut", "resumed"))
 
         def kept(model: Any, *args: Any, **more: Any) -> Any:
-            result = learn(model, *args, **more)
+            result = pretrain_and_tune(model, *args, **more)
             save_file(snapshot(model), folder / f"{next(names)}-{rank}.safetensors")
             return result
 
-        broadcast.learn = kept
-        broadcast.follow(devices)
+        broadcast.pretrain_and_tune = kept
+        broadcast.follow_main_process(devices)
     elif what == "lost":
         devices.send(folder / "nowhere")
-        devices.told([0.0])
+        devices.broadcast([0.0])
         devices.leave()
     else:
         lead(devices, folder)

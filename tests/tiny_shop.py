@@ -14,9 +14,9 @@ from registry.bundles.context import Context, vocabulary
 from registry.bundles.prompt import Prompt
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM, new_generator
-from trainer.sequences.held_out import Split, hold_out
-from trainer.sequences.interactions import Catalogue, Interactions, catalogue, interactions
-from trainer.sequences.rows import Rows
+from trainer.sequences.held_out import TrainingSplit, hold_out_last_items
+from trainer.sequences.interactions import Interactions, TrainingCatalogue, training_catalogue, user_sequences
+from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 
@@ -30,12 +30,12 @@ class Shop:
 
     settings: TrainerSettings
     prompt: Prompt
-    known: Catalogue
+    known: TrainingCatalogue
     log: Interactions
-    split: Split
+    split: TrainingSplit
     tokenizer: PreTrainedTokenizerFast
     sids: SidSet
-    rows: Rows
+    rows: TrainingRows
     context: Context = field(default_factory=Context)
 
     def model(self, seed: int = 0, **shape: Any) -> GeneratorForCausalLM:
@@ -98,7 +98,7 @@ def shop(
     )
     prompt = Prompt(SIZES, chosen.max_items)
     titles = {f"i{item:02}": f"red item number {item % 4}" for item in range(ITEMS)}
-    known = catalogue({f"i{item:02}": sid_of(item) for item in range(ITEMS)}, titles, prompt)
+    known = training_catalogue({f"i{item:02}": sid_of(item) for item in range(ITEMS)}, titles, prompt)
     rng = np.random.default_rng(3)
     names, stamps, items, places = [], [], [], []
     for user in range(users):
@@ -114,7 +114,7 @@ def shop(
     tokenizer = build_tokenizer(prompt, known.titles, chosen.max_words)
     counts = {"scene": {"up": 2, "down": 1}} if scenes else {}
     context = vocabulary(counts, len(tokenizer), 1, 64, 8)
-    log = interactions(names, stamps, items, known, context=context.rows(places, names, {}))
-    split = hold_out(log, chosen, np.random.default_rng(chosen.seed))
-    rows = Rows(log, split, known, tokenizer, prompt, chosen)
+    log = user_sequences(names, stamps, items, known, context=context.rows(places, names, {}))
+    split = hold_out_last_items(log, chosen, np.random.default_rng(chosen.seed))
+    rows = TrainingRows(log, split, known, tokenizer, prompt, chosen)
     return Shop(chosen, prompt, known, log, split, tokenizer, SidSet(known.sids, prompt), rows, context)

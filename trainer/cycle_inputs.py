@@ -31,15 +31,15 @@ from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
 from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
 from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.batches import Int64
-from trainer.sequences.held_out import Split, hold_out
-from trainer.sequences.interactions import Catalogue, Interactions, catalogue
-from trainer.sequences.labelled_answers import Answers
+from trainer.sequences.held_out import TrainingSplit, hold_out_last_items
+from trainer.sequences.interactions import Interactions, TrainingCatalogue, training_catalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 
 
 @dataclass(frozen=True)
-class Material:
+class CycleInputs:
     """Everything a cycle reads, read once."""
 
     window: Window
@@ -48,24 +48,28 @@ class Material:
     parent: Bundle | None  # the champion, after whose window this one begins; None: fresh weights
     # Whose weights SFT goes on from: the champion's or, where it is aligned, those it was aligned from. SFT
     # from aligned weights would undo what they learned of preferences, and the pairs be learned twice.
-    start: Bundle | None
-    known: Catalogue
+    start_bundle: Bundle | None
+    catalogue: TrainingCatalogue
     log: Interactions
-    split: Split
+    split: TrainingSplit
     sids: SidSet
-    text: npt.NDArray[np.float32] | None  # (I, T) a vector of each item's text; None: the generator sees none
+    text_vectors: (
+        npt.NDArray[np.float32] | None
+    )  # (I, T) a vector of each item's text; None: the generator sees none
     tokenizer: PreTrainedTokenizerFast
     context: Context  # the parent's; without one, what this window says often enough
     rewards: Rewards | None  # the parent's; without one, those of this window; None: nothing is known of any
     profiles: Mapping[str, Attributes]
     offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
-    bought: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
+    led_to_purchase: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
     explored: LoggedExplorations | None  # answers drawn by chance whose click window closed in this window
-    ignored: Answers | None  # those of them that were not clicked, where requests can ask for clicks
+    negative_feedback: (
+        LabelledAnswers | None
+    )  # those of them that were not clicked, where requests can ask for clicks
 
 
 @contextlib.contextmanager
-def only_one(home: Path) -> Iterator[None]:
+def cycle_lock(home: Path) -> Iterator[None]:
     """Hold the home folder's lock. Raises SidstreamError when another cycle has it."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("w") as file:
@@ -79,7 +83,7 @@ def only_one(home: Path) -> Iterator[None]:
         yield
 
 
-def read_material(
+def read_cycle_inputs(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
@@ -88,7 +92,7 @@ def read_material(
     horizon_ms: int,
     window_ms: int,
     reading: Callable[[int], None] | None = None,
-) -> Material:
+) -> CycleInputs:
     """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
 
     A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
@@ -118,25 +122,29 @@ def read_material(
             f"no item has a SID under codebook {codebook.id}: "
             "publish a catalogue, then `sidstream codebook fit`"
         )
-    listed = window.listed()
-    known = catalogue(sids, {item: one.title for item, one in listed.items()}, prompt)
+    listed = window.catalogue_records()
+    known = training_catalogue(sids, {item: one.title for item, one in listed.items()}, prompt)
     profiles = window.profiles()
     if parent is None:
         tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
         limits = settings.context
         context = vocabulary(
-            window.said(profiles), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
+            window.context_counts(profiles),
+            len(tokenizer),
+            limits.min_count,
+            limits.max_values,
+            limits.max_fields,
         )
     else:
         # A refresh says nothing that the weights have never heard.
         tokenizer, context = AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
-    log = window.interactions(known, without_rewards(context), profiles)
+    log = window.user_sequences(known, without_rewards(context), profiles)
     if not len(log):
         raise SidstreamError(
             "there are no clicks or purchases of known items to learn from: "
             "send some, for example with `sidstream replay online-retail`"
         )
-    offers, bought = [listed.get(item) for item in known.items], purchase_labels(log, window_ms)
+    offers, bought = [listed.get(item) for item in known.item_ids], purchase_labels(log, window_ms)
     found = window.explorations(horizon_ms)
     unclicked = sum(not clicked for _, clicked in found)
     if parent is None:
@@ -147,12 +155,12 @@ def read_material(
         rewards = rewards and extend_rewards(rewards, bought, unclicked, settings.rewards, context)
     log = with_reward_labels(log, offers, bought, rewards, context)
     logged = logged_explorations(found, codebook.id, prompt, settings.offpolicy, context)
-    split = hold_out(log, settings, np.random.default_rng(settings.seed))
+    split = hold_out_last_items(log, settings, np.random.default_rng(settings.seed))
     text = None
     if settings.text_inputs:
         text = title_vectors(known.titles)
     start = registry.tuned_from(parent) if parent else None
-    return Material(
+    return CycleInputs(
         window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
         tokenizer, context, rewards, profiles, offers, bought, logged,
         unclicked_answers(logged, known, offers, rewards, context, said),

@@ -62,23 +62,23 @@ def _sasrec(samples: str) -> Factory:
 
 
 # The generator that was trained last: its heads are models of their own, and one training serves them all.
-_TRAINED: dict[tuple[Options, Kind], Any] = {}
+_TRAINED_GENERATORS: dict[tuple[Options, Kind], Any] = {}
 
 
-def _ours(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
+def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.evaluation.sidstream_ranker import Ours, Trained, default_recipe, recipe
 
         given = (options.max_seconds, options.epochs)
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED.setdefault((options, "tuned"), Trained(recipe(*given)))
+            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), Trained(recipe(*given)))
             made = Trained(recipe(*given, members=_MEMBERS), first)
         elif kind == "tuned":
             made = Trained(recipe(*given))
         else:
             made = Trained(default_recipe(*given, kind == "default"))
-        trained = _TRAINED.setdefault((options, kind), made)
+        trained = _TRAINED_GENERATORS.setdefault((options, kind), made)
         return Ours(f"sidstream-{variant}", trained, head)
 
     return make
@@ -92,21 +92,21 @@ MODELS: dict[str, Factory] = {
     "itemknn-forward": _itemknn(forward=True),
     "sasrec": _sasrec("position"),
     "sasrec-prefix": _sasrec("prefix"),
-    "sidstream-beam": _ours("beam", "beam"),
-    "sidstream-reordered": _ours("reordered", "reordered"),
-    "sidstream-dense": _ours("dense", "dense"),
-    "sidstream-mixed": _ours("mixed", "mixed"),
-    "sidstream-merged-beam": _ours("merged-beam", "beam", "merged"),
-    "sidstream-merged-dense": _ours("merged-dense", "dense", "merged"),
-    "sidstream-merged-mixed": _ours("merged-mixed", "mixed", "merged"),
-    "sidstream-default": _ours("default", "mixed", "default"),
-    "sidstream-default-no-context": _ours("default-no-context", "mixed", "no-context"),
+    "sidstream-beam": _generator("beam", "beam"),
+    "sidstream-reordered": _generator("reordered", "reordered"),
+    "sidstream-dense": _generator("dense", "dense"),
+    "sidstream-mixed": _generator("mixed", "mixed"),
+    "sidstream-merged-beam": _generator("merged-beam", "beam", "merged"),
+    "sidstream-merged-dense": _generator("merged-dense", "dense", "merged"),
+    "sidstream-merged-mixed": _generator("merged-mixed", "mixed", "merged"),
+    "sidstream-default": _generator("default", "mixed", "default"),
+    "sidstream-default-no-context": _generator("default-no-context", "mixed", "no-context"),
 }
 # What `sidstream evaluate` runs where nothing is named.
 DEFAULT = ("popularity", "itemknn", "sasrec", "sidstream-beam", "sidstream-mixed")
 
 
-def chosen(names: Sequence[str]) -> list[str]:
+def checked_names(names: Sequence[str]) -> list[str]:
     """The names, each once, in their order. Raises SidstreamError for one that is no model, or for none."""
     unknown = [name for name in names if name not in MODELS]
     if unknown or not names:

@@ -59,9 +59,9 @@ def evaluate(
     """
     from trainer.evaluation import datasets, report
     from trainer.evaluation.results import RESULTS, commit
-    from trainer.rankers import DEFAULT, Options, chosen
+    from trainer.rankers import DEFAULT, Options, checked_names
 
-    names = chosen(models.split(",") if models else DEFAULT)
+    names = checked_names(models.split(",") if models else DEFAULT)
     masks = _masks(mask)
     if against is not None and against not in names:
         raise SidstreamError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sidstream.settings import Settings
     from streams.events import PreferencePair
     from trainer.alignment.pairs_report import Distribution, PairGroup, PairsReport
-    from trainer.log.pair_filter import Withdrawal
+    from trainer.log.pair_filter import FilteredPairs
 
 app = typer.Typer(help="The preference pairs that alignment learns from.", no_args_is_help=True)
 
@@ -52,16 +52,16 @@ def report(
     emit(found.as_dict(), as_json, _text(found))
 
 
-def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Withdrawal | None:
+def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> FilteredPairs | None:
     """What the trainer's log contradicts; None where none was written on this machine."""
     from trainer.log.log import Log
-    from trainer.log.pair_filter import withdraw
+    from trainer.log.pair_filter import withdraw_contradicted
 
     log = Log.open(settings.trainer.home / "log")
     if not {"purchases", "clicks"} & {file.topic for file in log.files}:
         return None
     purchases, clicks = (log.read(topic, {}, 0)[0] for topic in ("purchases", "clicks"))
-    return withdraw(pairs, purchases, clicks, settings.agents.window_ms)
+    return withdraw_contradicted(pairs, purchases, clicks, settings.agents.window_ms)
 
 
 def _draw(found: PairsReport, folder: Path) -> None:

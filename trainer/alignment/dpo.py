@@ -36,9 +36,9 @@ from trainer.alignment.scores import HeadScores, score_answers
 from trainer.alignment.stop_rules import StopRules
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.probe import HeldOutProbe
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
-from trainer.tuning.next_item import Replay
+from trainer.tuning.next_item import LogReplay
 
 # Steps between two checks of the chosen SID's log-probability.
 _STEPS_BETWEEN_LOGS = 5
@@ -71,7 +71,7 @@ class DpoResult:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer with losses over 1 + K answers, for rows that are already token ids."""
 
-    def __init__(self, dpo: DpoSettings, replay: Replay | None, **trainer_arguments: Any) -> None:
+    def __init__(self, dpo: DpoSettings, replay: LogReplay | None, **trainer_arguments: Any) -> None:
         super().__init__(**trainer_arguments)
         self.dpo, self.replay = dpo, replay
         self.dynamic = DynamicBeta(
@@ -172,7 +172,7 @@ def align(
     settings: TrainerSettings,
     folder: Path,
     *,
-    sequences: Rows | None = None,
+    sequences: TrainingRows | None = None,
     probe: HeldOutProbe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -187,7 +187,7 @@ def align(
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
     # Off, since item dropout would change the policy's scores but not the reference's.
     policy.model.items.item_dropout = 0.0
-    replay = Replay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
+    replay = LogReplay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
     _, result = _train(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
     )
@@ -224,7 +224,7 @@ def _train(
     policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
     settings: TrainerSettings, folder: Path, probe: HeldOutProbe | None,
     progress: Callable[[str], None] | None, stop: Callable[[], bool] | None, adapters: PeftConfig | None,
-    replay: Replay | None,
+    replay: LogReplay | None,
 ) -> tuple[Any, DpoResult]:  # fmt: skip
     """The model as TRL trained it, with adapters where there are any, and the outcome of the stage."""
     check_trl()

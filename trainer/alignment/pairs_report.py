@@ -13,7 +13,7 @@ import numpy.typing as npt
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from trainer.codebooks.report import code_spread, round_floats
-from trainer.log.pair_filter import Withdrawal
+from trainer.log.pair_filter import FilteredPairs
 
 # Items named of the chosen side, and spans of time that pairs are counted in.
 _TOP_ITEMS = 10
@@ -98,7 +98,7 @@ class PairsReport:
 
 
 def pairs_report(
-    pairs: Sequence[PreferencePair], now_ms: int, withdrawal: Withdrawal | None = None
+    pairs: Sequence[PreferencePair], now_ms: int, withdrawal: FilteredPairs | None = None
 ) -> PairsReport:
     """Measure the pairs as they were written; a repeated event_id counts once.
 
@@ -136,7 +136,9 @@ def pairs_report(
         ),
         withdrawn=None
         if withdrawal is None
-        else WithdrawnPairs(withdrawal.bought, withdrawal.clicked, withdrawal.same, withdrawal.gone),
+        else WithdrawnPairs(
+            withdrawal.bought, withdrawal.clicked, withdrawal.equal_to_chosen, withdrawal.without_rejected
+        ),
         groups=tuple(sorted(pair_groups, key=lambda group: (-group.pairs, group.codebook, group.scheme))),
         timeline=_timeline(distinct_pairs),
         ages_ms=tuple(np.percentile(ages, range(101)).tolist()),

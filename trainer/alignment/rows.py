@@ -12,7 +12,7 @@ from registry.bundles.context import Attributes, Context, told
 from registry.bundles.prompt import BOS, Prompt, Sid, prompt_sids
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
-from trainer.log.pair_filter import newest_of_each
+from trainer.log.pair_filter import newest_of_each_scheme
 from trainer.settings import DpoSettings
 
 # (pair, rejected SIDs) -> the rejected SIDs and hard negatives, up to K in all.
@@ -44,7 +44,7 @@ def preference_rows(
         for pair in reversed(pairs)
         if pair.codebook == codebook and pair.scheme in settings.schemes
     }
-    newest = newest_of_each(matching_pairs.values(), settings.max_pairs)
+    newest = newest_of_each_scheme(matching_pairs.values(), settings.max_pairs)
     rows = (
         _row(pair, prompt, settings, context or Context(), profiles or {}, fill_rejected) for pair in newest
     )

@@ -12,13 +12,13 @@ from registry.bundles.prompt import Sid
 from streams.events import PreferencePair
 from trainer.alignment.hard_negatives import SiblingSids
 from trainer.alignment.rows import PreferenceRow, RejectedFiller, preference_rows
-from trainer.cycle_inputs import Material
+from trainer.cycle_inputs import CycleInputs
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.log.pair_filter import Withdrawal
+from trainer.log.pair_filter import FilteredPairs
 from trainer.offline.offline_check import held_out_probe, reason_to_refuse
 from trainer.offline.quality import HeldOutQuality, describe_change, evaluate_held_out
-from trainer.sequences.interactions import Catalogue, Interactions
-from trainer.sequences.rows import Rows
+from trainer.sequences.interactions import Interactions, TrainingCatalogue
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Alignment:
 
 
 def hard_negative_filler(
-    catalogue: Catalogue, log: Interactions, settings: DpoSettings
+    catalogue: TrainingCatalogue, log: Interactions, settings: DpoSettings
 ) -> RejectedFiller | None:
     """The function that adds hard negatives to pairs with fewer than `max_rejected`; None where they are off.
 
@@ -70,15 +70,17 @@ def hard_negative_filler(
 
 
 def window_rows(
-    material: Material, settings: DpoSettings, window_ms: int, context: Context
-) -> tuple[list[PreferenceRow], Withdrawal]:
+    material: CycleInputs, settings: DpoSettings, window_ms: int, context: Context
+) -> tuple[list[PreferenceRow], FilteredPairs]:
     """The rows of a window's pairs, with hard negatives added, and what was withdrawn of the pairs.
 
     `window_ms` is the attribution window of the pairs; `context`: the context fields of the prompts.
     """
     codebook_id = material.codebook.id
-    withdrawal = material.window.pairs(window_ms, codebook_id, settings.schemes, settings.max_pairs)
-    fill_rejected = hard_negative_filler(material.known, material.log, settings)
+    withdrawal = material.window.preference_pairs(
+        window_ms, codebook_id, settings.schemes, settings.max_pairs
+    )
+    fill_rejected = hard_negative_filler(material.catalogue, material.log, settings)
     rows = preference_rows(
         withdrawal.pairs, codebook_id, material.prompt, settings, context, material.profiles, fill_rejected
     )  # fmt: skip
@@ -86,9 +88,9 @@ def window_rows(
 
 
 def align_to_window(
-    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
-    tuned: HeldOutQuality | None, folder: Path, *, sequences: Rows, report_progress: Callable[[str], None],
-    stop: Callable[[], bool] | None = None,
+    material: CycleInputs, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
+    tuned: HeldOutQuality | None, folder: Path, *, sequences: TrainingRows,
+    report_progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
     """Align `model`, whose fine-tuning ended with the quality `tuned` (None: no users are held out).
 
@@ -101,19 +103,20 @@ def align_to_window(
     dpo, alignment = settings.dpo, Alignment()
     rows, withdrawal = window_rows(material, dpo, window_ms, material.context)
     alignment.withdrawn = withdrawal.bought + withdrawal.clicked
-    withdrawn_note = f"; {withdrawal.told()}" if withdrawal.told() else ""
+    withdrawn_note = f"; {withdrawal.summary()}" if withdrawal.summary() else ""
     alignment.pairs = len(rows)
     if alignment.pairs < dpo.min_pairs:
         reason = f"{alignment.pairs} preference pairs, at least {dpo.min_pairs} are needed"
-        if withdrawal.unasked:
+        if withdrawal.of_other_schemes:
             reason += (
-                f" ({withdrawal.unasked:,} are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+                f" ({withdrawal.of_other_schemes:,} are of schemes that "
+                "SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
             )
         return alignment.refuse(reason, reason + withdrawn_note)
-    held_out = material.split.held
+    held_out = material.split.held_out
     probe = None
     if tuned is not None:
-        probe = held_out_probe(held_out, material.known, material.sids, settings, tuned.ranking)
+        probe = held_out_probe(held_out, material.catalogue, material.sids, settings, tuned.ranking)
     aligned_model, result = align(
         model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe,
         progress=report_progress, stop=stop,
@@ -128,7 +131,7 @@ def align_to_window(
     if tuned is not None and len(held_out.targets):
         # Under the reference's ranking: its dense weight is fitted to the two heads, not to the pairs.
         alignment.quality = evaluate_held_out(
-            aligned_model, held_out, material.known, material.sids, settings, tuned.ranking
+            aligned_model, held_out, material.catalogue, material.sids, settings, tuned.ranking
         )
         if change := describe_change(tuned, alignment.quality):
             change_note = f"; {change}"

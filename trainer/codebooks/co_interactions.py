@@ -12,7 +12,7 @@ import numpy as np
 from streams.settings import KafkaSettings
 from trainer.log.log import Log
 from trainer.log.window import read_window
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.interactions import TrainingCatalogue
 
 
 def read_item_sequences(
@@ -22,9 +22,9 @@ def read_item_sequences(
 
     Raises SidstreamError when the broker does not answer or a topic is missing.
     """
-    catalogue = Catalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
+    catalogue = TrainingCatalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
     # The trainer's own log is its cycle's, which may be running.
     with tempfile.TemporaryDirectory() as folder:
-        log = read_window(kafka, Log.open(Path(folder)), advance=advance).interactions(catalogue)
+        log = read_window(kafka, Log.open(Path(folder)), advance=advance).user_sequences(catalogue)
     rows = log.items.tolist()
     return [[items[row] for row in rows[begin:end]] for begin, end in pairwise(log.starts.tolist())]

@@ -30,13 +30,13 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Candidates, CatalogueRanker, candidate_history
 from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
-from trainer.sequences.held_out import Held, hold_out
-from trainer.sequences.held_out import Split as Cut
-from trainer.sequences.interactions import Interactions, catalogue
-from trainer.sequences.rows import Rows
+from trainer.sequences.held_out import HeldOut, hold_out_last_items
+from trainer.sequences.held_out import TrainingSplit as Cut
+from trainer.sequences.interactions import Interactions, training_catalogue
+from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
-from trainer.tuning.ensemble import learn_members
+from trainer.tuning.ensemble import train_ensemble
 from trainer.tuning.next_item import Teacher
 from trainer.tuning.sft import SftResult, train
 
@@ -121,7 +121,7 @@ class Trained:
         prompt = Prompt(made.sizes, settings.max_items)
         # Item rows are the order of the catalogue here: names sort as numbers do.
         names = [f"{row:09d}" for row in range(data.data.size)]
-        known = catalogue(
+        known = training_catalogue(
             dict(zip(names, sids, strict=True)), dict(zip(names, data.data.texts, strict=True)), prompt
         )
         self.known, self.set = known, SidSet(sids, prompt)
@@ -145,14 +145,14 @@ class Trained:
         self.context = with_rewards(self.context, self.rewards)
         log = with_reward_labels(log, offers, bought, self.rewards, self.context)
         cut = Cut(log.starts[1:].copy(), self.held)
-        self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
+        self.rows = rows = TrainingRows(log, cut, known, tokenizer, prompt, settings)
 
-        def begin(own: TrainerSettings, part: Rows, folder: Path | None) -> GeneratorForCausalLM:
+        def begin(own: TrainerSettings, part: TrainingRows, folder: Path | None) -> GeneratorForCausalLM:
             seen = texts if settings.text_inputs else None
             self.model = fresh_generator(known, seen, prompt, len(tokenizer), own, self.context.size)
             return self.model
 
-        self.model, self.result = learn_members(
+        self.model, self.result = train_ensemble(
             begin, rows, self.set, settings, progress=progress, teacher=teacher,
             first=(self._first.model, self._first.result) if self._first else None,
         )  # fmt: skip
@@ -194,8 +194,8 @@ class Trained:
         chosen = self.settings.model_copy(
             update={"lr": self.settings.refresh_lr, "seed": self.settings.seed + len(self._stages)}
         )
-        after = hold_out(log, chosen, np.random.default_rng(chosen.seed))
-        rows = Rows(log, after, self.known, self.tokenizer, self.set.prompt, chosen)
+        after = hold_out_last_items(log, chosen, np.random.default_rng(chosen.seed))
+        rows = TrainingRows(log, after, self.known, self.tokenizer, self.set.prompt, chosen)
         model = copy.deepcopy(self.model)
         train(model, rows, self.set, chosen)
         return model
@@ -295,7 +295,7 @@ def training_log(data: Split, profiles: Int32) -> Interactions:
     )  # fmt: skip
 
 
-def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> Held:
+def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> HeldOut:
     """Validation targets: each its user's row after the training part, up to `validation_users` of them."""
     last: dict[int, tuple[Int64, int]] = {}
     for user, history, target in zip(
@@ -309,4 +309,4 @@ def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> Held:
     targets = np.array([last[int(user)][1] for user in drawn], dtype=np.int64)
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
     unbought = [row.astype(bool) for row in none]
-    return Held(histories, targets, none, unbought, profiles[drawn])
+    return HeldOut(histories, targets, none, unbought, profiles[drawn])

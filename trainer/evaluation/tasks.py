@@ -12,7 +12,7 @@ from registry.bundles.prompt import PAD
 from trainer.evaluation.sequences import Int64
 from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.interactions import TrainingCatalogue
 
 _ROWS = 128
 
@@ -27,7 +27,11 @@ def prompt_states(model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]])
 
 
 def spell(
-    model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]], sids: SidSet, known: Catalogue, k: int
+    model: GeneratorForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    sids: SidSet,
+    known: TrainingCatalogue,
+    k: int,
 ) -> Int64:
     """(B, k) rows of the catalogue, likeliest SIDs first, -1 where there are fewer than k."""
     place = {sid: row for row, sid in enumerate(known.sids)}

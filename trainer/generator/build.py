@@ -12,12 +12,12 @@ from transformers.utils import logging as transformers_logging
 
 from registry.bundles.prompt import Prompt
 from trainer.generator.model import GeneratorForCausalLM, new_generator
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 
 def fresh_generator(
-    catalogue: Catalogue,
+    catalogue: TrainingCatalogue,
     text_vectors: npt.NDArray[np.float32] | None,
     prompt: Prompt,
     num_tokens: int,

@@ -30,14 +30,15 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.alignment.rows import PreferenceRow
 from trainer.alignment.stage import window_rows
-from trainer.cycle_inputs import only_one, read_material
+from trainer.cycle_inputs import cycle_lock, read_cycle_inputs
 from trainer.generator.constrained import SidSet
 from trainer.offline.probe import ProbeOutcome
 from trainer.offline.quality import HeldOutQuality, for_json, hr_ndcg
-from trainer.sequences.batches import IGNORE, Row
-from trainer.sequences.rows import Rows
+from trainer.sequences.batches import IGNORE, TokenRow
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import device
+from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
@@ -65,7 +66,7 @@ class LoraResult:
         return for_json(self)
 
 
-class Translation:
+class VocabularyTranslation:
     """Our token ids <-> a foreign tokenizer's: codes and marks are added tokens, a word may be several."""
 
     def __init__(
@@ -94,28 +95,28 @@ class Translation:
         names = ours.convert_ids_to_tokens(list(range(len(ours))))
         for token in range(prompt.first_word, len(ours)):
             self.table[token] = theirs(" " + names[token], add_special_tokens=False).input_ids
-        self.back = {self.table[t][0]: t for t in range(first, prompt.first_word)}
+        self.own_token = {self.table[t][0]: t for t in range(first, prompt.first_word)}
 
-    def row(self, row: Row) -> Row:
+    def translate_row(self, row: TokenRow) -> TokenRow:
         """A row in the foreign vocabulary; every piece of a learned word is learned."""
         pieces = [self.table[token] for token in row.ids.tolist()]
         learned = [mark for mark, piece in zip(row.learned.tolist(), pieces, strict=True) for _ in piece]
         ids = [token for piece in pieces for token in piece]
-        return Row(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
+        return TokenRow(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
 
-    def ids(self, ours: Sequence[int]) -> list[int]:
+    def foreign_ids(self, ours: Sequence[int]) -> list[int]:
         """Token ids in the foreign vocabulary."""
         return [token for one in ours for token in self.table[one]]
 
-    def preference(self, row: PreferenceRow) -> PreferenceRow:
+    def translate_preference(self, row: PreferenceRow) -> PreferenceRow:
         """A preference row in the foreign vocabulary."""
         return PreferenceRow(
-            prompt_ids=self.ids(row["prompt_ids"]), chosen_ids=self.ids(row["chosen_ids"]),
-            rejected_ids=[self.ids(answer) for answer in row["rejected_ids"]],
+            prompt_ids=self.foreign_ids(row["prompt_ids"]), chosen_ids=self.foreign_ids(row["chosen_ids"]),
+            rejected_ids=[self.foreign_ids(answer) for answer in row["rejected_ids"]],
         )  # fmt: skip
 
 
-def _pad(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pad(rows: Sequence[TokenRow], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORE)
@@ -149,9 +150,9 @@ def _adapters(model: Any, settings: TrainerSettings, saved: list[str] | None = N
     )  # fmt: skip
 
 
-def tune(
+def tune_lora(
     name: str,
-    rows: Rows,
+    rows: TrainingRows,
     ours: PreTrainedTokenizerBase,
     sids: SidSet,
     settings: TrainerSettings,
@@ -170,47 +171,51 @@ def tune(
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise SidstreamError(f"{name} is no causal LM that can be loaded here: {first}") from error
-    translation = Translation(rows.prompt, ours, theirs)
+    translation = VocabularyTranslation(rows.prompt, ours, theirs)
     torch.manual_seed(settings.seed)
     model.resize_token_embeddings(max(len(theirs), model.get_input_embeddings().num_embeddings))
     where = device()
     model = _adapted(model, settings).to(where)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+    optimizer = ClippedAdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+
+    def loss_of(batch: list[TokenRow]) -> Tensor:
+        ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        learned = labels[:, 1:] != IGNORE
+        losses = F.cross_entropy(logits[learned].float(), labels[:, 1:][learned], reduction="none")
+        return (losses * weight[:, None].expand_as(learned)[learned]).mean()
+
+    def out_of_time() -> bool:
+        return settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
+
+    def report(step: int, loss: float) -> None:
+        if progress:
+            progress(f"step {step}, loss {loss:.3f}")
+
     began = time.monotonic()
-    steps, value = 0, float("nan")
     model.train()
-    for epoch in range(settings.epochs):
-        for batch in _batches(rows.epoch(epoch), translation, settings, epoch):
-            if settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds:
-                break
-            ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            at = labels[:, 1:] != IGNORE
-            losses = F.cross_entropy(logits[at].float(), labels[:, 1:][at], reduction="none")
-            loss = (losses * weight[:, None].expand_as(at)[at]).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            steps, value = steps + 1, float(loss.detach())
-            if progress:
-                progress(f"epoch {epoch + 1}, step {steps}, loss {value:.3f}")
+    batches = (
+        batch
+        for epoch in range(settings.epochs)
+        for batch in _batches(rows.epoch_rows(epoch), translation, settings, epoch)
+    )
+    steps, loss = train_on_batches(optimizer, batches, loss_of, stop=out_of_time, progress=report)
     seconds = time.monotonic() - began
     merged = model.merge_and_unload().eval()
-    quality = rank_held(merged, translation, rows, sids, settings)
+    quality = evaluate_held_out(merged, translation, rows, sids, settings)
     folder.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(folder)
     theirs.save_pretrained(folder)
-    return LoraResult(str(folder), steps, seconds, value, quality)
+    return LoraResult(str(folder), steps, seconds, loss, quality)
 
 
 def _batches(
-    rows: list[Row], translation: Translation, settings: TrainerSettings, epoch: int
-) -> list[list[Row]]:
+    rows: list[TokenRow], translation: VocabularyTranslation, settings: TrainerSettings, epoch: int
+) -> list[list[TokenRow]]:
     rng = np.random.default_rng((settings.seed, epoch, 2))
-    translated = sorted((translation.row(row) for row in rows), key=lambda row: len(row.ids))
-    made: list[list[Row]] = [[]]
+    translated = sorted((translation.translate_row(row) for row in rows), key=lambda row: len(row.ids))
+    made: list[list[TokenRow]] = [[]]
     for row in translated:
         if made[-1] and (len(made[-1]) + 1) * len(row.ids) > settings.lora.batch_tokens:
             made.append([])
@@ -219,22 +224,30 @@ def _batches(
 
 
 @torch.no_grad()
-def rank_held(
-    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
+def evaluate_held_out(
+    model: Any,
+    translation: VocabularyTranslation,
+    rows: TrainingRows,
+    sids: SidSet,
+    settings: TrainerSettings,
 ) -> HeldOutQuality:
     """HR@10 and NDCG@10 of held-out items by constrained `generate`; validity of free answers."""
-    rank, valid = ranks_held(model, translation, rows, sids, settings)
+    rank, valid = held_out_ranks(model, translation, rows, sids, settings)
     hr, ndcg = hr_ndcg(torch.from_numpy(rank))
     return HeldOutQuality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
 
 
 @torch.no_grad()
-def ranks_held(
-    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
+def held_out_ranks(
+    model: Any,
+    translation: VocabularyTranslation,
+    rows: TrainingRows,
+    sids: SidSet,
+    settings: TrainerSettings,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Rank (B,) from 0 of each held-out item by constrained `generate`; which (B,) free answers are SIDs."""
     where = next(model.parameters()).device
-    prompt, held, known = rows.prompt, rows.split.held, rows.known
+    prompt, held, known = rows.prompt, rows.split.held_out, rows.catalogue
     beams = min(max(settings.beam, 10), len(sids))
     ranks: list[int] = []
     valid: list[bool] = []
@@ -248,7 +261,7 @@ def ranks_held(
         levels = len(prompt.sizes)
 
         def allowed(row: int, tokens: Tensor, length: int = length) -> list[int]:
-            prefix = [translation.back[token] for token in tokens[length:].tolist()]
+            prefix = [translation.own_token[token] for token in tokens[length:].tolist()]
             return [translation.table[token][0] for token in sids.allowed_tokens(prefix)] or [translation.end]
 
         shared = {"attention_mask": mask, "max_new_tokens": levels, "do_sample": False,
@@ -257,20 +270,20 @@ def ranks_held(
             ids, num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
             prefix_allowed_tokens_fn=allowed, **shared,
         )[:, length:]  # fmt: skip
-        sids_of = [prompt.sid([translation.back[token] for token in row]) for row in best.tolist()]
+        sids_of = [prompt.sid([translation.own_token[token] for token in row]) for row in best.tolist()]
         for row, target in enumerate(held.targets[low : low + _EVAL_ROWS].tolist()):
             answers = sids_of[row * beams : (row + 1) * beams]
             ranks.append(answers.index(known.sids[target]) if known.sids[target] in answers else beams)
         for row in model.generate(ids, num_beams=1, **shared)[:, length:].tolist():
-            tokens = [translation.back.get(token, PAD) for token in row]
+            tokens = [translation.own_token.get(token, PAD) for token in row]
             valid.append(all(token in sids.allowed_tokens(tokens[:at]) for at, token in enumerate(tokens)))
     return np.array(ranks, dtype=np.int64), np.array(valid, dtype=bool)
 
 
-def align_tuned(
+def align_lora(
     tuned: LoraResult,
     pairs: Sequence[PreferenceRow],
-    rows: Rows,
+    rows: TrainingRows,
     ours: PreTrainedTokenizerBase,
     sids: SidSet,
     settings: TrainerSettings,
@@ -285,24 +298,25 @@ def align_tuned(
 
     theirs = AutoTokenizer.from_pretrained(tuned.folder)
     model = AutoModelForCausalLM.from_pretrained(tuned.folder, dtype=torch.float32)
-    translation = Translation(rows.prompt, ours, theirs)
-    few = rows.part(settings.dpo.probe_users)
+    translation = VocabularyTranslation(rows.prompt, ours, theirs)
+    few = rows.with_fewer_held_out(settings.dpo.probe_users)
 
     def probe(policy: Any) -> ProbeOutcome:
-        rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
+        rank, valid = held_out_ranks(policy.eval(), translation, few, sids, settings)
         return ProbeOutcome(rank < 10, valid)
 
     folder = Path(f"{tuned.folder}-dpo")
     made, result = align_language_model(
-        model, theirs, [translation.preference(row) for row in pairs], settings, folder / "run",
-        _adapters(model, settings), probe=probe if len(few.split.held.targets) else None, progress=progress,
+        model, theirs, [translation.translate_preference(row) for row in pairs], settings, folder / "run",
+        _adapters(model, settings), probe=probe if len(few.split.held_out.targets) else None,
+        progress=progress,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     if result.failed(settings.dpo.max_drop):
         return replace(tuned, dpo=result)
     made.save_pretrained(folder)
     theirs.save_pretrained(folder)
-    quality = rank_held(made.to(device()), translation, rows, sids, settings)
+    quality = evaluate_held_out(made.to(device()), translation, rows, sids, settings)
     return replace(tuned, aligned=str(folder), dpo=result, aligned_quality=quality)
 
 
@@ -318,18 +332,18 @@ def tune_window(
     """Tune `settings.hf_model` on the window, and align it where there are preference pairs enough.
 
     Nothing is registered: the merged models lie in <home>/hf. `horizon_ms` and `window_ms`: as of
-    `run_cycle`.
+    `UpdateCycle`.
     """
     if settings.hf_model is None:
         raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
-    with only_one(settings.home):
-        material = read_material(
+    with cycle_lock(settings.home):
+        material = read_cycle_inputs(
             settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
         )
         ours = material.tokenizer
-        rows = Rows(material.log, material.split, material.known, ours, material.prompt, settings)
+        rows = TrainingRows(material.log, material.split, material.catalogue, ours, material.prompt, settings)
         folder = settings.home / "hf" / Path(settings.hf_model).name
-        result = tune(
+        result = tune_lora(
             settings.hf_model, rows, ours, material.sids, settings, folder,
             lambda text: progress("lora", text, False),
         )  # fmt: skip
@@ -337,7 +351,7 @@ def tune_window(
         # Without a context: a foreign vocabulary has no tokens of it.
         pairs, _ = window_rows(material, settings.dpo, window_ms, Context())
         if len(pairs) >= settings.dpo.min_pairs:
-            result = align_tuned(
+            result = align_lora(
                 result, pairs, rows, ours, material.sids, settings,
                 lambda text: progress("dpo", text, False),
             )  # fmt: skip

@@ -29,28 +29,28 @@ _REJECTED = pa.schema([
 
 
 @dataclass(frozen=True)
-class Withdrawal:
+class FilteredPairs:
     """The pairs that hold, each once, and what was withdrawn; rejected items are counted over all pairs."""
 
     pairs: list[PreferencePair]
     repeats: int  # records of a pair that was there already
     bought: int  # rejected items that the user bought within the window
     clicked: int  # rejected items of clicked_over_shown that were clicked, and not bought
-    same: int  # rejected items that are the chosen one, or have its SID
-    gone: int  # pairs of which no rejected item is left, or whose items and SIDs are not as many
-    unasked: int = 0  # records of the codebook's pairs whose scheme was not asked for
+    equal_to_chosen: int  # rejected items that are the chosen one, or have its SID
+    without_rejected: int  # pairs of which no rejected item is left, or whose items and SIDs are not as many
+    of_other_schemes: int = 0  # records of the codebook's pairs whose scheme was not asked for
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What was withdrawn, in a few words; empty where nothing was."""
-        if not (items := self.bought + self.clicked + self.same) and not self.gone:
+        if not (items := self.bought + self.clicked + self.equal_to_chosen) and not self.without_rejected:
             return ""
         return (
             f"withdrawn: {items:,} rejected items ({self.bought:,} bought, {self.clicked:,} clicked), "
-            f"{self.gone:,} whole pairs"
+            f"{self.without_rejected:,} whole pairs"
         )
 
 
-def newest_of_each(pairs: Iterable[PreferencePair], most: int) -> list[PreferencePair]:
+def newest_of_each_scheme(pairs: Iterable[PreferencePair], most: int) -> list[PreferencePair]:
     """The newest `most` pairs, as many of each scheme as of any other where it has them; oldest first.
 
     Clicks are far more frequent than purchases: without shares nearly all of the newest pairs are about
@@ -72,9 +72,9 @@ def _age(pair: PreferencePair) -> tuple[int, str]:
     return pair.ts, pair.event_id
 
 
-def withdraw(
+def withdraw_contradicted(
     pairs: Sequence[PreferencePair], purchases: pa.Table, clicks: pa.Table, window_ms: int
-) -> Withdrawal:
+) -> FilteredPairs:
     """Take from each pair the rejected items that the log contradicts; a pair without any is gone.
 
     `purchases` needs columns user_id, item_id (string) and ts (int64, ms), `clicks` also request_id; both may
@@ -100,9 +100,9 @@ def withdraw(
         _without(pair, out[begin:end]) for pair, (begin, end) in zip(whole, pairwise(starts), strict=True)
     ]
     kept = [pair for pair in left if pair is not None]
-    return Withdrawal(
+    return FilteredPairs(
         kept, repeats=len(pairs) - len(found), bought=int(bought.sum()), clicked=int(clicked.sum()),
-        same=int(same.sum()), gone=len(found) - len(kept),
+        equal_to_chosen=int(same.sum()), without_rejected=len(found) - len(kept),
     )  # fmt: skip
 
 

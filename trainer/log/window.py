@@ -23,8 +23,8 @@ from streams.state import profile
 from streams.wire.admin import incarnations, missing, spans, unreachable
 from streams.wire.connect import client_options
 from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
-from trainer.log.pair_filter import Withdrawal, newest_of_each, withdraw
-from trainer.sequences.interactions import Catalogue, Interactions, interactions
+from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
+from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
@@ -52,15 +52,15 @@ class Window:
         since = {partition: begin for partition, (begin, _) in self.ranges[topic].items()}
         return self.log.read(topic, since, self.incarnations[topic])
 
-    def count(self) -> int:
+    def count_new(self) -> int:
         """Clicks and purchases that are new, repeats included."""
         return sum(
             end - begin for topic in ("clicks", "purchases") for begin, end in self.ranges[topic].values()
         )
 
-    def interactions(
+    def user_sequences(
         self,
-        known: Catalogue,
+        known: TrainingCatalogue,
         context: Context | None = None,
         profiles: Mapping[str, Attributes] | None = None,
     ) -> Interactions:
@@ -92,7 +92,7 @@ class Window:
             fresh += new.tolist()
             bought += [topic == "purchases"] * table.num_rows
         said = (context or Context()).rows(scenes, users, profiles or {})
-        return interactions(users, stamps, items, known, fresh, bought, said)
+        return user_sequences(users, stamps, items, known, fresh, bought, said)
 
     def profiles(self) -> dict[str, Attributes]:
         """The attributes of each user: of the newest record by its time, as the agents keep them."""
@@ -109,7 +109,7 @@ class Window:
                 newest[one.user_id] = one
         return {user: one.attributes for user, one in newest.items()}
 
-    def said(self, profiles: Mapping[str, Attributes]) -> Counts:
+    def context_counts(self, profiles: Mapping[str, Attributes]) -> Counts:
         """How often each scene was clicked in, and how many users who did something have each attribute."""
         clicks, _ = self._read("clicks")
         bought, _ = self._read("purchases")
@@ -118,7 +118,7 @@ class Window:
         users = {user for table in (clicks, bought) for user in table["user_id"].unique().to_pylist()}
         return counted(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
-    def bought(self) -> dict[str, int]:
+    def purchase_counts(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""
         table, _ = self._read("purchases")
         seen: set[str] = set()
@@ -129,9 +129,9 @@ class Window:
                 counts[item] = counts.get(item, 0) + 1
         return counts
 
-    def pairs(
+    def preference_pairs(
         self, window_ms: int, codebook: str, schemes: Container[events.Scheme], most: int
-    ) -> Withdrawal:
+    ) -> FilteredPairs:
         """The newest `most` preference pairs of a codebook, shared out among `schemes`; older windows' too.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
@@ -143,10 +143,13 @@ class Window:
         known = [pair for pair in decoded if pair.codebook == codebook]
         wanted = [pair for pair in known if pair.scheme in schemes]
         # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
-        found = withdraw(
-            newest_of_each(wanted, most), self._read("purchases")[0], self._read("clicks")[0], window_ms
+        found = withdraw_contradicted(
+            newest_of_each_scheme(wanted, most),
+            self._read("purchases")[0],
+            self._read("clicks")[0],
+            window_ms,
         )
-        return replace(found, unasked=len(known) - len(wanted))
+        return replace(found, of_other_schemes=len(known) - len(wanted))
 
     def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?
@@ -176,7 +179,7 @@ class Window:
                 clicked.add(request)
         return [(one, request in clicked) for request, one in found.items()]
 
-    def listed(self) -> dict[str, events.CatalogItem]:
+    def catalogue_records(self) -> dict[str, events.CatalogItem]:
         """The newest record of each item."""
         decoder = msgspec.json.Decoder(events.CatalogItem)
         return {item: decoder.decode(value) for item, value in self._newest("catalog").items()}

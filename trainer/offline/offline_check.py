@@ -13,8 +13,8 @@ from streams.errors import SidstreamError
 from trainer.generator.constrained import SidSet
 from trainer.offline.probe import HeldOutProbe, ProbeOutcome
 from trainer.offline.quality import HeldOutQuality, rank_held_out
-from trainer.sequences.held_out import Held
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 
@@ -55,7 +55,7 @@ def reason_to_refuse_first(
 
 
 def held_out_probe(
-    held_out: Held, catalogue: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
+    held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
 ) -> HeldOutProbe | None:
     """The probe of alignment over the first `dpo.probe_users` held-out users; None where there are none.
 
@@ -63,8 +63,8 @@ def held_out_probe(
     purchases could hide lost hits among clicks.
     """
     rows = np.arange(len(held_out.targets))
-    if held_out.paid is not None and 2 * held_out.paid.sum() <= len(rows):
-        rows = rows[~held_out.paid]
+    if held_out.target_bought is not None and 2 * held_out.target_bought.sum() <= len(rows):
+        rows = rows[~held_out.target_bought]
     rows = rows[: settings.dpo.probe_users]
     if not len(rows):
         return None

@@ -27,7 +27,7 @@ from streams.events import Exploration
 from streams.state.keys import hashed
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import sid_scores
-from trainer.sequences.batches import Int32, Int64, context_rows, pad_items
+from trainer.sequences.batches import Int32, Int64, context_tensor, pad_items
 from trainer.settings import OffPolicySettings
 
 # Candidates of one forward pass: so many rows of logits over the vocabulary fit a core's cache.
@@ -142,7 +142,7 @@ def candidate_scores(model: GeneratorForCausalLM, logged: LoggedExplorations, we
         ends = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         places = [np.arange(begin, end) for begin, end in pairwise(ends)]
         items, lengths = pad_items(places, np.concatenate(prompts))
-        context = context_rows(logged.contexts, low, high, device)
+        context = context_tensor(logged.contexts, low, high, device)
         state = model.encode(items.to(device), lengths.to(device), context=context)
         codes = torch.from_numpy(logged.codes[rows]).to(device)
         owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(device)

@@ -16,8 +16,8 @@ from registry.bundles.ranking import Ranking
 from trainer.generator.constrained import SidSet, spells_known_sids
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import ROWS_PER_FORWARD, CatalogueRanker, fit_ranking, target_ranks
-from trainer.sequences.held_out import Held
-from trainer.sequences.interactions import Catalogue
+from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 # Two-sided, 95 %.
@@ -90,7 +90,7 @@ def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
 
 @torch.no_grad()
 def rank_held_out(
-    model: GeneratorForCausalLM, held_out: Held, catalogue: Catalogue, sids: SidSet,
+    model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet,
     settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
     """Rank (B,) from 0 of each held-out item, whether (B,) the free answer is a SID, and the ranking.
@@ -108,7 +108,7 @@ def rank_held_out(
 
 @torch.no_grad()
 def evaluate_held_out(
-    model: GeneratorForCausalLM, held_out: Held, catalogue: Catalogue, sids: SidSet,
+    model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet,
     settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> HeldOutQuality:  # fmt: skip
     """HR@10, NDCG@10 and validity on held-out items, under `ranking`, or the one that is fitted to them."""
@@ -117,7 +117,11 @@ def evaluate_held_out(
         return HeldOutQuality(0, 0.0, 0.0, 0.0, ranking or Ranking())
     rank, valid, ranking = rank_held_out(model, held_out, catalogue, sids, settings, ranking)
     hr, ndcg = hr_ndcg(rank)
-    paid = np.zeros(len(held_out.targets), dtype=bool) if held_out.paid is None else held_out.paid
+    paid = (
+        np.zeros(len(held_out.targets), dtype=bool)
+        if held_out.target_bought is None
+        else held_out.target_bought
+    )
     return HeldOutQuality(
         len(held_out.targets), hr, ndcg, float(valid.float().mean()), ranking,
         int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,

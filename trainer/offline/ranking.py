@@ -22,7 +22,7 @@ from registry.bundles.ranking import Ranking, Repeats, left_out
 from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import Int32, Int64, pad_items
-from trainer.sequences.held_out import Held
+from trainer.sequences.held_out import HeldOut
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.
 ROWS_PER_FORWARD = 256
@@ -212,7 +212,9 @@ class CatalogueRanker:
         return torch.cat(parts[1:] or parts)
 
     @torch.no_grad()
-    def dense_logits(self, held_out: Held) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    def dense_logits(
+        self, held_out: HeldOut
+    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
         """Batches of held-out targets (B,) as rows of the item table, of the dense head's logits (B, I')
         without the repeat bias, and of the bias: row, item and addend (M,). Items that are not in the
         catalogue have a logit of -inf."""
@@ -299,17 +301,17 @@ def _concatenate(rows: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> np
     return np.concatenate([np.zeros(0, dtype=kind), *rows])
 
 
-def _held_out_history(candidates: Candidates, held_out: Held) -> CandidateHistory:
+def _held_out_history(candidates: Candidates, held_out: HeldOut) -> CandidateHistory:
     return candidate_history(candidates.items, held_out.histories, held_out.ages_s, held_out.bought)
 
 
-def target_ranks(candidates: Candidates, held_out: Held, ranking: Ranking) -> Tensor:
+def target_ranks(candidates: Candidates, held_out: HeldOut, ranking: Ranking) -> Tensor:
     """Rank (B,) of each target from 0; C where it is not among the allowed candidates."""
     allowed = _held_out_history(candidates, held_out).allowed(ranking)
     return candidates.ranks(torch.from_numpy(held_out.targets), ranking.dense_weight, allowed[None])[0]
 
 
-def fit_ranking(candidates: Candidates, held_out: Held, k: int = 10) -> Ranking:
+def fit_ranking(candidates: Candidates, held_out: HeldOut, k: int = 10) -> Ranking:
     """The rule with the best NDCG at `k` on held-out events, equals going to the simpler one, and its weight.
 
     The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984):

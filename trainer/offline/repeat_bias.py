@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import CatalogueRanker
-from trainer.sequences.held_out import Held
+from trainer.sequences.held_out import HeldOut
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 _LEARNED_STRENGTH = STRENGTHS.index(1.0)
@@ -25,7 +25,7 @@ _MIN_EVENTS = 100
 
 @torch.no_grad()
 def fit_repeat_strength(
-    model: GeneratorForCausalLM, ranker: CatalogueRanker, held_out: Held, k: int = 10
+    model: GeneratorForCausalLM, ranker: CatalogueRanker, held_out: HeldOut, k: int = 10
 ) -> float:
     """Set `repeat_strength` to the strength with the best NDCG at k on held-out events, and return it.
 
@@ -44,7 +44,7 @@ def fit_repeat_strength(
     return STRENGTHS[best]
 
 
-def _ndcg_by_strength(ranker: CatalogueRanker, held_out: Held, k: int) -> Tensor:
+def _ndcg_by_strength(ranker: CatalogueRanker, held_out: HeldOut, k: int) -> Tensor:
     """NDCG at k (S, B) of each target under each of the strengths, by the dense head over all items."""
     parts = []
     for targets, logits, (batch, history_items, bias) in ranker.dense_logits(held_out):

@@ -22,7 +22,7 @@ from registry.bundles.rewards import (
 )
 from trainer.sequences.batches import Int32, Int64
 from trainer.sequences.interactions import Interactions
-from trainer.sequences.labelled_answers import Answers, answers
+from trainer.sequences.labelled_answers import LabelledAnswers, join_answers
 from trainer.sequences.tasks import bought_within
 from trainer.settings import RewardSettings
 
@@ -158,10 +158,12 @@ def answers_with_rewards(
     values: Int64,
     rewards: Rewards,
     vocabulary: Context,
-) -> Answers:
+) -> LabelledAnswers:
     """Answers that brought `values` (N, 4) of each field of NAMES; what was ignored is told so every time."""
     labels = reward_tokens(values, rewards, vocabulary)
     unclicked = np.full((1, len(NAMES)), UNKNOWN, dtype=np.int64)
     unclicked[0, NAMES.index(CLICK)] = 0
     unclicked_labels = reward_tokens(unclicked, rewards, vocabulary)
-    return answers(histories, targets, context, labels, (labels == unclicked_labels) & (unclicked_labels > 0))
+    return join_answers(
+        histories, targets, context, labels, (labels == unclicked_labels) & (unclicked_labels > 0)
+    )

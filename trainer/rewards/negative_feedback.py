@@ -11,11 +11,13 @@ from registry.bundles.rewards import CLICK, NAMES, Priced, Rewards
 from trainer.offline.offpolicy import LoggedExplorations
 from trainer.rewards.labels import answers_with_rewards, reward_values
 from trainer.sequences.batches import Int64
-from trainer.sequences.interactions import Catalogue
-from trainer.sequences.labelled_answers import Answers
+from trainer.sequences.interactions import TrainingCatalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
 
 
-def explored_items(logged: LoggedExplorations, catalogue: Catalogue) -> tuple[list[Int64], Int64, Int64]:
+def explored_items(
+    logged: LoggedExplorations, catalogue: TrainingCatalogue
+) -> tuple[list[Int64], Int64, Int64]:
     """Histories and drawn items of explorations as rows of a catalogue, and the explorations' indices (N,).
 
     Items that the catalogue does not have are dropped from histories. An exploration that drew such an item
@@ -34,9 +36,9 @@ def explored_items(logged: LoggedExplorations, catalogue: Catalogue) -> tuple[li
 
 
 def unclicked_answers(
-    logged: LoggedExplorations | None, catalogue: Catalogue, items: Sequence[Priced | None],
+    logged: LoggedExplorations | None, catalogue: TrainingCatalogue, items: Sequence[Priced | None],
     rewards: Rewards | None, context: Context, num_context_fields: int,
-) -> Answers | None:  # fmt: skip
+) -> LabelledAnswers | None:  # fmt: skip
     """Explored items that were not clicked, as answers with `click` 0; None without a `click` field.
 
     `items`: of each row of the catalogue; `num_context_fields`: fields of the context that are not rewards.

@@ -2,9 +2,9 @@
 
 After SFT the model answers requests near the Pareto front: all rewards high but one, which is drawn. An
 answer is an item of the catalogue, so its price and its commission are known; the probabilities of a click
-and of a purchase are calibrated (trainer.rewards.calibration). Answers are kept by multi-objective rejection, labelled
-with the rewards that they have and not with those of the request, and learned together with the log's own
-sequences.
+and of a purchase are calibrated (trainer.rewards.calibration). Answers are kept by multi-objective
+rejection, labelled with the rewards that they have and not with those of the request, and learned together
+with the log's own sequences.
 
 RiC keeps an answer that is good in any reward. That alone would keep expensive items that no user would
 click. So an answer must also be as likely, without requested rewards, as a quantile of the users' own next
@@ -14,13 +14,14 @@ items.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor
 
 from registry.bundles.context import Context
 from registry.bundles.ranking import Ranking
@@ -33,16 +34,16 @@ from trainer.offline.ranking import CatalogueRanker
 from trainer.rewards.calibration import CalibratedChances, Floats, calibrate_chances, purchase_rates
 from trainer.rewards.labels import UNKNOWN, answers_with_rewards, item_bins, reward_tokens, reward_values
 from trainer.rewards.negative_feedback import explored_items
-from trainer.sequences.batches import Int32, Int64, Pieces
-from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Rows
+from trainer.sequences.batches import Int32, Int64, SequenceBatch
+from trainer.sequences.labelled_answers import LabelledAnswers
+from trainer.sequences.rows import TrainingRows
 from trainer.tuning.checkpoint import restore, snapshot
 from trainer.tuning.devices import device
-from trainer.tuning.next_item import Replay, batch_loss, placed
+from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows
+from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
 _CALIBRATION_CLICKS = 5000
-_MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class OnlineStage:
     def __init__(
         self,
         model: GeneratorForCausalLM,
-        rows: Rows,
+        rows: TrainingRows,
         sids: SidSet,
         evidence: RewardEvidence,
         dense_weight: float,
@@ -139,7 +140,7 @@ class OnlineStage:
         self.bins = {name: item_bins(evidence.rewards, name, evidence.offers) for name in (PRICE, COMMISSION)}
         log = rows.log
         self.sequence_starts = np.repeat(log.starts[:-1], np.diff(log.starts))
-        trained = np.arange(len(log)) < np.repeat(rows.split.ends, np.diff(log.starts))
+        trained = np.arange(len(log)) < np.repeat(rows.split.training_ends, np.diff(log.starts))
         fresh = np.ones(len(log), dtype=bool)
         fresh[1:] = log.items[1:] != log.items[:-1]
         self.request_rows = np.flatnonzero(trained & fresh & (np.arange(len(log)) > self.sequence_starts))
@@ -151,7 +152,7 @@ class OnlineStage:
 
     def ranker(self) -> CatalogueRanker:
         """A ranker with the current weights."""
-        return CatalogueRanker(self.model, self.rows.known.codes, self.sids, max(self.settings.beam, 10))
+        return CatalogueRanker(self.model, self.rows.catalogue.codes, self.sids, max(self.settings.beam, 10))
 
     def context_tokens(self, context: Int32, values: Int64 | None = None) -> Int32:
         """Token ids (N, C + R) of context fields (N, C) and of requested rewards (N, 4), None: no request."""
@@ -166,14 +167,14 @@ class OnlineStage:
         log, logged = self.rows.log, self.evidence.explorations
         explored_scores, outcomes = np.zeros(0), np.zeros(0, dtype=np.int64)
         if logged is not None:
-            histories, targets, at = explored_items(logged, self.rows.known)
+            histories, targets, at = explored_items(logged, self.rows.catalogue)
             context = logged.contexts[at, : log.context.shape[1]]
             states = ranker.states(histories, self.context_tokens(context))
             explored_scores = ranker.scores(histories, states, targets, self.dense_weight).double().numpy()
             outcomes = logged.reward[at].astype(np.int64)
         clicks = np.flatnonzero(~log.bought & (self.evidence.purchases != UNKNOWN))
         item_rates = purchase_rates(
-            log.items[clicks], self.evidence.purchases[clicks], len(self.rows.known.items)
+            log.items[clicks], self.evidence.purchases[clicks], len(self.rows.catalogue.item_ids)
         )
         newest = clicks[np.isin(clicks, self.request_rows)]
         newest = newest[np.argsort(log.ts[newest], kind="stable")][-_CALIBRATION_CLICKS:]
@@ -203,7 +204,7 @@ class OnlineStage:
         best = (score + rng.gumbel(size=score.shape)).argmax(1)
         return np.take_along_axis(items, best[:, None], 1)[:, 0]
 
-    def collect_answers(self, number: int) -> tuple[RoundOutcome, Answers]:
+    def collect_answers(self, number: int) -> tuple[RoundOutcome, LabelledAnswers]:
         """Draw requests and answers, reject some, and label the kept answers with their rewards."""
         online, evidence = self.settings.rewards.online, self.evidence
         rng = np.random.default_rng((self.settings.seed, number, 7))
@@ -235,37 +236,36 @@ class OnlineStage:
             histories, items[keep], context, values[keep], evidence.rewards, evidence.context
         )
         outcome = RoundOutcome(len(at), int((scores >= floor).sum()), len(keep), float(followed))
-        return outcome, lessons.of(self.rows.touched)
+        return outcome, lessons.of_items(self.rows.trained_items)
 
-    def learn(self, lessons: Answers, number: int, stop: Callable[[], bool]) -> int:
+    def learn(self, lessons: LabelledAnswers, number: int, stop: Callable[[], bool]) -> int:
         """Train on the kept answers, each step with a batch of the log, too; the number of steps."""
         online, model = self.settings.rewards.online, self.model
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay
-        )
-        table, among = placed(model, self.rows)
-        replay = Replay(model, self.rows)
-        batches: list[Pieces] = []
-        epoch = step = 0
+        optimizer = ClippedAdamW(model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay)
+        table, scored = catalogue_table_rows(model, self.rows)
+        replay = LogReplay(model, self.rows)
+
+        def loss_of(batch: SequenceBatch) -> Tensor:
+            return batch_loss(model, batch, [], table, scored, self.settings) + replay.loss(model)
+
         model.train()
         torch.manual_seed(self.settings.seed + number)
-        while step < online.steps and not stop():
-            if not batches:
-                batches, epoch = lessons.pieces(self.settings, epoch), epoch + 1
-                if not batches:
-                    break
-            optimizer.zero_grad(set_to_none=True)
-            loss = batch_loss(model, batches.pop(), [], table, among, self.settings) + replay.loss(model)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-            optimizer.step()
-            step += 1
+        batches = islice(self._endless_batches(lessons), online.steps)
+        steps, _ = train_on_batches(optimizer, batches, loss_of, stop=stop)
         model.eval()
-        return step
+        return steps
+
+    def _endless_batches(self, lessons: LabelledAnswers) -> Iterator[SequenceBatch]:
+        """The batches of one epoch after another; none where an epoch is empty."""
+        for epoch in count():
+            batches = lessons.sequence_batches(self.settings, epoch)
+            if not batches:
+                return
+            yield from reversed(batches)
 
 
 def learn_from_own_answers(
-    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, evidence: RewardEvidence,
+    model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, evidence: RewardEvidence,
     before: HeldOutQuality | None, progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> OnlineResult:  # fmt: skip
     """Run the stage's rounds over `model`, in place; undone where HR@10 of held-out users falls too far.
@@ -286,7 +286,9 @@ def learn_from_own_answers(
         progress(f"round {number + 1}: {outcome.kept:,} of {outcome.asked:,} answers kept")
         result.steps += stage.learn(lessons, number, stop or (lambda: False))
     if before is not None and result.steps:
-        result.quality = evaluate_held_out(model, rows.split.held, rows.known, sids, settings, ranking)
+        result.quality = evaluate_held_out(
+            model, rows.split.held_out, rows.catalogue, sids, settings, ranking
+        )
         if result.quality.hr10 < (1 - online.max_fall) * before.hr10:
             result.refused = f"HR@10 fell from {before.hr10:.3f} to {result.quality.hr10:.3f}"
             restore(model, weights)

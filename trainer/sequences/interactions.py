@@ -32,36 +32,38 @@ class Interactions:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class TrainingCatalogue:
     """The items that have a SID, and the tokens they are spelled with."""
 
-    items: list[str]
+    item_ids: list[str]
     sids: list[Sid]
     codes: Int64  # (I, L) token ids
     titles: list[str]
 
 
-def catalogue(sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt) -> Catalogue:
+def training_catalogue(
+    sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt
+) -> TrainingCatalogue:
     """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID."""
     items = sorted(sids)
     codes = np.array([prompt.tokens(sids[item]) for item in items], dtype=np.int64)
-    return Catalogue(
+    return TrainingCatalogue(
         items, [tuple(sids[item]) for item in items], codes.reshape(len(items), len(prompt.sizes)),
         [titles.get(item, "") for item in items],
     )  # fmt: skip
 
 
-def interactions(
+def user_sequences(
     users: Sequence[str],
     ts: npt.ArrayLike,
     items: Sequence[str],
-    known: Catalogue,
+    known: TrainingCatalogue,
     fresh: npt.ArrayLike | None = None,
     bought: npt.ArrayLike | None = None,
     context: Int32 | None = None,
 ) -> Interactions:
     """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
-    place = {item: row for row, item in enumerate(known.items)}
+    place = {item: row for row, item in enumerate(known.item_ids)}
     rows = np.fromiter((place.get(item, -1) for item in items), dtype=np.int64, count=len(items))
     keep = np.flatnonzero(rows >= 0)
     # Sorted names: the same log gives the same groups, however its partitions were read.
@@ -80,10 +82,12 @@ def interactions(
     )  # fmt: skip
 
 
-def popular(log: Interactions, known: Catalogue, ends: Int64 | None = None) -> Iterator[int]:
+def items_by_popularity(
+    log: Interactions, known: TrainingCatalogue, ends: Int64 | None = None
+) -> Iterator[int]:
     """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
     used = np.ones(len(log), dtype=bool)
     if ends is not None:
         used[ends[ends < log.starts[1:]]] = False
-    counts = np.bincount(log.items[used], minlength=len(known.items))
+    counts = np.bincount(log.items[used], minlength=len(known.item_ids))
     yield from np.argsort(-counts, kind="stable").tolist()

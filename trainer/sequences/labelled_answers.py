@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.sequences.batches import Int32, Int64, Pieces, by_size, pad_contexts
+from trainer.sequences.batches import Int32, Int64, SequenceBatch, batches_of_similar_length, pad_contexts
 from trainer.settings import TrainerSettings
 
 
 @dataclass(frozen=True)
-class Answers:
+class LabelledAnswers:
     """N answers; histories (rows of `Catalogue.codes`, newest last) lie one after the other."""
 
     items: Int64  # (M,) of all histories
@@ -28,34 +28,38 @@ class Answers:
     targets: Int64  # (N,) the item that was answered with
     context: Int32  # (N, C) token ids of what was said, 0 where nothing was
     rewards: Int32  # (N, R) token ids of what it brought, 0: not known
-    firm: npt.NDArray[np.bool_]  # (N, R) rewards that are always told: the row would be wrong without them
+    always_visible: npt.NDArray[
+        np.bool_
+    ]  # (N, R) rewards that are always told: the row would be wrong without them
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def of(self, items: Int64) -> Answers:
+    def of_items(self, items: Int64) -> LabelledAnswers:
         """Those that answer with one of `items`."""
         at = np.flatnonzero(np.isin(self.targets, items))
-        return answers(
+        return join_answers(
             [self.items[self.starts[row] : self.starts[row + 1]] for row in at], self.targets[at],
-            self.context[at], self.rewards[at], self.firm[at],
+            self.context[at], self.rewards[at], self.always_visible[at],
         )  # fmt: skip
 
-    def pieces(self, settings: TrainerSettings, number: int, most: int | None = None) -> list[Pieces]:
+    def sequence_batches(
+        self, settings: TrainerSettings, number: int, most: int | None = None
+    ) -> list[SequenceBatch]:
         """The answers of epoch `number` as batches whose last items alone are learned, shuffled.
 
         Each field of a row's rewards is left out with `rewards.dropout`, but for the firm ones; a row of
         which nothing is left is not there. `most`: so many of the rows, drawn; None: all.
         """
         rng = np.random.default_rng((settings.seed, number, 6))
-        kept = (rng.random(self.rewards.shape) >= settings.rewards.dropout) | self.firm
+        kept = (rng.random(self.rewards.shape) >= settings.rewards.dropout) | self.always_visible
         told = self.rewards * kept.astype(np.int32)
         said = self.context * (rng.random((len(self), 1)) >= settings.context.dropout).astype(np.int32)
         rows = rng.permutation(np.flatnonzero(told.any(1)))[:most]
         length = np.diff(self.starts) + 1
         order = rows[np.lexsort((rng.random(len(rows)), length[rows]))]
         made = []
-        for batch in by_size(order, length, settings.batch_positions):
+        for batch in batches_of_similar_length(order, length, settings.batch_positions):
             width = int(length[batch].max())
             items = np.full((len(batch), width), -1, dtype=np.int64)
             contexts = []
@@ -66,7 +70,7 @@ class Answers:
                 contexts.append(np.vstack((empty, np.concatenate((said[at], told[at])))))
             learned = np.arange(width) == length[batch, None] - 1
             made.append(
-                Pieces(
+                SequenceBatch(
                     torch.from_numpy(items), torch.from_numpy(learned), pad_contexts(contexts, width),
                     torch.zeros(items.shape, dtype=torch.bool),
                 )
@@ -74,10 +78,10 @@ class Answers:
         return [made[at] for at in rng.permutation(len(made))]
 
 
-def answers(
+def join_answers(
     histories: Sequence[Int64], targets: Int64, context: Int32, rewards: Int32, firm: npt.NDArray[np.bool_]
-) -> Answers:
+) -> LabelledAnswers:
     """Answers whose histories are given one by one."""
     starts = np.cumsum([0, *map(len, histories)], dtype=np.int64)
     none = np.zeros(0, dtype=np.int64)
-    return Answers(np.concatenate([none, *histories]), starts, targets, context, rewards, firm)
+    return LabelledAnswers(np.concatenate([none, *histories]), starts, targets, context, rewards, firm)

@@ -12,30 +12,38 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK, Prompt
-from trainer.sequences.batches import Int32, Int64, Pieces, Row, by_size, pad_contexts
-from trainer.sequences.held_out import Split
-from trainer.sequences.interactions import Catalogue, Interactions
-from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.tasks import Words, bought_within, search_prompt, summary_prompt
+from trainer.sequences.batches import (
+    Int32,
+    Int64,
+    SequenceBatch,
+    TokenRow,
+    batches_of_similar_length,
+    pad_contexts,
+)
+from trainer.sequences.held_out import TrainingSplit
+from trainer.sequences.interactions import Interactions, TrainingCatalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
+from trainer.sequences.tasks import TitleWords, bought_within, search_prompt, summary_prompt
 from trainer.settings import TrainerSettings
 
 
-class Rows:
+class TrainingRows:
     """The rows of one epoch after another. The same seed and epoch give the same rows in the same order."""
 
     def __init__(
-        self, log: Interactions, split: Split, known: Catalogue, tokenizer: PreTrainedTokenizerFast,
-        prompt: Prompt, settings: TrainerSettings, answers: Answers | None = None,
+        self, log: Interactions, split: TrainingSplit, known: TrainingCatalogue,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: Prompt, settings: TrainerSettings, answers: LabelledAnswers | None = None,
     ) -> None:  # fmt: skip
         """`answers` are learned beside the log; those of items that nobody touched are left out."""
-        self.log, self.split, self.known, self.prompt, self.settings = log, split, known, prompt, settings
+        self.log, self.split, self.catalogue, self.prompt, self.settings = log, split, known, prompt, settings
         # An item that nobody touched would only be pushed away (trainer.tuning.next_item.Scored).
-        self.answers = answers.of(self.touched) if answers else None
-        self.titles = [self._words(title, tokenizer) for title in known.titles]
-        self.words = Words(self.titles)
-        self.bought = bought_within(log, split.ends, settings.tasks.buy_within_s * 1000)
+        self.labelled_answers = answers.of_items(self.trained_items) if answers else None
+        self.title_words = [self._word_ids(title, tokenizer) for title in known.titles]
+        self.words = TitleWords(self.title_words)
+        self.led_to_purchase = bought_within(log, split.training_ends, settings.tasks.buy_within_s * 1000)
 
-    def _words(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    def _word_ids(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         ids = tokenizer(title, add_special_tokens=False).input_ids if title else []
         # A title may hold the text of a code or a special token: as a word it is unknown.
         return [token if token >= self.prompt.first_word else UNK for token in ids][
@@ -43,112 +51,116 @@ class Rows:
         ]
 
     @property
-    def touched(self) -> Int64:
+    def trained_items(self) -> Int64:
         """The items of the training part, ascending; held-out targets stand for what is not known yet."""
-        spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
+        spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
         return np.unique(np.concatenate([self.log.items[low:high] for low, high in spans]))
 
-    def recent(self, share: float, settings: TrainerSettings) -> Rows:
+    def newest_share(self, share: float, settings: TrainerSettings) -> TrainingRows:
         """These rows where only the newest `share` of the training part's events are new.
 
         Events at the time of the oldest of them are new, too. A log without times is new as a whole.
         """
-        spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
+        spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
         ts = np.sort(np.concatenate([self.log.ts[low:high] for low, high in spans]))
         since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
-        made = self.under(settings)
+        made = self.with_settings(settings)
         made.log = replace(self.log, fresh=self.log.ts >= since)
         return made
 
-    def under(self, settings: TrainerSettings) -> Rows:
+    def with_settings(self, settings: TrainerSettings) -> TrainingRows:
         """These rows in the order, and cut at the places, of another seed."""
         made = copy.copy(self)
         made.settings = settings
         return made
 
-    def part(self, users: int) -> Rows:
+    def with_fewer_held_out(self, users: int) -> TrainingRows:
         """These rows with the first `users` of those held out."""
         made = copy.copy(self)
-        held = self.split.held
-        made.split = replace(self.split, held=held.take(np.arange(min(users, len(held.targets)))))
+        held = self.split.held_out
+        made.split = replace(self.split, held_out=held.take(np.arange(min(users, len(held.targets)))))
         return made
 
-    def sequence(self, start: int, end: int) -> Row:
+    def sequence_row(self, start: int, end: int) -> TokenRow:
         """Next SID at every position of rows start to end: every code is a label.
 
         An item equal to the one right before it is read, but not learned: a page's own item is no answer.
         """
         items = self.log.items[start:end]
-        ids = np.concatenate(([BOS], self.known.codes[items].ravel()))
+        ids = np.concatenate(([BOS], self.catalogue.codes[items].ravel()))
         learned = np.ones(len(ids), dtype=bool)
         learned[0] = False
         repeats = np.flatnonzero(items[1:] == items[:-1]) + 1
         levels = len(self.prompt.sizes)
         learned[(1 + repeats[:, None] * levels + np.arange(levels)).ravel()] = False
-        return Row(ids, learned, self.settings.weights.next_sid)
+        return TokenRow(ids, learned, self.settings.weights.next_sid)
 
-    def sid_to_title(self, item: int) -> Row:
+    def sid_to_title_row(self, item: int) -> TokenRow:
         """BOS, the item, TITLE, then the words and EOS, which are learned."""
-        words = self.titles[item]
-        ids = np.array([BOS, *self.known.codes[item], TITLE, *words, EOS], dtype=np.int64)
-        return Row(ids, np.arange(len(ids)) >= len(ids) - len(words) - 1, self.settings.weights.sid_to_title)
+        words = self.title_words[item]
+        ids = np.array([BOS, *self.catalogue.codes[item], TITLE, *words, EOS], dtype=np.int64)
+        return TokenRow(
+            ids, np.arange(len(ids)) >= len(ids) - len(words) - 1, self.settings.weights.sid_to_title
+        )
 
-    def title_to_sid(self, item: int) -> Row:
+    def title_to_sid_row(self, item: int) -> TokenRow:
         """BOS, the words, ITEM, then the item's codes, which are learned."""
-        ids = np.array([BOS, *self.titles[item], ITEM, *self.known.codes[item]], dtype=np.int64)
+        ids = np.array([BOS, *self.title_words[item], ITEM, *self.catalogue.codes[item]], dtype=np.int64)
         levels = len(self.prompt.sizes)
-        return Row(ids, np.arange(len(ids)) >= len(ids) - levels, self.settings.weights.title_to_sid)
+        return TokenRow(ids, np.arange(len(ids)) >= len(ids) - levels, self.settings.weights.title_to_sid)
 
-    def search(self, at: int, words: Sequence[int], bare: bool) -> Row:
+    def search_row(self, at: int, words: Sequence[int], bare: bool) -> TokenRow:
         """A search that led to the log's row `at`, whose item's codes are learned (see `search_prompt`).
 
         The history is what its user did before; `bare`: none is given.
         """
-        history = self.known.codes[self._past(at, at)[: 0 if bare else None]]
-        codes = self.known.codes[self.log.items[at]]
+        history = self.catalogue.codes[self._history_before(at, at)[: 0 if bare else None]]
+        codes = self.catalogue.codes[self.log.items[at]]
         ids = np.array([*search_prompt(history, words), *codes], dtype=np.int64)
-        return Row(ids, np.arange(len(ids)) >= len(ids) - len(codes), self.settings.weights.search)
+        return TokenRow(ids, np.arange(len(ids)) >= len(ids) - len(codes), self.settings.weights.search)
 
-    def summary(self, history: Int64) -> Row:
+    def summary_row(self, history: Int64) -> TokenRow:
         """A history's items (H,), then the words most typical of their titles and EOS, which are learned."""
-        titles = [self.titles[item] for item in history]
+        titles = [self.title_words[item] for item in history]
         words = self.words.typical(titles, self.settings.tasks.summary_words)
-        prompt = summary_prompt(self.known.codes[history])
+        prompt = summary_prompt(self.catalogue.codes[history])
         ids = np.array([*prompt, *words, EOS], dtype=np.int64)
-        return Row(ids, np.arange(len(ids)) >= len(prompt), self.settings.weights.summary)
+        return TokenRow(ids, np.arange(len(ids)) >= len(prompt), self.settings.weights.summary)
 
-    def _past(self, at: int, end: int) -> Int64:
+    def _history_before(self, at: int, end: int) -> Int64:
         """The newest items before row `end` of the user of row `at`, as many as a text's history has."""
         begin = self.log.starts[np.searchsorted(self.log.starts, at, side="right") - 1]
         return self.log.items[max(begin, end - self.settings.tasks.history) : end]
 
-    def _drawn(self, rng: np.random.Generator) -> list[int]:
+    def _draw_events(self, rng: np.random.Generator) -> list[int]:
         """As many rows of the training part as items have a title, drawn at random.
 
         Each row's item has a known word, and is not the one right before it: a page's own item is no answer.
         """
         at = np.arange(len(self.log))
         user = np.searchsorted(self.log.starts, at, side="right") - 1
-        known = np.array([any(word in self.words.idf for word in title) for title in self.titles], dtype=bool)
+        known = np.array(
+            [any(word in self.words.idf for word in title) for title in self.title_words], dtype=bool
+        )
         again = np.zeros(len(at), dtype=bool)
         again[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
-        told = at[(at < self.split.ends[user]) & known[self.log.items] & ~again]
-        return rng.choice(told, sum(map(bool, self.titles))).tolist() if len(told) else []
+        told = at[(at < self.split.training_ends[user]) & known[self.log.items] & ~again]
+        return rng.choice(told, sum(map(bool, self.title_words))).tolist() if len(told) else []
 
-    def searches(self, number: int) -> list[Row]:
+    def search_rows(self, number: int) -> list[TokenRow]:
         """The queries of epoch `number`: random words of the titles that users went to."""
         rng = np.random.default_rng((self.settings.seed, number, 8))
         limits = self.settings.tasks
         made = []
-        for at in self._drawn(rng):
-            words = self.words.query(self.titles[self.log.items[at]], limits.query_words, rng)
-            made.append(self.search(at, words, bool(rng.random() < limits.bare)))
+        for at in self._draw_events(rng):
+            words = self.words.draw_query(self.title_words[self.log.items[at]], limits.query_words, rng)
+            made.append(self.search_row(at, words, bool(rng.random() < limits.bare)))
         return made
 
-    def summaries(self, number: int) -> list[Row]:
+    def summary_rows(self, number: int) -> list[TokenRow]:
         """The summaries of epoch `number`: of histories that end at random places."""
         rng = np.random.default_rng((self.settings.seed, number, 5))
-        return [self.summary(self._past(at, at + 1)) for at in self._drawn(rng)]
+        return [self.summary_row(self._history_before(at, at + 1)) for at in self._draw_events(rng)]
 
     def crops(self, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Pieces (start, end) of users' sequences: all with new events, and a share of older ones."""
@@ -157,7 +169,7 @@ class Rows:
         size = self.settings.max_items + 1
         fresh: list[tuple[int, int]] = []
         older: list[tuple[int, int]] = []
-        for user, end in enumerate(self.split.ends):
+        for user, end in enumerate(self.split.training_ends):
             begin = int(self.log.starts[user])
             if end - begin < self.settings.min_history:
                 continue
@@ -172,23 +184,23 @@ class Rows:
         chosen = rng.permutation(len(older))[:keep]
         return fresh + [older[at] for at in chosen]
 
-    def texts(self, number: int) -> list[Row]:
+    def text_rows(self, number: int) -> list[TokenRow]:
         """The rows of epoch `number` that join SIDs and words, shuffled."""
         weights = self.settings.weights
-        named = [item for item, words in enumerate(self.titles) if words]
-        rows = [self.sid_to_title(item) for item in named if weights.sid_to_title > 0]
-        rows += [self.title_to_sid(item) for item in named if weights.title_to_sid > 0]
-        rows += self.searches(number) if weights.search > 0 else []
-        rows += self.summaries(number) if weights.summary > 0 else []
+        named = [item for item, words in enumerate(self.title_words) if words]
+        rows = [self.sid_to_title_row(item) for item in named if weights.sid_to_title > 0]
+        rows += [self.title_to_sid_row(item) for item in named if weights.title_to_sid > 0]
+        rows += self.search_rows(number) if weights.search > 0 else []
+        rows += self.summary_rows(number) if weights.summary > 0 else []
         rng = np.random.default_rng((self.settings.seed, number, 2))
         return [rows[at] for at in rng.permutation(len(rows))]
 
-    def epoch(self, number: int) -> list[Row]:
+    def epoch_rows(self, number: int) -> list[TokenRow]:
         """All rows of epoch `number`, unordered."""
         rng = np.random.default_rng((self.settings.seed, number))
-        return [self.sequence(low, high) for low, high in self.crops(rng)] + self.texts(number)
+        return [self.sequence_row(low, high) for low, high in self.crops(rng)] + self.text_rows(number)
 
-    def pieces(self, number: int) -> list[Pieces]:
+    def sequence_batches(self, number: int) -> list[SequenceBatch]:
         """The sequences of an epoch in batches of similar length and about `batch_positions` items, shuffled.
 
         An item equal to the one right before it is read, but not learned, as in `sequence`.
@@ -202,25 +214,27 @@ class Rows:
         length = crops[:, 1] - crops[:, 0]
         order = np.lexsort((rng.random(len(crops)), length))
         made = []
-        for batch in by_size(order, length, self.settings.batch_positions):
+        for batch in batches_of_similar_length(order, length, self.settings.batch_positions):
             width = int(length[batch].max())
             items = np.full((len(batch), width), -1, dtype=np.int64)
             bought = np.zeros(items.shape, dtype=bool)
             for row, (low, high) in enumerate(crops[batch].tolist()):
                 items[row, : high - low] = self.log.items[low:high]
-                bought[row, : high - low] = self.bought[low:high]
+                bought[row, : high - low] = self.led_to_purchase[low:high]
             learned = items >= 0
             learned[:, 1:] &= items[:, 1:] != items[:, :-1]
             if alone:
                 learned &= np.arange(width) == length[batch, None] - 1
             context = pad_contexts([contexts[row] for row in batch], width)
             made.append(
-                Pieces(torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought))
+                SequenceBatch(
+                    torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought)
+                )
             )
-        if self.answers:
+        if self.labelled_answers:
             events = sum(int(piece.learned.sum()) for piece in made)
             most = round(self.settings.rewards.ignored_share * events)
-            made += self.answers.pieces(self.settings, number, most)
+            made += self.labelled_answers.sequence_batches(self.settings, number, most)
         return [made[at] for at in rng.permutation(len(made))]
 
     def _prefixes(self, crops: Int64) -> Int64:
@@ -239,13 +253,13 @@ class Rows:
         """
         rng = np.random.default_rng((self.settings.seed, number, 3))
         kept = rng.random(len(crops)) >= self.settings.context.dropout
-        told = self._rewards(number)
+        told = self._rewards_of_epoch(number)
         return [
             np.concatenate((self.log.context[low:high] * np.int32(keep), told[low:high]), axis=1)
             for (low, high), keep in zip(crops.tolist(), kept.tolist(), strict=True)
         ]
 
-    def _rewards(self, number: int) -> Int32:
+    def _rewards_of_epoch(self, number: int) -> Int32:
         """What epoch `number` tells of the rewards of each event (N, R).
 
         A share `rewards.unconditioned` of events is told nothing of them, so that a request without wishes
@@ -258,13 +272,13 @@ class Rows:
         kept &= rng.random((len(rewards), 1)) >= settings.unconditioned
         return rewards * kept.astype(np.int32)
 
-    def batches(self, number: int) -> list[list[Row]]:
+    def token_row_batches(self, number: int) -> list[list[TokenRow]]:
         """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""
         rng = np.random.default_rng((self.settings.seed, number, 1))
-        rows = self.epoch(number)
+        rows = self.epoch_rows(number)
         # Random order among rows of about the same length: batches differ from epoch to epoch.
         length = np.array([len(row.ids) for row in rows])
         order = np.lexsort((rng.random(len(rows)), length))
         limit = self.settings.batch_positions * len(self.prompt.sizes)
-        made = [[rows[at] for at in batch] for batch in by_size(order, length, limit)]
+        made = [[rows[at] for at in batch] for batch in batches_of_similar_length(order, length, limit)]
         return [made[at] for at in rng.permutation(len(made))]

@@ -37,7 +37,7 @@ def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
     return made
 
 
-class Words:
+class TitleWords:
     """How telling each word of a catalogue's titles is."""
 
     def __init__(self, titles: Sequence[Sequence[int]]) -> None:
@@ -47,7 +47,7 @@ class Words:
         # Inverse document frequency (Spärck Jones 1972), above 0 for a word of all titles, too.
         self.idf = {word: math.log(1 + named / count) for word, count in counts.items()}
 
-    def query(self, title: Sequence[int], most: int, rng: np.random.Generator) -> list[int]:
+    def draw_query(self, title: Sequence[int], most: int, rng: np.random.Generator) -> list[int]:
         """1 to `most` distinct words of a title with at least one known word, drawn by their rarity.
 
         In random order: people do not type words as titles have them.

@@ -50,7 +50,7 @@ class Devices:
         """Whether this process leads."""
         return self.rank == 0
 
-    def told(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
         """The main process's numbers, in every process."""
         return list(numbers)
 
@@ -92,7 +92,7 @@ class Group(Devices):
             self._state = PartialState(cpu=not gpu, backend=None if gpu else "gloo", timeout=_WAIT)
         self.rank, self.count = self._state.process_index, self._state.num_processes
 
-    def told(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
         from accelerate.utils import broadcast
 
         with _together():
@@ -150,9 +150,9 @@ class Group(Devices):
 
     def _text(self, text: str) -> str:
         """The main process's text, in every process."""
-        size = int(self.told([float(len(text.encode()))])[0])
+        size = int(self.broadcast([float(len(text.encode()))])[0])
         data = list(text.encode()) if self.main else [0] * size
-        return bytes(int(number) for number in self.told(data)).decode() if size else ""
+        return bytes(int(number) for number in self.broadcast(data)).decode() if size else ""
 
 
 @contextmanager

@@ -8,21 +8,22 @@ from pathlib import Path
 from trainer.generator.constrained import SidSet
 from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import Teacher
-from trainer.tuning.pretrain import learn
-from trainer.tuning.sft import Progress, SftResult, validated
+from trainer.tuning.pretrain import pretrain_and_tune
+from trainer.tuning.sft import Progress, SftResult, validate
 
 # From a member's seed to the next one's: stages and refreshes count on from `seed` by ones.
 _APART = 1000
 # A generator to begin from, of a member's settings, rows and folder.
-Begin = Callable[[TrainerSettings, Rows, Path | None], GeneratorForCausalLM]
+MakeGenerator = Callable[[TrainerSettings, TrainingRows, Path | None], GeneratorForCausalLM]
 
 
-def learn_members(
-    begin: Begin, rows: Rows, sids: SidSet, settings: TrainerSettings, folder: Path | None = None, *,
+def train_ensemble(
+    begin: MakeGenerator, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
+    folder: Path | None = None, *,
     progress: Progress | None = None, stop: Callable[[], bool] | None = None,
     devices: Devices | None = None, teacher: Teacher | None = None,
     first: tuple[GeneratorForCausalLM, SftResult] | None = None,
@@ -45,10 +46,10 @@ def learn_members(
             if progress:
                 progress(name + text)
 
-        part = rows.under(own)
+        part = rows.with_settings(own)
         where = folder / f"member-{number + 1}" if folder and count > 1 else folder
         model = begin(own, part, where)
-        result = learn(
+        result = pretrain_and_tune(
             model, part, sids, own, folder=where, progress=tell, stop=stop, devices=devices, teacher=teacher
         )
         if count == 1 or result.stopped == "interrupted":
@@ -59,7 +60,7 @@ def learn_members(
     return whole, SftResult(
         steps=sum(one.steps for one in results), epochs=sum(one.epochs for one in results),
         seconds=sum(one.seconds for one in results), loss=sum(one.loss for one in results) / count,
-        quality=validated(whole, rows, sids, settings), stopped=f"{count} members are one", members=results,
+        quality=validate(whole, rows, sids, settings), stopped=f"{count} members are one", members=results,
     )  # fmt: skip
 
 

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from trainer.generator.items import PastOccurrences
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.batches import IGNORE, Batch, Pieces, Row, collate
-from trainer.sequences.rows import Rows
+from trainer.sequences.batches import IGNORE, SequenceBatch, TokenBatch, TokenRow, pad_token_rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TaskWeights, TrainerSettings
 from trainer.tuning.devices import fast_bf16
 from trainer.tuning.losses import softmax_loss
-from trainer.tuning.soft_targets import Level, Soft, sibling_term, teacher_term
+from trainer.tuning.soft_targets import CodeTreeLevel, SoftTargets, sibling_term, teacher_term
 
 
-def token_loss(model: GeneratorForCausalLM, batch: Batch) -> Tensor:
+def token_loss(model: GeneratorForCausalLM, batch: TokenBatch) -> Tensor:
     """Mean over the learned tokens of their cross-entropy (whole vocabulary), times their task's weight."""
     vectors = model.model(batch.input_ids).last_hidden_state[:, :-1]
     labels = batch.labels[:, 1:]
@@ -29,34 +29,35 @@ def token_loss(model: GeneratorForCausalLM, batch: Batch) -> Tensor:
     return (losses * batch.weights[:, None].expand_as(labels)[at]).mean()
 
 
-class Scored(NamedTuple):
+class ScoredItems(NamedTuple):
     """The items that the dense head's softmax runs over: those that somebody touched.
 
     An item that nobody touched yet would only ever be pushed away, and a new item stay where that left it.
     """
 
     rows: Tensor  # (S,) rows of the model's table
-    place: Tensor  # (I,) each row's place among them; 0 where it has none
-    touched: Tensor  # (I,) bool
+    position: Tensor  # (I,) each row's place among them; 0 where it has none
+    is_scored: Tensor  # (I,) bool
 
 
 # What is likely at the learned positions of a batch, in rows of what the dense head scores.
-Teacher = Callable[[Pieces, Scored | None], Soft]
+Teacher = Callable[[SequenceBatch, ScoredItems | None], SoftTargets]
 
 
-def scored(table: Tensor, touched: Tensor) -> Scored | None:
+def scored_items(table: Tensor, touched: Tensor) -> ScoredItems | None:
     """Of the catalogue's rows in the table (I,) and those of them that were touched; None: all are scored."""
     rows = table[touched].unique()
     if len(rows) == len(table):
         return None
     place = torch.zeros(len(table), dtype=torch.long, device=table.device)
     place[rows] = torch.arange(len(rows), device=table.device)
-    return Scored(rows, place, torch.zeros_like(place, dtype=torch.bool).index_fill(0, rows, True))
+    return ScoredItems(rows, place, torch.zeros_like(place, dtype=torch.bool).index_fill(0, rows, True))
 
 
 def sequence_loss(
-    model: GeneratorForCausalLM, pieces: Pieces, table: Tensor, weights: TaskWeights, smoothing: float = 0.0,
-    among: Scored | None = None, tree: Sequence[Level] = (), soft: Soft | None = None,
+    model: GeneratorForCausalLM, pieces: SequenceBatch, table: Tensor, weights: TaskWeights,
+    smoothing: float = 0.0,
+    among: ScoredItems | None = None, tree: Sequence[CodeTreeLevel] = (), soft: SoftTargets | None = None,
 ) -> Tensor:  # fmt: skip
     """The next item at every position, by its SID and by itself.
 
@@ -67,17 +68,17 @@ def sequence_loss(
     Where `pieces` tells what was bought, targets that were weigh `weights.purchase` in every mean.
     """
     base = model.model
-    every, rows, state = learned_states(model, pieces, table)
+    every, rows, state = states_before_targets(model, pieces, table)
     target = rows[pieces.learned]
     each = None
     if pieces.bought is not None and weights.purchase != 1:
         each = torch.where(pieces.bought[pieces.learned], weights.purchase, 1.0)
     loss = torch.zeros((), device=rows.device)
     if weights.next_item > 0:
-        (query, past), when = pasts(rows, pieces.learned)
+        (query, past), when = past_items(rows, pieces.learned)
         wanted = target
         if among is not None:
-            every, wanted, past = F.embedding(among.rows, every), among.place[target], among.place[past]
+            every, wanted, past = F.embedding(among.rows, every), among.position[target], among.position[past]
         asked = base.queries(state)
         loss = loss + weights.next_item * softmax_loss(
             asked, every, wanted, smoothing, (query, past),
@@ -103,8 +104,8 @@ def sequence_loss(
     return loss
 
 
-def learned_states(
-    model: GeneratorForCausalLM, pieces: Pieces, table: Tensor
+def states_before_targets(
+    model: GeneratorForCausalLM, pieces: SequenceBatch, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Items' vectors (I, D), pieces as rows of the table (B, P), states before what is learned (N, D)."""
     base = model.model
@@ -118,7 +119,7 @@ def learned_states(
     return every, rows, base.with_context(state, about)
 
 
-def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], PastOccurrences]:
+def past_items(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], PastOccurrences]:
     """The items of every learned position's past, by their last occurrence.
 
     rows (B, P), -1 where there is none -> (queries (M,) ascending, items (M,)), where in the past they are.
@@ -137,8 +138,9 @@ def pasts(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], PastOcc
 
 
 def batch_loss(
-    model: GeneratorForCausalLM, pieces: Pieces, titles: list[Row], table: Tensor, among: Scored | None,
-    settings: TrainerSettings, tree: Sequence[Level] = (), teacher: Teacher | None = None,
+    model: GeneratorForCausalLM, pieces: SequenceBatch, titles: list[TokenRow], table: Tensor,
+    among: ScoredItems | None,
+    settings: TrainerSettings, tree: Sequence[CodeTreeLevel] = (), teacher: Teacher | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of one batch: its sequences, and the texts that go with it."""
     where = table.device
@@ -147,34 +149,36 @@ def batch_loss(
     with torch.autocast(where.type, torch.bfloat16, enabled=fast_bf16(where)):
         loss = sequence_loss(model, pieces, table, settings.weights, settings.smoothing, among, tree, soft)
         if titles:
-            loss = loss + token_loss(model, Batch(*(part.to(where) for part in collate(titles))))
+            loss = loss + token_loss(model, TokenBatch(*(part.to(where) for part in pad_token_rows(titles))))
     return loss
 
 
-def placed(model: GeneratorForCausalLM, rows: Rows) -> tuple[Tensor, Scored | None]:
+def catalogue_table_rows(
+    model: GeneratorForCausalLM, rows: TrainingRows
+) -> tuple[Tensor, ScoredItems | None]:
     """The model's row (I,) of each item of the catalogue, and which items the dense head's loss is over."""
-    codes = torch.from_numpy(rows.known.codes).to(model.device)
+    codes = torch.from_numpy(rows.catalogue.codes).to(model.device)
     table = model.model.items.rows(codes)
     if bool((table < 0).any()):
         raise ValueError("every item of the catalogue must be in the model's table: call know() first")
-    return table, scored(table, torch.from_numpy(rows.touched).to(model.device))
+    return table, scored_items(table, torch.from_numpy(rows.trained_items).to(model.device))
 
 
-class Replay:
+class LogReplay:
     """The next-item loss on the log's sequences, batch by batch, for a stage that learns something else."""
 
-    def __init__(self, model: GeneratorForCausalLM, rows: Rows) -> None:
+    def __init__(self, model: GeneratorForCausalLM, rows: TrainingRows) -> None:
         self._rows = rows
-        self._table, self._among = placed(model, rows)
+        self._table, self._among = catalogue_table_rows(model, rows)
         # Now: a stage may switch them off for what it compares, and sequences are learned with them.
         self._drops = [(part, part.p) for part in model.modules() if isinstance(part, nn.Dropout)]
         self._epoch = 0
-        self._left: list[Pieces] = []
+        self._left: list[SequenceBatch] = []
 
     def loss(self, model: GeneratorForCausalLM) -> Tensor:
         """Of the next batch; epochs follow each other without an end."""
         if not self._left:
-            self._left = self._rows.pieces(self._epoch)
+            self._left = self._rows.sequence_batches(self._epoch)
             self._epoch += 1
         now = [part.p for part, _ in self._drops]
         for part, share in self._drops:

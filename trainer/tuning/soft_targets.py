@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from trainer.tuning.losses import weighted_mean
 
 
-class Level(NamedTuple):
+class CodeTreeLevel(NamedTuple):
     """The nodes of one level of the code tree, in order of SIDs, grouped by their parents."""
 
     tokens: Tensor  # (M,) the code of each node, as a token id
@@ -23,7 +23,7 @@ class Level(NamedTuple):
     parent: Tensor  # (I,) each item's parent
 
 
-def code_tree(codes: Tensor) -> list[Level]:
+def code_tree(codes: Tensor) -> list[CodeTreeLevel]:
     """The tree that SIDs (I, L) of token ids, ascending and each once, span; a level after another."""
     made = []
     parent = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
@@ -32,13 +32,13 @@ def code_tree(codes: Tensor) -> list[Level]:
         first = torch.searchsorted(inverse.contiguous(), torch.arange(len(node), device=codes.device))
         above = parent[first]
         starts = torch.searchsorted(above.contiguous(), torch.arange(int(above[-1]) + 1, device=codes.device))
-        made.append(Level(node[:, level], starts, parent))
+        made.append(CodeTreeLevel(node[:, level], starts, parent))
         parent = inverse
     return made
 
 
 def sibling_term(
-    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[Level], table: Tensor,
+    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[CodeTreeLevel], table: Tensor,
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What is added to the mean cross-entropy of codes for a share of their targets' weight.
@@ -56,7 +56,7 @@ def sibling_term(
     return total / len(vectors)
 
 
-class Soft(NamedTuple):
+class SoftTargets(NamedTuple):
     """What a teacher holds likely at N positions; a row's probabilities sum to 1."""
 
     items: Tensor  # (N, K) rows of whatever the student scores
@@ -65,7 +65,7 @@ class Soft(NamedTuple):
 
 
 def teacher_term(
-    queries: Tensor, every: Tensor, targets: Tensor, soft: Soft, weights: Tensor | None = None
+    queries: Tensor, every: Tensor, targets: Tensor, soft: SoftTargets, weights: Tensor | None = None
 ) -> Tensor:
     """What is added to the mean cross-entropy of items for distillation (Hinton et al. 2015, equation 2).
 

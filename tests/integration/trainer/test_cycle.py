@@ -28,7 +28,7 @@ from tests.conftest import FreshStack
 from tests.tiny_explorations import explore
 from tests.tiny_shop import ITEMS, SIZES, sid_of
 from tests.unit.trainer.language_model.test_lora import foreign
-from trainer.cycle import run_cycle
+from trainer.cycle import UpdateCycle
 from trainer.cycle_result import CycleResult
 from trainer.generator.build import load_model
 from trainer.language_model.lora import tune_window
@@ -106,11 +106,11 @@ class World:
             with Client(self.kafka) as client:
                 yield client
 
-        return run_cycle(
+        return UpdateCycle(
             self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
             progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None,
             horizon_ms=HORIZON, window_ms=HORIZON // 2, **options,
-        )  # fmt: skip
+        ).run()  # fmt: skip
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.conftest import FreshStack
 from tests.tiny_explorations import exploration
 from trainer.log.log import Log
 from trainer.log.window import TOPICS, Window, read_window
-from trainer.sequences.interactions import catalogue
+from trainer.sequences.interactions import training_catalogue
 
 pytestmark = pytest.mark.integration
 
@@ -32,10 +32,10 @@ def publish(kafka: KafkaSettings, events: Iterable[Event]) -> None:
 
 def sequences(window: Window) -> dict[str, list[str]]:
     prompt = Prompt((4, 4), 10)
-    known = catalogue(window.sids(CODEBOOK), {}, prompt)
-    log = window.interactions(known)
+    known = training_catalogue(window.sids(CODEBOOK), {}, prompt)
+    log = window.user_sequences(known)
     return {
-        user: [known.items[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
+        user: [known.item_ids[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
         for at, user in enumerate(log.users)
     }
 
@@ -53,7 +53,7 @@ def shop_events() -> list[Event]:
 
 
 def pairs_of(window: Window) -> list[PreferencePair]:
-    return window.pairs(9, CODEBOOK, ("purchased_over_clicked",), 10).pairs
+    return window.preference_pairs(9, CODEBOOK, ("purchased_over_clicked",), 10).pairs
 
 
 def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
@@ -69,11 +69,11 @@ def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
     log = Log.open(tmp_path)
     window = read_window(kafka, log)
     assert sequences(window) == {"u1": ["i1", "i2", "i2"]}
-    assert {name: one.title for name, one in window.listed().items()} == {
+    assert {name: one.title for name, one in window.catalogue_records().items()} == {
         f"i{n}": f"title {n}" for n in range(4)
     }
-    assert window.bought() == {"i2": 1}
-    assert window.count() == 6
+    assert window.purchase_counts() == {"i2": 1}
+    assert window.count_new() == 6
     assert set(window.ranges) == set(TOPICS)
     assert all(begin == 0 for parts in window.ranges.values() for begin, _ in parts.values())
 
@@ -84,15 +84,15 @@ def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
     later = Click.new(user_id="u1", item_id="i3", ts=T0 + 50, event_id="c3")
     publish(kafka, [pair, pair, later])
     again = read_window(kafka, Log.open(tmp_path), parent=window.ranges)
-    assert again.count() == 1
+    assert again.count_new() == 1
     assert [one.event_id for one in pairs_of(again)] == ["p1"]
     assert sequences(again) == {"u1": ["i1", "i2", "i2", "i3"]}
     prompt = Prompt((4, 4), 10)
-    made = again.interactions(catalogue(again.sids(CODEBOOK), {}, prompt))
+    made = again.user_sequences(training_catalogue(again.sids(CODEBOOK), {}, prompt))
     assert made.fresh.tolist() == [False, False, False, True]
     # From where no model was made yet, all of it is new; and nothing was read twice.
     whole = read_window(kafka, Log.open(tmp_path))
-    assert whole.count() == 7
+    assert whole.count_new() == 7
     assert sum(file.rows for file in whole.log.files if file.topic == "clicks") == 5
     # Also where none is new: alignment starts anew in each cycle.
     assert len(pairs_of(read_window(kafka, Log.open(tmp_path), parent=whole.ranges))) == 1
@@ -118,7 +118,7 @@ def test_records_that_break_the_contract_are_counted_and_left_out(
     assert sum(file.refused for file in window.log.files) == 5
     assert pairs_of(window) == []
     assert window.explorations(0) == []
-    assert window.listed().keys() == {"i0", "i1", "i2"}
+    assert window.catalogue_records().keys() == {"i0", "i1", "i2"}
 
 
 def test_explored_answers_and_the_clicks_on_them_are_read(fresh_stack: FreshStack, tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_topics_made_again_begin_anew_and_the_old_events_are_kept(
     create_topics(kafka)
     publish(kafka, [*shop_events(), Click.new(user_id="u1", item_id="i2", ts=T0 + 9, event_id="b0")])
     after = read_window(kafka, Log.open(tmp_path), parent=before.ranges)
-    assert after.count() == 1
+    assert after.count_new() == 1
     assert sequences(after) == {"u1": ["i1"] * 5 + ["i2"]}
-    made = after.interactions(catalogue(after.sids(CODEBOOK), {}, Prompt((4, 4), 10)))
+    made = after.user_sequences(training_catalogue(after.sids(CODEBOOK), {}, Prompt((4, 4), 10)))
     assert made.fresh.tolist() == [False] * 5 + [True]
 
 

@@ -26,7 +26,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.offpolicy import candidate_scores, logged_explorations
 from trainer.offline.quality import evaluate_held_out
 from trainer.offline.ranking import CatalogueRanker
-from trainer.sequences.batches import Pieces
+from trainer.sequences.batches import SequenceBatch
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train
 
@@ -63,7 +63,7 @@ def test_the_same_history_is_answered_by_the_scene(made: Shop, model: GeneratorF
 
 
 def test_held_out_events_are_judged_under_their_own_context(made: Shop, model: GeneratorForCausalLM) -> None:
-    held = made.split.held
+    held = made.split.held_out
     told = evaluate_held_out(model, held, made.known, made.sids, made.settings)
     untold = evaluate_held_out(model, held._replace(contexts=None), made.known, made.sids, made.settings)
     assert told.ndcg10 > 0.9 > untold.ndcg10
@@ -87,7 +87,7 @@ def test_the_loss_of_a_sequence_is_under_each_targets_own_context(
     def loss(*tokens: list[int]) -> list[float]:
         """Of each target alone."""
         alone = [torch.eye(3, dtype=torch.bool)[at][None] for at in range(3)]
-        pieces = [Pieces(items, one, torch.tensor([tokens])) for one in alone]
+        pieces = [SequenceBatch(items, one, torch.tensor([tokens])) for one in alone]
         with torch.no_grad():
             return [float(sequence_loss(model, piece, table, weights)) for piece in pieces]
 
@@ -96,7 +96,9 @@ def test_the_loss_of_a_sequence_is_under_each_targets_own_context(
     assert other[1] > base[1] + 1
     assert other[2] == base[2]
     with torch.no_grad():
-        told = sequence_loss(model, Pieces(items, learned, torch.tensor([[[0], up, down]])), table, weights)
+        told = sequence_loss(
+            model, SequenceBatch(items, learned, torch.tensor([[[0], up, down]])), table, weights
+        )
     assert float(told) == pytest.approx(np.mean(base), rel=1e-4)
 
 
@@ -106,7 +108,7 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
     for user, begin in enumerate(made.log.starts[:-1].tolist()):
         of[user] = made.log.items[begin : made.log.starts[user + 1]].tolist()
     gone = total = 0
-    for piece in made.rows.pieces(0):
+    for piece in made.rows.sequence_batches(0):
         assert piece.context is not None
         assert piece.context.shape == (*piece.items.shape, 1)
         there = piece.items >= 0
@@ -123,11 +125,14 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
             up = some[1:] == made.context.row({"scene": "up"})[0]
             assert torch.equal(steps == 1, up)
     assert 0.2 < gone / total < 0.4
-    again = [piece.context for piece in made.rows.pieces(0)]
-    assert all(torch.equal(one, piece.context) for one, piece in zip(again, made.rows.pieces(0), strict=True))
+    again = [piece.context for piece in made.rows.sequence_batches(0)]
+    assert all(
+        torch.equal(one, piece.context)
+        for one, piece in zip(again, made.rows.sequence_batches(0), strict=True)
+    )
     whole = shop(scenes=True, context={"dropout": 0.0})
-    assert all(bool(piece.context[piece.items >= 0].all()) for piece in whole.rows.pieces(0))  # type: ignore[index]
-    assert all(piece.context is None for piece in shop().rows.pieces(0))
+    assert all(bool(piece.context[piece.items >= 0].all()) for piece in whole.rows.sequence_batches(0))  # type: ignore[index]
+    assert all(piece.context is None for piece in shop().rows.sequence_batches(0))
 
 
 def test_graphs_follow_the_context_as_torch_does(
@@ -160,7 +165,7 @@ def answered(
     rollout = Rollout.new(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
-    index = SidIndex.build(np.array(made.known.sids), made.known.items)
+    index = SidIndex.build(np.array(made.known.sids), made.known.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(1.0, 1, 1.0))
     change = history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(sid_of(7))))
     past, _, _ = history.apply(

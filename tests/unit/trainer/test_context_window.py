@@ -23,7 +23,7 @@ from tests.tiny_log import Logged
 from tests.tiny_shop import SIZES, sid_of
 from trainer import cycle_inputs
 from trainer.log.log import INTERACTIONS
-from trainer.sequences.interactions import catalogue
+from trainer.sequences.interactions import training_catalogue
 from trainer.settings import TrainerSettings
 
 BOOK = "c" * 16
@@ -72,20 +72,22 @@ def test_only_users_who_did_something_and_scenes_of_clicks_are_counted(logged: L
     logged.clicks((None, "x", "i00", 1))
     logged.purchases(("v", "i02", 3), ("u", "i02", 4))
     window = logged.window()
-    assert window.said(window.profiles()) == {"scene": {"home": 2}, "profile.country": {"Peru": 2}}
+    assert window.context_counts(window.profiles()) == {"scene": {"home": 2}, "profile.country": {"Peru": 2}}
 
 
 def test_each_event_has_its_own_scene_and_its_users_profile(logged: Logged) -> None:
-    known = catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
+    known = training_catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
     context = Context(50, {"scene": ["home", "cart"], "profile.country": ["Peru"]})
     logged.clicks((None, "u", "i00", 1), (None, "v", "i00", 5), scene="cart")
     logged.clicks((None, "u", "i01", 3))
     logged.clicks((None, "u", "i03", 4), scene="attic")
     logged.purchases(("u", "i02", 2))
-    made = logged.window().interactions(known, context, {"u": {"country": "Peru"}, "v": {"country": "Mars"}})
+    made = logged.window().user_sequences(
+        known, context, {"u": {"country": "Peru"}, "v": {"country": "Mars"}}
+    )
     assert made.users == ["u", "v"]
     assert made.context.tolist() == [[51, 52], [0, 52], [0, 52], [0, 52], [51, 0]]
-    assert logged.window().interactions(known).context.shape == (5, 0)
+    assert logged.window().user_sequences(known).context.shape == (5, 0)
 
 
 def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) -> None:
@@ -96,9 +98,9 @@ def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) 
     logged.ends["clicks"] = 1
     logged.clicks((None, "u", "i01", 9), scene="home")
     window = logged.window()
-    assert window.said({}) == {"scene": {"home": 1}}
-    known = catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
-    assert window.interactions(known, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
+    assert window.context_counts({}) == {"scene": {"home": 1}}
+    known = training_catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
+    assert window.user_sequences(known, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
 
 
 def read(
@@ -121,7 +123,7 @@ def read(
     )
     window = logged.window()
     monkeypatch.setattr(cycle_inputs, "read_window", lambda *_args: window)
-    return cycle_inputs.read_material(
+    return cycle_inputs.read_cycle_inputs(
         chosen, KafkaSettings(), registry, from_scratch=False, horizon_ms=0, window_ms=0
     )
 

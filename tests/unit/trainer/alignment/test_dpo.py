@@ -22,7 +22,7 @@ from trainer.alignment.rows import collate_preferences, preference_rows
 from trainer.alignment.scores import score_answers
 from trainer.offline.probe import ProbeOutcome
 from trainer.settings import DpoSettings
-from trainer.tuning.next_item import Replay
+from trainer.tuning.next_item import LogReplay
 from trainer.tuning.sft import train
 
 CODEBOOK = "c" * 16
@@ -259,9 +259,9 @@ def test_the_logs_own_sequences_hold_what_was_learned_from_them(tmp_path: Path) 
         rows = preference_rows(pairs, CODEBOOK, made.prompt, settings.dpo)
         aligned, _ = align(model, made.tokenizer, rows, settings, tmp_path, sequences=made.rows)
         with torch.no_grad():
-            losses.append(float(Replay(aligned, made.rows).loss(aligned)))
+            losses.append(float(LogReplay(aligned, made.rows).loss(aligned)))
     with torch.no_grad():
-        before = float(Replay(model, made.rows).loss(model))
+        before = float(LogReplay(model, made.rows).loss(model))
     assert losses[0] > before + 1
     assert losses[1] < before + (losses[0] - before) / 2
 
@@ -309,7 +309,7 @@ def test_the_joint_loss_of_two_steps_is_the_one_said_by_hand(loss: str, tmp_path
     moved, first = run(1)
     _, both = run(2)
     with torch.no_grad():
-        replay = Replay(copy.deepcopy(model), made.rows)
+        replay = LogReplay(copy.deepcopy(model), made.rows)
         wanted = by_hand(model, float(replay.loss(model)))
         assert first == pytest.approx(wanted, rel=1e-4)
         # The second step begins where the run of one step ended.

@@ -19,7 +19,7 @@ from tests.tiny_explorations import T0
 from tests.tiny_log import Logged
 from trainer.alignment.pairs_plot import draw_pairs_report
 from trainer.alignment.pairs_report import pairs_report
-from trainer.log.pair_filter import Withdrawal
+from trainer.log.pair_filter import FilteredPairs
 
 SIDS = {"a": [0, 0, 0], "b": [0, 0, 1], "c": [0, 1, 0], "d": [1, 1, 0], "e": [1, 1, 1]}
 
@@ -133,7 +133,7 @@ def test_the_command_tells_draws_and_withdraws_by_the_trainers_log(
 def test_what_was_withdrawn_is_in_the_report_where_it_was_measured() -> None:
     some = [pair("a", "b")]
     assert pairs_report(some, T0).as_dict()["withdrawn"] is None
-    gone = Withdrawal([], repeats=0, bought=1, clicked=2, same=3, gone=4)
+    gone = FilteredPairs([], repeats=0, bought=1, clicked=2, equal_to_chosen=3, without_rejected=4)
     assert pairs_report(some, T0, gone).as_dict()["withdrawn"] == {
         "bought": 1, "clicked": 2, "same": 3, "gone": 4,
     }  # fmt: skip

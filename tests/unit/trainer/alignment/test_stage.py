@@ -24,14 +24,14 @@ def test_a_window_withdraws_pairs_by_the_whole_log_and_keeps_the_newest(tmp_path
     logged.window()
     logged.events(pair("bd", name="new"), pair("c", scheme="clicked_over_shown", request="r", name="gone"))
     window = logged.window()
-    found = window.pairs(W, "book", BOTH, 9)
+    found = window.preference_pairs(W, "book", BOTH, 9)
     assert {one.event_id: one.rejected_items for one in found.pairs} == {"new": ["d"]}
-    assert (found.bought, found.clicked, found.gone) == (2, 1, 2)
-    assert window.pairs(W, "another", BOTH, 9).pairs == []
-    assert found.unasked == 0
-    other = window.pairs(W, "book", ("purchased_over_shown",), 9)
-    assert (other.pairs, other.unasked) == ([], 3)
-    assert window.pairs(W, "another", ("purchased_over_shown",), 9).unasked == 0
+    assert (found.bought, found.clicked, found.without_rejected) == (2, 1, 2)
+    assert window.preference_pairs(W, "another", BOTH, 9).pairs == []
+    assert found.of_other_schemes == 0
+    other = window.preference_pairs(W, "book", ("purchased_over_shown",), 9)
+    assert (other.pairs, other.of_other_schemes) == ([], 3)
+    assert window.preference_pairs(W, "another", ("purchased_over_shown",), 9).of_other_schemes == 0
 
 
 def test_the_newest_pairs_are_taken_from_all_windows(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_the_newest_pairs_are_taken_from_all_windows(tmp_path: Path) -> None:
     logged.events(*(pair("d", name=f"p{n}", ts=n) for n in range(4)))
     logged.window()
     logged.events(pair("d", name="p4", ts=4))
-    found = logged.window().pairs(W, "book", BOTH, 3)
+    found = logged.window().preference_pairs(W, "book", BOTH, 3)
     assert sorted(one.event_id for one in found.pairs) == ["p2", "p3", "p4"]
 
 

@@ -16,7 +16,7 @@ from tests.tiny_shop import Shop, shop
 from tests.unit.trainer.language_model.test_lora import foreign
 from trainer.alignment.dpo import align_language_model
 from trainer.alignment.rows import PreferenceRow
-from trainer.language_model.lora import Translation, align_tuned, tune
+from trainer.language_model.lora import VocabularyTranslation, align_lora, tune_lora
 from trainer.settings import DpoSettings
 
 REJECTED = [6, 11, 20]
@@ -55,7 +55,7 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
     foreign(tmp_path, kind)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=tied, dtype=torch.float32)
-    translation = Translation(made.prompt, made.tokenizer, theirs)
+    translation = VocabularyTranslation(made.prompt, made.tokenizer, theirs)
     model.resize_token_embeddings(len(theirs))
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
         model.get_input_embeddings().weight.normal_(0, 0.3)
         model.get_output_embeddings().weight.normal_(0, 0.3)
     before = copy.deepcopy(model).eval()
-    rows = [translation.preference(row) for row in ours(made, 200)]
+    rows = [translation.translate_preference(row) for row in ours(made, 200)]
     chosen = made.settings.model_copy(
         update={
             "dpo": DpoSettings.model_validate(
@@ -98,10 +98,10 @@ def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path)
         validation_users=0, dpo={"batch": 8, "lr": 3e-2, "max_drop": 1e-4, "sft_weight": 0.0, "epochs": 3},
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
-    tuned = tune(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
+    tuned = tune_lora(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
     # One answer is both: whatever rises over it, it falls as well.
     rows = [one | {"chosen_ids": made.known.codes[n % 24].tolist()} for n, one in enumerate(ours(made, 160))]
-    result = align_tuned(tuned, rows, made.rows, made.tokenizer, made.sids, made.settings)
+    result = align_lora(tuned, rows, made.rows, made.tokenizer, made.sids, made.settings)
     assert result.dpo is not None
     assert "nats below the reference" in result.dpo.stopped
     assert (result.aligned, result.aligned_quality) == (None, None)
@@ -117,8 +117,8 @@ def test_a_tuned_model_is_aligned_beside_it_and_ranked_under_the_same_constraint
              "max_invalid_rise": 1.0, "max_drop": 50},
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
-    tuned = tune(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
-    result = align_tuned(tuned, ours(made, 160), made.rows, made.tokenizer, made.sids, made.settings)
+    tuned = tune_lora(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
+    result = align_lora(tuned, ours(made, 160), made.rows, made.tokenizer, made.sids, made.settings)
     assert result.dpo is not None
     assert result.aligned_quality is not None
     assert result.dpo.pairs == 160

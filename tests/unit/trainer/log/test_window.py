@@ -82,4 +82,4 @@ def test_a_log_from_before_clicks_had_request_ids_is_read_as_without(logged: Log
     logged.clicks((None, "v", "i05", 5 * HORIZON))
     window = logged.window()
     assert judged(window) == {"r0": False}
-    assert window.count() == 2
+    assert window.count_new() == 2

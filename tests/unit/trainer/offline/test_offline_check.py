@@ -34,14 +34,14 @@ def quality(hr10: float = 0.2, validity: float = 1.0) -> HeldOutQuality:
 
 def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_bought() -> None:
     made = shop()
-    held, users = made.split.held, len(made.split.held.targets)
+    held, users = made.split.held_out, len(made.split.held_out.targets)
     few, most = np.arange(users) < 3, np.arange(users) >= 3
 
     def asked(paid: np.ndarray | None, count: int = 500) -> int:
         chosen = made.settings.model_copy(
             update={"dpo": made.settings.dpo.model_copy(update={"probe_users": count})}
         )
-        probe = held_out_probe(held._replace(paid=paid), made.known, made.sids, chosen, Ranking())
+        probe = held_out_probe(held._replace(target_bought=paid), made.known, made.sids, chosen, Ranking())
         return len(probe(made.model()).hits) if probe else 0
 
     assert users == 10

@@ -24,7 +24,7 @@ from trainer.offline.ranking import (
     sid_scores,
     target_ranks,
 )
-from trainer.sequences.held_out import Held, held
+from trainer.sequences.held_out import HeldOut, held_out_rows
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(made: Shop) 
         spelled, _ = brute(made, bare, history)
         listed = found.order(0.0)[row].numpy()
         assert np.all(np.diff(spelled[listed]) <= 1e-4)
-    one = held(made.log, [5, 20], 8)
+    one = held_out_rows(made.log, [5, 20], 8)
     assert (
         fit_ranking(
             CatalogueRanker(bare, made.known.codes, made.sids, ITEMS).candidates(one.histories), one
@@ -120,7 +120,7 @@ def entries(*each: tuple[int, int, bool]) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def test_fitting_takes_the_weight_and_the_rule_under_which_targets_come_first() -> None:
     histories, ages, bought = zip(entries((1, 10, False)), entries((2, 10, False)), strict=True)
-    one = Held(list(histories), np.array([5, 6]), list(ages), list(bought))
+    one = HeldOut(list(histories), np.array([5, 6]), list(ages), list(bought))
     # The dense head has the target second, behind the past item; the other head has it last.
     found = candidates([[1, 5, 7], [2, 6, 7]], [[-1.0, -9.0, -2.0]] * 2, [[-0.5, -1.0, -3.0]] * 2)
     chosen = fit_ranking(found, one)
@@ -128,13 +128,13 @@ def test_fitting_takes_the_weight_and_the_rule_under_which_targets_come_first() 
     assert chosen.dense_weight >= 0.8
     assert target_ranks(found, one, chosen).tolist() == [0, 0]
     # Where users do come back, the rule stays away.
-    again = Held(list(histories), np.array([1, 2]), list(ages), list(bought))
+    again = HeldOut(list(histories), np.array([1, 2]), list(ages), list(bought))
     assert fit_ranking(found, again) == Ranking(dense_weight=1.0)
 
 
 def test_the_rule_leaves_out_what_it_says() -> None:
     items, ages, bought = entries((4, 50, True), (5, 90_000, False), (6, 10, False))
-    one = Held([items], np.array([6]), [ages], [bought])
+    one = HeldOut([items], np.array([6]), [ages], [bought])
     found = candidates([[4, 5, 6, 7]], [[0.0] * 4], [[0.0] * 4])
     said = {
         "always": [True] * 4, "never": [False, False, False, True], "bought": [False, True, True, True],
@@ -149,7 +149,7 @@ def test_the_rule_leaves_out_what_it_says() -> None:
 
 
 @st.composite
-def judged(draw: st.DrawFn) -> tuple[Candidates, Held]:
+def judged(draw: st.DrawFn) -> tuple[Candidates, HeldOut]:
     """Rows of candidates with scores that often tie, and the events that they are judged by."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 14))
@@ -160,12 +160,12 @@ def judged(draw: st.DrawFn) -> tuple[Candidates, Held]:
     bought = [rng.random(len(row)) < 0.4 for row in ages]
     pasts = [rng.integers(0, 14, size=len(row)) for row in ages]
     targets = rng.integers(0, 14, size=rows)
-    return Candidates(torch.from_numpy(items), sid, dense), Held(pasts, targets, ages, bought)
+    return Candidates(torch.from_numpy(items), sid, dense), HeldOut(pasts, targets, ages, bought)
 
 
 @given(judged(), st.sampled_from(REPEAT_RULES), st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
-    case: tuple[Candidates, Held], rule: Ranking, weight: float
+    case: tuple[Candidates, HeldOut], rule: Ranking, weight: float
 ) -> None:
     found, one = case
     wanted = []

@@ -10,7 +10,7 @@ from tests.tiny_shop import ITEMS, Shop, shop
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import CatalogueRanker
 from trainer.offline.repeat_bias import STRENGTHS, fit_repeat_strength
-from trainer.sequences.held_out import Held
+from trainer.sequences.held_out import HeldOut
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train
 
@@ -20,9 +20,9 @@ def made() -> Shop:
     return shop()
 
 
-def held(targets: np.ndarray, histories: list[np.ndarray]) -> Held:
+def held(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut:
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
-    return Held(histories, targets, none, [row.astype(bool) for row in none])
+    return HeldOut(histories, targets, none, [row.astype(bool) for row in none])
 
 
 def liking(made: Shop) -> GeneratorForCausalLM:
@@ -96,7 +96,7 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
 
 def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(made: Shop) -> None:
     model = made.outspoken(seed=3)
-    pieces = made.rows.pieces(0)[0]
+    pieces = made.rows.sequence_batches(0)[0]
     table = model.model.items.rows(torch.from_numpy(made.known.codes))
     history, targets = [np.array([3, 14, 3, 5])], np.array([14])
     found = []

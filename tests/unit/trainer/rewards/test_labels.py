@@ -26,15 +26,15 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.quality import evaluate_held_out
 from trainer.offline.ranking import CatalogueRanker
 from trainer.rewards.labels import UNKNOWN, learn_rewards, purchase_labels, reward_values, with_reward_labels
-from trainer.sequences.held_out import held
-from trainer.sequences.interactions import Interactions, catalogue, interactions
-from trainer.sequences.rows import Rows
+from trainer.sequences.held_out import held_out_rows
+from trainer.sequences.interactions import Interactions, training_catalogue, user_sequences
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import RewardSettings
-from trainer.tuning.broadcast import read, write
+from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.sft import train
 
 BOOK = "00000000aaaaaaaa"
-KNOWN = catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
+KNOWN = training_catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
 # A quarter of the items for each price, whatever item comes after which.
 OFFERS = [Offer("", float(1 + item * 7 % 4)) for item in range(ITEMS)]
 
@@ -46,7 +46,7 @@ def chosen(**values: object) -> RewardSettings:
 def log_of(*events: tuple[str, int, int, bool]) -> Interactions:
     """(user, item, milliseconds, bought) each."""
     users, items, ts, bought = zip(*events, strict=True)
-    return interactions(users, ts, [f"i{item:02}" for item in items], KNOWN, bought=bought)
+    return user_sequences(users, ts, [f"i{item:02}" for item in items], KNOWN, bought=bought)
 
 
 def test_a_click_led_to_a_purchase_did_not_or_may_still() -> None:
@@ -125,9 +125,9 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
     assert made is not None
     context = with_rewards(plain.context, made)
     log = with_reward_labels(log, OFFERS, bought, made, context)
-    last = plain.split.ends[plain.split.ends < log.starts[1:]]
-    split = replace(plain.split, held=held(log, last, plain.settings.max_items))
-    rows = Rows(log, split, plain.known, plain.tokenizer, plain.prompt, plain.settings)
+    last = plain.split.training_ends[plain.split.training_ends < log.starts[1:]]
+    split = replace(plain.split, held_out=held_out_rows(log, last, plain.settings.max_items))
+    rows = TrainingRows(log, split, plain.known, plain.tokenizer, plain.prompt, plain.settings)
     return replace(plain, log=log, split=split, rows=rows, context=context), made
 
 
@@ -142,7 +142,7 @@ def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
         [0, 0, made.context.row(said({"price": int(value)}))[2]] for value in price
     ]
     total = kept = 0
-    for piece in made.rows.pieces(0):
+    for piece in made.rows.sequence_batches(0):
         assert piece.context is not None
         there = piece.items >= 0
         assert not piece.context[~there].any()
@@ -153,14 +153,14 @@ def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
         total, kept = total + int(there.sum()), kept + int(known.sum())
     # Of events, not of sequences: .6 of them with rewards, and of those .75 with this one.
     assert kept / total == pytest.approx(0.45, abs=0.05)
-    first, again = made.rows.pieces(0), made.rows.pieces(0)
+    first, again = made.rows.sequence_batches(0), made.rows.sequence_batches(0)
     assert all(torch.equal(a.context, b.context) for a, b in zip(first, again, strict=True))  # type: ignore[arg-type]
 
 
 def test_other_processes_get_the_same_rewards(tmp_path: Path) -> None:
     made, _ = rewarded(users=20)
-    write(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
-    _, rows, _ = read(tmp_path)
+    write_training_inputs(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
+    _, rows, _ = read_training_inputs(tmp_path)
     np.testing.assert_array_equal(rows.log.rewards, made.log.rewards)
 
 
@@ -194,7 +194,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
     made, _, model = trained
-    asked = made.split.held
+    asked = made.split.held_out
     assert asked.contexts is not None
     assert asked.contexts.shape == (len(asked.targets), 0)
     quality = evaluate_held_out(model, asked, made.known, made.sids, made.settings)
@@ -215,7 +215,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
     rollout = Rollout.new(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
-    index = SidIndex.build(np.array(made.known.sids), made.known.items)
+    index = SidIndex.build(np.array(made.known.sids), made.known.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:

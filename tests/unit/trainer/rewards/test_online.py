@@ -116,7 +116,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     made, worth, model = begun
-    before = evaluate_held_out(model, made.split.held, made.known, made.sids, made.settings)
+    before = evaluate_held_out(model, made.split.held_out, made.known, made.sids, made.settings)
     learned = copied(model, made)
     chosen = with_online(made, rounds=3, lr=2e-3, max_fall=0.05)
     said: list[str] = []
@@ -131,7 +131,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
 
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     made, worth, model = begun
-    before = evaluate_held_out(model, made.split.held, made.known, made.sids, made.settings)
+    before = evaluate_held_out(model, made.split.held_out, made.known, made.sids, made.settings)
     spoiled = copied(model, made)
     result = learn_from_own_answers(
         spoiled, with_online(made, lr=0.5).rows, made.sids, worth, before, lambda _: None
@@ -179,7 +179,7 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
     assert bought[clicked & odd].mean() > 0.85
     assert bought[clicked & ~odd].mean() < 0.15
     # A refusal is told each time.
-    assert (lessons.firm[:, 0] == ~clicked).all()
+    assert (lessons.always_visible[:, 0] == ~clicked).all()
 
 
 def test_the_score_of_an_item_is_that_of_the_candidates(

@@ -17,10 +17,10 @@ from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
 from trainer.offline.ranking import CatalogueRanker
 from trainer.rewards.labels import answers_with_rewards
 from trainer.rewards.negative_feedback import unclicked_answers
-from trainer.sequences.labelled_answers import Answers, answers
-from trainer.sequences.rows import Rows
+from trainer.sequences.labelled_answers import LabelledAnswers, join_answers
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import OffPolicySettings
-from trainer.tuning.broadcast import read, write
+from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.sft import train
 
 SURE = {"0": 0.0, "1": 1.0}
@@ -34,7 +34,7 @@ def clicking(**given: object) -> Shop:
     context = with_rewards(made.context, BINS)
     token = context.row(said({"click": 1}))
     log = replace(made.log, rewards=np.array([token] * len(made.log), dtype=np.int32))
-    rows = Rows(log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
+    rows = TrainingRows(log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
     return replace(made, log=log, rows=rows, context=context)
 
 
@@ -62,7 +62,7 @@ def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> 
     assert found.items.tolist() == [1, 2]
     refused = made.context.row(said({"click": 0}))
     assert found.rewards.tolist() == [refused, refused]
-    assert found.firm.tolist() == [[token > 0 for token in refused]] * 2
+    assert found.always_visible.tolist() == [[token > 0 for token in refused]] * 2
     assert (
         unclicked_answers(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0)
         is not None
@@ -88,7 +88,7 @@ def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
     given = answers_with_rewards(histories, targets, np.zeros((400, 0), np.int32), values, BINS, made.context)
     click, _, price = made.context.row(said({"click": 0, "price": 1}))
     told = {(0, price): 0, (click, 0): 0, (click, price): 0, (click + 1, 0): 0, (click + 1, price): 0}
-    for piece in given.pieces(made.settings, 0):
+    for piece in given.sequence_batches(made.settings, 0):
         assert piece.context is not None
         assert piece.items.numel() <= 40
         assert piece.learned.sum(1).tolist() == [1] * len(piece.items)
@@ -102,9 +102,9 @@ def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
     assert told[click, 0] + told[click, price] == 200
     assert told[click, 0] == pytest.approx(100, abs=30)
     assert told[0, price] + told[click + 1, 0] + told[click + 1, price] == pytest.approx(150, abs=25)
-    few = given.pieces(made.settings, 0, 30)
+    few = given.sequence_batches(made.settings, 0, 30)
     assert sum(len(piece.items) for piece in few) == 30
-    first, again, other = (given.pieces(made.settings, number) for number in (0, 0, 1))
+    first, again, other = (given.sequence_batches(made.settings, number) for number in (0, 0, 1))
     assert all(torch.equal(a.items, b.items) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a.items, b.items) for a, b in zip(first, other, strict=False))
 
@@ -114,19 +114,23 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
     items = np.arange(ITEMS)
     none = np.zeros((ITEMS, 0), dtype=np.int32)
     told = np.ones((ITEMS, 3), dtype=np.int32)
-    given = answers([items[:at] for at in range(ITEMS)], items, none, told, told > 0)
+    given = join_answers([items[:at] for at in range(ITEMS)], items, none, told, told > 0)
     all_of_them = made.settings.rewards.model_copy(update={"ignored_share": 1.0})
     chosen = made.settings.model_copy(update={"rewards": all_of_them})
-    rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, chosen, given)
-    assert isinstance(rows.answers, Answers)
-    assert rows.answers.targets.tolist() == sorted(set(made.log.items.tolist())) == rows.touched.tolist()
-    for at, target in enumerate(rows.answers.targets):
-        assert rows.answers.items[rows.answers.starts[at] : rows.answers.starts[at + 1]].tolist() == list(
-            range(target)
-        )
-    write(tmp_path, made.model(), made.tokenizer, rows, chosen)
-    _, handed, _ = read(tmp_path)
-    for ours, theirs in zip(rows.pieces(1), handed.pieces(1), strict=True):
+    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, chosen, given)
+    assert isinstance(rows.labelled_answers, LabelledAnswers)
+    assert (
+        rows.labelled_answers.targets.tolist()
+        == sorted(set(made.log.items.tolist()))
+        == rows.trained_items.tolist()
+    )
+    for at, target in enumerate(rows.labelled_answers.targets):
+        assert rows.labelled_answers.items[
+            rows.labelled_answers.starts[at] : rows.labelled_answers.starts[at + 1]
+        ].tolist() == list(range(target))
+    write_training_inputs(tmp_path, made.model(), made.tokenizer, rows, chosen)
+    _, handed, _ = read_training_inputs(tmp_path)
+    for ours, theirs in zip(rows.sequence_batches(1), handed.sequence_batches(1), strict=True):
         assert torch.equal(ours.items, theirs.items)
         assert torch.equal(ours.learned, theirs.learned)
 
@@ -136,9 +140,9 @@ def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
     made = clicking(users=20, rewards={"ignored_share": share})
     shown = [([at % ITEMS], (at + 5) % ITEMS) for at in range(300)]
     given = unclicked_answers(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
-    rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
-    alone = sum(int(piece.learned.sum()) for piece in made.rows.pieces(0))
-    both = sum(int(piece.learned.sum()) for piece in rows.pieces(0))
+    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
+    alone = sum(int(piece.learned.sum()) for piece in made.rows.sequence_batches(0))
+    both = sum(int(piece.learned.sum()) for piece in rows.sequence_batches(0))
     assert both - alone == round(share * alone)
 
 
@@ -151,7 +155,7 @@ def taught() -> tuple[Shop, GeneratorForCausalLM]:
     walks = [(begin + np.arange(size)) % ITEMS for begin, size in zip(begins, sizes, strict=True)]
     shown = [(walk.tolist(), int(walk[-1] + 5) % ITEMS) for walk in walks]
     given = unclicked_answers(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
-    rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
+    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
     model = made.model()
     train(model, rows, made.sids, made.settings)
     return made, model.eval()

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, Shop, shop
 from trainer.evaluation.tasks import prompt_states, say, spell
-from trainer.sequences.batches import collate
-from trainer.sequences.interactions import interactions
-from trainer.sequences.rows import Rows
-from trainer.sequences.tasks import Words, bought_within, search_prompt, summary_prompt
+from trainer.sequences.batches import pad_token_rows
+from trainer.sequences.interactions import user_sequences
+from trainer.sequences.rows import TrainingRows
+from trainer.sequences.tasks import TitleWords, bought_within, search_prompt, summary_prompt
 from trainer.tuning.next_item import token_loss
 
 LEVELS = len(SIZES)
@@ -32,7 +32,7 @@ def pair_shop(**more: Any) -> Shop:
     titles = [f"thing {chr(97 + item // 2) * 3}" for item in range(24)]
     known = replace(made.known, titles=titles)
     tokenizer = type(made.tokenizer)(tokenizer_object=_words(made, titles), unk_token="<unk>")
-    rows = Rows(made.log, made.split, known, tokenizer, made.prompt, made.settings)
+    rows = TrainingRows(made.log, made.split, known, tokenizer, made.prompt, made.settings)
     return replace(made, known=known, tokenizer=tokenizer, rows=rows)
 
 
@@ -53,20 +53,20 @@ def parts(made: Shop, ids: list[int]) -> tuple[list[int], list[int], int, list[i
 
 def test_a_search_has_words_of_the_item_that_a_user_went_to_after_that_history() -> None:
     made = pair_shop(length=30, tasks={"history": 4, "bare": 0.25})
-    found = made.rows.searches(3)
+    found = made.rows.search_rows(3)
     assert len(found) == 24
     bare, lengths = 0, set()
     trained = [
         made.log.items[low:high].tolist()
-        for low, high in zip(made.log.starts[:-1], made.split.ends, strict=True)
+        for low, high in zip(made.log.starts[:-1], made.split.training_ends, strict=True)
     ]
-    for row in [row for number in range(10) for row in made.rows.searches(number)]:
+    for row in [row for number in range(10) for row in made.rows.search_rows(number)]:
         history, words, mark, target = parts(made, row.ids.tolist())
         assert (row.ids[0], mark, row.weight) == (BOS, ITEM, 0.5)
         assert row.ids[row.learned].tolist() == target
         item = made.known.codes.tolist().index(target)
         lengths.add(len(words))
-        assert {*words} <= {*made.rows.titles[item]}
+        assert {*words} <= {*made.rows.title_words[item]}
         assert len({*words}) == len(words)
         bare += not history
         wanted = [*history, item]
@@ -85,45 +85,45 @@ def test_texts_of_an_epoch_are_the_same_again_and_others_in_the_next() -> None:
     rows = pair_shop().rows
 
     def ids(number: int) -> list[list[int]]:
-        return [row.ids.tolist() for row in rows.texts(number)]
+        return [row.ids.tolist() for row in rows.text_rows(number)]
 
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
-    for made in (rows.searches, rows.summaries):
+    for made in (rows.search_rows, rows.summary_rows):
         first, other = ([row.ids.tolist() for row in made(number)] for number in (0, 1))
         assert first != other
     assert len(ids(0)) == 48
-    weights = sorted({row.weight for row in rows.epoch(0)})
+    weights = sorted({row.weight for row in rows.epoch_rows(0)})
     assert weights == [0.25, 0.5, 1.0]
 
 
 def test_without_weights_or_words_there_is_no_such_row() -> None:
     made = shop(weights=TEXTS | {"search": 0.0, "summary": 0.0})
-    assert made.rows.texts(0) == []
-    assert shop(weights=TEXTS, max_words=0).rows.texts(0) == []
+    assert made.rows.text_rows(0) == []
+    assert shop(weights=TEXTS, max_words=0).rows.text_rows(0) == []
 
 
 def test_no_text_looks_at_what_is_held_out() -> None:
     made = pair_shop(users=12, length=3)
-    held = made.split.ends < made.log.starts[1:]
+    held = made.split.training_ends < made.log.starts[1:]
     assert held.any()
     made.log.items[:] = 0
     made.log.items[made.log.starts[1:] - 1] = 1
     made.log.items[made.log.starts[1:] - 2] = 2
-    made.log.items[made.split.ends[held]] = 23
+    made.log.items[made.split.training_ends[held]] = 23
     codes = made.known.codes[23].tolist()
     for number in range(5):
-        for row in made.rows.texts(number):
+        for row in made.rows.text_rows(number):
             flat = row.ids.tolist()
             assert not any(flat[at : at + LEVELS] == codes for at in range(len(flat)))
 
 
 def test_a_summary_has_the_words_most_typical_of_the_history() -> None:
     made = pair_shop()
-    row = made.rows.summary(np.array([4, 9, 5]))
+    row = made.rows.summary_row(np.array([4, 9, 5]))
     history, words, mark, said = parts(made, row.ids.tolist())
     assert (history, words, mark) == ([4, 9, 5], [], TITLE)
-    two, one, thing = made.rows.titles[4][1], made.rows.titles[9][1], made.rows.titles[4][0]
+    two, one, thing = made.rows.title_words[4][1], made.rows.title_words[9][1], made.rows.title_words[4][0]
     # `thing` is in all three, but in every title; items 4 and 5 share a word that no other has.
     assert said == [two, one, thing, EOS]
     assert row.ids[row.learned].tolist() == said
@@ -138,7 +138,7 @@ def test_a_summary_has_the_words_most_typical_of_the_history() -> None:
 def test_typical_words_are_those_of_the_highest_tf_idf(
     titles: list[list[int]], most: int, count: int, seed: int
 ) -> None:
-    words = Words(titles)
+    words = TitleWords(titles)
     history = titles[:count]
 
     def score(word: int) -> float:
@@ -149,15 +149,15 @@ def test_typical_words_are_those_of_the_highest_tf_idf(
     assert words.typical(history, most) == wanted[:most]
     for title in titles:
         if set(title) - {UNK}:
-            drawn = words.query(title, most, np.random.default_rng(seed))
+            drawn = words.draw_query(title, most, np.random.default_rng(seed))
             assert 1 <= len(drawn) == len(set(drawn)) <= most
             assert set(drawn) <= set(title) - {UNK}
 
 
 def test_rare_words_are_asked_for_more_often() -> None:
-    words = Words([[90, 91], [90, 92], [90, 93], [90, 94]])
+    words = TitleWords([[90, 91], [90, 92], [90, 93], [90, 94]])
     rng = np.random.default_rng(0)
-    asked = [words.query([90, 91], 1, rng)[0] for _ in range(2000)]
+    asked = [words.draw_query([90, 91], 1, rng)[0] for _ in range(2000)]
     assert asked.count(91) / 2000 == pytest.approx(math.log(5) / math.log(10), abs=0.03)
 
 
@@ -176,7 +176,7 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
 ) -> None:
     known = shop().known
     users, items, ts, paid = zip(*events, strict=True)
-    log = interactions(
+    log = user_sequences(
         [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], known, bought=paid
     )
     ends = np.maximum(log.starts[1:] - held, log.starts[:-1])
@@ -198,9 +198,9 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
 def test_pieces_say_what_was_bought() -> None:
     made = shop(length=6, tasks={"buy_within_s": 1})
     made.log.bought[made.log.starts[3] + 2] = True
-    rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
+    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
     found = []
-    for piece in rows.pieces(0):
+    for piece in rows.sequence_batches(0):
         assert piece.bought is not None
         assert piece.bought.shape == piece.items.shape
         assert not piece.bought[piece.items < 0].any()
@@ -214,9 +214,9 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for number in range(800):
         optimizer.zero_grad()
-        token_loss(model, collate(made.rows.texts(number))).backward()
+        token_loss(model, pad_token_rows(made.rows.text_rows(number))).backward()
         optimizer.step()
-    titles = made.rows.titles
+    titles = made.rows.title_words
     none = made.known.codes[:0]
     asked = [search_prompt(none, [titles[item][1]]) for item in range(24)]
     best = spell(model, asked, made.sids, made.known, 2)
@@ -248,5 +248,5 @@ def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
 
 def test_texts_of_every_task_are_one_batch() -> None:
     made = pair_shop()
-    batch = collate(made.rows.texts(0))
+    batch = pad_token_rows(made.rows.text_rows(0))
     assert torch.isfinite(token_loss(made.model(), batch))

@@ -16,7 +16,7 @@ from tests.devices_worker import GAPS, SHOP
 from tests.tiny_shop import Shop, shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.tuning.broadcast import read, write
+from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import batch_loss
 from trainer.tuning.sft import _learning_rate
@@ -72,7 +72,7 @@ def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     model.train()
     for epoch in range(settings.epochs):
-        pieces = made.rows.pieces(epoch)
+        pieces = made.rows.sequence_batches(epoch)
         assert len(pieces) % batches, "the last step of an epoch is one with fewer batches"
         for low in range(0, len(pieces), batches):
             group = pieces[low : low + batches]
@@ -139,13 +139,13 @@ def test_an_error_of_another_process_ends_all_with_its_line(tmp_path: Path) -> N
 
 def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
     made = shop(max_items=6)
-    write(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
-    model, rows, settings = read(tmp_path)
+    write_training_inputs(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
+    model, rows, settings = read_training_inputs(tmp_path)
     assert settings == made.settings
-    for wanted, found in zip(made.rows.pieces(1), rows.pieces(1), strict=True):
+    for wanted, found in zip(made.rows.sequence_batches(1), rows.sequence_batches(1), strict=True):
         assert torch.equal(wanted.items, found.items)
         assert torch.equal(wanted.learned, found.learned)
-    texts = ([row.ids.tolist() for row in of.texts(1)] for of in (made.rows, rows))
+    texts = ([row.ids.tolist() for row in of.text_rows(1)] for of in (made.rows, rows))
     assert next(texts) == next(texts)
     for name, value in made.model().named_parameters():
         assert torch.equal(value, model.get_parameter(name))
@@ -154,6 +154,6 @@ def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
 
 def test_one_process_needs_no_launcher() -> None:
     alone = Devices()
-    assert (alone.main, alone.count, alone.told([1.5])) == (True, 1, [1.5])
+    assert (alone.main, alone.count, alone.broadcast([1.5])) == (True, 1, [1.5])
     assert alone.receive() is None
     alone.leave()

@@ -11,16 +11,16 @@ from tests.tiny_shop import Shop, shop
 from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import item_logits
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.ensemble import learn_members, member_settings
-from trainer.tuning.pretrain import learn
+from trainer.tuning.ensemble import member_settings, train_ensemble
+from trainer.tuning.pretrain import pretrain_and_tune
 
 
 def fresh(made: Shop, begun: list[int] | None = None):
     """How a member of a shop begins; `begun` is told of their seeds."""
 
-    def begin(own: TrainerSettings, rows: Rows, folder: Path | None) -> GeneratorForCausalLM:
+    def begin(own: TrainerSettings, rows: TrainingRows, folder: Path | None) -> GeneratorForCausalLM:
         if begun is not None:
             begun.append(own.seed)
         return made.model(own.seed, dropout=0.2)
@@ -35,19 +35,19 @@ def same(one: GeneratorForCausalLM, other: GeneratorForCausalLM) -> bool:
 
 def test_one_member_is_the_training_that_there_was() -> None:
     made = shop(epochs=1)
-    alone, _ = learn_members(fresh(made), made.rows, made.sids, made.settings)
+    alone, _ = train_ensemble(fresh(made), made.rows, made.sids, made.settings)
     plain = made.model(made.settings.seed, dropout=0.2)
-    learn(plain, made.rows, made.sids, made.settings)
+    pretrain_and_tune(plain, made.rows, made.sids, made.settings)
     assert same(alone, plain)
 
 
 def test_members_begin_and_learn_otherwise_and_answer_together() -> None:
     made = shop(epochs=1, members=3)
-    model, result = learn_members(fresh(made), made.rows, made.sids, made.settings)
+    model, result = train_ensemble(fresh(made), made.rows, made.sids, made.settings)
     alone = []
     for own in member_settings(made.settings):
         one = made.model(own.seed, dropout=0.2)
-        learn(one, made.rows.under(own), made.sids, own)
+        pretrain_and_tune(one, made.rows.with_settings(own), made.sids, own)
         alone.append(one)
     assert not any(same(alone[0], other) for other in alone[1:])
     assert same(model, merge_generators(alone))
@@ -63,7 +63,9 @@ def test_members_begin_and_learn_otherwise_and_answer_together() -> None:
 
 def test_the_order_of_the_rows_is_each_members_own() -> None:
     made = shop(members=2)
-    first, second = (made.rows.under(own).pieces(0) for own in member_settings(made.settings))
+    first, second = (
+        made.rows.with_settings(own).sequence_batches(0) for own in member_settings(made.settings)
+    )
     assert [piece.items.tolist() for piece in first] != [piece.items.tolist() for piece in second]
 
 
@@ -77,15 +79,15 @@ def test_members_share_the_time_budget() -> None:
 @pytest.mark.parametrize("part", [0.2, 0.7])
 def test_a_broken_run_goes_on_in_its_member_and_ends_as_an_unbroken_one(part: float, tmp_path: Path) -> None:
     made = shop(epochs=2, members=2)
-    whole, unbroken = learn_members(fresh(made), made.rows, made.sids, made.settings, tmp_path / "whole")
+    whole, unbroken = train_ensemble(fresh(made), made.rows, made.sids, made.settings, tmp_path / "whole")
     calls = iter(range(1000))
-    _, cut = learn_members(
+    _, cut = train_ensemble(
         fresh(made), made.rows, made.sids, made.settings, tmp_path / "broken",
         stop=lambda: next(calls) == round(part * unbroken.steps),
     )  # fmt: skip
     assert (cut.stopped, cut.members) == ("interrupted", [])
     begun: list[int] = []
-    again, resumed = learn_members(
+    again, resumed = train_ensemble(
         fresh(made, begun), made.rows, made.sids, made.settings, tmp_path / "broken"
     )
     assert same(whole, again)
@@ -96,12 +98,12 @@ def test_a_broken_run_goes_on_in_its_member_and_ends_as_an_unbroken_one(part: fl
 def test_a_first_member_that_has_learned_is_not_trained_again() -> None:
     made = shop(epochs=1, members=2)
     first = made.model(made.settings.seed, dropout=0.2)
-    done = learn(first, made.rows, made.sids, member_settings(made.settings)[0])
+    done = pretrain_and_tune(first, made.rows, made.sids, member_settings(made.settings)[0])
     begun: list[int] = []
-    model, result = learn_members(
+    model, result = train_ensemble(
         fresh(made, begun), made.rows, made.sids, made.settings, first=(first, done)
     )
     assert begun == [made.settings.seed + 1000]
     assert result.members[0] is done
-    whole, _ = learn_members(fresh(made), made.rows, made.sids, made.settings)
+    whole, _ = train_ensemble(fresh(made), made.rows, made.sids, made.settings)
     assert same(model, whole)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny_shop import shop
-from trainer.tuning.pretrain import first_stage, learn, second_stage
+from trainer.tuning.pretrain import pretrain_and_tune, pretraining_settings, tuning_after_pretraining
 from trainer.tuning.sft import train
 
 STAGES = {"epochs": 4, "pretrain": {"share": 0.5, "recent_share": 0.25, "sft_lr": 1e-3}}
@@ -18,7 +18,7 @@ STAGES = {"epochs": 4, "pretrain": {"share": 0.5, "recent_share": 0.25, "sft_lr"
 def test_sft_after_pretraining_reads_the_newest_events_and_a_share_of_older_ones() -> None:
     made = shop(**STAGES, replay=0.2, validation_users=0)
     made.log.ts[:] = np.arange(len(made.log))  # the last users of the log are the newest
-    recent, _ = second_stage(made.rows, made.settings, 0.0)
+    recent, _ = tuning_after_pretraining(made.rows, made.settings, 0.0)
     assert recent.log.fresh.sum() == round(0.25 * len(made.log))
     assert recent.log.fresh[-1]
     assert made.rows.log.fresh.all()
@@ -31,7 +31,7 @@ def test_sft_after_pretraining_reads_the_newest_events_and_a_share_of_older_ones
 def test_a_log_without_times_is_new_as_a_whole() -> None:
     made = shop(**STAGES)
     made.log.ts[:] = 0
-    recent, after = second_stage(made.rows, made.settings, 0.0)
+    recent, after = tuning_after_pretraining(made.rows, made.settings, 0.0)
     assert recent.log.fresh.all()
     assert after.epochs == 2
 
@@ -39,12 +39,12 @@ def test_a_log_without_times_is_new_as_a_whole() -> None:
 def test_both_stages_share_one_budget() -> None:
     made = shop(**STAGES | {"max_seconds": 10.0, "replay": 0.0}, validation_users=0)
     made.log.ts[:] = np.arange(len(made.log))
-    first = first_stage(made.settings)
+    first = pretraining_settings(made.settings)
     assert (first.epochs, first.max_seconds, first.lr) == (2, 5.0, made.settings.lr)
-    _, after = second_stage(made.rows, made.settings, spent_s=4.0)
+    _, after = tuning_after_pretraining(made.rows, made.settings, spent_s=4.0)
     # A quarter of the events: four passes over them are as long as one over all.
     assert (after.epochs, after.max_seconds, after.lr) == (8, 6.0, 1e-3)
-    _, after = second_stage(made.rows, made.settings, spent_s=9.0)
+    _, after = tuning_after_pretraining(made.rows, made.settings, spent_s=9.0)
     assert after.max_seconds == 5.0
 
 
@@ -54,17 +54,17 @@ def test_a_run_that_is_broken_in_either_stage_ends_in_the_weights_of_an_unbroken
 ) -> None:
     made = shop(**STAGES | {"dropout": 0.2})
     whole, broken, anew = (made.model(dropout=0.2) for _ in range(3))
-    unbroken = learn(whole, made.rows, made.sids, made.settings, folder=tmp_path / "whole")
+    unbroken = pretrain_and_tune(whole, made.rows, made.sids, made.settings, folder=tmp_path / "whole")
     assert unbroken.pretraining is not None
     steps = unbroken.pretraining.steps + unbroken.steps
     calls = iter(range(1000))
-    cut = learn(
+    cut = pretrain_and_tune(
         broken, made.rows, made.sids, made.settings, folder=tmp_path / "broken",
         stop=lambda: next(calls) == round(part * steps),
     )  # fmt: skip
     assert cut.stopped == "interrupted"
     assert (cut.pretraining is None) == (part < 0.5)
-    resumed = learn(anew, made.rows, made.sids, made.settings, folder=tmp_path / "broken")
+    resumed = pretrain_and_tune(anew, made.rows, made.sids, made.settings, folder=tmp_path / "broken")
     assert resumed.pretraining is not None
     assert [point["step"] for point in resumed.pretraining.curve] == [
         point["step"] for point in unbroken.pretraining.curve
@@ -86,6 +86,6 @@ def test_a_stage_that_stopped_early_does_not_go_on_when_it_is_found_again(tmp_pa
 
 def test_without_a_share_there_is_one_stage() -> None:
     made = shop(epochs=1)
-    one = learn(made.model(), made.rows, made.sids, made.settings)
+    one = pretrain_and_tune(made.model(), made.rows, made.sids, made.settings)
     assert one.pretraining is None
     assert one.epochs == 1.0

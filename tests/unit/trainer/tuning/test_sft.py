@@ -15,12 +15,12 @@ from trainer.generator.constrained import SidSet
 from trainer.offline.quality import HeldOutQuality, hr_ndcg
 from trainer.offline.ranking import sid_scores
 from trainer.plots.training_curve import draw_training_curve
-from trainer.sequences.batches import IGNORE, Pieces, collate
-from trainer.sequences.held_out import hold_out
-from trainer.sequences.interactions import catalogue, interactions
-from trainer.tuning.checkpoint import Place
+from trainer.sequences.batches import IGNORE, SequenceBatch, pad_token_rows
+from trainer.sequences.held_out import hold_out_last_items
+from trainer.sequences.interactions import training_catalogue, user_sequences
+from trainer.tuning.checkpoint import TrainingState
 from trainer.tuning.next_item import sequence_loss, token_loss
-from trainer.tuning.sft import spells_better, train
+from trainer.tuning.sft import spells_more_real_sids, train
 
 
 def test_training_learns_which_item_follows() -> None:
@@ -81,7 +81,7 @@ def test_only_the_codes_of_new_items_are_learned_in_a_sequence() -> None:
     made = shop()
     items = made.log.items[:4].copy()
     made.log.items[2] = items[1]  # the item right before: read, not learned
-    row = made.rows.sequence(0, 4)
+    row = made.rows.sequence_row(0, 4)
     codes = [made.known.codes[item].tolist() for item in (items[0], items[1], items[1], items[3])]
     assert row.ids.tolist() == [BOS, *(token for item in codes for token in item)]
     assert row.learned.tolist() == [False, *[True] * 6, *[False] * 3, *[True] * 3]
@@ -89,8 +89,8 @@ def test_only_the_codes_of_new_items_are_learned_in_a_sequence() -> None:
 
 def test_title_rows_learn_one_side_and_never_take_a_title_for_a_code() -> None:
     made = shop()
-    there, back = made.rows.sid_to_title(5), made.rows.title_to_sid(5)
-    words = made.rows.titles[5]
+    there, back = made.rows.sid_to_title_row(5), made.rows.title_to_sid_row(5)
+    words = made.rows.title_words[5]
     codes = made.known.codes[5].tolist()
     assert len(words) == 4
     assert there.ids.tolist() == [BOS, *codes, TITLE, *words, EOS]
@@ -98,16 +98,16 @@ def test_title_rows_learn_one_side_and_never_take_a_title_for_a_code() -> None:
     assert back.ids.tolist() == [BOS, *words, ITEM, *codes]
     assert back.ids[back.learned].tolist() == codes
     assert made.tokenizer.convert_ids_to_tokens(words)[:2] == ["red", "item"]
-    known = catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, made.prompt)
+    known = training_catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, made.prompt)
     rows = type(made.rows)(made.log, made.split, known, made.tokenizer, made.prompt, made.settings)
-    assert rows.titles[0] == [UNK, words[0], UNK, UNK]
+    assert rows.title_words[0] == [UNK, words[0], UNK, UNK]
 
 
 def test_the_loss_is_the_weighted_mean_over_learned_tokens() -> None:
     made = shop()
     model = made.model()
-    rows = [made.rows.sequence(0, 3), made.rows.sid_to_title(2)]
-    batch = collate(rows)
+    rows = [made.rows.sequence_row(0, 3), made.rows.sid_to_title_row(2)]
+    batch = pad_token_rows(rows)
     assert (batch.labels != IGNORE).sum() == sum(int(row.learned.sum()) for row in rows)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float)
         update={"next_sid": 0.5, "next_item": 2.0, "purchase": purchase}
     )
     with torch.no_grad():
-        found = sequence_loss(model, Pieces(items, learned, bought=bought), table, weights)
+        found = sequence_loss(model, SequenceBatch(items, learned, bought=bought), table, weights)
         spelled, scored = [], []
         for row in range(2):
             for at in torch.nonzero(learned[row]).flatten().tolist():
@@ -156,9 +156,9 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float)
 def test_pieces_and_rows_hold_the_same_events() -> None:
     made = shop(length=30)
     for number in (0, 1):
-        told = [row for row in made.rows.epoch(number) if row.weight == made.settings.weights.next_sid]
+        told = [row for row in made.rows.epoch_rows(number) if row.weight == made.settings.weights.next_sid]
         rows = sum((len(row.ids) - 1) // len(SIZES) for row in told)
-        pieces = made.rows.pieces(number)
+        pieces = made.rows.sequence_batches(number)
         assert sum(int((piece.items >= 0).sum()) for piece in pieces) == rows
         assert sum(int(piece.learned.sum()) for piece in pieces) * len(SIZES) == sum(
             int(row.learned.sum()) for row in told
@@ -169,14 +169,14 @@ def test_pieces_and_rows_hold_the_same_events() -> None:
 def test_each_prefix_is_a_sample_that_learns_its_last_item_after_its_whole_past() -> None:
     made = shop(length=30, samples="prefix", max_items=8)
     told = []
-    for piece in made.rows.pieces(0):
+    for piece in made.rows.sequence_batches(0):
         for items, learned in zip(piece.items, piece.learned, strict=True):
             real = items[items >= 0].tolist()
             assert learned.nonzero().flatten().tolist() in ([len(real) - 1], [])
             told.append(real)
     wanted = [
         made.log.items[max(begin, end - 9) : end].tolist()
-        for begin, stop in zip(made.log.starts[:-1], made.split.ends, strict=True)
+        for begin, stop in zip(made.log.starts[:-1], made.split.training_ends, strict=True)
         for end in range(begin + 2, stop + 1)
     ]
     assert sorted(told) == sorted(wanted)
@@ -184,9 +184,9 @@ def test_each_prefix_is_a_sample_that_learns_its_last_item_after_its_whole_past(
 
 def test_held_out_items_are_not_trained_on() -> None:
     made = shop()
-    assert len(made.split.held.targets) == 10
+    assert len(made.split.held_out.targets) == 10
     trained = 0
-    for row in made.rows.epoch(0):
+    for row in made.rows.epoch_rows(0):
         if row.weight == made.settings.weights.next_sid:
             trained += (len(row.ids) - 1) // len(SIZES)
     assert trained == len(made.log) - 10
@@ -194,7 +194,7 @@ def test_held_out_items_are_not_trained_on() -> None:
 
 def test_the_same_epoch_gives_the_same_rows_and_another_one_other_cuts() -> None:
     made = shop(length=30)
-    first, again, other = (made.rows.batches(number) for number in (0, 0, 1))
+    first, again, other = (made.rows.token_row_batches(number) for number in (0, 0, 1))
     flat = [[[row.ids.tolist() for row in batch] for batch in batches] for batches in (first, again, other)]
     assert flat[0] == flat[1]
     assert flat[0] != flat[2]
@@ -207,7 +207,7 @@ def test_a_refresh_takes_sequences_with_new_events_and_a_share_of_older_ones() -
     made.log.fresh[: made.log.starts[10]] = True  # the first ten users have new events
     cuts = made.rows.crops(np.random.default_rng(0))
     fresh = [low for low, _ in cuts if low < made.log.starts[10]]
-    assert sum(high - low for low, high in cuts if low < made.log.starts[10]) == made.split.ends[
+    assert sum(high - low for low, high in cuts if low < made.log.starts[10]) == made.split.training_ends[
         :10
     ].sum() - sum(int(start) for start in made.log.starts[:10])
     assert len(cuts) - len(fresh) == round(len(fresh) / 3)
@@ -215,22 +215,22 @@ def test_a_refresh_takes_sequences_with_new_events_and_a_share_of_older_ones() -
 
 def test_sequences_are_in_event_time_and_keep_the_order_of_equal_times() -> None:
     made = shop()
-    log = interactions(
+    log = user_sequences(
         ["b", "a", "a", "b", "a", "a"],
         [5, 9, 3, 5, 3, 4],
         ["i01", "i02", "i03", "i04", "i05", "gone"],
         made.known,
     )
     assert log.users == ["a", "b"]
-    assert [made.known.items[item] for item in log.items] == ["i03", "i05", "i02", "i01", "i04"]
+    assert [made.known.item_ids[item] for item in log.items] == ["i03", "i05", "i02", "i01", "i04"]
     assert log.starts.tolist() == [0, 3, 5]
 
 
 def test_nobody_is_held_out_where_histories_are_too_short() -> None:
     made = shop(users=4, length=2)
-    split = hold_out(made.log, made.settings, np.random.default_rng(0))
-    assert len(split.held.targets) == 0
-    assert split.ends.tolist() == made.log.starts[1:].tolist()
+    split = hold_out_last_items(made.log, made.settings, np.random.default_rng(0))
+    assert len(split.held_out.targets) == 0
+    assert split.training_ends.tolist() == made.log.starts[1:].tolist()
 
 
 def test_hit_rate_and_ndcg_count_ranks_from_0() -> None:
@@ -260,10 +260,10 @@ def test_an_item_that_nobody_touched_is_not_pushed_away() -> None:
     made = shop(users=6, length=3, epochs=3)
     touched = set(
         np.concatenate(
-            [made.log.items[a:b] for a, b in zip(made.log.starts[:-1], made.split.ends, strict=True)]
+            [made.log.items[a:b] for a, b in zip(made.log.starts[:-1], made.split.training_ends, strict=True)]
         ).tolist()
     )
-    new = [item for item in range(len(made.known.items)) if item not in touched]
+    new = [item for item in range(len(made.known.item_ids)) if item not in touched]
     assert new
     model = made.model()
     train(model, made.rows, made.sids, made.settings)
@@ -288,7 +288,7 @@ def test_until_a_model_can_be_released_one_that_ranks_as_well_and_spells_more_is
     settings = shop().settings
     assert settings.min_validity == 0.7
     measured = HeldOutQuality(100, 0.5, ndcg, validity, Ranking())
-    assert spells_better(measured, Place(best_ndcg=0.5, validity=kept), settings) is better
+    assert spells_more_real_sids(measured, TrainingState(best_ndcg=0.5, validity=kept), settings) is better
 
 
 def test_of_two_models_that_rank_alike_the_one_that_learned_longer_is_kept() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from trainer.tuning.losses import softmax_loss
-from trainer.tuning.soft_targets import Soft, code_tree, sibling_term, teacher_term
+from trainer.tuning.soft_targets import SoftTargets, code_tree, sibling_term, teacher_term
 
 SIZES = (4, 3, 3)
 FIRST = 5
@@ -59,7 +59,7 @@ def test_a_teacher_takes_its_share_of_the_target(seed: int, share: float) -> Non
     weights = torch.rand(9) + 0.1
     each = F.cross_entropy(queries @ every.T, aim, reduction="none")
     wanted = (each * weights).sum() / weights.sum()
-    soft = Soft(named, probabilities, share)
+    soft = SoftTargets(named, probabilities, share)
     hard = softmax_loss(queries, every, targets, weights=weights)
     found = hard + teacher_term(queries, every, targets, soft, weights)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
