@@ -37,7 +37,7 @@ def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_boug
     held_out, users = tiny_shop.split.held_out, len(tiny_shop.split.held_out.targets)
     few, most = np.arange(users) < 3, np.arange(users) >= 3
 
-    def probed_purchases(paid: np.ndarray | None, count: int = 500) -> int:
+    def probed_users(paid: np.ndarray | None, count: int = 500) -> int:
         chosen = tiny_shop.settings.model_copy(
             update={"dpo": tiny_shop.settings.dpo.model_copy(update={"probe_users": count})}
         )
@@ -47,7 +47,13 @@ def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_boug
         return len(probe(tiny_shop.model()).hits) if probe else 0
 
     assert users == 10
-    assert [probed_purchases(None), asked(few), asked(most), asked(few, 5), asked(few, 0)] == [10, 7, 10, 5, 0]
+    assert [
+        probed_users(None),
+        probed_users(few),
+        probed_users(most),
+        probed_users(few, 5),
+        probed_users(few, 0),
+    ] == [10, 7, 10, 5, 0]
 
 
 def test_a_change_is_told_of_clicks_and_of_purchases_with_what_users_leave_open() -> None:
