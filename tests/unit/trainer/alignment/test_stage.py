@@ -50,7 +50,7 @@ def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path
     material: Any = SimpleNamespace(
         window=logged.window(), codebook=SimpleNamespace(id="book"), prompt=Prompt((2, 2), 4),
         context=Context(), profiles={}, log=SimpleNamespace(users=[]),
-        known=SimpleNamespace(sids=[(0, 0), (0, 1), (1, 0)]),
+        catalogue=SimpleNamespace(sids=[(0, 0), (0, 1), (1, 0)]),
     )  # fmt: skip
     none: Any = None
     both = {"min_pairs": 2, "schemes": BOTH}

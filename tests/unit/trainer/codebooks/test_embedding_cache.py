@@ -25,7 +25,7 @@ class Counting:
 
 
 @settings(max_examples=20, deadline=None)
-@given(asked=st.lists(st.lists(st.text(max_size=3), max_size=6), max_size=5))
+@given(requests=st.lists(st.lists(st.text(max_size=3), max_size=6), max_size=5))
 def test_no_text_is_embedded_twice_and_every_row_is_what_it_would_be(requests, tmp_path_factory):
     folder, inner = tmp_path_factory.mktemp("cache"), Counting()
     for texts in requests:
