@@ -56,8 +56,8 @@ def followed(devices: Devices) -> list[list[float]]:
     """Mean, deviation and beta of a dynamic beta after each step, over what all processes have."""
     dynamic, made = DynamicBeta(0.1, gather=accelerate.Accelerator(cpu=True).gather), []
     for step in GAPS:
-        found = dynamic(torch.tensor(step[devices.rank]), training=True)
-        made.append([dynamic.mean, dynamic.deviation, found.beta])
+        actual = dynamic(torch.tensor(step[devices.rank]), training=True)
+        made.append([dynamic.mean, dynamic.deviation, actual.beta])
     return made
 
 
@@ -65,13 +65,13 @@ def lead(devices: Devices, folder: Path) -> None:
     """Train unbroken in one stage, unbroken in two, and in two with a pause in the middle of each."""
 
     def run(name: str, within: Path, dropout: float, stages: dict[str, Any], until: int | None = None) -> int:
-        made = shop(**SHOP | stages)
-        model = made.model(dropout=dropout)
-        broadcast.write_training_inputs(within, model, made.tokenizer, made.rows, made.settings)
+        tiny = shop(**SHOP | stages)
+        model = tiny.model(dropout=dropout)
+        broadcast.write_training_inputs(within, model, tiny.tokenizer, tiny.rows, tiny.settings)
         devices.send(within)
         calls = iter(range(1000))
         result = pretrain_and_tune(
-            model, made.rows, made.sids, made.settings, folder=within, devices=devices,
+            model, tiny.rows, tiny.sids, tiny.settings, folder=within, devices=devices,
             stop=lambda: next(calls) == until,
         )  # fmt: skip
         save_file(snapshot(model), folder / f"{name}-{devices.rank}.safetensors")

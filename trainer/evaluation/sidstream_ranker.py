@@ -154,7 +154,7 @@ class Trained:
 
         self.model, self.result = train_ensemble(
             begin, rows, self.set, settings, progress=progress, teacher=teacher,
-            first=(self._first.model, self._first.result) if self._first else None,
+            first_member=(self._first.model, self._first.result) if self._first else None,
         )  # fmt: skip
         self.ranker = CatalogueRanker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality

@@ -74,14 +74,16 @@ def read_training_inputs(run: Path) -> tuple[GeneratorForCausalLM, TrainingRows,
     settings = TrainerSettings.model_validate(about["settings"])
     prompt = Prompt(tuple(about["sizes"]), about["max_items"])
     model, tokenizer = load_model(folder / "model")
-    known = TrainingCatalogue([], [], arrays["codes"], about["titles"])
+    catalogue = TrainingCatalogue([], [], arrays["codes"], about["titles"])
     names = ("starts", "items", "ts", "fresh", "bought", "context", "rewards")
     log = Interactions([], *(arrays[name] for name in names))
     nobody = HeldOut([], np.zeros(0, dtype=np.int64), [], [])
     split = TrainingSplit(arrays["ends"], nobody)
-    beside = {name.removeprefix(_ANSWERS): one for name, one in arrays.items() if name.startswith(_ANSWERS)}
-    answers = LabelledAnswers(**beside) if beside else None
-    return model, TrainingRows(log, split, known, tokenizer, prompt, settings, answers), settings
+    answer_arrays = {
+        name.removeprefix(_ANSWERS): one for name, one in arrays.items() if name.startswith(_ANSWERS)
+    }
+    answers = LabelledAnswers(**answer_arrays) if answer_arrays else None
+    return model, TrainingRows(log, split, catalogue, tokenizer, prompt, settings, answers), settings
 
 
 def follow_main_process(devices: Devices) -> None:

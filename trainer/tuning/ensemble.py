@@ -22,11 +22,11 @@ MakeGenerator = Callable[[TrainerSettings, TrainingRows, Path | None], Generator
 
 
 def train_ensemble(
-    begin: MakeGenerator, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
+    make_generator: MakeGenerator, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
     folder: Path | None = None, *,
     progress: Progress | None = None, stop: Callable[[], bool] | None = None,
     devices: Devices | None = None, teacher: Teacher | None = None,
-    first: tuple[GeneratorForCausalLM, SftResult] | None = None,
+    first_member: tuple[GeneratorForCausalLM, SftResult] | None = None,
 ) -> tuple[GeneratorForCausalLM, SftResult]:  # fmt: skip
     """`trainer.pretrain.learn` for each of `settings.members`, and one generator of all of them.
 
@@ -35,32 +35,41 @@ def train_ensemble(
     broken run goes on in its member. An interrupted member is the result itself. `first`: the first member
     and its result, where it has learned already.
     """
-    count, found = settings.members, []
-    for number, own in enumerate(member_settings(settings)):
-        if first and not number:
-            found.append(first)
+    count, members = settings.members, []
+    for number, own_settings in enumerate(member_settings(settings)):
+        if first_member and not number:
+            members.append(first_member)
             continue
         name = f"member {number + 1} of {count}: " if count > 1 else ""
 
-        def tell(text: str, name: str = name) -> None:
+        def report_progress(text: str, name: str = name) -> None:
             if progress:
                 progress(name + text)
 
-        part = rows.with_settings(own)
-        where = folder / f"member-{number + 1}" if folder and count > 1 else folder
-        model = begin(own, part, where)
+        member_rows = rows.with_settings(own_settings)
+        member_folder = folder / f"member-{number + 1}" if folder and count > 1 else folder
+        model = make_generator(own_settings, member_rows, member_folder)
         result = pretrain_and_tune(
-            model, part, sids, own, folder=where, progress=tell, stop=stop, devices=devices, teacher=teacher
+            model,
+            member_rows,
+            sids,
+            own_settings,
+            folder=member_folder,
+            progress=report_progress,
+            stop=stop,
+            devices=devices,
+            teacher=teacher,
         )
         if count == 1 or result.stopped == "interrupted":
             return model, result
-        found.append((model, result))
-    results = [result for _, result in found]
-    whole = merge_generators([model for model, _ in found])
-    return whole, SftResult(
+        members.append((model, result))
+    results = [result for _, result in members]
+    merged_generator = merge_generators([model for model, _ in members])
+    return merged_generator, SftResult(
         steps=sum(one.steps for one in results), epochs=sum(one.epochs for one in results),
         seconds=sum(one.seconds for one in results), loss=sum(one.loss for one in results) / count,
-        quality=validate(whole, rows, sids, settings), stopped=f"{count} members are one", members=results,
+        quality=validate(merged_generator, rows, sids, settings), stopped=f"{count} members are one",
+        members=results,
     )  # fmt: skip
 
 

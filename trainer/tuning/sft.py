@@ -41,10 +41,10 @@ class SftResult:
     loss: float
     quality: HeldOutQuality | None
     stopped: str
-    # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where somebody was held out.
+    # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where users are held out.
     curve: list[dict[str, float]] = field(default_factory=list)
-    pretraining: SftResult | None = None  # what the stage before this one did (trainer.pretrain)
-    members: list[SftResult] = field(default_factory=list)  # of a merged generator (trainer.members)
+    pretraining: SftResult | None = None  # what the stage before this one did (trainer.tuning.pretrain)
+    members: list[SftResult] = field(default_factory=list)  # of a merged generator (trainer.tuning.ensemble)
 
 
 def learning_rate_share(fraction: float) -> float:

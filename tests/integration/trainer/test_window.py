@@ -83,12 +83,12 @@ def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
     )  # fmt: skip
     later = Click.new(user_id="u1", item_id="i3", ts=T0 + 50, event_id="c3")
     publish(kafka, [pair, pair, later])
-    again = read_window(kafka, Log.open(tmp_path), parent=window.ranges)
-    assert again.count_new() == 1
-    assert [one.event_id for one in pairs_of(again)] == ["p1"]
-    assert sequences(again) == {"u1": ["i1", "i2", "i2", "i3"]}
+    second = read_window(kafka, Log.open(tmp_path), parent=window.ranges)
+    assert second.count_new() == 1
+    assert [one.event_id for one in pairs_of(second)] == ["p1"]
+    assert sequences(second) == {"u1": ["i1", "i2", "i2", "i3"]}
     prompt = Prompt((4, 4), 10)
-    made = again.user_sequences(training_catalogue(again.sids(CODEBOOK), {}, prompt))
+    made = second.user_sequences(training_catalogue(second.sids(CODEBOOK), {}, prompt))
     assert made.fresh.tolist() == [False, False, False, True]
     # From where no model was made yet, all of it is new; and nothing was read twice.
     whole = read_window(kafka, Log.open(tmp_path))
@@ -128,8 +128,8 @@ def test_explored_answers_and_the_clicks_on_them_are_read(fresh_stack: FreshStac
     last = Click.new(user_id="u3", item_id="i1", ts=T0 + 1001)
     publish(kafka, [*shop_events(), one, other, one, click, click, last])
     window = read_window(kafka, Log.open(tmp_path))
-    found = sorted(window.explorations(1000), key=lambda pair: pair[0].ts)
-    assert found == [(one, True), (other, False)]
+    actual = sorted(window.explorations(1000), key=lambda pair: pair[0].ts)
+    assert actual == [(one, True), (other, False)]
     assert read_window(kafka, Log.open(tmp_path), parent=window.ranges).explorations(1000) == []
 
 

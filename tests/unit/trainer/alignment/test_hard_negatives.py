@@ -63,20 +63,20 @@ def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_use
 
 def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
     made = shop(users=10, length=20)
-    fill = hard_negative_filler(made.known, made.log, DpoSettings(hard_negatives=9, max_rejected=9))
+    fill = hard_negative_filler(made.catalogue, made.log, DpoSettings(hard_negatives=9, max_rejected=9))
     assert fill is not None
     for at, user in enumerate(made.log.users):
-        touched = {made.known.sids[item] for item in made.log.items[made.log.starts[at] :][:20]}
-        left = set(made.known.sids) - touched
+        touched = {made.catalogue.sids[item] for item in made.log.items[made.log.starts[at] :][:20]}
+        left = set(made.catalogue.sids) - touched
         assert 0 < len(left) < 9
         trigger = min(left)
         pair = PreferencePair.new(
             event_id=user, ts=1_600_000_000_000, user_id=user, codebook="c" * 16,
-            scheme="purchased_over_shown", chosen_item="i", chosen=list(made.known.sids[0]),
+            scheme="purchased_over_shown", chosen_item="i", chosen=list(made.catalogue.sids[0]),
             rejected_items=["j"], rejected=[[1, 1, 0]],
             history=[], trigger=list(trigger),
         )  # fmt: skip
-        assert set(fill(pair, [])) == left - {trigger, made.known.sids[0]}
+        assert set(fill(pair, [])) == left - {trigger, made.catalogue.sids[0]}
 
 
 def test_every_item_of_a_level_is_drawn_equally_often() -> None:

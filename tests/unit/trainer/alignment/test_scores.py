@@ -45,7 +45,7 @@ def told(made: Shop, said: list[int]) -> list[int]:
 
 def row(made: Shop, at: int) -> PreferenceRow:
     def tokens(item: int) -> list[int]:
-        codes: list[int] = made.known.codes[item].tolist()
+        codes: list[int] = made.catalogue.codes[item].tolist()
         return codes
 
     prompt = [BOS, *(token for item in HISTORIES[at] for token in tokens(item)), *told(made, SAID[at])]
@@ -67,7 +67,7 @@ def spelled(model: GeneratorForCausalLM, prompt: list[int], answer: list[int]) -
 def liked(model: GeneratorForCausalLM, made: Shop, at: int) -> Tensor:
     """Log-probabilities of all items by the dense head, in the order of the catalogue."""
     history = HISTORIES[at]
-    codes = torch.from_numpy(made.known.codes)
+    codes = torch.from_numpy(made.catalogue.codes)
     padded = codes[history][None] if history else codes[:1][None]
     state = model.encode(
         padded, torch.tensor([len(history)]), context=torch.tensor([told(made, SAID[at]) or [0]])
@@ -129,8 +129,8 @@ def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
     few = copy.deepcopy(model)
-    kept = [item for item in range(len(made.known.codes)) if item not in (0, 9)]
-    few.set_items(torch.from_numpy(made.known.codes[kept]))
+    kept = [item for item in range(len(made.catalogue.codes)) if item not in (0, 9)]
+    few.set_items(torch.from_numpy(made.catalogue.codes[kept]))
     batch = batch_of(made)
     # Item 0 is chosen in the second row, item 9 rejected in the third.
     assert score_answers(few, batch)[1].real.tolist() == [
@@ -144,7 +144,7 @@ def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
     # Items 0 and 12 of the shop differ in their last code alone.
-    codes = made.known.codes
+    codes = made.catalogue.codes
     assert codes[0, :2].tolist() == codes[12, :2].tolist()
     one = PreferenceRow(
         prompt_ids=[BOS, *codes[3].tolist()], chosen_ids=codes[0].tolist(), rejected_ids=[codes[12].tolist()]
@@ -178,7 +178,7 @@ ITEM = st.integers(0, ITEMS - 1)
 def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
     made: Shop, model: GeneratorForCausalLM, history: list[int], chosen: int, rejected: int
 ) -> None:
-    codes = made.known.codes
+    codes = made.catalogue.codes
     one = PreferenceRow(
         prompt_ids=[BOS, *codes[history].flatten().tolist()], chosen_ids=codes[chosen].tolist(),
         rejected_ids=[codes[rejected].tolist()],

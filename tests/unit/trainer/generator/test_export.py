@@ -20,7 +20,7 @@ def test_graphs_equal_torch_and_have_the_shapes_of_the_contract(
     made = shop()
     model = made.model(dropout=0.5)
     export_generator(model, tmp_path)
-    assert check_parity(model, tmp_path, [made.known.sids[:5], made.known.sids[:20]]) < TOLERANCE
+    assert check_parity(model, tmp_path, [made.catalogue.sids[:5], made.catalogue.sids[:20]]) < TOLERANCE
     assert capfd.readouterr() == ("", "")
     encode = onnx.load(tmp_path / "encode.onnx")
     assert [port.name for port in encode.graph.input] == ["codes", "lengths", "extras"]

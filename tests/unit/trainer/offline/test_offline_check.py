@@ -41,7 +41,9 @@ def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_boug
         chosen = made.settings.model_copy(
             update={"dpo": made.settings.dpo.model_copy(update={"probe_users": count})}
         )
-        probe = held_out_probe(held._replace(target_bought=paid), made.known, made.sids, chosen, Ranking())
+        probe = held_out_probe(
+            held._replace(target_bought=paid), made.catalogue, made.sids, chosen, Ranking()
+        )
         return len(probe(made.model()).hits) if probe else 0
 
     assert users == 10

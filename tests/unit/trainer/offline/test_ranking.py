@@ -42,7 +42,7 @@ HISTORIES = [np.array([3, 4, 5]), np.array([7]), np.array([2, 9, 2, 2, 11, 0]), 
 
 def brute(made: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of every item by its SID, and by the dense head: said with loops."""
-    codes = torch.from_numpy(made.known.codes)
+    codes = torch.from_numpy(made.catalogue.codes)
     with torch.no_grad():
         padded = codes[history][None] if len(history) else torch.zeros(1, 1, 3, dtype=torch.long)
         state = model.encode(padded, torch.tensor([len(history)]))
@@ -59,7 +59,7 @@ def brute(made: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> tuple
 def test_the_order_is_that_of_all_items_scored_by_hand(
     made: Shop, model: GeneratorForCausalLM, weight: float
 ) -> None:
-    found = CatalogueRanker(model, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
+    found = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS).candidates(HISTORIES)
     order = found.order(weight)
     for row, history in enumerate(HISTORIES):
         spelled, dense = brute(made, model, history)
@@ -72,18 +72,18 @@ def test_the_order_is_that_of_all_items_scored_by_hand(
 def test_the_dense_heads_best_are_those_of_all_items_without_a_beam(
     made: Shop, model: GeneratorForCausalLM
 ) -> None:
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 2)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 2)
     best = ranker.best_items(HISTORIES, ranker.states(HISTORIES), 5)
     for row, history in enumerate(HISTORIES):
         _, dense = brute(made, model, history)
         assert best[row].tolist() == np.argsort(-dense)[:5].tolist()
     # What the model knows and the catalogue has not is never listed.
-    few = CatalogueRanker(model, made.known.codes[:9], made.sids, 2)
+    few = CatalogueRanker(model, made.catalogue.codes[:9], made.sids, 2)
     assert sorted(few.best_items(HISTORIES[:2], few.states(HISTORIES[:2]), 9)[0].tolist()) == list(range(9))
 
 
 def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: GeneratorForCausalLM) -> None:
-    found = CatalogueRanker(model, made.known.codes, made.sids, 6).candidates(HISTORIES)
+    found = CatalogueRanker(model, made.catalogue.codes, made.sids, 6).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, dense = brute(made, model, history)
         items = set(found.items[row].tolist()) - {-1}
@@ -95,7 +95,7 @@ def test_few_candidates_hold_the_best_of_either_head(made: Shop, model: Generato
 def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(made: Shop) -> None:
     bare = made.model(seed=1)
     bare.set_items(torch.zeros(0, 3, dtype=torch.long))
-    found = CatalogueRanker(bare, made.known.codes, made.sids, ITEMS).candidates(HISTORIES)
+    found = CatalogueRanker(bare, made.catalogue.codes, made.sids, ITEMS).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, _ = brute(made, bare, history)
         listed = found.order(0.0)[row].numpy()
@@ -103,7 +103,7 @@ def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(made: Shop) 
     one = held_out_rows(made.log, [5, 20], 8)
     assert (
         fit_ranking(
-            CatalogueRanker(bare, made.known.codes, made.sids, ITEMS).candidates(one.histories), one
+            CatalogueRanker(bare, made.catalogue.codes, made.sids, ITEMS).candidates(one.histories), one
         ).dense_weight
         == 0
     )
@@ -185,7 +185,7 @@ def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
 
 
 def test_the_order_of_histories_changes_no_score(made: Shop, model: GeneratorForCausalLM) -> None:
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS)
     found, back = ranker.candidates(HISTORIES), ranker.candidates(HISTORIES[::-1])
     for row, history in enumerate(HISTORIES):
         alone = ranker.candidates([history])

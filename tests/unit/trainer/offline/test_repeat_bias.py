@@ -28,7 +28,7 @@ def held(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut:
 def liking(made: Shop) -> GeneratorForCausalLM:
     """A generator that adds something to all items of the past, and too little of it."""
     model = made.outspoken(seed=3)
-    codes = torch.from_numpy(made.known.codes)[None, :1]
+    codes = torch.from_numpy(made.catalogue.codes)[None, :1]
     with torch.no_grad():
         base = model.model
         base.items.repeat_vectors[:] = 0.05 * base.queries(model.encode(codes, torch.tensor([1])))[0]
@@ -42,7 +42,7 @@ def histories(rng: np.random.Generator, rows: int = 400) -> list[np.ndarray]:
 def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made: Shop) -> None:
     pasts = histories(np.random.default_rng(0))
     model = liking(made)
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
     before = model.model.items.repeat_vectors.clone()
     # Only of those whose past is liked at all: the direction is one state's.
     query = model.model.queries(ranker.states(pasts))
@@ -60,7 +60,7 @@ def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made:
 def test_what_chance_alone_would_show_changes_nothing(made: Shop) -> None:
     rng = np.random.default_rng(1)
     model = made.outspoken(seed=3)
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
     factors = [
         fit_repeat_strength(model, ranker, held(rng.integers(ITEMS, size=100), histories(rng, 100)))
         for _ in range(10)
@@ -72,7 +72,7 @@ def test_what_chance_alone_would_show_changes_nothing(made: Shop) -> None:
 
 def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
     model = made.outspoken(seed=3)
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS)
     pasts = histories(np.random.default_rng(2), 20)
     some = held(np.array([row[0] for row in pasts]), pasts)
     (targets, logits, (batch, past, more)), *rest = ranker.dense_logits(some)
@@ -89,7 +89,7 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
     model = made.model(seed=1)
     train(model, made.rows, made.sids, made.settings)
     strange = [np.array([3, 14, 3, 14]), np.array([20, 5, 20, 5]), np.array([10, 8, 10, 8])]
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
     best = ranker.best_items(strange, ranker.states(strange), 1)[:, 0]
     assert best.tolist() == [3, 20, 10]
 
@@ -97,13 +97,13 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
 def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(made: Shop) -> None:
     model = made.outspoken(seed=3)
     pieces = made.rows.sequence_batches(0)[0]
-    table = model.model.items.rows(torch.from_numpy(made.known.codes))
+    table = model.model.items.rows(torch.from_numpy(made.catalogue.codes))
     history, targets = [np.array([3, 14, 3, 5])], np.array([14])
     found = []
     for strength in (1.0, 3.0):
         with torch.no_grad():
             model.model.items.repeat_strength.fill_(strength)
-            ranker = CatalogueRanker(model, made.known.codes, made.sids, ITEMS)
+            ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS)
             ranked = ranker.scores(history, ranker.states(history), targets, 1.0)
             found.append((float(ranked), float(sequence_loss(model, pieces, table, made.settings.weights))))
     (before, loss), (after, same) = found

@@ -127,7 +127,7 @@ def rewarded(**given: object) -> tuple[Shop, Rewards]:
     log = with_reward_labels(log, OFFERS, bought, made, context)
     last = plain.split.training_ends[plain.split.training_ends < log.starts[1:]]
     split = replace(plain.split, held_out=held_out_rows(log, last, plain.settings.max_items))
-    rows = TrainingRows(log, split, plain.known, plain.tokenizer, plain.prompt, plain.settings)
+    rows = TrainingRows(log, split, plain.catalogue, plain.tokenizer, plain.prompt, plain.settings)
     return replace(plain, log=log, split=split, rows=rows, context=context), made
 
 
@@ -181,7 +181,7 @@ def test_the_model_follows_the_price_that_is_asked_for(
     asked = [(item, value) for item in range(ITEMS) for value in range(4)]
     past = [np.array([item]) for item, _ in asked]
     rows = np.array([made.context.row(said({"price": value})) for _, value in asked], dtype=np.int32)
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
     best = ranker.candidates(past, ranker.states(past, rows)).order(1.0)[:, 0].tolist()
     right = [
         (found - item - 1) % ITEMS < 4 and rewards.bin_of("price", OFFERS[found]) == value
@@ -197,7 +197,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     asked = made.split.held_out
     assert asked.contexts is not None
     assert asked.contexts.shape == (len(asked.targets), 0)
-    quality = evaluate_held_out(model, asked, made.known, made.sids, made.settings)
+    quality = evaluate_held_out(model, asked, made.catalogue, made.sids, made.settings)
     # One of four may come next, and nothing says which: told the price, it would be nearly always the first.
     assert quality.ndcg10 < 0.85
     assert quality.hr10 > 0.9
@@ -215,7 +215,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
     rollout = Rollout.new(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
-    index = SidIndex.build(np.array(made.known.sids), made.known.item_ids)
+    index = SidIndex.build(np.array(made.catalogue.sids), made.catalogue.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:

@@ -79,7 +79,7 @@ def with_online(made: Shop, **values: object) -> Shop:
     online = made.settings.rewards.online.model_copy(update=values)
     rewards = made.settings.rewards.model_copy(update={"online": online})
     settings = made.settings.model_copy(update={"rewards": rewards})
-    rows = type(made.rows)(made.log, made.split, made.known, made.tokenizer, made.prompt, settings)
+    rows = type(made.rows)(made.log, made.split, made.catalogue, made.tokenizer, made.prompt, settings)
     return replace(made, settings=settings, rows=rows)
 
 
@@ -116,7 +116,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     made, worth, model = begun
-    before = evaluate_held_out(model, made.split.held_out, made.known, made.sids, made.settings)
+    before = evaluate_held_out(model, made.split.held_out, made.catalogue, made.sids, made.settings)
     learned = copied(model, made)
     chosen = with_online(made, rounds=3, lr=2e-3, max_fall=0.05)
     said: list[str] = []
@@ -131,7 +131,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
 
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     made, worth, model = begun
-    before = evaluate_held_out(model, made.split.held_out, made.known, made.sids, made.settings)
+    before = evaluate_held_out(model, made.split.held_out, made.catalogue, made.sids, made.settings)
     spoiled = copied(model, made)
     result = learn_from_own_answers(
         spoiled, with_online(made, lr=0.5).rows, made.sids, worth, before, lambda _: None
@@ -186,7 +186,7 @@ def test_the_score_of_an_item_is_that_of_the_candidates(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     made, _, model = begun
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
     histories = [np.arange(size) for size in (1, 3, 8, 2)]
     states = ranker.states(histories)
     found = ranker.candidates(histories, states)
