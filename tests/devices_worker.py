@@ -22,7 +22,7 @@ from tests.tiny_shop import shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.tuning import broadcast
 from trainer.tuning.checkpoint import snapshot
-from trainer.tuning.devices import Devices, launched
+from trainer.tuning.devices import Devices, launched_devices
 from trainer.tuning.pretrain import pretrain_and_tune
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
@@ -41,7 +41,7 @@ def averaged(devices: Devices) -> list[list[float] | None]:
         loss = None if own is None else own * model.weight.sum()
         if loss is not None:
             loss.backward()
-        shown = devices.average(model, None if own is None else torch.tensor(own))
+        shown = devices.average_gradients(model, None if own is None else torch.tensor(own))
         assert model.weight.grad is not None
         made += [model.weight.grad.flatten().tolist(), [shown]]
         made.append(None if model.bias.grad is None else model.bias.grad.tolist())
@@ -94,7 +94,7 @@ def main() -> None:
     """Lead or follow; `lost` names a folder that is not there."""
     folder, what = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    devices = launched()
+    devices = launched_devices()
     rank = devices.rank
     if what == "train":
         (folder / f"averaged-{rank}.json").write_text(json.dumps(averaged(devices)))

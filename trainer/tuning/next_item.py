@@ -41,7 +41,7 @@ class ScoredItems(NamedTuple):
 
 
 # What is likely at the learned positions of a batch, in rows of what the dense head scores.
-Teacher = Callable[[SequenceBatch, ScoredItems | None], SoftTargets]
+TeacherTargets = Callable[[SequenceBatch, ScoredItems | None], SoftTargets]
 
 
 def scored_items(table: Tensor, trained: Tensor) -> ScoredItems | None:
@@ -146,15 +146,17 @@ def past_items(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Pa
         & learned[..., None]
     )
     query_number = (learned.flatten().cumsum(0) - 1).view(learned.shape)
-    row, place, past = visible.nonzero(as_tuple=True)
+    row, place, past_place = visible.nonzero(as_tuple=True)
     count = (same & (at[:, None] >= at)).sum(-1)
-    return (query_number[row, place], rows[row, past]), PastOccurrences(place - past, count[row, past])
+    return (query_number[row, place], rows[row, past_place]), PastOccurrences(
+        place - past_place, count[row, past_place]
+    )
 
 
 def batch_loss(
     model: GeneratorForCausalLM, batch: SequenceBatch, texts: list[TokenRow], table: Tensor,
     scored: ScoredItems | None,
-    settings: TrainerSettings, code_tree: Sequence[CodeTreeLevel] = (), teacher: Teacher | None = None,
+    settings: TrainerSettings, code_tree: Sequence[CodeTreeLevel] = (), teacher: TeacherTargets | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of one batch: its sequences, and the texts that go with it."""
     device = table.device
