@@ -22,7 +22,7 @@ from tests.tiny_shop import shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.tuning import broadcast
 from trainer.tuning.checkpoint import snapshot
-from trainer.tuning.devices import Devices, launched
+from trainer.tuning.devices import Devices, launched_devices
 from trainer.tuning.pretrain import pretrain_and_tune
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
@@ -41,7 +41,7 @@ def averaged(devices: Devices) -> list[list[float] | None]:
         loss = None if own is None else own * model.weight.sum()
         if loss is not None:
             loss.backward()
-        shown = devices.average(model, None if own is None else torch.tensor(own))
+        shown = devices.average_gradients(model, None if own is None else torch.tensor(own))
         assert model.weight.grad is not None
         made += [model.weight.grad.flatten().tolist(), [shown]]
         made.append(None if model.bias.grad is None else model.bias.grad.tolist())
@@ -56,8 +56,8 @@ def followed(devices: Devices) -> list[list[float]]:
     """Mean, deviation and beta of a dynamic beta after each step, over what all processes have."""
     dynamic, made = DynamicBeta(0.1, gather=accelerate.Accelerator(cpu=True).gather), []
     for step in GAPS:
-        found = dynamic(torch.tensor(step[devices.rank]), training=True)
-        made.append([dynamic.mean, dynamic.deviation, found.beta])
+        actual = dynamic(torch.tensor(step[devices.rank]), training=True)
+        made.append([dynamic.mean, dynamic.deviation, actual.beta])
     return made
 
 
@@ -65,13 +65,13 @@ def lead(devices: Devices, folder: Path) -> None:
     """Train unbroken in one stage, unbroken in two, and in two with a pause in the middle of each."""
 
     def run(name: str, within: Path, dropout: float, stages: dict[str, Any], until: int | None = None) -> int:
-        made = shop(**SHOP | stages)
-        model = made.model(dropout=dropout)
-        broadcast.write_training_inputs(within, model, made.tokenizer, made.rows, made.settings)
+        tiny = shop(**SHOP | stages)
+        model = tiny.model(dropout=dropout)
+        broadcast.write_training_inputs(within, model, tiny.tokenizer, tiny.rows, tiny.settings)
         devices.send(within)
         calls = iter(range(1000))
         result = pretrain_and_tune(
-            model, made.rows, made.sids, made.settings, folder=within, devices=devices,
+            model, tiny.rows, tiny.sids, tiny.settings, folder=within, devices=devices,
             stop=lambda: next(calls) == until,
         )  # fmt: skip
         save_file(snapshot(model), folder / f"{name}-{devices.rank}.safetensors")
@@ -94,7 +94,7 @@ def main() -> None:
     """Lead or follow; `lost` names a folder that is not there."""
     folder, what = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    devices = launched()
+    devices = launched_devices()
     rank = devices.rank
     if what == "train":
         (folder / f"averaged-{rank}.json").write_text(json.dumps(averaged(devices)))

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from streams.events import Event, Exploration, encode
 from tests.tiny_explorations import T0
-from trainer.log.log import INTERACTIONS, VALUES, Log
+from trainer.log.log import INTERACTIONS, VALUES, InteractionLog
 from trainer.log.window import TOPICS, Window
 
 
@@ -17,7 +17,7 @@ class Logged:
     """A log that grows, without a broker: one partition, offsets in the order of adding."""
 
     def __init__(self, folder: Path) -> None:
-        self.log = Log.open(folder)
+        self.log = InteractionLog.open(folder)
         self.ends = dict.fromkeys(TOPICS, 0)
         self.since = dict(self.ends)
 

@@ -30,7 +30,7 @@ class Shop:
 
     settings: TrainerSettings
     prompt: Prompt
-    known: TrainingCatalogue
+    catalogue: TrainingCatalogue
     log: Interactions
     split: TrainingSplit
     tokenizer: PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ class Shop:
             **given | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
         if not made.config.text_size:
-            made.set_items(torch.from_numpy(self.known.codes))
+            made.set_items(torch.from_numpy(self.catalogue.codes))
         return made
 
     def outspoken(self, seed: int = 0) -> GeneratorForCausalLM:

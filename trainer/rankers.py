@@ -110,6 +110,6 @@ def checked_names(names: Sequence[str]) -> list[str]:
     """The names, each once, in their order. Raises SidstreamError for one that is no model, or for none."""
     unknown = [name for name in names if name not in MODELS]
     if unknown or not names:
-        asked = f"there is no model {unknown[0]!r}" if unknown else "no model is named"
-        raise SidstreamError(f"{asked}: give one or more of {', '.join(MODELS)}")
+        problem = f"there is no model {unknown[0]!r}" if unknown else "no model is named"
+        raise SidstreamError(f"{problem}: give one or more of {', '.join(MODELS)}")
     return list(dict.fromkeys(names))

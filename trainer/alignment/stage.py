@@ -70,25 +70,23 @@ def hard_negative_filler(
 
 
 def window_rows(
-    material: CycleInputs, settings: DpoSettings, window_ms: int, context: Context
+    inputs: CycleInputs, settings: DpoSettings, window_ms: int, context: Context
 ) -> tuple[list[PreferenceRow], FilteredPairs]:
     """The rows of a window's pairs, with hard negatives added, and what was withdrawn of the pairs.
 
     `window_ms` is the attribution window of the pairs; `context`: the context fields of the prompts.
     """
-    codebook_id = material.codebook.id
-    withdrawal = material.window.preference_pairs(
-        window_ms, codebook_id, settings.schemes, settings.max_pairs
-    )
-    fill_rejected = hard_negative_filler(material.catalogue, material.log, settings)
+    codebook_id = inputs.codebook.id
+    withdrawal = inputs.window.preference_pairs(window_ms, codebook_id, settings.schemes, settings.max_pairs)
+    fill_rejected = hard_negative_filler(inputs.catalogue, inputs.log, settings)
     rows = preference_rows(
-        withdrawal.pairs, codebook_id, material.prompt, settings, context, material.profiles, fill_rejected
+        withdrawal.pairs, codebook_id, inputs.prompt, settings, context, inputs.profiles, fill_rejected
     )  # fmt: skip
     return rows, withdrawal
 
 
 def align_to_window(
-    material: CycleInputs, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
+    inputs: CycleInputs, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
     tuned: HeldOutQuality | None, folder: Path, *, sequences: TrainingRows,
     report_progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
@@ -101,7 +99,7 @@ def align_to_window(
     from trainer.alignment.dpo import align
 
     dpo, alignment = settings.dpo, Alignment()
-    rows, withdrawal = window_rows(material, dpo, window_ms, material.context)
+    rows, withdrawal = window_rows(inputs, dpo, window_ms, inputs.context)
     alignment.withdrawn = withdrawal.bought + withdrawal.clicked
     withdrawn_note = f"; {withdrawal.summary()}" if withdrawal.summary() else ""
     alignment.pairs = len(rows)
@@ -113,12 +111,12 @@ def align_to_window(
                 "SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
             )
         return alignment.refuse(reason, reason + withdrawn_note)
-    held_out = material.split.held_out
+    held_out = inputs.split.held_out
     probe = None
     if tuned is not None:
-        probe = held_out_probe(held_out, material.catalogue, material.sids, settings, tuned.ranking)
+        probe = held_out_probe(held_out, inputs.catalogue, inputs.sids, settings, tuned.ranking)
     aligned_model, result = align(
-        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe,
+        model, inputs.tokenizer, rows, settings, folder, sequences=sequences, probe=probe,
         progress=report_progress, stop=stop,
     )  # fmt: skip
     alignment.dpo = result
@@ -131,7 +129,7 @@ def align_to_window(
     if tuned is not None and len(held_out.targets):
         # Under the reference's ranking: its dense weight is fitted to the two heads, not to the pairs.
         alignment.quality = evaluate_held_out(
-            aligned_model, held_out, material.catalogue, material.sids, settings, tuned.ranking
+            aligned_model, held_out, inputs.catalogue, inputs.sids, settings, tuned.ranking
         )
         if change := describe_change(tuned, alignment.quality):
             change_note = f"; {change}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from streams.settings import KafkaSettings
-from trainer.log.log import Log
+from trainer.log.log import InteractionLog
 from trainer.log.window import read_window
 from trainer.sequences.interactions import TrainingCatalogue
 
@@ -25,6 +25,6 @@ def read_item_sequences(
     catalogue = TrainingCatalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
     # A temporary log: the trainer's own log belongs to the update cycle, which may be running.
     with tempfile.TemporaryDirectory() as folder:
-        log = read_window(kafka, Log.open(Path(folder)), advance=advance).user_sequences(catalogue)
+        log = read_window(kafka, InteractionLog.open(Path(folder)), advance=advance).user_sequences(catalogue)
     rows = log.items.tolist()
     return [[items[row] for row in rows[begin:end]] for begin, end in pairwise(log.starts.tolist())]

@@ -37,7 +37,7 @@ from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 from trainer.tuning.ensemble import train_ensemble
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.sft import SftResult, train
 
 Float32 = npt.NDArray[np.float32]
@@ -93,7 +93,7 @@ class Trained:
         self._of: Split | None = None
         self._lists: dict[int, Candidates] = {}
 
-    def fit(self, data: Split, seed: int, progress: Progress, teacher: Teacher | None = None) -> None:
+    def fit(self, data: Split, seed: int, progress: Progress, teacher: TeacherTargets | None = None) -> None:
         """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: see `train`."""
         if self._seed == seed and self._of is data:
             self._stand(0)
@@ -154,7 +154,7 @@ class Trained:
 
         self.model, self.result = train_ensemble(
             begin, rows, self.set, settings, progress=progress, teacher=teacher,
-            first=(self._first.model, self._first.result) if self._first else None,
+            first_member=(self._first.model, self._first.result) if self._first else None,
         )  # fmt: skip
         self.ranker = CatalogueRanker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,21 +23,21 @@ from streams.settings import KafkaSettings
 from streams.state import profile
 from streams.wire.admin import incarnations, missing, spans, unreachable
 from streams.wire.connect import client_options
-from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
+from trainer.log.log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
 from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
 _KEYED = ("catalog", "users", "sids")
-# Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
+# Rows in memory before a file is written: a year of a shop is one file, and a large backlog still fits.
 _FILE_ROWS = 1_000_000
 _FETCH_BYTES = 8 * 1024 * 1024
 # Without a record for so long the broker counts as gone.
 _SILENCE_S = 30.0
 
 
-class _When(msgspec.Struct):
+class _EventTime(msgspec.Struct):
     ts: int
 
 
@@ -44,7 +45,7 @@ class _When(msgspec.Struct):
 class Window:
     """What one cycle trains on: everything that was logged, and which part of it is new."""
 
-    log: Log
+    log: InteractionLog
     ranges: Ranges  # {topic: {partition: (from, to)}}, from where the parent's window ended
     incarnations: dict[str, int]
 
@@ -60,7 +61,7 @@ class Window:
 
     def user_sequences(
         self,
-        known: TrainingCatalogue,
+        catalogue: TrainingCatalogue,
         context: Context | None = None,
         profiles: Mapping[str, Attributes] | None = None,
     ) -> Interactions:
@@ -77,22 +78,17 @@ class Window:
         # At one millisecond a purchase follows the click that led to it.
         for topic in ("clicks", "purchases"):
             table, new = self._read(topic)
-            seen: set[str] = set()
-            keep = []
-            for at, event_id in enumerate(table["event_id"].to_pylist()):
-                if event_id not in seen:
-                    seen.add(event_id)
-                    keep.append(at)
-            if len(keep) < table.num_rows:
-                table, new = table.take(pa.array(keep, pa.int64())), new[keep]
+            first_records = _first_of_each_event(table)
+            if len(first_records) < table.num_rows:
+                table, new = table.take(pa.array(first_records, pa.int64())), new[first_records]
             users += table["user_id"].to_pylist()
             scenes += table["scene"].to_pylist()
             items += table["item_id"].to_pylist()
             stamps += table["ts"].to_pylist()
             fresh += new.tolist()
             bought += [topic == "purchases"] * table.num_rows
-        said = (context or Context()).rows(scenes, users, profiles or {})
-        return user_sequences(users, stamps, items, known, fresh, bought, said)
+        context_tokens = (context or Context()).rows(scenes, users, profiles or {})
+        return user_sequences(users, stamps, items, catalogue, fresh, bought, context_tokens)
 
     def profiles(self) -> dict[str, Attributes]:
         """The attributes of each user: of the newest record by its time, as the agents keep them."""
@@ -103,36 +99,31 @@ class Window:
             if value is None:
                 newest.pop(key.decode(errors="replace"), None)
                 continue
-            one = decoder.decode(value)
-            held = newest.get(one.user_id)
-            if held is None or profile.order(one) >= profile.order(held):
-                newest[one.user_id] = one
-        return {user: one.attributes for user, one in newest.items()}
+            record = decoder.decode(value)
+            newest_record = newest.get(record.user_id)
+            if newest_record is None or profile.order(record) >= profile.order(newest_record):
+                newest[record.user_id] = record
+        return {user: profile_record.attributes for user, profile_record in newest.items()}
 
     def context_counts(self, profiles: Mapping[str, Attributes]) -> Counts:
-        """How often each scene was clicked in, and how many users who did something have each attribute."""
+        """How many clicks each scene has, and how many users with an event have each attribute."""
         clicks, _ = self._read("clicks")
-        bought, _ = self._read("purchases")
-        scenes = {one["values"]: one["counts"] for one in clicks["scene"].value_counts().to_pylist()}
+        purchases, _ = self._read("purchases")
+        scenes = {group["values"]: group["counts"] for group in clicks["scene"].value_counts().to_pylist()}
         scenes.pop(None, None)
-        users = {user for table in (clicks, bought) for user in table["user_id"].unique().to_pylist()}
+        users = {user for table in (clicks, purchases) for user in table["user_id"].unique().to_pylist()}
         return counted(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
     def purchase_counts(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""
         table, _ = self._read("purchases")
-        seen: set[str] = set()
-        counts: dict[str, int] = {}
-        for event_id, item in zip(table["event_id"].to_pylist(), table["item_id"].to_pylist(), strict=True):
-            if event_id not in seen:
-                seen.add(event_id)
-                counts[item] = counts.get(item, 0) + 1
-        return counts
+        items = table["item_id"].to_pylist()
+        return Counter(items[row] for row in _first_of_each_event(table))
 
     def preference_pairs(
-        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], most: int
+        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int
     ) -> FilteredPairs:
-        """The newest `most` preference pairs of a codebook, shared out among `schemes`; older windows' too.
+        """The newest `max_pairs` preference pairs of a codebook, of old windows too, in equal shares of `schemes`.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
         window that the agents made them with.
@@ -140,16 +131,16 @@ class Window:
         table, _ = self._read("preferences")
         decoder = msgspec.json.Decoder(events.PreferencePair)
         decoded = (decoder.decode(value) for value in table["value"].to_pylist())
-        known = [pair for pair in decoded if pair.codebook == codebook]
-        wanted = [pair for pair in known if pair.scheme in schemes]
-        # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
-        found = withdraw_contradicted(
-            newest_of_each_scheme(wanted, most),
+        of_codebook = [pair for pair in decoded if pair.codebook == codebook]
+        of_schemes = [pair for pair in of_codebook if pair.scheme in schemes]
+        # A pair that repeats or is withdrawn is not replaced by an older one: that would be one more rule.
+        filtered = withdraw_contradicted(
+            newest_of_each_scheme(of_schemes, max_pairs),
             self._read("purchases")[0],
             self._read("clicks")[0],
             window_ms,
         )
-        return replace(found, of_other_schemes=len(known) - len(wanted))
+        return replace(filtered, of_other_schemes=len(of_codebook) - len(of_schemes))
 
     def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?
@@ -160,24 +151,31 @@ class Window:
         """
         clicks, new = self._read("clicks")
         stamps = clicks["ts"].to_numpy()
-        now, before = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
+        newest_click, newest_earlier_click = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
         table, fresh = self._read("explorations")
-        when, decoder = msgspec.json.Decoder(_When), msgspec.json.Decoder(events.Exploration)
-        found: dict[str, events.Exploration] = {}
+        time_decoder, decoder = msgspec.json.Decoder(_EventTime), msgspec.json.Decoder(events.Exploration)
+        closed: dict[str, events.Exploration] = {}
         for value, is_new in zip(table["value"].to_pylist(), fresh.tolist(), strict=True):
-            closes = when.decode(value).ts + horizon_ms
-            if closes <= now and (is_new or closes > before):
-                one = decoder.decode(value)
+            closes = time_decoder.decode(value).ts + horizon_ms
+            if closes <= newest_click and (is_new or closes > newest_earlier_click):
+                exploration = decoder.decode(value)
                 # An answer may be sent twice. Its draw is the same, its event_id need not be.
-                found.setdefault(one.request_id, one)
-        led = clicks.filter(pc.is_in(clicks["request_id"], value_set=pa.array(list(found), pa.string())))
+                closed.setdefault(exploration.request_id, exploration)
+        clicks_of_requests = clicks.filter(
+            pc.is_in(clicks["request_id"], value_set=pa.array(list(closed), pa.string()))
+        )
         clicked = set()
-        columns = (led[name].to_pylist() for name in ("request_id", "user_id", "item_id", "ts"))
+        columns = (
+            clicks_of_requests[name].to_pylist() for name in ("request_id", "user_id", "item_id", "ts")
+        )
         for request, user, item, ts in zip(*columns, strict=True):
-            one = found[request]
-            if (user, item) == (one.user_id, one.item_id) and ts <= one.ts + horizon_ms:
+            exploration = closed[request]
+            if (user, item) == (
+                exploration.user_id,
+                exploration.item_id,
+            ) and ts <= exploration.ts + horizon_ms:
                 clicked.add(request)
-        return [(one, request in clicked) for request, one in found.items()]
+        return [(exploration, request in clicked) for request, exploration in closed.items()]
 
     def catalogue_records(self) -> dict[str, events.CatalogItem]:
         """The newest record of each item."""
@@ -188,12 +186,12 @@ class Window:
         """Each item's SID under a codebook; the first one counts, as everywhere."""
         table, _ = self._read("sids")
         decoder = msgspec.json.Decoder(events.SidAssignment)
-        found: dict[str, Sid] = {}
+        sids: dict[str, Sid] = {}
         for value in table["value"].to_pylist():
             assigned = decoder.decode(value) if value is not None else None
             if assigned is not None and assigned.codebook == codebook:
-                found.setdefault(assigned.item_id, tuple(assigned.sid))
-        return found
+                sids.setdefault(assigned.item_id, tuple(assigned.sid))
+        return sids
 
     def _newest(self, topic: str) -> dict[str, bytes]:
         table, _ = self._read(topic)
@@ -207,7 +205,15 @@ class Window:
         return newest
 
 
-class _Buffer:
+def _first_of_each_event(table: pa.Table) -> list[int]:
+    """Rows of the first record of each event_id, ascending: an event may be sent more than once."""
+    first: dict[str, int] = {}
+    for row, event_id in enumerate(table["event_id"].to_pylist()):
+        first.setdefault(event_id, row)
+    return list(first.values())
+
+
+class _TopicBuffer:
     """Records of one topic on their way into a file."""
 
     def __init__(self, topic: str, incarnation: int, begin: Offsets) -> None:
@@ -240,7 +246,7 @@ class _Buffer:
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
-    def flush(self, log: Log) -> None:
+    def flush(self, log: InteractionLog) -> None:
         window = {number: (self.begin[number], self.end[number]) for number in self.begin}
         if all(begin == end for begin, end in window.values()):
             return
@@ -251,8 +257,9 @@ class _Buffer:
         self.refused = 0
 
 
-async def _drain(
-    kafka: KafkaSettings, log: Log, buffers: dict[str, _Buffer], ends: dict[TopicPartition, int],
+async def _read_to_ends(
+    kafka: KafkaSettings, log: InteractionLog, buffers: dict[str, _TopicBuffer], ends: dict[TopicPartition,
+    int],
     advance: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
     consumer = AIOKafkaConsumer(
@@ -268,10 +275,10 @@ async def _drain(
         consumer.assign(list(ends))
         for at in ends:
             consumer.seek(at, buffers[at.topic].begin[at.partition])
-        left = set(ends)
-        heard = time.monotonic()
-        while left:
-            polled = await consumer.getmany(*left, timeout_ms=500)
+        unread = set(ends)
+        last_record_at = time.monotonic()
+        while unread:
+            polled = await consumer.getmany(*unread, timeout_ms=500)
             now_ms = time.time_ns() // 1_000_000
             for at, records in polled.items():
                 buffer = buffers[at.topic]
@@ -282,15 +289,15 @@ async def _drain(
                     advance(len(records))
                 if len(buffer.columns[0]) >= _FILE_ROWS:
                     buffer.flush(log)
-            for at in list(left):
+            for at in list(unread):
                 # Compaction leaves gaps: the position tells how far a partition was read.
                 if await consumer.position(at) >= ends[at]:
                     buffers[at.topic].end[at.partition] = ends[at]
-                    left.discard(at)
+                    unread.discard(at)
             if polled:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _SILENCE_S:
-                names = ", ".join(sorted({at.topic for at in left}))
+                last_record_at = time.monotonic()
+            elif time.monotonic() - last_record_at > _SILENCE_S:
+                names = ", ".join(sorted({at.topic for at in unread}))
                 raise SidstreamError(
                     f"Kafka sent no record of {names} for {_SILENCE_S:.0f} seconds; see `sidstream doctor`"
                 )
@@ -304,7 +311,7 @@ async def _drain(
 
 def read_window(
     kafka: KafkaSettings,
-    log: Log,
+    log: InteractionLog,
     parent: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Window:
@@ -316,7 +323,7 @@ def read_window(
     """
     now = spans(kafka)
     lives = incarnations(kafka)
-    buffers: dict[str, _Buffer] = {}
+    buffers: dict[str, _TopicBuffer] = {}
     ends: dict[TopicPartition, int] = {}
     ranges: Ranges = {}
     for topic in TOPICS:
@@ -324,7 +331,7 @@ def read_window(
             raise missing(topic)
         logged = log.ends(topic, lives[topic])
         begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
-        buffers[topic] = _Buffer(topic, lives[topic], begin)
+        buffers[topic] = _TopicBuffer(topic, lives[topic], begin)
         for number, span in now[topic].items():
             if begin[number] < span.end:
                 ends[TopicPartition(topic, number)] = span.end
@@ -334,5 +341,5 @@ def read_window(
             old = before.get(number, (0, 0))[1]
             ranges[topic][number] = (old if old <= span.end else 0, span.end)
     if ends:
-        asyncio.run(_drain(kafka, log, buffers, ends, advance))
+        asyncio.run(_read_to_ends(kafka, log, buffers, ends, advance))
     return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})

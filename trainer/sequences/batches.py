@@ -29,15 +29,15 @@ class TokenRow(NamedTuple):
 class SequenceBatch(NamedTuple):
     """Pieces of users' sequences, padded on the right to one length."""
 
-    items: Tensor  # (B, P) int64 rows of `Catalogue.codes`, -1 where there is none
+    items: Tensor  # (B, P) int64 rows of `TrainingCatalogue.codes`, -1 where there is none
     learned: Tensor  # (B, P) bool: True where the item is a target
     context: Tensor | None = None  # (B, P, C) int64 token ids of each item's own event, 0 where there is none
-    bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.tasks)
+    bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.sequences.tasks)
 
-    def to(self, where: torch.device) -> SequenceBatch:
+    def to(self, device: torch.device) -> SequenceBatch:
         """These pieces on a device."""
-        context, bought = (None if part is None else part.to(where) for part in (self.context, self.bought))
-        return SequenceBatch(self.items.to(where), self.learned.to(where), context, bought)
+        context, bought = (None if part is None else part.to(device) for part in (self.context, self.bought))
+        return SequenceBatch(self.items.to(device), self.learned.to(device), context, bought)
 
 
 class TokenBatch(NamedTuple):
@@ -76,17 +76,17 @@ def pad_contexts(contexts: Sequence[Int32], length: int) -> Tensor | None:
     """B contexts (P, C) -> (B, length, C) int64, padded with 0; None where C is 0."""
     if not contexts or not contexts[0].shape[1]:
         return None
-    made = np.zeros((len(contexts), length, contexts[0].shape[1]), dtype=np.int64)
+    padded = np.zeros((len(contexts), length, contexts[0].shape[1]), dtype=np.int64)
     for row, context in enumerate(contexts):
-        made[row, : len(context)] = context
-    return torch.from_numpy(made)
+        padded[row, : len(context)] = context
+    return torch.from_numpy(padded)
 
 
-def context_tensor(contexts: Int32 | None, low: int, high: int, where: torch.device) -> Tensor | None:
+def context_tensor(contexts: Int32 | None, low: int, high: int, device: torch.device) -> Tensor | None:
     """Rows low to high of contexts (N, C) -> (high - low, C) int64; None where nothing is said at all."""
     if contexts is None or not contexts.shape[1]:
         return None
-    return torch.from_numpy(contexts[low:high].astype(np.int64)).to(where)
+    return torch.from_numpy(contexts[low:high].astype(np.int64)).to(device)
 
 
 def pad_items(histories: Sequence[Int64], codes: Int64) -> tuple[Tensor, Tensor]:

@@ -17,25 +17,26 @@ class HeldOut(NamedTuple):
 
     histories: list[Int64]
     targets: Int64
-    ages_s: list[Int64]  # how long before the target each item of the history was touched
+    ages_s: list[Int64]  # seconds from each item of the history to the target
     bought: list[npt.NDArray[np.bool_]]  # whether it was bought
-    contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
-    target_bought: npt.NDArray[np.bool_] | None = (
-        None  # (B,) whether the target was bought; None: nobody knows
-    )
+    contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: no context
+    # (B,) whether the target was bought; None: not known.
+    target_bought: npt.NDArray[np.bool_] | None = None
 
-    def take(self, at: Int64) -> HeldOut:
-        """Those in the places `at` (N,)."""
+    def take(self, places: Int64) -> HeldOut:
+        """The rows at `places` (N,)."""
         return HeldOut(
-            [self.histories[place] for place in at], self.targets[at], [self.ages_s[place] for place in at],
-            [self.bought[place] for place in at], None if self.contexts is None else self.contexts[at],
-            None if self.target_bought is None else self.target_bought[at],
+            [self.histories[place] for place in places], self.targets[places],
+            [self.ages_s[place] for place in places],
+            [self.bought[place] for place in places],
+            None if self.contexts is None else self.contexts[places],
+            None if self.target_bought is None else self.target_bought[places],
         )  # fmt: skip
 
 
-def held_out_rows(log: Interactions, at: npt.ArrayLike, max_items: int) -> HeldOut:
-    """The rows `at` (N,) of a log as targets, each with up to `max_items` of its user before it."""
-    targets = np.asarray(at, dtype=np.int64)
+def held_out_rows(log: Interactions, rows: npt.ArrayLike, max_items: int) -> HeldOut:
+    """The `rows` (N,) of a log as targets, each with up to `max_items` of its user before it."""
+    targets = np.asarray(rows, dtype=np.int64)
     begins = log.starts[np.searchsorted(log.starts, targets, side="right") - 1]
     spans = [slice(max(low, row - max_items), row) for low, row in zip(begins, targets, strict=True)]
     return HeldOut(
@@ -61,9 +62,11 @@ def hold_out_last_items(
     A last item that only repeats the one before it teaches and tests nothing: such users are not drawn.
     """
     lengths = np.diff(log.starts)
-    ends = log.starts[1:].copy()
-    last = np.flatnonzero(lengths > settings.min_history)
-    last = last[log.items[ends[last] - 1] != log.items[ends[last] - 2]]
-    drawn = rng.permutation(last)[: min(settings.validation_users, len(last) // 2)]
-    ends[drawn] -= 1
-    return TrainingSplit(ends, held_out_rows(log, ends[drawn], settings.max_items))
+    training_ends = log.starts[1:].copy()
+    candidates = np.flatnonzero(lengths > settings.min_history)
+    candidates = candidates[
+        log.items[training_ends[candidates] - 1] != log.items[training_ends[candidates] - 2]
+    ]
+    held_out_users = rng.permutation(candidates)[: min(settings.validation_users, len(candidates) // 2)]
+    training_ends[held_out_users] -= 1
+    return TrainingSplit(training_ends, held_out_rows(log, training_ends[held_out_users], settings.max_items))

@@ -20,7 +20,7 @@ class Interactions:
 
     users: list[str]  # user of each group
     starts: Int64  # (U + 1,) first row of each user's group
-    items: Int64  # (N,) row of `Catalogue.codes`
+    items: Int64  # (N,) row of `TrainingCatalogue.codes`
     ts: Int64  # (N,) milliseconds
     fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
     bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
@@ -57,37 +57,37 @@ def user_sequences(
     users: Sequence[str],
     ts: npt.ArrayLike,
     items: Sequence[str],
-    known: TrainingCatalogue,
+    catalogue: TrainingCatalogue,
     fresh: npt.ArrayLike | None = None,
     bought: npt.ArrayLike | None = None,
     context: Int32 | None = None,
 ) -> Interactions:
     """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
-    place = {item: row for row, item in enumerate(known.item_ids)}
-    rows = np.fromiter((place.get(item, -1) for item in items), dtype=np.int64, count=len(items))
-    keep = np.flatnonzero(rows >= 0)
+    row_of_item = {item: row for row, item in enumerate(catalogue.item_ids)}
+    rows = np.fromiter((row_of_item.get(item, -1) for item in items), dtype=np.int64, count=len(items))
+    with_sid = np.flatnonzero(rows >= 0)
     # Sorted names: the same log gives the same groups, however its partitions were read.
-    names = sorted({users[at] for at in keep.tolist()})
-    number = {user: at for at, user in enumerate(names)}
-    group = np.fromiter((number.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
+    names = sorted({users[at] for at in with_sid.tolist()})
+    group_of_user = {user: at for at, user in enumerate(names)}
+    group = np.fromiter((group_of_user.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
     times = np.asarray(ts, dtype=np.int64)
-    new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
-    paid = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
-    said = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
-    order = keep[np.lexsort((keep, times[keep], group[keep]))]
+    is_fresh = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
+    is_purchase = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
+    context_tokens = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
+    order = with_sid[np.lexsort((with_sid, times[with_sid], group[with_sid]))]
     starts = np.searchsorted(group[order], np.arange(len(names) + 1))
     return Interactions(
-        names, starts, rows[order], times[order], new[order], paid[order], said[order],
+        names, starts, rows[order], times[order], is_fresh[order], is_purchase[order], context_tokens[order],
         np.zeros((len(order), 0), dtype=np.int32),
     )  # fmt: skip
 
 
 def items_by_popularity(
-    log: Interactions, known: TrainingCatalogue, ends: Int64 | None = None
+    log: Interactions, catalogue: TrainingCatalogue, training_ends: Int64 | None = None
 ) -> Iterator[int]:
     """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
-    used = np.ones(len(log), dtype=bool)
-    if ends is not None:
-        used[ends[ends < log.starts[1:]]] = False
-    counts = np.bincount(log.items[used], minlength=len(known.item_ids))
+    counted = np.ones(len(log), dtype=bool)
+    if training_ends is not None:
+        counted[training_ends[training_ends < log.starts[1:]]] = False
+    counts = np.bincount(log.items[counted], minlength=len(catalogue.item_ids))
     yield from np.argsort(-counts, kind="stable").tolist()

@@ -31,15 +31,21 @@ class TrainingRows:
     """The rows of one epoch after another. The same seed and epoch give the same rows in the same order."""
 
     def __init__(
-        self, log: Interactions, split: TrainingSplit, known: TrainingCatalogue,
+        self, log: Interactions, split: TrainingSplit, catalogue: TrainingCatalogue,
         tokenizer: PreTrainedTokenizerFast,
-        prompt: Prompt, settings: TrainerSettings, answers: LabelledAnswers | None = None,
+        prompt: Prompt, settings: TrainerSettings, labelled_answers: LabelledAnswers | None = None,
     ) -> None:  # fmt: skip
-        """`answers` are learned beside the log; those of items that nobody touched are left out."""
-        self.log, self.split, self.catalogue, self.prompt, self.settings = log, split, known, prompt, settings
-        # An item that nobody touched would only be pushed away (trainer.tuning.next_item.Scored).
-        self.labelled_answers = answers.of_items(self.trained_items) if answers else None
-        self.title_words = [self._word_ids(title, tokenizer) for title in known.titles]
+        """`labelled_answers` are learned beside the log, but for those of items without an interaction."""
+        self.log, self.split, self.catalogue, self.prompt, self.settings = (
+            log,
+            split,
+            catalogue,
+            prompt,
+            settings,
+        )
+        # An item without interactions would only be pushed away (trainer.tuning.next_item.ScoredItems).
+        self.labelled_answers = labelled_answers.of_items(self.trained_items) if labelled_answers else None
+        self.title_words = [self._word_ids(title, tokenizer) for title in catalogue.titles]
         self.words = TitleWords(self.title_words)
         self.led_to_purchase = bought_within(log, split.training_ends, settings.tasks.buy_within_s * 1000)
 
@@ -64,22 +70,22 @@ class TrainingRows:
         spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
         ts = np.sort(np.concatenate([self.log.ts[low:high] for low, high in spans]))
         since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
-        made = self.with_settings(settings)
-        made.log = replace(self.log, fresh=self.log.ts >= since)
-        return made
+        rows = self.with_settings(settings)
+        rows.log = replace(self.log, fresh=self.log.ts >= since)
+        return rows
 
     def with_settings(self, settings: TrainerSettings) -> TrainingRows:
         """These rows in the order, and cut at the places, of another seed."""
-        made = copy.copy(self)
-        made.settings = settings
-        return made
+        rows = copy.copy(self)
+        rows.settings = settings
+        return rows
 
     def with_fewer_held_out(self, users: int) -> TrainingRows:
         """These rows with the first `users` of those held out."""
-        made = copy.copy(self)
-        held = self.split.held_out
-        made.split = replace(self.split, held_out=held.take(np.arange(min(users, len(held.targets)))))
-        return made
+        rows = copy.copy(self)
+        held_out = self.split.held_out
+        rows.split = replace(self.split, held_out=held_out.take(np.arange(min(users, len(held_out.targets)))))
+        return rows
 
     def sequence_row(self, start: int, end: int) -> TokenRow:
         """Next SID at every position of rows start to end: every code is a label.
@@ -137,25 +143,27 @@ class TrainingRows:
 
         Each row's item has a known word, and is not the one right before it: a page's own item is no answer.
         """
-        at = np.arange(len(self.log))
-        user = np.searchsorted(self.log.starts, at, side="right") - 1
-        known = np.array(
+        rows = np.arange(len(self.log))
+        user = np.searchsorted(self.log.starts, rows, side="right") - 1
+        has_known_word = np.array(
             [any(word in self.words.idf for word in title) for title in self.title_words], dtype=bool
         )
-        again = np.zeros(len(at), dtype=bool)
-        again[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
-        told = at[(at < self.split.training_ends[user]) & known[self.log.items] & ~again]
-        return rng.choice(told, sum(map(bool, self.title_words))).tolist() if len(told) else []
+        repeats_previous = np.zeros(len(rows), dtype=bool)
+        repeats_previous[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
+        candidates = rows[
+            (rows < self.split.training_ends[user]) & has_known_word[self.log.items] & ~repeats_previous
+        ]
+        return rng.choice(candidates, sum(map(bool, self.title_words))).tolist() if len(candidates) else []
 
     def search_rows(self, number: int) -> list[TokenRow]:
         """The queries of epoch `number`: random words of the titles that users went to."""
         rng = np.random.default_rng((self.settings.seed, number, 8))
         limits = self.settings.tasks
-        made = []
+        rows = []
         for at in self._draw_events(rng):
             words = self.words.draw_query(self.title_words[self.log.items[at]], limits.query_words, rng)
-            made.append(self.search_row(at, words, bool(rng.random() < limits.bare)))
-        return made
+            rows.append(self.search_row(at, words, bool(rng.random() < limits.bare)))
+        return rows
 
     def summary_rows(self, number: int) -> list[TokenRow]:
         """The summaries of epoch `number`: of histories that end at random places."""
@@ -180,8 +188,8 @@ class TrainingRows:
                     continue
                 (fresh if self.log.fresh[low:high].any() else older).append((low, high))
         share = self.settings.replay
-        keep = min(len(older), round(len(fresh) * share / (1 - share)))
-        chosen = rng.permutation(len(older))[:keep]
+        replayed = min(len(older), round(len(fresh) * share / (1 - share)))
+        chosen = rng.permutation(len(older))[:replayed]
         return fresh + [older[at] for at in chosen]
 
     def text_rows(self, number: int) -> list[TokenRow]:
@@ -206,14 +214,14 @@ class TrainingRows:
         An item equal to the one right before it is read, but not learned, as in `sequence`.
         """
         crops = np.array(self.crops(np.random.default_rng((self.settings.seed, number)))).reshape(-1, 2)
-        alone = self.settings.samples == "prefix"
-        if alone:
+        last_item_only = self.settings.samples == "prefix"
+        if last_item_only:
             crops = self._prefixes(crops)
         contexts = self.contexts(crops, number)
         rng = np.random.default_rng((self.settings.seed, number, 1))
         length = crops[:, 1] - crops[:, 0]
         order = np.lexsort((rng.random(len(crops)), length))
-        made = []
+        batches = []
         for batch in batches_of_similar_length(order, length, self.settings.batch_positions):
             width = int(length[batch].max())
             items = np.full((len(batch), width), -1, dtype=np.int64)
@@ -223,19 +231,19 @@ class TrainingRows:
                 bought[row, : high - low] = self.led_to_purchase[low:high]
             learned = items >= 0
             learned[:, 1:] &= items[:, 1:] != items[:, :-1]
-            if alone:
+            if last_item_only:
                 learned &= np.arange(width) == length[batch, None] - 1
             context = pad_contexts([contexts[row] for row in batch], width)
-            made.append(
+            batches.append(
                 SequenceBatch(
                     torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought)
                 )
             )
         if self.labelled_answers:
-            events = sum(int(piece.learned.sum()) for piece in made)
-            most = round(self.settings.rewards.ignored_share * events)
-            made += self.labelled_answers.sequence_batches(self.settings, number, most)
-        return [made[at] for at in rng.permutation(len(made))]
+            events = sum(int(sequences.learned.sum()) for sequences in batches)
+            max_answers = round(self.settings.rewards.ignored_share * events)
+            batches += self.labelled_answers.sequence_batches(self.settings, number, max_answers)
+        return [batches[at] for at in rng.permutation(len(batches))]
 
     def _prefixes(self, crops: Int64) -> Int64:
         """For every event of the crops (start, end) that has a past, its prefix (start, end), itself last."""
@@ -252,11 +260,11 @@ class TrainingRows:
         Rewards stand behind it, each event's own.
         """
         rng = np.random.default_rng((self.settings.seed, number, 3))
-        kept = rng.random(len(crops)) >= self.settings.context.dropout
-        told = self._rewards_of_epoch(number)
+        keep_context = rng.random(len(crops)) >= self.settings.context.dropout
+        rewards = self._rewards_of_epoch(number)
         return [
-            np.concatenate((self.log.context[low:high] * np.int32(keep), told[low:high]), axis=1)
-            for (low, high), keep in zip(crops.tolist(), kept.tolist(), strict=True)
+            np.concatenate((self.log.context[low:high] * np.int32(keep), rewards[low:high]), axis=1)
+            for (low, high), keep in zip(crops.tolist(), keep_context.tolist(), strict=True)
         ]
 
     def _rewards_of_epoch(self, number: int) -> Int32:
@@ -268,17 +276,6 @@ class TrainingRows:
         """
         rewards, settings = self.log.rewards, self.settings.rewards
         rng = np.random.default_rng((self.settings.seed, number, 4))
-        kept = rng.random(rewards.shape) >= settings.dropout
-        kept &= rng.random((len(rewards), 1)) >= settings.unconditioned
-        return rewards * kept.astype(np.int32)
-
-    def token_row_batches(self, number: int) -> list[list[TokenRow]]:
-        """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""
-        rng = np.random.default_rng((self.settings.seed, number, 1))
-        rows = self.epoch_rows(number)
-        # Random order among rows of about the same length: batches differ from epoch to epoch.
-        length = np.array([len(row.ids) for row in rows])
-        order = np.lexsort((rng.random(len(rows)), length))
-        limit = self.settings.batch_positions * len(self.prompt.sizes)
-        made = [[rows[at] for at in batch] for batch in batches_of_similar_length(order, length, limit)]
-        return [made[at] for at in rng.permutation(len(made))]
+        visible = rng.random(rewards.shape) >= settings.dropout
+        visible &= rng.random((len(rewards), 1)) >= settings.unconditioned
+        return rewards * visible.astype(np.int32)

@@ -23,18 +23,18 @@ def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
     """
     count = len(log)
     user = np.repeat(np.arange(len(log.starts) - 1), np.diff(log.starts))
-    used = np.arange(count) < ends[user]
+    in_training_part = np.arange(count) < ends[user]
     # By user and item, then time, a purchase after the clicks of its moment, which led to it: the next
     # purchase of each row is the next one in its group.
     order = np.lexsort((log.bought, log.ts, log.items, user))
-    place = np.where((log.bought & used)[order], np.arange(count), count)
-    following = np.minimum.accumulate(place[::-1])[::-1]
-    there = np.flatnonzero(following < count)
-    now, then = order[there], order[following[there]]
-    same = (user[now] == user[then]) & (log.items[now] == log.items[then]) & used[now]
-    made = np.zeros(count, dtype=bool)
-    made[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
-    return made
+    purchase_place = np.where((log.bought & in_training_part)[order], np.arange(count), count)
+    following = np.minimum.accumulate(purchase_place[::-1])[::-1]
+    with_later_purchase = np.flatnonzero(following < count)
+    now, then = order[with_later_purchase], order[following[with_later_purchase]]
+    same = (user[now] == user[then]) & (log.items[now] == log.items[then]) & in_training_part[now]
+    leads_to_purchase = np.zeros(count, dtype=bool)
+    leads_to_purchase[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
+    return leads_to_purchase
 
 
 class TitleWords:

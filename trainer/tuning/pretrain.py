@@ -12,7 +12,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.sft import Progress, SftResult, train
 
 
@@ -26,7 +26,7 @@ def pretrain_and_tune(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     devices: Devices | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherTargets | None = None,
 ) -> SftResult:
     """`trainer.tuning.sft.train`, after a stage of pretraining where `settings.pretrain` has a share for it.
 
@@ -39,23 +39,23 @@ def pretrain_and_tune(
             teacher=teacher,
         )  # fmt: skip
 
-    def tell(text: str) -> None:
+    def report_progress(text: str) -> None:
         if progress:
             progress(f"pretraining: {text}")
 
-    before = train(
+    pretraining = train(
         model, rows, sids, pretraining_settings(settings), folder=folder and folder / "pretrain",
-        progress=tell,
+        progress=report_progress,
         stop=stop, devices=devices, teacher=teacher,
     )  # fmt: skip
-    if before.stopped == "interrupted":
-        return before
-    recent, after = tuning_after_pretraining(rows, settings, before.seconds)
+    if pretraining.stopped == "interrupted":
+        return pretraining
+    recent, tuning_settings = tuning_after_pretraining(rows, settings, pretraining.seconds)
     result = train(
-        model, recent, sids, after, folder=folder, progress=progress, stop=stop, devices=devices,
+        model, recent, sids, tuning_settings, folder=folder, progress=progress, stop=stop, devices=devices,
         teacher=teacher,
     )  # fmt: skip
-    result.pretraining = before
+    result.pretraining = pretraining
     return result
 
 
@@ -78,8 +78,8 @@ def tuning_after_pretraining(
     It has what pretraining left of the budget: as many events in more passes, since its passes are shorter.
     """
     share, budget = settings.pretrain.share, settings.max_seconds
-    left = max(1, settings.epochs - pretraining_settings(settings).epochs)
-    chosen = settings.model_copy(
+    epochs_left = max(1, settings.epochs - pretraining_settings(settings).epochs)
+    tuning_settings = settings.model_copy(
         update={
             "lr": settings.pretrain.sft_lr,
             # Validation may have overrun the first share: the second one is there all the same.
@@ -88,9 +88,9 @@ def tuning_after_pretraining(
             "seed": settings.seed + 1,
         }
     )
-    recent = rows.newest_share(settings.pretrain.recent_share, chosen)
-    chosen.epochs = max(1, round(left * _events(rows) / max(1, _events(recent))))
-    return recent, chosen
+    recent_rows = rows.newest_share(settings.pretrain.recent_share, tuning_settings)
+    tuning_settings.epochs = max(1, round(epochs_left * _events(rows) / max(1, _events(recent_rows))))
+    return recent_rows, tuning_settings
 
 
 def _events(rows: TrainingRows) -> int:

@@ -267,13 +267,13 @@ def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_fro
 
     model, _ = load_model(champion.model)
     since = T0 + 100_000
-    found = explore(
+    actual = explore(
         model, champion.prompt, 300, since=since, codebook=world.codebook.id, candidates=8, users=150
     )
-    world.publish([event for event, _ in found])
+    world.publish([event for event, _ in actual])
     world.publish([
         Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
-        for event, clicked in found if clicked
+        for event, clicked in actual if clicked
     ])  # fmt: skip
     # Clicks that led to nothing; the last one closes the windows of all others.
     world.walk(range(40, 80), 5, Click, 150_000)
@@ -300,7 +300,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     champion = world.registry.fetch("champion")
     model, _ = load_model(champion.model)
     since = T0 + 100_000
-    found = explore(
+    actual = explore(
         model,
         champion.prompt,
         1500,
@@ -310,10 +310,10 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
         users=150,
         temperature=1.0,
     )
-    made: list[Event] = [event for event, _ in found]
+    made: list[Event] = [event for event, _ in actual]
     made += [
         Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
-        for event, clicked in found
+        for event, clicked in actual
         if clicked
     ]
     # Their windows are closed by a click; and pairs to align to.
@@ -361,7 +361,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     sft, aligned = second.offpolicy["sft"], second.offpolicy["dpo"]
     assert (sft.n, sft.vetoed, aligned.vetoed) == (1500, False, True)
     assert sft.logged is not None
-    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in found]))
+    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in actual]))
     version = next(one for one in world.registry.versions() if one.version == second.versions["sft"])
     assert version.metrics["sft/ope_n"] == 1500
     assert version.metrics["sft/ope_dr"] > 1.3 * version.metrics["dpo/ope_dr"]

@@ -55,13 +55,13 @@ def test_in_any_order_the_same_profile_counts(
     tmp_path_factory: pytest.TempPathFactory, times: list[tuple[int, int]]
 ) -> None:
     some = [about("u", at, number, when=f"{at} {number}") for at, number in times]
-    found = []
+    actual = []
     for order in itertools.islice(itertools.permutations(some), 6):
         logged = Logged(tmp_path_factory.mktemp("log"))
         logged.events(*order, order[0])
-        found.append(logged.window().profiles()["u"])
-    assert all(one == found[0] for one in found)
-    assert found[0]["when"].split()[0] == str(max(at for at, _ in times))
+        actual.append(logged.window().profiles()["u"])
+    assert all(one == actual[0] for one in actual)
+    assert actual[0]["when"].split()[0] == str(max(at for at, _ in times))
 
 
 def test_only_users_who_did_something_and_scenes_of_clicks_are_counted(logged: Logged) -> None:
@@ -165,10 +165,10 @@ def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parent
     # What comes later is said in the parent's words, or not at all.
     parent = bundled(first, tmp_path)
     logged.clicks(*((None, f"n{n}", f"i{n % 4:02}", 20 + n) for n in range(30)), scene="new")
-    again = read(logged, monkeypatch, parent, min_count=5)
-    assert again.context == first.context
-    assert len(again.tokenizer) == len(first.tokenizer)
-    (fresh,) = {tuple(row) for row in again.log.context[again.log.fresh].tolist()}
+    second = read(logged, monkeypatch, parent, min_count=5)
+    assert second.context == first.context
+    assert len(second.tokenizer) == len(first.tokenizer)
+    (fresh,) = {tuple(row) for row in second.log.context[second.log.fresh].tolist()}
     assert fresh == (0, 0)
 
 
@@ -192,15 +192,15 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     assert list(first.rewards.mass) == ["price"]
     assert first.log.context[:4].tolist() == [[token]] * 4
     assert first.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 2, 5, 7)]
-    assert first.ignored is None
+    assert first.negative_feedback is None
 
     parent = bundled(first, tmp_path)
     # Ten times as much is dear by the parent's bins. What is set now does not count.
     listed(10)
-    again = read(logged, monkeypatch, parent, priced=False, min_count=5)
-    assert (again.context, again.rewards) == (first.context, first.rewards)
-    assert again.log.context[:4].tolist() == [[token]] * 4
-    assert again.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 7, 7, 7)]
+    second = read(logged, monkeypatch, parent, priced=False, min_count=5)
+    assert (second.context, second.rewards) == (first.context, first.rewards)
+    assert second.log.context[:4].tolist() == [[token]] * 4
+    assert second.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 7, 7, 7)]
 
     # What is ignored and what is bought can be asked for once there is enough of either.
     ignored = {"ts": T0 + 20, "item_id": "i00", "context": {"scene": "home"}}
@@ -213,7 +213,7 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     assert last.context == first.context
     assert set(last.log.rewards[:, 0].tolist()) == {token + 2}
     assert set(last.log.rewards[last.log.bought, 1].tolist()) == {token + 4}
-    assert last.ignored.targets.tolist() == [0, 0, 0]
-    assert last.ignored.items.tolist() == [2, 2, 2]
-    assert last.ignored.context.tolist() == [[token]] * 3
-    assert last.ignored.rewards.tolist() == [[token + 1, token + 3, token + 5]] * 3
+    assert last.negative_feedback.targets.tolist() == [0, 0, 0]
+    assert last.negative_feedback.items.tolist() == [2, 2, 2]
+    assert last.negative_feedback.context.tolist() == [[token]] * 3
+    assert last.negative_feedback.rewards.tolist() == [[token + 1, token + 3, token + 5]] * 3

@@ -63,22 +63,24 @@ def test_negatives_exist_are_nearest_first_and_never_chosen_nor_known_to_the_use
 
 def test_what_a_user_touched_before_or_since_is_no_hard_negative() -> None:
     tiny_shop = shop(users=10, length=20)
-    fill = hard_negative_filler(tiny_shop.known, tiny_shop.log, DpoSettings(hard_negatives=9, max_rejected=9))
+    fill = hard_negative_filler(
+        tiny_shop.catalogue, tiny_shop.log, DpoSettings(hard_negatives=9, max_rejected=9)
+    )
     assert fill is not None
     for at, user in enumerate(tiny_shop.log.users):
         interacted = {
-            tiny_shop.known.sids[item] for item in tiny_shop.log.items[tiny_shop.log.starts[at] :][:20]
+            tiny_shop.catalogue.sids[item] for item in tiny_shop.log.items[tiny_shop.log.starts[at] :][:20]
         }
-        left = set(tiny_shop.known.sids) - interacted
+        left = set(tiny_shop.catalogue.sids) - interacted
         assert 0 < len(left) < 9
         trigger = min(left)
         pair = PreferencePair.new(
             event_id=user, ts=1_600_000_000_000, user_id=user, codebook="c" * 16,
-            scheme="purchased_over_shown", chosen_item="i", chosen=list(tiny_shop.known.sids[0]),
+            scheme="purchased_over_shown", chosen_item="i", chosen=list(tiny_shop.catalogue.sids[0]),
             rejected_items=["j"], rejected=[[1, 1, 0]],
             history=[], trigger=list(trigger),
         )  # fmt: skip
-        assert set(fill(pair, [])) == left - {trigger, tiny_shop.known.sids[0]}
+        assert set(fill(pair, [])) == left - {trigger, tiny_shop.catalogue.sids[0]}
 
 
 def test_every_item_of_a_level_is_drawn_equally_often() -> None:

@@ -45,7 +45,7 @@ def context_token_ids(tiny_shop: Shop, context_tokens: list[int]) -> list[int]:
 
 def row(tiny_shop: Shop, at: int) -> PreferenceRow:
     def tokens(item: int) -> list[int]:
-        codes: list[int] = tiny_shop.known.codes[item].tolist()
+        codes: list[int] = tiny_shop.catalogue.codes[item].tolist()
         return codes
 
     prompt = [
@@ -71,7 +71,7 @@ def spelled(model: GeneratorForCausalLM, prompt: list[int], answer: list[int]) -
 def liked(model: GeneratorForCausalLM, tiny_shop: Shop, at: int) -> Tensor:
     """Log-probabilities of all items by the dense head, in the order of the catalogue."""
     history = HISTORIES[at]
-    codes = torch.from_numpy(tiny_shop.known.codes)
+    codes = torch.from_numpy(tiny_shop.catalogue.codes)
     padded = codes[history][None] if history else codes[:1][None]
     state = model.encode(
         padded,
@@ -135,8 +135,8 @@ def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
     tiny_shop: Shop, model: GeneratorForCausalLM
 ) -> None:
     few = copy.deepcopy(model)
-    table_items = [item for item in range(len(tiny_shop.known.codes)) if item not in (0, 9)]
-    few.set_items(torch.from_numpy(tiny_shop.known.codes[table_items]))
+    table_items = [item for item in range(len(tiny_shop.catalogue.codes)) if item not in (0, 9)]
+    few.set_items(torch.from_numpy(tiny_shop.catalogue.codes[table_items]))
     batch = batch_of(tiny_shop)
     # Item 0 is chosen in the second row, item 9 rejected in the third.
     assert score_answers(few, batch)[1].real.tolist() == [
@@ -150,7 +150,7 @@ def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
     tiny_shop: Shop, model: GeneratorForCausalLM
 ) -> None:
     # Items 0 and 12 of the shop differ in their last code alone.
-    codes = tiny_shop.known.codes
+    codes = tiny_shop.catalogue.codes
     assert codes[0, :2].tolist() == codes[12, :2].tolist()
     preference = PreferenceRow(
         prompt_ids=[BOS, *codes[3].tolist()], chosen_ids=codes[0].tolist(), rejected_ids=[codes[12].tolist()]
@@ -184,7 +184,7 @@ ITEM = st.integers(0, ITEMS - 1)
 def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
     tiny_shop: Shop, model: GeneratorForCausalLM, history: list[int], chosen: int, rejected: int
 ) -> None:
-    codes = tiny_shop.known.codes
+    codes = tiny_shop.catalogue.codes
     preference = PreferenceRow(
         prompt_ids=[BOS, *codes[history].flatten().tolist()], chosen_ids=codes[chosen].tolist(),
         rejected_ids=[codes[rejected].tolist()],

@@ -20,7 +20,10 @@ def test_graphs_equal_torch_and_have_the_shapes_of_the_contract(
     tiny_shop = shop()
     model = tiny_shop.model(dropout=0.5)
     export_generator(model, tmp_path)
-    assert check_parity(model, tmp_path, [tiny_shop.known.sids[:5], tiny_shop.known.sids[:20]]) < TOLERANCE
+    assert (
+        check_parity(model, tmp_path, [tiny_shop.catalogue.sids[:5], tiny_shop.catalogue.sids[:20]])
+        < TOLERANCE
+    )
     assert capfd.readouterr() == ("", "")
     encode = onnx.load(tmp_path / "encode.onnx")
     assert [port.name for port in encode.graph.input] == ["codes", "lengths", "extras"]

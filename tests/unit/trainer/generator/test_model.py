@@ -166,7 +166,7 @@ def test_a_context_leaves_the_history_and_what_comes_after_the_item_as_they_are(
 def test_a_fresh_models_contexts_say_nothing_and_without_any_it_has_no_weights_for_them() -> None:
     tiny_shop = shop(scenes=True)
     model = tiny_shop.model()
-    codes = torch.from_numpy(tiny_shop.known.codes[:2][None])
+    codes = torch.from_numpy(tiny_shop.catalogue.codes[:2][None])
     token = torch.tensor([tiny_shop.context.row({"scene": "up"})])
     with torch.no_grad():
         with_context = model.encode(codes, torch.tensor([2]), context=token)
@@ -178,9 +178,9 @@ def test_a_fresh_models_contexts_say_nothing_and_without_any_it_has_no_weights_f
 
 def test_generate_under_the_constraint_gives_only_known_sids_and_the_beam_the_same() -> None:
     tiny_shop = shop()
-    sid_set = SidSet(tiny_shop.known.sids, tiny_shop.prompt)
+    sid_set = SidSet(tiny_shop.catalogue.sids, tiny_shop.prompt)
     model = tiny_shop.model(seed=4)
-    histories = [tiny_shop.known.sids[:3], tiny_shop.known.sids[5:6], tiny_shop.known.sids[2:9]]
+    histories = [tiny_shop.catalogue.sids[:3], tiny_shop.catalogue.sids[5:6], tiny_shop.catalogue.sids[2:9]]
     flat = [[BOS, *(token for sid in row for token in tiny_shop.prompt.tokens(sid))] for row in histories]
     length = max(map(len, flat))
     ids = torch.tensor([[PAD] * (length - len(row)) + row for row in flat])
@@ -190,7 +190,7 @@ def test_generate_under_the_constraint_gives_only_known_sids_and_the_beam_the_sa
         use_cache=False, do_sample=False, eos_token_id=None,
     )[:, length:].view(3, 20, 3)  # fmt: skip
     spelled = [[tiny_shop.prompt.sid(answer) for answer in row] for row in answers.tolist()]
-    assert all(sid in tiny_shop.known.sids for row in spelled for sid in row)
+    assert all(sid in tiny_shop.catalogue.sids for row in spelled for sid in row)
     assert all(len(set(row)) == 20 for row in spelled)
     codes = torch.zeros(3, 7, 3, dtype=torch.long)
     for at, row in enumerate(histories):

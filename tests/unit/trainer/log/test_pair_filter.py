@@ -36,8 +36,8 @@ def table(*events: tuple[str | None, str, str, int]) -> pa.Table:
     return pa.table(arrays, schema=INTERACTIONS)
 
 
-def left(found: FilteredPairs) -> list[str]:
-    return ["".join(one.rejected_items) for one in found.pairs]
+def left(actual: FilteredPairs) -> list[str]:
+    return ["".join(one.rejected_items) for one in actual.pairs]
 
 
 SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown", "clicked_over_shown")
@@ -65,27 +65,27 @@ def test_schemes_share_what_is_learned_and_each_gives_its_newest(
 
 def test_an_item_that_the_user_bought_near_the_decision_is_no_longer_rejected() -> None:
     bought = table((None, "u", "b", W), (None, "u", "c", W + 1), (None, "v", "d", 0))
-    found = withdraw_contradicted([pair("bcd")], bought, table(), W)
-    (one,) = found.pairs
+    actual = withdraw_contradicted([pair("bcd")], bought, table(), W)
+    (one,) = actual.pairs
     assert (one.rejected_items, one.rejected) == (["c", "d"], [SIDS["c"], SIDS["d"]])
     assert one.event_id == pair("bcd").event_id
-    assert (found.bought, found.clicked, found.without_rejected) == (1, 0, 0)
+    assert (actual.bought, actual.clicked, actual.without_rejected) == (1, 0, 0)
     assert left(withdraw_contradicted([pair("b", ts=-W)], table((None, "u", "b", 0)), table(), W)) == []
     assert left(withdraw_contradicted([pair("b", ts=W + 1)], table((None, "u", "b", 0)), table(), W)) == ["b"]
 
 
 def test_a_pair_without_rejected_items_is_gone() -> None:
-    found = withdraw_contradicted([pair("b"), pair("c", ts=5000)], table((None, "u", "b", 3)), table(), W)
-    assert (left(found), found.without_rejected) == (["c"], 1)
-    assert found.summary() == "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs"
+    actual = withdraw_contradicted([pair("b"), pair("c", ts=5000)], table((None, "u", "b", 3)), table(), W)
+    assert (left(actual), actual.without_rejected) == (["c"], 1)
+    assert actual.summary() == "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs"
     assert withdraw_contradicted([pair("c")], table(), table(), W).summary() == ""
 
 
 def test_a_late_click_withdraws_only_under_the_request_of_a_pair_about_clicks() -> None:
     clicks = table(("r", "u", "b", 5), (None, "u", "c", 5), ("q", "u", "c", 5), ("r", "v", "c", 5))
     about_clicks = pair("bcd", scheme="clicked_over_shown", request="r")
-    found = withdraw_contradicted([about_clicks], table(), clicks, W)
-    assert (left(found), found.clicked) == (["cd"], 1)
+    actual = withdraw_contradicted([about_clicks], table(), clicks, W)
+    assert (left(actual), actual.clicked) == (["cd"], 1)
     for scheme in ("purchased_over_clicked", "purchased_over_shown"):
         assert left(withdraw_contradicted([pair("bcd", scheme=scheme, request="r")], table(), clicks, W)) == [
             "bcd"
@@ -97,8 +97,8 @@ def test_a_late_click_withdraws_only_under_the_request_of_a_pair_about_clicks() 
 
 def test_a_pair_counts_once_and_its_chosen_item_and_sid_are_never_rejected() -> None:
     # d and e have one SID.
-    found = withdraw_contradicted([pair("dbe", chosen="e"), pair("dbe", chosen="e")], table(), table(), W)
-    assert (left(found), found.repeats, found.equal_to_chosen) == (["b"], 1, 2)
+    actual = withdraw_contradicted([pair("dbe", chosen="e"), pair("dbe", chosen="e")], table(), table(), W)
+    assert (left(actual), actual.repeats, actual.equal_to_chosen) == (["b"], 1, 2)
 
 
 def test_a_pair_whose_items_and_sids_are_not_as_many_is_left_out() -> None:
@@ -106,8 +106,8 @@ def test_a_pair_whose_items_and_sids_are_not_as_many_is_left_out() -> None:
         user_id="u", scheme="clicked_over_shown", codebook="book", chosen_item="a", chosen=[0, 0],
         rejected_items=["b", "c"], rejected=[[0, 1]], history=[],
     )  # fmt: skip
-    found = withdraw_contradicted([broken, pair("b")], table(), table(), W)
-    assert (left(found), found.without_rejected) == (["b"], 1)
+    actual = withdraw_contradicted([broken, pair("b")], table(), table(), W)
+    assert (left(actual), actual.without_rejected) == (["b"], 1)
 
 
 items = st.sampled_from("abcde")
@@ -135,19 +135,19 @@ def test_what_is_left_is_what_a_plain_search_leaves(made: Any, bought: Any, clic
         )
 
     once = {one.event_id: one for one in made}
-    wanted = {
+    expected = {
         name: kept
         for name, one in once.items()
         if (kept := [item for item in one.rejected_items if not contradicted(one, item)])
     }
-    found = withdraw_contradicted(made, table(*bought), table(*clicked), W)
-    assert {one.event_id: one.rejected_items for one in found.pairs} == wanted
-    assert all(one.rejected == [SIDS[item] for item in one.rejected_items] for one in found.pairs)
-    assert len(found.pairs) == len(wanted)
-    out = sum(len(one.rejected) for one in once.values()) - sum(map(len, wanted.values()))
-    assert (found.bought + found.clicked + found.equal_to_chosen, found.without_rejected) == (
+    actual = withdraw_contradicted(made, table(*bought), table(*clicked), W)
+    assert {one.event_id: one.rejected_items for one in actual.pairs} == expected
+    assert all(one.rejected == [SIDS[item] for item in one.rejected_items] for one in actual.pairs)
+    assert len(actual.pairs) == len(expected)
+    out = sum(len(one.rejected) for one in once.values()) - sum(map(len, expected.values()))
+    assert (actual.bought + actual.clicked + actual.equal_to_chosen, actual.without_rejected) == (
         out,
-        len(once) - len(wanted),
+        len(once) - len(expected),
     )
     # What was withdrawn once is withdrawn again, and nothing more.
-    assert withdraw_contradicted(found.pairs, table(*bought), table(*clicked), W).pairs == found.pairs
+    assert withdraw_contradicted(actual.pairs, table(*bought), table(*clicked), W).pairs == actual.pairs

@@ -18,9 +18,9 @@ HORIZON = 1000
 
 
 def judged(window: Window) -> dict[str, bool]:
-    found = window.explorations(HORIZON)
-    made = {event.request_id: clicked for event, clicked in found}
-    assert len(made) == len(found)
+    actual = window.explorations(HORIZON)
+    made = {event.request_id: clicked for event, clicked in actual}
+    assert len(made) == len(actual)
     return made
 
 
@@ -45,8 +45,8 @@ def test_only_a_click_on_the_drawn_item_under_its_request_in_time_is_a_reward(lo
         ("r5", "u", "i00", 7),
         ("unknown", "u", "i00", 5),
     )
-    wanted = dict.fromkeys([f"r{number}" for number in range(7)], False) | {"r0": True, "r5": True}
-    assert judged(logged.window()) == wanted
+    expected = dict.fromkeys([f"r{number}" for number in range(7)], False) | {"r0": True, "r5": True}
+    assert judged(logged.window()) == expected
 
 
 def test_an_exploration_waits_until_its_clicks_can_no_longer_come_and_counts_in_one_window(

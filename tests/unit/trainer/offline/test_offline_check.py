@@ -42,7 +42,7 @@ def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_boug
             update={"dpo": tiny_shop.settings.dpo.model_copy(update={"probe_users": count})}
         )
         probe = held_out_probe(
-            held_out._replace(target_bought=paid), tiny_shop.known, tiny_shop.sids, chosen, Ranking()
+            held_out._replace(target_bought=paid), tiny_shop.catalogue, tiny_shop.sids, chosen, Ranking()
         )
         return len(probe(tiny_shop.model()).hits) if probe else 0
 

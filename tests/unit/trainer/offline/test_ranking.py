@@ -42,7 +42,7 @@ HISTORIES = [np.array([3, 4, 5]), np.array([7]), np.array([2, 9, 2, 2, 11, 0]), 
 
 def brute(tiny_shop: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of every item by its SID, and by the dense head: said with loops."""
-    codes = torch.from_numpy(tiny_shop.known.codes)
+    codes = torch.from_numpy(tiny_shop.catalogue.codes)
     with torch.no_grad():
         padded = codes[history][None] if len(history) else torch.zeros(1, 1, 3, dtype=torch.long)
         state = model.encode(padded, torch.tensor([len(history)]))
@@ -59,7 +59,7 @@ def brute(tiny_shop: Shop, model: GeneratorForCausalLM, history: np.ndarray) -> 
 def test_the_order_is_that_of_all_items_scored_by_hand(
     tiny_shop: Shop, model: GeneratorForCausalLM, weight: float
 ) -> None:
-    ranked = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, ITEMS).candidates(HISTORIES)
+    ranked = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS).candidates(HISTORIES)
     order = ranked.order(weight)
     for row, history in enumerate(HISTORIES):
         spelled, dense = brute(tiny_shop, model, history)
@@ -72,18 +72,18 @@ def test_the_order_is_that_of_all_items_scored_by_hand(
 def test_the_dense_heads_best_are_those_of_all_items_without_a_beam(
     tiny_shop: Shop, model: GeneratorForCausalLM
 ) -> None:
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 2)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 2)
     best = ranker.best_items(HISTORIES, ranker.states(HISTORIES), 5)
     for row, history in enumerate(HISTORIES):
         _, dense = brute(tiny_shop, model, history)
         assert best[row].tolist() == np.argsort(-dense)[:5].tolist()
     # What the model knows and the catalogue has not is never listed.
-    few = CatalogueRanker(model, tiny_shop.known.codes[:9], tiny_shop.sids, 2)
+    few = CatalogueRanker(model, tiny_shop.catalogue.codes[:9], tiny_shop.sids, 2)
     assert sorted(few.best_items(HISTORIES[:2], few.states(HISTORIES[:2]), 9)[0].tolist()) == list(range(9))
 
 
 def test_few_candidates_hold_the_best_of_either_head(tiny_shop: Shop, model: GeneratorForCausalLM) -> None:
-    ranked = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 6).candidates(HISTORIES)
+    ranked = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 6).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, dense = brute(tiny_shop, model, history)
         items = set(ranked.items[row].tolist()) - {-1}
@@ -95,7 +95,7 @@ def test_few_candidates_hold_the_best_of_either_head(tiny_shop: Shop, model: Gen
 def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(tiny_shop: Shop) -> None:
     bare = tiny_shop.model(seed=1)
     bare.set_items(torch.zeros(0, 3, dtype=torch.long))
-    ranked = CatalogueRanker(bare, tiny_shop.known.codes, tiny_shop.sids, ITEMS).candidates(HISTORIES)
+    ranked = CatalogueRanker(bare, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS).candidates(HISTORIES)
     for row, history in enumerate(HISTORIES):
         spelled, _ = brute(tiny_shop, bare, history)
         listed = ranked.order(0.0)[row].numpy()
@@ -103,7 +103,7 @@ def test_a_model_that_knows_no_item_by_itself_is_ranked_by_its_sids(tiny_shop: S
     held_out = held_out_rows(tiny_shop.log, [5, 20], 8)
     assert (
         fit_ranking(
-            CatalogueRanker(bare, tiny_shop.known.codes, tiny_shop.sids, ITEMS).candidates(
+            CatalogueRanker(bare, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS).candidates(
                 held_out.histories
             ),
             held_out,
@@ -192,7 +192,7 @@ def test_a_rank_is_the_targets_place_in_the_sorted_list_that_the_rule_leaves(
 
 
 def test_the_order_of_histories_changes_no_score(tiny_shop: Shop, model: GeneratorForCausalLM) -> None:
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, ITEMS)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS)
     ranked, ranked_reversed = ranker.candidates(HISTORIES), ranker.candidates(HISTORIES[::-1])
     for row, history in enumerate(HISTORIES):
         alone = ranker.candidates([history])

@@ -28,7 +28,7 @@ def held_out_events(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut
 def liking(tiny_shop: Shop) -> GeneratorForCausalLM:
     """A generator that adds something to all items of the past, and too little of it."""
     model = tiny_shop.outspoken(seed=3)
-    codes = torch.from_numpy(tiny_shop.known.codes)[None, :1]
+    codes = torch.from_numpy(tiny_shop.catalogue.codes)[None, :1]
     with torch.no_grad():
         base = model.model
         base.items.repeat_vectors[:] = 0.05 * base.queries(model.encode(codes, torch.tensor([1])))[0]
@@ -42,7 +42,7 @@ def histories(rng: np.random.Generator, rows: int = 400) -> list[np.ndarray]:
 def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(tiny_shop: Shop) -> None:
     pasts = histories(np.random.default_rng(0))
     model = liking(tiny_shop)
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 10)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     before = model.model.items.repeat_vectors.clone()
     # Only of those whose past is liked at all: the direction is one state's.
     query = model.model.queries(ranker.states(pasts))
@@ -68,7 +68,7 @@ def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(tiny_
 def test_what_chance_alone_would_show_changes_nothing(tiny_shop: Shop) -> None:
     rng = np.random.default_rng(1)
     model = tiny_shop.outspoken(seed=3)
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 10)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     factors = [
         fit_repeat_strength(
             model, ranker, held_out_events(rng.integers(ITEMS, size=100), histories(rng, 100))
@@ -82,7 +82,7 @@ def test_what_chance_alone_would_show_changes_nothing(tiny_shop: Shop) -> None:
 
 def test_a_target_ranks_by_hand_as_it_does_in_the_fit(tiny_shop: Shop) -> None:
     model = tiny_shop.outspoken(seed=3)
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, ITEMS)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS)
     pasts = histories(np.random.default_rng(2), 20)
     held_out = held_out_events(np.array([row[0] for row in pasts]), pasts)
     (targets, logits, (batch, history_items, bias)), *rest = ranker.dense_logits(held_out)
@@ -99,7 +99,7 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
     model = tiny_shop.model(seed=1)
     train(model, tiny_shop.rows, tiny_shop.sids, tiny_shop.settings)
     strange = [np.array([3, 14, 3, 14]), np.array([20, 5, 20, 5]), np.array([10, 8, 10, 8])]
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 10)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     best = ranker.best_items(strange, ranker.states(strange), 1)[:, 0]
     assert best.tolist() == [3, 20, 10]
 
@@ -107,13 +107,13 @@ def test_users_who_come_back_teach_that_items_come_back() -> None:
 def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(tiny_shop: Shop) -> None:
     model = tiny_shop.outspoken(seed=3)
     pieces = tiny_shop.rows.sequence_batches(0)[0]
-    table = model.model.items.rows(torch.from_numpy(tiny_shop.known.codes))
+    table = model.model.items.rows(torch.from_numpy(tiny_shop.catalogue.codes))
     history, targets = [np.array([3, 14, 3, 5])], np.array([14])
     figures = []
     for strength in (1.0, 3.0):
         with torch.no_grad():
             model.model.items.repeat_strength.fill_(strength)
-            ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, ITEMS)
+            ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS)
             ranked = ranker.scores(history, ranker.states(history), targets, 1.0)
             figures.append(
                 (float(ranked), float(sequence_loss(model, pieces, table, tiny_shop.settings.weights)))

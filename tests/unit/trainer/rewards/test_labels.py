@@ -127,7 +127,7 @@ def rewarded(**shop_options: object) -> tuple[Shop, Rewards]:
     log = with_reward_labels(log, OFFERS, bought, rewards, context)
     last = plain.split.training_ends[plain.split.training_ends < log.starts[1:]]
     split = replace(plain.split, held_out=held_out_rows(log, last, plain.settings.max_items))
-    rows = TrainingRows(log, split, plain.known, plain.tokenizer, plain.prompt, plain.settings)
+    rows = TrainingRows(log, split, plain.catalogue, plain.tokenizer, plain.prompt, plain.settings)
     return replace(plain, log=log, split=split, rows=rows, context=context), rewards
 
 
@@ -183,7 +183,7 @@ def test_the_model_follows_the_price_that_is_asked_for(
     requests = [(item, value) for item in range(ITEMS) for value in range(4)]
     histories = [np.array([item]) for item, _ in requests]
     rows = np.array([tiny_shop.context.row(said({"price": value})) for _, value in requests], dtype=np.int32)
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 10)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     best = ranker.candidates(histories, ranker.states(histories, rows)).order(1.0)[:, 0].tolist()
     right = [
         (best_item - item - 1) % ITEMS < 4 and rewards.bin_of("price", OFFERS[best_item]) == value
@@ -199,7 +199,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     held_out = tiny_shop.split.held_out
     assert held_out.contexts is not None
     assert held_out.contexts.shape == (len(held_out.targets), 0)
-    quality = evaluate_held_out(model, held_out, tiny_shop.known, tiny_shop.sids, tiny_shop.settings)
+    quality = evaluate_held_out(model, held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings)
     # One of four may come next, and nothing says which: told the price, it would be nearly always the first.
     assert quality.ndcg10 < 0.85
     assert quality.hr10 > 0.9
@@ -217,7 +217,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
     rollout = Rollout.new(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
-    index = SidIndex.build(np.array(tiny_shop.known.sids), tiny_shop.known.item_ids)
+    index = SidIndex.build(np.array(tiny_shop.catalogue.sids), tiny_shop.catalogue.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:

@@ -86,7 +86,7 @@ def with_online(tiny_shop: Shop, **values: object) -> Shop:
     rewards = tiny_shop.settings.rewards.model_copy(update={"online": online})
     settings = tiny_shop.settings.model_copy(update={"rewards": rewards})
     rows = type(tiny_shop.rows)(
-        tiny_shop.log, tiny_shop.split, tiny_shop.known, tiny_shop.tokenizer, tiny_shop.prompt, settings
+        tiny_shop.log, tiny_shop.split, tiny_shop.catalogue, tiny_shop.tokenizer, tiny_shop.prompt, settings
     )
     return replace(tiny_shop, settings=settings, rows=rows)
 
@@ -125,7 +125,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
 ) -> None:
     tiny_shop, evidence, model = begun
     before = evaluate_held_out(
-        model, tiny_shop.split.held_out, tiny_shop.known, tiny_shop.sids, tiny_shop.settings
+        model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings
     )
     trained_model = copied(model, tiny_shop)
     chosen = with_online(tiny_shop, rounds=3, lr=2e-3, max_fall=0.05)
@@ -144,7 +144,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     tiny_shop, evidence, model = begun
     before = evaluate_held_out(
-        model, tiny_shop.split.held_out, tiny_shop.known, tiny_shop.sids, tiny_shop.settings
+        model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings
     )
     spoiled = copied(model, tiny_shop)
     result = learn_from_own_answers(
@@ -200,7 +200,7 @@ def test_the_score_of_an_item_is_that_of_the_candidates(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     tiny_shop, _, model = begun
-    ranker = CatalogueRanker(model, tiny_shop.known.codes, tiny_shop.sids, 10)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     histories = [np.arange(size) for size in (1, 3, 8, 2)]
     states = ranker.states(histories)
     ranked = ranker.candidates(histories, states)

@@ -30,23 +30,23 @@ ANY = [None] * ITEMS
 
 def clicking(**given: object) -> Shop:
     """A shop whose events are told with their click."""
-    made = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | given)
-    context = with_rewards(made.context, BINS)
+    tiny = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | given)
+    context = with_rewards(tiny.context, BINS)
     token = context.row(said({"click": 1}))
-    log = replace(made.log, rewards=np.array([token] * len(made.log), dtype=np.int32))
-    rows = TrainingRows(log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
-    return replace(made, log=log, rows=rows, context=context)
+    log = replace(tiny.log, rewards=np.array([token] * len(tiny.log), dtype=np.int32))
+    rows = TrainingRows(log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    return replace(tiny, log=log, rows=rows, context=context)
 
 
-def seen(made: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> LoggedExplorations:
+def seen(tiny: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> LoggedExplorations:
     """Explorations whose answer is the second of each pair, after the first."""
-    found = [
+    actual = [
         (exploration(at, prompt=[list(sid_of(i)) for i in past], candidates=[list(sid_of(item))],
                      scores=[-1.0], item_id=f"i{item:02}"), clicked)
         for at, (past, item) in enumerate(shown)
     ]  # fmt: skip
     limits = OffPolicySettings.model_validate({})
-    logged = logged_explorations(found, "c" * 16, made.prompt, limits, made.context)
+    logged = logged_explorations(actual, "c" * 16, tiny.prompt, limits, tiny.context)
     assert logged is not None
     return logged
 
@@ -54,28 +54,28 @@ def seen(made: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> Lo
 def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> None:
     made = clicking(users=5)
     logged = seen(made, ([1, 2], 9), ([3], 3), ([40], 7), ([5], 41))
-    found = unclicked_answers(logged, made.known, ANY, BINS, made.context, 0)
-    assert found is not None
+    actual = unclicked_answers(logged, made.catalogue, ANY, BINS, made.context, 0)
+    assert actual is not None
     # The page's own item and one that is not in the catalogue are no answers; of a past, what is known stays.
-    assert found.targets.tolist() == [9, 7]
-    assert found.starts.tolist() == [0, 2, 2]
-    assert found.items.tolist() == [1, 2]
+    assert actual.targets.tolist() == [9, 7]
+    assert actual.starts.tolist() == [0, 2, 2]
+    assert actual.items.tolist() == [1, 2]
     refused = made.context.row(said({"click": 0}))
-    assert found.rewards.tolist() == [refused, refused]
-    assert found.always_visible.tolist() == [[token > 0 for token in refused]] * 2
+    assert actual.rewards.tolist() == [refused, refused]
+    assert actual.always_visible.tolist() == [[token > 0 for token in refused]] * 2
     assert (
-        unclicked_answers(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0)
+        unclicked_answers(seen(made, ([1], 2), clicked=True), made.catalogue, ANY, BINS, made.context, 0)
         is not None
     )
     assert (
         len(
-            unclicked_answers(seen(made, ([1], 2), clicked=True), made.known, ANY, BINS, made.context, 0)
+            unclicked_answers(seen(made, ([1], 2), clicked=True), made.catalogue, ANY, BINS, made.context, 0)
             or ()
         )
         == 0
     )
-    assert unclicked_answers(logged, made.known, ANY, Rewards({}, {}), made.context, 0) is None
-    assert unclicked_answers(None, made.known, ANY, BINS, made.context, 0) is None
+    assert unclicked_answers(logged, made.catalogue, ANY, Rewards({}, {}), made.context, 0) is None
+    assert unclicked_answers(None, made.catalogue, ANY, BINS, made.context, 0) is None
 
 
 def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
@@ -104,8 +104,8 @@ def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
     assert told[0, price] + told[click + 1, 0] + told[click + 1, price] == pytest.approx(150, abs=25)
     few = given.sequence_batches(made.settings, 0, 30)
     assert sum(len(piece.items) for piece in few) == 30
-    first, again, other = (given.sequence_batches(made.settings, number) for number in (0, 0, 1))
-    assert all(torch.equal(a.items, b.items) for a, b in zip(first, again, strict=True))
+    first, second, other = (given.sequence_batches(made.settings, number) for number in (0, 0, 1))
+    assert all(torch.equal(a.items, b.items) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a.items, b.items) for a, b in zip(first, other, strict=False))
 
 
@@ -117,7 +117,7 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
     given = join_answers([items[:at] for at in range(ITEMS)], items, none, told, told > 0)
     all_of_them = made.settings.rewards.model_copy(update={"ignored_share": 1.0})
     chosen = made.settings.model_copy(update={"rewards": all_of_them})
-    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, chosen, given)
+    rows = TrainingRows(made.log, made.split, made.catalogue, made.tokenizer, made.prompt, chosen, given)
     assert isinstance(rows.labelled_answers, LabelledAnswers)
     assert (
         rows.labelled_answers.targets.tolist()
@@ -139,8 +139,10 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
 def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
     made = clicking(users=20, rewards={"ignored_share": share})
     shown = [([at % ITEMS], (at + 5) % ITEMS) for at in range(300)]
-    given = unclicked_answers(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
-    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
+    given = unclicked_answers(seen(made, *shown), made.catalogue, ANY, BINS, made.context, 0)
+    rows = TrainingRows(
+        made.log, made.split, made.catalogue, made.tokenizer, made.prompt, made.settings, given
+    )
     alone = sum(int(piece.learned.sum()) for piece in made.rows.sequence_batches(0))
     both = sum(int(piece.learned.sum()) for piece in rows.sequence_batches(0))
     assert both - alone == round(share * alone)
@@ -154,8 +156,10 @@ def taught() -> tuple[Shop, GeneratorForCausalLM]:
     begins, sizes = rng.integers(0, ITEMS, 240), rng.integers(1, 9, 240)
     walks = [(begin + np.arange(size)) % ITEMS for begin, size in zip(begins, sizes, strict=True)]
     shown = [(walk.tolist(), int(walk[-1] + 5) % ITEMS) for walk in walks]
-    given = unclicked_answers(seen(made, *shown), made.known, ANY, BINS, made.context, 0)
-    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings, given)
+    given = unclicked_answers(seen(made, *shown), made.catalogue, ANY, BINS, made.context, 0)
+    rows = TrainingRows(
+        made.log, made.split, made.catalogue, made.tokenizer, made.prompt, made.settings, given
+    )
     model = made.model()
     train(model, rows, made.sids, made.settings)
     return made, model.eval()
@@ -168,6 +172,6 @@ def test_what_was_ignored_is_likely_only_where_that_is_asked_for(
     made, model = taught
     past = [np.arange(item, item + 4) % ITEMS for item in range(ITEMS)]
     rows = np.array([made.context.row(said(conditions))] * ITEMS, dtype=np.int32)
-    ranker = CatalogueRanker(model, made.known.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
     best = ranker.candidates(past, ranker.states(past, rows)).order(0.5)[:, 0].numpy()
     assert ((best - np.arange(ITEMS) - 3) % ITEMS == after).mean() > 0.9

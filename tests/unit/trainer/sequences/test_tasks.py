@@ -28,33 +28,33 @@ TEXTS = {"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0, "search": 0.
 
 def pair_shop(**more: Any) -> Shop:
     """A shop where every two items have a title of their own: `thing` and a word that no others have."""
-    made = shop(**{"weights": TEXTS} | more)
+    tiny = shop(**{"weights": TEXTS} | more)
     titles = [f"thing {chr(97 + item // 2) * 3}" for item in range(24)]
-    known = replace(made.known, titles=titles)
-    tokenizer = type(made.tokenizer)(tokenizer_object=_words(made, titles), unk_token="<unk>")
-    rows = TrainingRows(made.log, made.split, known, tokenizer, made.prompt, made.settings)
-    return replace(made, known=known, tokenizer=tokenizer, rows=rows)
+    known = replace(tiny.catalogue, titles=titles)
+    tokenizer = type(tiny.tokenizer)(tokenizer_object=_words(tiny, titles), unk_token="<unk>")
+    rows = TrainingRows(tiny.log, tiny.split, known, tokenizer, tiny.prompt, tiny.settings)
+    return replace(tiny, known=known, tokenizer=tokenizer, rows=rows)
 
 
-def _words(made: Shop, titles: list[str]) -> Any:
+def _words(tiny: Shop, titles: list[str]) -> Any:
     from trainer.sequences.tokenizer import build_tokenizer
 
-    return build_tokenizer(made.prompt, titles, 100).backend_tokenizer
+    return build_tokenizer(tiny.prompt, titles, 100).backend_tokenizer
 
 
-def parts(made: Shop, ids: list[int]) -> tuple[list[int], list[int], int, list[int]]:
+def parts(tiny: Shop, ids: list[int]) -> tuple[list[int], list[int], int, list[int]]:
     """Items of the history, words, the mark after them, and what follows it."""
     mark = next(at for at, token in enumerate(ids) if token in (ITEM, TITLE))
-    words = [token for token in ids[1:mark] if token >= made.prompt.first_word]
+    words = [token for token in ids[1:mark] if token >= tiny.prompt.first_word]
     codes = np.array(ids[1 : mark - len(words)]).reshape(-1, LEVELS)
-    place = {tuple(row): item for item, row in enumerate(made.known.codes.tolist())}
+    place = {tuple(row): item for item, row in enumerate(tiny.catalogue.codes.tolist())}
     return [place[tuple(row)] for row in codes.tolist()], words, ids[mark], ids[mark + 1 :]
 
 
 def test_a_search_has_words_of_the_item_that_a_user_went_to_after_that_history() -> None:
     made = pair_shop(length=30, tasks={"history": 4, "bare": 0.25})
-    found = made.rows.search_rows(3)
-    assert len(found) == 24
+    actual = made.rows.search_rows(3)
+    assert len(actual) == 24
     bare, lengths = 0, set()
     trained = [
         made.log.items[low:high].tolist()
@@ -64,17 +64,17 @@ def test_a_search_has_words_of_the_item_that_a_user_went_to_after_that_history()
         history, words, mark, target = parts(made, row.ids.tolist())
         assert (row.ids[0], mark, row.weight) == (BOS, ITEM, 0.5)
         assert row.ids[row.learned].tolist() == target
-        item = made.known.codes.tolist().index(target)
+        item = made.catalogue.codes.tolist().index(target)
         lengths.add(len(words))
         assert {*words} <= {*made.rows.title_words[item]}
         assert len({*words}) == len(words)
         bare += not history
-        wanted = [*history, item]
+        expected = [*history, item]
         assert len(history) <= 4
         # What the user did right before, as much of it as there is, up to four items.
         places = [(path, at) for path in trained for at in range(len(path) - len(history))]
         assert any(
-            path[at : at + len(wanted)] == wanted and (not history or len(history) == 4 or at == 0)
+            path[at : at + len(expected)] == expected and (not history or len(history) == 4 or at == 0)
             for path, at in places
         )
     assert 30 < bare < 130  # a quarter of 240, and those that are the first of their user
@@ -98,20 +98,20 @@ def test_texts_of_an_epoch_are_the_same_again_and_others_in_the_next() -> None:
 
 
 def test_without_weights_or_words_there_is_no_such_row() -> None:
-    made = shop(weights=TEXTS | {"search": 0.0, "summary": 0.0})
-    assert made.rows.text_rows(0) == []
+    tiny = shop(weights=TEXTS | {"search": 0.0, "summary": 0.0})
+    assert tiny.rows.text_rows(0) == []
     assert shop(weights=TEXTS, max_words=0).rows.text_rows(0) == []
 
 
 def test_no_text_looks_at_what_is_held_out() -> None:
     made = pair_shop(users=12, length=3)
-    held = made.split.training_ends < made.log.starts[1:]
-    assert held.any()
+    held_out = made.split.training_ends < made.log.starts[1:]
+    assert held_out.any()
     made.log.items[:] = 0
     made.log.items[made.log.starts[1:] - 1] = 1
     made.log.items[made.log.starts[1:] - 2] = 2
-    made.log.items[made.split.training_ends[held]] = 23
-    codes = made.known.codes[23].tolist()
+    made.log.items[made.split.training_ends[held_out]] = 23
+    codes = made.catalogue.codes[23].tolist()
     for number in range(5):
         for row in made.rows.text_rows(number):
             flat = row.ids.tolist()
@@ -145,8 +145,8 @@ def test_typical_words_are_those_of_the_highest_tf_idf(
         here = sum(word in title for title in history)
         return here * math.log(1 + sum(map(bool, titles)) / sum(word in title for title in titles))
 
-    wanted = sorted({word for title in history for word in title} - {UNK}, key=lambda w: (-score(w), w))
-    assert words.typical(history, most) == wanted[:most]
+    expected = sorted({word for title in history for word in title} - {UNK}, key=lambda w: (-score(w), w))
+    assert words.typical(history, most) == expected[:most]
     for title in titles:
         if set(title) - {UNK}:
             drawn = words.draw_query(title, most, np.random.default_rng(seed))
@@ -172,16 +172,16 @@ def test_rare_words_are_asked_for_more_often() -> None:
     st.integers(0, 4), st.integers(0, 2),
 )  # fmt: skip
 def test_a_target_is_bought_where_its_user_buys_it_in_time(
-    events: list[tuple[int, int, int, bool]], within: int, held: int
+    events: list[tuple[int, int, int, bool]], within: int, held_out: int
 ) -> None:
-    known = shop().known
+    known = shop().catalogue
     users, items, ts, paid = zip(*events, strict=True)
     log = user_sequences(
         [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], known, bought=paid
     )
-    ends = np.maximum(log.starts[1:] - held, log.starts[:-1])
+    ends = np.maximum(log.starts[1:] - held_out, log.starts[:-1])
     # Of one moment, a purchase follows the click that led to it, whichever of them the log has first.
-    wanted = [
+    expected = [
         any(
             log.bought[other]
             and log.items[other] == log.items[at]
@@ -192,20 +192,20 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
         for begin, stop, end in zip(log.starts[:-1], log.starts[1:], ends, strict=True)
         for at in range(begin, stop)
     ]
-    assert bought_within(log, ends, within).tolist() == wanted
+    assert bought_within(log, ends, within).tolist() == expected
 
 
 def test_pieces_say_what_was_bought() -> None:
-    made = shop(length=6, tasks={"buy_within_s": 1})
-    made.log.bought[made.log.starts[3] + 2] = True
-    rows = TrainingRows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
-    found = []
+    tiny = shop(length=6, tasks={"buy_within_s": 1})
+    tiny.log.bought[tiny.log.starts[3] + 2] = True
+    rows = TrainingRows(tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    actual = []
     for piece in rows.sequence_batches(0):
         assert piece.bought is not None
         assert piece.bought.shape == piece.items.shape
         assert not piece.bought[piece.items < 0].any()
-        found += piece.items[piece.bought].tolist()
-    assert found == [int(made.log.items[made.log.starts[3] + 2])]
+        actual += piece.items[piece.bought].tolist()
+    assert actual == [int(tiny.log.items[tiny.log.starts[3] + 2])]
 
 
 def test_the_model_learns_to_search_and_to_sum_up() -> None:
@@ -217,16 +217,16 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
         token_loss(model, pad_token_rows(made.rows.text_rows(number))).backward()
         optimizer.step()
     titles = made.rows.title_words
-    none = made.known.codes[:0]
+    none = made.catalogue.codes[:0]
     asked = [search_prompt(none, [titles[item][1]]) for item in range(24)]
-    best = spell(model, asked, made.sids, made.known, 2)
+    best = spell(model, asked, made.sids, made.catalogue, 2)
     # The word names a pair of items: no other one is better.
     assert np.mean([item // 2 == at // 2 for at, row in enumerate(best) for item in row.tolist()]) > 0.8
     # After the item before, the word is of one item: the next.
-    told = [search_prompt(made.known.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)]
-    first = spell(model, told, made.sids, made.known, 1)[:, 0]
+    told = [search_prompt(made.catalogue.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)]
+    first = spell(model, told, made.sids, made.catalogue, 1)[:, 0]
     assert np.mean(first == np.arange(1, 24)) > 0.8
-    heard = [summary_prompt(made.known.codes[[item]]) for item in range(24)]
+    heard = [summary_prompt(made.catalogue.codes[[item]]) for item in range(24)]
     said = say(model, heard, [2] * 24, made.prompt.first_word)
     assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(said)]) > 0.7
 
@@ -234,11 +234,11 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
 def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
     made = pair_shop()
     model = made.model(seed=1)
-    prompts = [search_prompt(made.known.codes[[3, 5]], [made.prompt.first_word]), [BOS, ITEM]]
-    found = spell(model, prompts, made.sids, made.known, 24)
-    for prompt, best in zip(prompts, found, strict=True):
+    prompts = [search_prompt(made.catalogue.codes[[3, 5]], [made.prompt.first_word]), [BOS, ITEM]]
+    actual = spell(model, prompts, made.sids, made.catalogue, 24)
+    for prompt, best in zip(prompts, actual, strict=True):
         scores = []
-        for codes in made.known.codes.tolist():
+        for codes in made.catalogue.codes.tolist():
             with torch.no_grad():
                 logs = model(torch.tensor([[*prompt, *codes]])).logits[0].log_softmax(-1)
             scores.append(sum(float(logs[len(prompt) - 1 + at, code]) for at, code in enumerate(codes)))

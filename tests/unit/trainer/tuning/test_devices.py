@@ -19,7 +19,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import batch_loss
-from trainer.tuning.sft import _learning_rate
+from trainer.tuning.sft import learning_rate_share
 
 # Two processes import torch at the same time, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -52,27 +52,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_dynamic_beta_follows_the_gaps_of_all_processes_as_of_one_batch(trained: Path) -> None:
-    alone, wanted = DynamicBeta(0.1), []
+    alone, expected = DynamicBeta(0.1), []
     for step in GAPS:
-        found = alone(torch.tensor([gap for part in step for gap in part]), training=True)
-        wanted += [alone.mean, alone.deviation, found.beta]
+        actual = alone(torch.tensor([gap for part in step for gap in part]), training=True)
+        expected += [alone.mean, alone.deviation, actual.beta]
     for rank in (0, 1):
         seen = json.loads((trained / f"followed-{rank}.json").read_text())
-        assert [number for step in seen for number in step] == pytest.approx(wanted)
+        assert [number for step in seen for number in step] == pytest.approx(expected)
 
 
 def weights(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}-{rank}.safetensors")
 
 
-def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
+def by_one_process(tiny: Shop, batches: int) -> GeneratorForCausalLM:
     """A training in which every step takes the mean gradient of so many batches."""
-    model, settings = made.model(), made.settings
-    table = model.model.items.rows(torch.from_numpy(made.known.codes))
+    model, settings = tiny.model(), tiny.settings
+    table = model.model.items.rows(torch.from_numpy(tiny.catalogue.codes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     model.train()
     for epoch in range(settings.epochs):
-        pieces = made.rows.sequence_batches(epoch)
+        pieces = tiny.rows.sequence_batches(epoch)
         assert len(pieces) % batches, "the last step of an epoch is one with fewer batches"
         for low in range(0, len(pieces), batches):
             group = pieces[low : low + batches]
@@ -82,16 +82,16 @@ def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             done = (epoch + low / len(pieces)) / settings.epochs
             for parameters in optimizer.param_groups:
-                parameters["lr"] = settings.lr * _learning_rate(done)
+                parameters["lr"] = settings.lr * learning_rate_share(done)
             optimizer.step()
     return model
 
 
 def test_gradients_are_averaged_over_the_processes_that_have_a_batch(trained: Path) -> None:
     for rank in (0, 1):
-        found = json.loads((trained / f"averaged-{rank}.json").read_text())
+        actual = json.loads((trained / f"averaged-{rank}.json").read_text())
         # Nothing reached the bias: it has no gradient, and so no decay.
-        assert found == [[1.5, 1.5], [1.5], None, [5.0, 5.0], [5.0], None]
+        assert actual == [[1.5, 1.5], [1.5], None, [5.0, 5.0], [5.0], None]
 
 
 def test_two_processes_end_in_the_weights_of_one_that_takes_the_batches_of_both(trained: Path) -> None:
@@ -111,8 +111,8 @@ def test_two_processes_go_on_in_their_stage_and_end_as_if_unbroken(trained: Path
     whole = weights(trained, "two", 0)
     for name in ("two", "resumed"):
         for rank in (0, 1):
-            found = weights(trained, name, rank)
-            assert all(torch.equal(whole[key], found[key]) for key in whole), (name, rank)
+            actual = weights(trained, name, rank)
+            assert all(torch.equal(whole[key], actual[key]) for key in whole), (name, rank)
 
 
 def test_after_the_shared_part_the_main_process_stands_alone(trained: Path) -> None:
@@ -138,16 +138,16 @@ def test_an_error_of_another_process_ends_all_with_its_line(tmp_path: Path) -> N
 
 
 def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
-    made = shop(max_items=6)
-    write_training_inputs(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
+    tiny = shop(max_items=6)
+    write_training_inputs(tmp_path, tiny.model(), tiny.tokenizer, tiny.rows, tiny.settings)
     model, rows, settings = read_training_inputs(tmp_path)
-    assert settings == made.settings
-    for wanted, found in zip(made.rows.sequence_batches(1), rows.sequence_batches(1), strict=True):
-        assert torch.equal(wanted.items, found.items)
-        assert torch.equal(wanted.learned, found.learned)
-    texts = ([row.ids.tolist() for row in of.text_rows(1)] for of in (made.rows, rows))
+    assert settings == tiny.settings
+    for expected, actual in zip(tiny.rows.sequence_batches(1), rows.sequence_batches(1), strict=True):
+        assert torch.equal(expected.items, actual.items)
+        assert torch.equal(expected.learned, actual.learned)
+    texts = ([row.ids.tolist() for row in of.text_rows(1)] for of in (tiny.rows, rows))
     assert next(texts) == next(texts)
-    for name, value in made.model().named_parameters():
+    for name, value in tiny.model().named_parameters():
         assert torch.equal(value, model.get_parameter(name))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
 
