@@ -87,6 +87,7 @@ def test_the_target_policy_is_a_softmax_over_each_explorations_own_candidates() 
     assert policy == pytest.approx([better, 1 - better, 1.0, 1.0, 0.0])
 
 
+@pytest.mark.learning
 def test_the_model_that_drew_has_the_value_that_was_logged_and_is_not_vetoed(
     trained_shop: TrainedShop,
 ) -> None:
@@ -110,6 +111,7 @@ def test_the_model_that_drew_has_the_value_that_was_logged_and_is_not_vetoed(
     json.dumps(dataclasses.asdict(got), allow_nan=False)
 
 
+@pytest.mark.learning
 def test_scrambled_weights_are_vetoed_once_there_are_enough_explorations(trained_shop: TrainedShop) -> None:
     tiny_shop, model = trained_shop
     scrambled = tiny_shop.model(seed=9)
@@ -139,6 +141,7 @@ def test_scrambled_weights_are_vetoed_once_there_are_enough_explorations(trained
     )
 
 
+@pytest.mark.learning
 def test_a_loss_that_may_be_chance_is_no_veto(trained_shop: TrainedShop) -> None:
     tiny_shop, model = trained_shop
     settings = OffPolicySettings.model_validate({"min_ess": 5, "alpha": 1e-6})
@@ -152,6 +155,7 @@ def test_a_loss_that_may_be_chance_is_no_veto(trained_shop: TrainedShop) -> None
     assert "is not shown to be more than 10% below" in got.sentence
 
 
+@pytest.mark.learning
 def test_a_better_model_than_the_one_that_drew_is_not_vetoed_and_estimated_higher(
     trained_shop: TrainedShop,
 ) -> None:
@@ -215,6 +219,7 @@ def test_a_users_own_rewards_do_not_enter_the_users_expected_rewards(trained_sho
     assert changed[~own_candidates].any()
 
 
+@pytest.mark.learning
 def test_expected_rewards_follow_the_score_and_lie_between_no_click_and_a_click(
     trained_shop: TrainedShop,
 ) -> None:

@@ -176,6 +176,7 @@ def trained() -> tuple[Shop, Rewards, GeneratorForCausalLM]:
     return tiny_shop, rewards, model.eval()
 
 
+@pytest.mark.learning
 def test_the_model_follows_the_price_that_is_asked_for(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
@@ -192,6 +193,7 @@ def test_the_model_follows_the_price_that_is_asked_for(
     assert np.mean(right) > 0.9
 
 
+@pytest.mark.learning
 def test_validation_is_of_requests_that_ask_for_nothing(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
@@ -205,6 +207,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     assert quality.hr10 > 0.9
 
 
+@pytest.mark.learning
 def test_preferences_are_answered_from_the_exported_graphs(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM], tmp_path: Path
 ) -> None:

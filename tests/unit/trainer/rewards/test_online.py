@@ -97,6 +97,7 @@ def copied(model: GeneratorForCausalLM, tiny_shop: Shop) -> GeneratorForCausalLM
     return copy
 
 
+@pytest.mark.learning
 def test_a_rounds_answers_are_told_with_what_they_bring(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_rounds_answers_are_told_with_what_they_bring(
     assert (repeated_lessons.targets == lessons.targets).all()
 
 
+@pytest.mark.learning
 def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
@@ -141,6 +143,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     assert result.quality.hr10 >= 0.95 * before.hr10
 
 
+@pytest.mark.learning
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     tiny_shop, evidence, model = begun
     before = evaluate_held_out(
@@ -164,6 +167,7 @@ def test_an_interrupted_stage_stops(begun: tuple[Shop, RewardEvidence, Generator
     assert (result.steps, result.quality) == (0, None)
 
 
+@pytest.mark.learning
 def test_clicks_and_purchases_are_drawn_with_their_chances(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
@@ -196,6 +200,7 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
     assert (lessons.always_visible[:, 0] == ~clicked).all()
 
 
+@pytest.mark.learning
 def test_the_score_of_an_item_is_that_of_the_candidates(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:

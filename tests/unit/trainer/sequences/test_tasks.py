@@ -208,6 +208,7 @@ def test_pieces_say_what_was_bought() -> None:
     assert actual == [int(tiny.log.items[tiny.log.starts[3] + 2])]
 
 
+@pytest.mark.learning
 def test_the_model_learns_to_search_and_to_sum_up() -> None:
     made = pair_shop(tasks={"bare": 0.5})
     model = made.model()
