@@ -28,8 +28,8 @@ def run_periodically(
     """Call `cycle(stop)` periodically, until `ended` is set (by SIGTERM and SIGINT where it is not given).
 
     Starts that fall into a running cycle, or that were missed while the machine slept, become one.
-    `on_result` gets each result, or the error that ended a cycle: the next one starts all the same. On the way out the
-    running cycle is asked to stop, writes its checkpoint, and is waited for.
+    `on_result` gets each result, or the error that ended a cycle: the next one starts all the same. On the
+    way out the running cycle is asked to stop, writes its checkpoint, and is waited for.
     """
     finish = ended or on_signal()
 

@@ -123,7 +123,7 @@ class Window:
     def preference_pairs(
         self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int
     ) -> FilteredPairs:
-        """The newest `max_pairs` preference pairs of a codebook, of old windows too, in equal shares of `schemes`.
+        """The newest `max_pairs` pairs of a codebook, from old windows too, in equal shares of `schemes`.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
         window that the agents made them with.
