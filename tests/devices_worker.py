@@ -27,6 +27,7 @@ from trainer.tuning.pretrain import pretrain_and_tune
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
 SHOP: dict[str, Any] = {
+    "arithmetic": "float32",
     "validation_users": 0, "epochs": 3, "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0},
 }  # fmt: skip
 # Two stages, and dropout that must not depend on which process has a batch.

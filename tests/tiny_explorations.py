@@ -53,6 +53,30 @@ def explore(
     return made
 
 
+def explore_evenly(
+    count: int, *, candidates: int = 8, since: int = T0, codebook: str = "c" * 16, seed: int = 0
+) -> list[tuple[Exploration, bool]]:
+    """`count` explorations after one item n, each of a user of its own, and if they were clicked.
+
+    Items n + 1, n + 5 and others by chance are candidates in any order, each as likely to be drawn; no model
+    draws them. A shopper clicks item n + 1 and nothing else. One millisecond lies between two.
+    """
+    random = np.random.default_rng(seed)
+    made: list[tuple[Exploration, bool]] = []
+    for at in range(count):
+        item = int(random.integers(ITEMS))
+        others = random.permutation(np.setdiff1d(np.arange(ITEMS), (1, 5)))[: candidates - 2]
+        shown = (item + random.permutation([1, 5, *others])) % ITEMS
+        chosen = int(random.integers(candidates))
+        event = exploration(
+            at, ts=since + at, user_id=f"e{at}", item_id=f"i{shown[chosen]:02}", chosen=chosen,
+            propensity=1 / candidates, candidates=[list(sid_of(int(one))) for one in shown],
+            scores=[-1.0] * candidates, temperature=1.0, prompt=[list(sid_of(item))], codebook=codebook,
+        )  # fmt: skip
+        made.append((event, bool(shown[chosen] == (item + 1) % ITEMS)))
+    return made
+
+
 def exploration(number: int, **fields: Any) -> Exploration:
     """One exploration of user u, of two candidates in the tiny shop."""
     given: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from streams.errors import SidstreamError
 from trainer.evaluation.ranker import Head, Ranker
+from trainer.settings import Arithmetic
 
 
 class Options(NamedTuple):
@@ -15,6 +16,7 @@ class Options(NamedTuple):
 
     max_seconds: float | None = None  # time budget of one `fit`; None: until it stops by itself
     epochs: int | None = None  # passes over the training part, at most; None: the model's own
+    arithmetic: Arithmetic = "auto"  # of matrix products in training
 
 
 Factory = Callable[[Options], Ranker]
@@ -55,7 +57,7 @@ def _sasrec(samples: str) -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.baselines.sasrec import SasRec, SasRecSettings
 
-        own = SasRecSettings(samples=samples, max_seconds=options.max_seconds)
+        own = SasRecSettings(samples=samples, max_seconds=options.max_seconds, arithmetic=options.arithmetic)
         return SasRec(own if options.epochs is None else replace(own, epochs=options.epochs))
 
     return make
@@ -67,18 +69,22 @@ _TRAINED_GENERATORS: dict[tuple[Options, Kind], Any] = {}
 
 def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
-        from trainer.evaluation.sidstream_ranker import Ours, Trained, default_recipe, recipe
+        from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained, default_recipe, recipe
 
-        given = (options.max_seconds, options.epochs)
+        limits = (options.max_seconds, options.epochs)
+
+        def untrained(chosen: Recipe, first: Trained | None = None) -> Trained:
+            return Trained(chosen.under({"arithmetic": options.arithmetic}), first)
+
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), Trained(recipe(*given)))
-            made = Trained(recipe(*given, members=_MEMBERS), first)
+            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), untrained(recipe(*limits)))
+            generator = untrained(recipe(*limits, members=_MEMBERS), first)
         elif kind == "tuned":
-            made = Trained(recipe(*given))
+            generator = untrained(recipe(*limits))
         else:
-            made = Trained(default_recipe(*given, kind == "default"))
-        trained = _TRAINED_GENERATORS.setdefault((options, kind), made)
+            generator = untrained(default_recipe(*limits, kind == "default"))
+        trained = _TRAINED_GENERATORS.setdefault((options, kind), generator)
         return Ours(f"sidstream-{variant}", trained, head)
 
     return make

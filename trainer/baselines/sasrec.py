@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from trainer.evaluation.ranker import CHUNK, Mask, Progress, in_chunks
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import Queries, Split
-from trainer.tuning.devices import device, fast_bf16
+from trainer.settings import Arithmetic
+from trainer.tuning.devices import device, training_arithmetic
 from trainer.tuning.losses import softmax_loss
 
 # Of more validation targets than this, as many are drawn: NDCG@10 then has a standard error near .002.
@@ -46,6 +47,7 @@ class SasRecSettings:
     epochs: int = 200
     patience: int = 10  # epochs without a better NDCG@10 before it stops
     max_seconds: float | None = None
+    arithmetic: Arithmetic = "auto"  # of matrix products
 
 
 class _Layer(nn.Module):
@@ -113,7 +115,6 @@ class SasRec:
         """Train until validation stops it, `epochs` are over or `max_seconds` are spent."""
         settings, where = self.settings, device()
         torch.manual_seed(seed)
-        self._mixed = fast_bf16(where)
         self._popular = data.train_counts()
         self._network = Network(data.data.size, settings).to(where)
         self.parameters = sum(part.numel() for part in self._network.parameters())
@@ -124,7 +125,7 @@ class SasRec:
             total = torch.zeros((), device=where)
             batches = 0
             for rows, targets in batches_of(data.train, settings, seed, epoch):
-                with torch.autocast(where.type, torch.bfloat16, enabled=self._mixed):
+                with training_arithmetic(settings.arithmetic, where):
                     states = self._network(rows.to(where))
                     at = targets >= 0
                     loss = softmax_loss(
@@ -176,7 +177,7 @@ class SasRec:
         for row, history in enumerate(histories):
             newest = history[-self.settings.length :]
             rows[row, : len(newest)] = torch.from_numpy(newest)
-        with torch.autocast(where.type, torch.bfloat16, enabled=self._mixed):
+        with training_arithmetic(self.settings.arithmetic, where):
             states = self._network(rows.to(where))[torch.arange(len(rows)), lengths.to(where) - 1]
         return states.float() @ self._network.items.weight.T
 

@@ -51,6 +51,10 @@ class Recipe:
     codebook: dict[str, Any] = field(default_factory=dict)
     candidates: int = 50  # of each head
 
+    def under(self, trainer: dict[str, Any]) -> Recipe:
+        """The same with other settings of the trainer."""
+        return replace(self, trainer=self.trainer | trainer)
+
 
 def recipe(max_seconds: float | None = None, epochs: int | None = None, members: int = 1) -> Recipe:
     """What `sidstream evaluate` trains: found on the validation part of Amazon Beauty, used for every set."""

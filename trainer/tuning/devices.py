@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from streams.errors import SidstreamError
+from trainer.settings import Arithmetic
 
 # The others wait while the main process reads the window and validates. A process that ends is noticed by
 # the launcher at once, which ends the others: this is not how an error is found.
@@ -33,10 +35,26 @@ def device() -> torch.device:
 
 
 def fast_bf16(where: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 here (they keep float32 weights)."""
+    """Whether the processor has instructions for matrix products in bfloat16, which make them the faster."""
     if where.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def resolved(arithmetic: Arithmetic, where: torch.device) -> Literal["float32", "bfloat16"]:
+    """The type of matrix products in training on this device: "auto" is the faster one there.
+
+    Weights, gradients and the optimizer are float32 in both cases. A processor without instructions for
+    bfloat16 computes it in more time, with the same rounding.
+    """
+    if arithmetic == "auto":
+        return "bfloat16" if fast_bf16(where) else "float32"
+    return arithmetic
+
+
+def training_arithmetic(arithmetic: Arithmetic, where: torch.device) -> torch.autocast:
+    """The context in which training computes its losses, and a baseline its states."""
+    return torch.autocast(where.type, torch.bfloat16, enabled=resolved(arithmetic, where) == "bfloat16")
 
 
 class Devices:

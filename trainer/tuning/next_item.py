@@ -14,7 +14,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import IGNORE, SequenceBatch, TokenBatch, TokenRow, pad_token_rows
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TaskWeights, TrainerSettings
-from trainer.tuning.devices import fast_bf16
+from trainer.tuning.devices import training_arithmetic
 from trainer.tuning.losses import softmax_loss
 from trainer.tuning.soft_targets import CodeTreeLevel, SoftTargets, sibling_term, teacher_term
 
@@ -162,7 +162,7 @@ def batch_loss(
     device = table.device
     batch = batch.to(device)
     soft_targets = teacher(batch, scored) if teacher else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+    with training_arithmetic(settings.arithmetic, device):
         loss = sequence_loss(
             model, batch, table, settings.weights, settings.smoothing, scored, code_tree, soft_targets
         )

@@ -53,6 +53,7 @@ def first(tiny: Shop, model: GeneratorForCausalLM, scene: str | None, item: int)
     return int(ranker.candidates(history, ranker.states(history, row)).order(1.0)[0, 0])
 
 
+@pytest.mark.learning
 def test_the_same_history_is_answered_by_the_scene(tiny: Shop, model: GeneratorForCausalLM) -> None:
     right = [
         (first(tiny, model, "up", at) == at + 1, first(tiny, model, "down", at) == at - 1)
@@ -62,6 +63,7 @@ def test_the_same_history_is_answered_by_the_scene(tiny: Shop, model: GeneratorF
     assert first(tiny, model, "nowhere", 7) == first(tiny, model, None, 7)
 
 
+@pytest.mark.learning
 def test_held_out_events_are_judged_under_their_own_context(tiny: Shop, model: GeneratorForCausalLM) -> None:
     held_out = tiny.split.held_out
     told = evaluate_held_out(model, held_out, tiny.catalogue, tiny.sids, tiny.settings)
@@ -81,6 +83,7 @@ def test_held_out_events_are_judged_under_their_own_context(tiny: Shop, model: G
     assert [(token == up) for token in held_out.contexts[:, 0].tolist()] == (step == 1).tolist()
 
 
+@pytest.mark.learning
 def test_the_loss_of_a_sequence_is_under_each_targets_own_context(
     tiny: Shop, model: GeneratorForCausalLM
 ) -> None:
@@ -140,6 +143,7 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
     assert all(piece.context is None for piece in shop().rows.sequence_batches(0))
 
 
+@pytest.mark.learning
 def test_graphs_follow_the_context_as_torch_does(
     tiny: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
@@ -185,6 +189,7 @@ def answered(
     return [one.item_id for one in items], [one.score for one in items], answer.exploration.context
 
 
+@pytest.mark.learning
 def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none(
     tiny: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
@@ -204,6 +209,7 @@ def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none
     assert answered(tiny, served, about, "up", {"mood": "up"})[2] == {"profile.mood": "up"}
 
 
+@pytest.mark.learning
 def test_explored_answers_are_judged_under_the_context_that_they_were_given_in(
     tiny: Shop, model: GeneratorForCausalLM
 ) -> None:

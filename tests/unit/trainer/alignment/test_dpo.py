@@ -80,6 +80,7 @@ def test_a_prompt_ends_in_its_context_however_short_it_is() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.learning
 def test_alignment_learns_what_is_preferred_in_each_scene(tmp_path: Path) -> None:
     made = shop(scenes=True)
     model = made.model()
@@ -114,6 +115,7 @@ def _log_prob(model: Any, prompt: list[int], answer: list[int]) -> float:
     return sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(answer))
 
 
+@pytest.mark.learning
 def test_the_margin_of_chosen_over_rejected_rises_and_the_reference_stays(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +226,7 @@ def test_it_stops_when_more_of_the_unconstrained_answers_are_no_sids(tmp_path: P
     assert "the share of real SIDs fell from 0.900 to 0.820; the weights of step 1 " in result.stopped
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("loss", ["dpo", "softmax_dpo"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_every_loss_raises_the_chosen_sid_over_all_that_were_rejected(
@@ -247,6 +250,7 @@ def test_every_loss_raises_the_chosen_sid_over_all_that_were_rejected(
         assert margins[1] > margins[0] + 0.5
 
 
+@pytest.mark.learning
 def test_the_logs_own_sequences_hold_what_was_learned_from_them(tmp_path: Path) -> None:
     made = shop(epochs=6)
     model = made.model()

@@ -131,6 +131,7 @@ def test_codes_keep_their_meaning_when_a_level_is_fitted_again():
     assert np.abs(after[0] - before[0]).max() < 0.2
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(("method", "share"), [("kmeans", 0.8), ("rqvae", 0.6)])
 def test_most_items_keep_their_sid_when_the_catalogue_grows(method, share):
     catalogue = items(400)

@@ -87,6 +87,7 @@ def test_the_target_policy_is_a_softmax_over_each_explorations_own_candidates() 
     assert policy == pytest.approx([better, 1 - better, 1.0, 1.0, 0.0])
 
 
+@pytest.mark.learning
 def test_the_model_that_drew_has_the_value_that_was_logged_and_is_not_vetoed(learned: Learned) -> None:
     made, model = learned
     found = explore(model, made.prompt, 1500)
@@ -108,6 +109,7 @@ def test_the_model_that_drew_has_the_value_that_was_logged_and_is_not_vetoed(lea
     json.dumps(dataclasses.asdict(got), allow_nan=False)
 
 
+@pytest.mark.learning
 def test_scrambled_weights_are_vetoed_once_there_are_enough_explorations(learned: Learned) -> None:
     made, model = learned
     scrambled = made.model(seed=9)
@@ -135,6 +137,7 @@ def test_scrambled_weights_are_vetoed_once_there_are_enough_explorations(learned
     )
 
 
+@pytest.mark.learning
 def test_a_loss_that_may_be_chance_is_no_veto(learned: Learned) -> None:
     made, model = learned
     settings = OffPolicySettings.model_validate({"min_ess": 5, "alpha": 1e-6})
@@ -148,6 +151,7 @@ def test_a_loss_that_may_be_chance_is_no_veto(learned: Learned) -> None:
     assert "is not shown to be more than 10% below" in got.sentence
 
 
+@pytest.mark.learning
 def test_a_better_model_than_the_one_that_drew_is_not_vetoed_and_estimated_higher(learned: Learned) -> None:
     made, model = learned
     # Fresh weights answer at random, so half of the shop are their candidates.
@@ -209,6 +213,7 @@ def test_a_users_own_rewards_do_not_enter_the_users_expected_rewards(learned: Le
     assert changed[~touched].any()
 
 
+@pytest.mark.learning
 def test_expected_rewards_follow_the_score_and_lie_between_no_click_and_a_click(learned: Learned) -> None:
     made, model = learned
     found = explore(model, made.prompt, 2000)

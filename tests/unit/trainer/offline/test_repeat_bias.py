@@ -83,6 +83,7 @@ def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
     assert (whole > whole[torch.arange(20), targets][:, None]).sum(1).tolist() == by_hand
 
 
+@pytest.mark.learning
 def test_users_who_come_back_teach_that_items_come_back() -> None:
     """Forty users who go to and fro between two items: what comes next is the one before the last."""
     made = shop(length=16, back=True, epochs=30, patience=30, lr=3e-3)

@@ -174,6 +174,7 @@ def trained() -> tuple[Shop, Rewards, GeneratorForCausalLM]:
     return made, rewards, model.eval()
 
 
+@pytest.mark.learning
 def test_the_model_follows_the_price_that_is_asked_for(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
@@ -190,6 +191,7 @@ def test_the_model_follows_the_price_that_is_asked_for(
     assert np.mean(right) > 0.9
 
 
+@pytest.mark.learning
 def test_validation_is_of_requests_that_ask_for_nothing(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
@@ -203,6 +205,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     assert quality.hr10 > 0.9
 
 
+@pytest.mark.learning
 def test_preferences_are_answered_from_the_exported_graphs(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM], tmp_path: Path
 ) -> None:

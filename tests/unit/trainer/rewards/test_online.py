@@ -89,6 +89,7 @@ def copied(model: GeneratorForCausalLM, made: Shop) -> GeneratorForCausalLM:
     return again
 
 
+@pytest.mark.learning
 def test_a_rounds_answers_are_told_with_what_they_bring(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_rounds_answers_are_told_with_what_they_bring(
     assert (same.targets == lessons.targets).all()
 
 
+@pytest.mark.learning
 def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
@@ -129,6 +131,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     assert result.quality.hr10 >= 0.95 * before.hr10
 
 
+@pytest.mark.learning
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     made, worth, model = begun
     before = evaluate_held_out(model, made.split.held_out, made.catalogue, made.sids, made.settings)
@@ -150,6 +153,7 @@ def test_an_interrupted_stage_stops(begun: tuple[Shop, RewardEvidence, Generator
     assert (result.steps, result.quality) == (0, None)
 
 
+@pytest.mark.learning
 def test_clicks_and_purchases_are_drawn_with_their_chances(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
@@ -182,6 +186,7 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
     assert (lessons.always_visible[:, 0] == ~clicked).all()
 
 
+@pytest.mark.learning
 def test_the_score_of_an_item_is_that_of_the_candidates(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:

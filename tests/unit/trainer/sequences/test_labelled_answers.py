@@ -165,6 +165,7 @@ def taught() -> tuple[Shop, GeneratorForCausalLM]:
     return made, model.eval()
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(("conditions", "after"), [({}, 1), ({"click": 1}, 1), ({"click": 0}, 5)])
 def test_what_was_ignored_is_likely_only_where_that_is_asked_for(
     taught: tuple[Shop, GeneratorForCausalLM], conditions: dict[str, int], after: int

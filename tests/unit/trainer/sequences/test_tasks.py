@@ -30,10 +30,10 @@ def pair_shop(**more: Any) -> Shop:
     """A shop where every two items have a title of their own: `thing` and a word that no others have."""
     tiny = shop(**{"weights": TEXTS} | more)
     titles = [f"thing {chr(97 + item // 2) * 3}" for item in range(24)]
-    known = replace(tiny.catalogue, titles=titles)
+    catalogue = replace(tiny.catalogue, titles=titles)
     tokenizer = type(tiny.tokenizer)(tokenizer_object=_words(tiny, titles), unk_token="<unk>")
-    rows = TrainingRows(tiny.log, tiny.split, known, tokenizer, tiny.prompt, tiny.settings)
-    return replace(tiny, known=known, tokenizer=tokenizer, rows=rows)
+    rows = TrainingRows(tiny.log, tiny.split, catalogue, tokenizer, tiny.prompt, tiny.settings)
+    return replace(tiny, catalogue=catalogue, tokenizer=tokenizer, rows=rows)
 
 
 def _words(tiny: Shop, titles: list[str]) -> Any:
@@ -208,6 +208,7 @@ def test_pieces_say_what_was_bought() -> None:
     assert actual == [int(tiny.log.items[tiny.log.starts[3] + 2])]
 
 
+@pytest.mark.learning
 def test_the_model_learns_to_search_and_to_sum_up() -> None:
     made = pair_shop(tasks={"bare": 0.5})
     model = made.model()

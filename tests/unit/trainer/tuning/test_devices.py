@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from tests.devices_worker import GAPS, SHOP
 from tests.tiny_shop import Shop, shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.settings import Arithmetic
+from trainer.tuning import devices
 from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import batch_loss
-from trainer.tuning.sft import learning_rate_share
+from trainer.tuning.sft import learning_rate_share, train
 
 # Two processes import torch at the same time, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -150,6 +153,36 @@ def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
     for name, value in tiny.model().named_parameters():
         assert torch.equal(value, model.get_parameter(name))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_the_faster_arithmetic_and_a_fixed_one_is_taken_on_every_processor(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "fast_bf16", lambda where: fast)
+    where, ones = torch.device("cpu"), torch.ones(2, 2)
+    found = {}
+    for arithmetic in get_args(Arithmetic):
+        with devices.training_arithmetic(arithmetic, where):
+            found[arithmetic] = (ones @ ones).dtype
+    assert found == {
+        "auto": torch.bfloat16 if fast else torch.float32, "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }  # fmt: skip
+
+
+def test_a_training_rounds_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(arithmetic: str, fast: bool) -> torch.Tensor:
+        monkeypatch.setattr(devices, "fast_bf16", lambda where: fast)
+        made = shop(epochs=1, arithmetic=arithmetic)
+        model = made.model()
+        train(model, made.rows, made.sids, made.settings)
+        return model.model.embed_tokens.weight.detach()
+
+    exact, rounded = trained("float32", True), trained("bfloat16", False)
+    assert torch.equal(exact, trained("auto", False))
+    assert torch.equal(rounded, trained("auto", True))
+    assert not torch.equal(exact, rounded)
 
 
 def test_one_process_needs_no_launcher() -> None:

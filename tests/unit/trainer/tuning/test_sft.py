@@ -23,6 +23,7 @@ from trainer.tuning.next_item import sequence_loss, token_loss
 from trainer.tuning.sft import spells_more_real_sids, train
 
 
+@pytest.mark.learning
 def test_training_learns_which_item_follows() -> None:
     tiny = shop(users=60, epochs=12)
     model = tiny.model()
@@ -291,6 +292,7 @@ def test_until_a_model_can_be_released_one_that_ranks_as_well_and_spells_more_is
     assert spells_more_real_sids(measured, TrainingState(best_ndcg=0.5, validity=kept), settings) is better
 
 
+@pytest.mark.learning
 def test_of_two_models_that_rank_alike_the_one_that_learned_longer_is_kept() -> None:
     # All walks are alike: the ranking of ten users is perfect after an epoch or two, the SIDs are not yet.
     tiny = shop(users=60, epochs=12, patience=12)
