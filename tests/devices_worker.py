@@ -84,11 +84,11 @@ def lead(devices: Devices, folder: Path) -> None:
     cuts = [run("cut", folder / "c", 0.2, STAGES, until) for until in (3, 3, steps - 8)]
     run("resumed", folder / "c", 0.2, STAGES)
     devices.leave()
-    seen = {
+    environment = {
         "steps": steps, "cuts": cuts, "left": sorted(set(os.environ) & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}),
         "processes": accelerate.PartialState().num_processes, "joined": torch.distributed.is_initialized(),
     }  # fmt: skip
-    (folder / "seen.json").write_text(json.dumps(seen))
+    (folder / "seen.json").write_text(json.dumps(environment))
 
 
 def main() -> None:

@@ -71,20 +71,20 @@ def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained, default_recipe, recipe
 
-        given = (options.max_seconds, options.epochs)
+        limits = (options.max_seconds, options.epochs)
 
-        def of(chosen: Recipe, first: Trained | None = None) -> Trained:
+        def untrained(chosen: Recipe, first: Trained | None = None) -> Trained:
             return Trained(chosen.under({"arithmetic": options.arithmetic}), first)
 
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), of(recipe(*given)))
-            made = of(recipe(*given, members=_MEMBERS), first)
+            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), untrained(recipe(*limits)))
+            generator = untrained(recipe(*limits, members=_MEMBERS), first)
         elif kind == "tuned":
-            made = of(recipe(*given))
+            generator = untrained(recipe(*limits))
         else:
-            made = of(default_recipe(*given, kind == "default"))
-        trained = _TRAINED_GENERATORS.setdefault((options, kind), made)
+            generator = untrained(default_recipe(*limits, kind == "default"))
+        trained = _TRAINED_GENERATORS.setdefault((options, kind), generator)
         return Ours(f"sidstream-{variant}", trained, head)
 
     return make

@@ -34,27 +34,29 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fast_bf16(where: torch.device) -> bool:
+def fast_bf16(processor: torch.device) -> bool:
     """Whether the processor has instructions for matrix products in bfloat16, which make them the faster."""
-    if where.type == "cuda":
+    if processor.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def resolved(arithmetic: Arithmetic, where: torch.device) -> Literal["float32", "bfloat16"]:
+def resolved_arithmetic(arithmetic: Arithmetic, processor: torch.device) -> Literal["float32", "bfloat16"]:
     """The type of matrix products in training on this device: "auto" is the faster one there.
 
     Weights, gradients and the optimizer are float32 in both cases. A processor without instructions for
     bfloat16 computes it in more time, with the same rounding.
     """
     if arithmetic == "auto":
-        return "bfloat16" if fast_bf16(where) else "float32"
+        return "bfloat16" if fast_bf16(processor) else "float32"
     return arithmetic
 
 
-def training_arithmetic(arithmetic: Arithmetic, where: torch.device) -> torch.autocast:
+def training_arithmetic(arithmetic: Arithmetic, processor: torch.device) -> torch.autocast:
     """The context in which training computes its losses, and a baseline its states."""
-    return torch.autocast(where.type, torch.bfloat16, enabled=resolved(arithmetic, where) == "bfloat16")
+    return torch.autocast(
+        processor.type, torch.bfloat16, enabled=resolved_arithmetic(arithmetic, processor) == "bfloat16"
+    )
 
 
 class Devices:
@@ -115,8 +117,8 @@ class ProcessGroup(Devices):
 
         with _together():
             sent = torch.tensor(numbers, dtype=torch.float64, device=self._state.device)
-            numbers_of_main: list[float] = broadcast(sent).tolist()
-        return numbers_of_main
+            main_numbers: list[float] = broadcast(sent).tolist()
+        return main_numbers
 
     def broadcast_weights(self, model: nn.Module) -> None:
         from accelerate.utils import broadcast

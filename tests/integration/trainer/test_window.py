@@ -32,24 +32,24 @@ def publish(kafka: KafkaSettings, events: Iterable[Event]) -> None:
 
 def sequences(window: Window) -> dict[str, list[str]]:
     prompt = Prompt((4, 4), 10)
-    known = training_catalogue(window.sids(CODEBOOK), {}, prompt)
-    log = window.user_sequences(known)
+    catalogue = training_catalogue(window.sids(CODEBOOK), {}, prompt)
+    log = window.user_sequences(catalogue)
     return {
-        user: [known.item_ids[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
+        user: [catalogue.item_ids[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
         for at, user in enumerate(log.users)
     }
 
 
 def shop_events() -> list[Event]:
-    made: list[Event] = []
+    events: list[Event] = []
     for number in range(4):
         item = f"i{number}"
-        made.append(CatalogItem.new(item_id=item, title=f"old title {number}", ts=T0))
-        made.append(CatalogItem.new(item_id=item, title=f"title {number}", ts=T0 + 1))
-        made.append(
+        events.append(CatalogItem.new(item_id=item, title=f"old title {number}", ts=T0))
+        events.append(CatalogItem.new(item_id=item, title=f"title {number}", ts=T0 + 1))
+        events.append(
             SidAssignment.new(item_id=item, sid=[number, 0], codebook=CODEBOOK, event_id=f"s{number}", ts=T0)
         )
-    return made
+    return events
 
 
 def pairs_of(window: Window) -> list[PreferencePair]:
@@ -88,8 +88,8 @@ def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
     assert [one.event_id for one in pairs_of(second)] == ["p1"]
     assert sequences(second) == {"u1": ["i1", "i2", "i2", "i3"]}
     prompt = Prompt((4, 4), 10)
-    made = second.user_sequences(training_catalogue(second.sids(CODEBOOK), {}, prompt))
-    assert made.fresh.tolist() == [False, False, False, True]
+    events_of_users = second.user_sequences(training_catalogue(second.sids(CODEBOOK), {}, prompt))
+    assert events_of_users.fresh.tolist() == [False, False, False, True]
     # From where no model was made yet, all of it is new; and nothing was read twice.
     whole = read_window(kafka, InteractionLog.open(tmp_path))
     assert whole.count_new() == 7
@@ -146,8 +146,8 @@ def test_topics_made_again_begin_anew_and_the_old_events_are_kept(
     after = read_window(kafka, InteractionLog.open(tmp_path), parent=before.ranges)
     assert after.count_new() == 1
     assert sequences(after) == {"u1": ["i1"] * 5 + ["i2"]}
-    made = after.user_sequences(training_catalogue(after.sids(CODEBOOK), {}, Prompt((4, 4), 10)))
-    assert made.fresh.tolist() == [False] * 5 + [True]
+    log = after.user_sequences(training_catalogue(after.sids(CODEBOOK), {}, Prompt((4, 4), 10)))
+    assert log.fresh.tolist() == [False] * 5 + [True]
 
 
 def test_a_changed_log_file_is_named(fresh_stack: FreshStack, tmp_path: Path) -> None:
