@@ -178,7 +178,7 @@ def catalogue_table_rows(
     codes = torch.from_numpy(rows.catalogue.codes).to(model.device)
     table = model.model.items.rows(codes)
     if bool((table < 0).any()):
-        raise ValueError("every item of the catalogue must be in the model's table: call know() first")
+        raise ValueError("every item of the catalogue must be in the model's table: call set_items() first")
     return table, scored_items(table, torch.from_numpy(rows.trained_items).to(model.device))
 
 

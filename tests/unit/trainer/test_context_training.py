@@ -34,7 +34,7 @@ BOOK = "00000000aaaaaaaa"
 
 
 @pytest.fixture(scope="module")
-def made() -> Shop:
+def tiny() -> Shop:
     return shop(users=120, scenes=True, epochs=20, batch_positions=128, lr=1e-2, patience=100)
 
 
