@@ -104,13 +104,13 @@ class Jury:
         return clicks / shown, purchases / clicks
 
 
-def jury(settings: Settings, bundle: Bundle) -> Jury:
-    """500 shoppers of the demo, by seed."""
+def jury(settings: Settings, bundle: Bundle, shoppers: int = SHOPPERS) -> Jury:
+    """So many shoppers of the demo, by seed."""
     log = source_of("online-retail")
     truth = Truth(list(log.catalogue()), settings.shoppers)
     everybody = population(truth, past_of(log))
     rng = np.random.default_rng(settings.shoppers.seed)
-    chosen = [everybody[i] for i in rng.choice(len(everybody), SHOPPERS, replace=False)]
+    chosen = [everybody[i] for i in rng.choice(len(everybody), shoppers, replace=False)]
     triggers = [shopper.trigger(truth, rng) for shopper in chosen]
     wanted = bundle.manifest.codebook
     newest = read_newest(settings.kafka, SidAssignment).values()
