@@ -45,7 +45,7 @@ def served(
 
 @pytest.fixture(scope="module")
 def index(made: Shop) -> SidIndex:
-    return SidIndex.build(np.array(made.known.sids), made.known.items)
+    return SidIndex.build(np.array(made.catalogue.sids), made.catalogue.item_ids)
 
 
 @pytest.mark.parametrize("weight", [0.2, 0.7, 1.0])
@@ -53,11 +53,11 @@ def test_serving_and_trainer_agree_on_every_place(
     made: Shop, model: GeneratorForCausalLM, served: OnnxGenerator, index: SidIndex, weight: float
 ) -> None:
     assert served.items is not None
-    found = CatalogueRanker(model, made.known.codes, made.sids, ITEMS).candidates(
+    found = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS).candidates(
         [np.array(h, int) for h in HISTORIES]
     )
     order = found.order(weight)
-    prompts = [[made.known.sids[item] for item in history] for history in HISTORIES]
+    prompts = [[made.catalogue.sids[item] for item in history] for history in HISTORIES]
     rankings = search(served, index, prompts, [[]] * 4, [ITEMS] * 4, 5, Dense(served.items, weight, EXACT))
     for row, ranking in enumerate(rankings):
         wanted = [f"i{item:02}" for item in order[row].tolist() if item >= 0]
@@ -94,7 +94,7 @@ def test_a_large_catalogue_is_ordered_among_the_beams_items(
     made: Shop, model: GeneratorForCausalLM, served: OnnxGenerator, index: SidIndex
 ) -> None:
     assert served.items is not None
-    prompts = [[made.known.sids[item] for item in history] for history in HISTORIES]
+    prompts = [[made.catalogue.sids[item] for item in history] for history in HISTORIES]
     exact = search(served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, Dense(served.items, 0.4, EXACT))
     beams = search(served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, Dense(served.items, 0.4, 0))
     # Every item is in the beam here, so both know all candidates.
@@ -105,11 +105,11 @@ def test_a_large_catalogue_is_ordered_among_the_beams_items(
 def test_a_new_item_is_scored_by_its_codes(served: OnnxGenerator, made: Shop) -> None:
     assert served.items is not None
     new = (3, 2, 4)
-    assert new not in made.known.sids
+    assert new not in made.catalogue.sids
     assert not served.items.extras(np.array([new])).any()
-    index = SidIndex.build(np.array([*made.known.sids, new]), [*made.known.items, "new"])
+    index = SidIndex.build(np.array([*made.catalogue.sids, new]), [*made.catalogue.item_ids, "new"])
     (ranking,) = search(
-        served, index, [[made.known.sids[0]]], [[]], [ITEMS + 1], 30, Dense(served.items, 1.0, EXACT)
+        served, index, [[made.catalogue.sids[0]]], [[]], [ITEMS + 1], 30, Dense(served.items, 1.0, EXACT)
     )
     assert index.leaf_of("new") in ranking.leaves.tolist()
 
@@ -117,17 +117,17 @@ def test_a_new_item_is_scored_by_its_codes(served: OnnxGenerator, made: Shop) ->
 def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(made: Shop, tmp_path: Path) -> None:
     new, title = (3, 2, 4), "A New Red Lantern"
     model = made.model(seed=6, text_size=256)
-    known = torch.from_numpy(made.known.codes)
-    model.set_items(known, torch.from_numpy(title_vectors(made.known.titles)))
+    known = torch.from_numpy(made.catalogue.codes)
+    model.set_items(known, torch.from_numpy(title_vectors(made.catalogue.titles)))
     export_generator(model, tmp_path)
     items = Items(tmp_path, SIZES)
-    index = SidIndex.build(np.array([*made.known.sids, new]), [*made.known.items, "new"])
+    index = SidIndex.build(np.array([*made.catalogue.sids, new]), [*made.catalogue.item_ids, "new"])
     leaf = index.leaf_of("new")
     codes = torch.tensor([made.prompt.tokens(new)])
     with torch.no_grad():
         alone = model.model.embed_items(codes)[0].numpy()
         model.set_items(
-            torch.cat((known, codes)), torch.from_numpy(title_vectors([*made.known.titles, title]))
+            torch.cat((known, codes)), torch.from_numpy(title_vectors([*made.catalogue.titles, title]))
         )
         told = model.model.embed_items(codes)[0].numpy()
     # While its title is not there, it is its codes; another item's coming is the next chance.
