@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.bundles.prompt import BOS, EOS, PAD, TITLE, Prompt
+from registry.bundles.prompt import BOS, PAD, TITLE, Prompt
 from tests.tiny_shop import SIZES, shop
 from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM, new_generator
