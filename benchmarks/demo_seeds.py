@@ -176,7 +176,7 @@ class Stack:
 
     def _behind(self) -> int:
         code = (
-            "from sidstream.settings import load; from streams.admin import lag;"
+            "from sidstream.settings import load; from streams.wire.admin import lag;"
             "settings = load(); print(lag(settings.kafka, settings.agents.group))"
         )
         made = subprocess.run(
@@ -196,10 +196,10 @@ class Stack:
 def judged(versions: dict[str, str]) -> dict[str, list[float]]:
     """True [CTR, CVR] by arm, of what the registry's versions show to 2,000 shoppers on the running stack."""
     from benchmarks.align import jury
-    from registry.store import Registry
+    from registry.bundles.store import Registry
     from sidstream.commands.train import prepare
     from sidstream.settings import load
-    from trainer.material import load_model
+    from trainer.cycle_inputs import load_model
 
     prepare()
     settings = load()

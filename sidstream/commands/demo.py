@@ -192,7 +192,7 @@ def planned_trial(
     """
     import math
 
-    from registry import plan
+    from registry.experiment import plan
 
     rollout, s = settings.rollout, settings.shoppers
     weights = (rollout.champion, rollout.sft, rollout.dpo)
