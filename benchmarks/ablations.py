@@ -25,12 +25,11 @@ from benchmarks.ensembles import Ensemble, distilled
 from benchmarks.results import RESULTS, asks_for_data, line, put_table
 from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import accuracy, hit_ranks
-from trainer.evaluation.models import Head
-from trainer.evaluation.ranker import MASKS, Mask
+from trainer.evaluation.ranker import MASKS, Head, Mask
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.sidstream_ranker import Recipe, Trained, recipe
 from trainer.evaluation.splits import Queries, Split, leave_one_out
-from trainer.offline.ranking import WEIGHTS
+from trainer.offline.ranking import DENSE_WEIGHTS
 
 BEGIN, END = "<!-- ablations -->\n", "<!-- end of ablations -->\n"
 Figures = dict[tuple[str, str, Mask], dict[str, np.ndarray]]
@@ -179,7 +178,7 @@ class Bench:
     def _weights(self, made: Trained) -> list[dict[str, Any]]:
         """The dense head's weight in the final score."""
         queries, lines = self._drawn(self.split.valid), []
-        for weight in WEIGHTS:
+        for weight in DENSE_WEIGHTS:
             lists = made.mixed(queries.histories, 10, "seen", weight)
             for metric, values in _counted(lists, queries.targets).items():
                 words = f"weight {weight} of the dense head"

@@ -38,11 +38,12 @@ from streams.state.redisdb import redis_client
 from streams.wire.topic_reader import read_newest_events, read_ranges
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
-from trainer.cycle_inputs import load_model, read_material
+from trainer.cycle_inputs import read_cycle_inputs
+from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Ranker
-from trainer.sequences.rows import Rows
+from trainer.offline.ranking import CatalogueRanker
+from trainer.sequences.rows import TrainingRows
 
 # What is compared: (name, changes of the settings `trainer.dpo`).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -86,7 +87,7 @@ class Jury:
         sids = list(self.items)
         row_of = {sid: row for row, sid in enumerate(sids)}
         codes = np.array([bundle.prompt.tokens(sid) for sid in sids], dtype=np.int64)
-        ranker = Ranker(model, codes, self.known, 2 * SHOWN)
+        ranker = CatalogueRanker(model, codes, self.known, 2 * SHOWN)
         users = [shopper.user_id for shopper in self.shoppers]
         said = self.context.rows([SCENE] * len(users), users, self.profiles)
         histories = [np.array([row_of[sid] for sid in prompt]) for prompt in self.prompts]
@@ -155,18 +156,18 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     court = jury(settings, bundle)
-    material = read_material(
+    material = read_cycle_inputs(
         settings.trainer, settings.kafka, registry, from_scratch=False,
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
     )  # fmt: skip
-    sequences = Rows(
+    sequences = TrainingRows(
         material.log,
         material.split,
-        material.known,
+        material.catalogue,
         material.tokenizer,
         material.prompt,
         settings.trainer,
-        material.ignored,
+        material.negative_feedback,
     )
     with tempfile.TemporaryDirectory() as folder:
         pairs = pairs_of(settings, bundle)

@@ -40,8 +40,8 @@ from trainer.evaluation.datasets import load
 from trainer.evaluation.metrics import accuracy, hit_ranks
 from trainer.evaluation.sidstream_ranker import Recipe, Trained, default_recipe
 from trainer.evaluation.splits import Queries, Split, by_time
-from trainer.offline.offline_check import held_probe
-from trainer.offline.quality import evaluate
+from trainer.offline.offline_check import held_out_probe
+from trainer.offline.quality import evaluate_held_out
 from trainer.offline.ranking import Candidates
 from trainer.sequences.batches import Int64
 
@@ -94,7 +94,7 @@ def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> Recipe:
 def measure(trained: Trained, queries: Queries, note: str) -> Figures:
     """A model's figures on the test queries."""
     lists = trained.rank(queries.histories, 10, "none", "mixed")
-    quality = evaluate(
+    quality = evaluate_held_out(
         trained.model, trained.held, trained.known, trained.set, trained.settings, trained.ranking
     )
     return _figures(lists, queries, 1 - quality.validity, note)
@@ -221,7 +221,7 @@ def aligned_to(
     dpo = tuned.settings.dpo.model_validate(tuned.settings.dpo.model_dump() | given)
     settings = tuned.settings.model_copy(update={"dpo": dpo})
     rows = preference_rows(pairs, "evaluation", tuned.set.prompt, dpo)
-    probe = held_probe(tuned.held, tuned.known, tuned.set, settings, tuned.ranking)
+    probe = held_out_probe(tuned.held, tuned.known, tuned.set, settings, tuned.ranking)
     with tempfile.TemporaryDirectory() as folder:
         model, result = align(
             tuned.model, tuned.tokenizer, rows, settings, Path(folder), sequences=tuned.rows, probe=probe

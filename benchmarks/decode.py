@@ -34,7 +34,7 @@ from serving.decoding.onnx_generator import OnnxGenerator
 from serving.decoding.sid_index import SidIndex
 from streams.replay import OnlineRetail, user_item_sequences
 from trainer.codebooks.fit import fit_codebook
-from trainer.generator.export import export
+from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM, new_generator
 
 Sid = tuple[int, ...]
@@ -169,7 +169,7 @@ def main() -> None:
         else:
             prompt, folder = Prompt(sizes, 50), Path(made)
             model = trained(prompt, pasts, given.steps)
-            export(model, folder)
+            export_generator(model, folder)
         torch.set_num_threads(given.threads)
         chosen = np.random.default_rng(0).permutation(len(pasts))[: given.histories]
         histories = [prompt_sids(pasts[at], None, prompt.max_items) for at in chosen]

@@ -199,7 +199,7 @@ def judged(versions: dict[str, str]) -> dict[str, list[float]]:
     from registry.bundles.store import Registry
     from sidstream.commands.train import set_thread_environment
     from sidstream.settings import load
-    from trainer.cycle_inputs import load_model
+    from trainer.generator.build import load_model
 
     set_thread_environment()
     settings = load()

@@ -13,9 +13,9 @@ from trainer.evaluation.sequences import Int64
 from trainer.evaluation.sidstream_ranker import Recipe, Trained
 from trainer.evaluation.splits import Split
 from trainer.offline.ranking import item_logits, sid_scores
-from trainer.sequences.batches import Pieces, pad_items
-from trainer.tuning.next_item import Scored, learned_states, pasts
-from trainer.tuning.soft_targets import Soft
+from trainer.sequences.batches import SequenceBatch, pad_items
+from trainer.tuning.next_item import ScoredItems, past_items, states_before_targets
+from trainer.tuning.soft_targets import SoftTargets
 
 _CHUNK = 256
 # Items that a teacher names at a position, and the share of a target's weight that they get.
@@ -76,16 +76,16 @@ def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progre
     student: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def teacher(pieces: Pieces, among: Scored | None) -> Soft:
+    def teacher(pieces: SequenceBatch, among: ScoredItems | None) -> SoftTargets:
         total = torch.zeros(int(pieces.learned.sum()), data.data.size)
         for member in ensemble.members:
             model = member.model.eval()
             rows = model.model.items.rows(torch.from_numpy(member.known.codes))
-            every, at, state = learned_states(model, pieces, rows)
-            (query, past), when = pasts(at, pieces.learned)
+            every, at, state = states_before_targets(model, pieces, rows)
+            (query, past), when = past_items(at, pieces.learned)
             asked = model.model.queries(state)
             logits = asked @ every.T
-            more = model.model.items.again_of(asked, query, when)
+            more = model.model.items.repeat_bias(asked, query, when)
             logits = logits.index_put((query, past), more, accumulate=True)
             total += logits.log_softmax(-1)[:, rows]
         if "rows" not in student:
@@ -93,10 +93,10 @@ def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progre
         total /= len(ensemble.members)
         if among is not None:
             # The student's softmax has no place for what nobody touched.
-            total[:, ~among.touched[student["rows"]]] = -torch.inf
+            total[:, ~among.is_scored[student["rows"]]] = -torch.inf
         best = total.topk(min(_NAMED, data.data.size), dim=1)
         items = student["rows"][best.indices]
-        return Soft(items if among is None else among.place[items], best.values.softmax(-1), _SHARE)
+        return SoftTargets(items if among is None else among.position[items], best.values.softmax(-1), _SHARE)
 
     made.fit(data, seed, progress, teacher)
     return made

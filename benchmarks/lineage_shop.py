@@ -42,14 +42,16 @@ from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
-from trainer.codebooks.fit import assign_keeping, fit_vectors
+from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offline_check import failing, held_probe
-from trainer.offline.quality import evaluate
-from trainer.offline.ranking import Ranker
-from trainer.sequences.rows import Rows, catalogue, hold_out, interactions
+from trainer.offline.offline_check import held_out_probe, reason_to_refuse
+from trainer.offline.quality import evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
+from trainer.sequences.held_out import hold_out_last_items
+from trainer.sequences.interactions import training_catalogue, user_sequences
+from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 from trainer.tuning.sft import train
@@ -156,7 +158,7 @@ class Shop:
         for at in order.tolist():
             self._remember(self.books.users[at], self.books.items[at])
         self.arms: dict[str, Version] = {}
-        self.rankers: dict[int, Ranker] = {}
+        self.rankers: dict[int, CatalogueRanker] = {}
         self.weights: dict[str, float] = {}
         self.seen: dict[str, np.ndarray] = {}
         self.versions = 0
@@ -164,11 +166,13 @@ class Shop:
     def _learn_items(self) -> None:
         names = sorted(self.titles)
         vectors = title_vectors([self.titles[name] for name in names])
-        made = fit_vectors(vectors, MADE, CodebookSettings.model_validate({"collaborative": 0.0}), 0)
+        made = fit_codebook_to_vectors(
+            vectors, MADE, CodebookSettings.model_validate({"collaborative": 0.0}), 0
+        )
         sids = assign_keeping(made, vectors, [None] * len(vectors))
         self.prompt = Prompt(made.sizes, self.settings.max_items)
-        self.known = catalogue(dict(zip(names, sids, strict=True)), self.titles, self.prompt)
-        self.row = {name: at for at, name in enumerate(self.known.items)}
+        self.known = training_catalogue(dict(zip(names, sids, strict=True)), self.titles, self.prompt)
+        self.row = {name: at for at, name in enumerate(self.known.item_ids)}
         self.sids = SidSet(self.known.sids, self.prompt)
         self.text = vectors
         self.tokenizer = build_tokenizer(self.prompt, self.known.titles, self.settings.max_words)
@@ -203,7 +207,7 @@ class Shop:
     def rank(self, version: Version, asked: list[Trigger]) -> list[list[int]]:
         """Rows of the ten best items of each request."""
         ranker = self.rankers.setdefault(
-            version.number, Ranker(version.model, self.known.codes, self.sids, 2 * SHOWN)
+            version.number, CatalogueRanker(version.model, self.known.codes, self.sids, 2 * SHOWN)
         )
         pages = [self.row[trigger.item_id or ""] for trigger in asked]
         pasts = [
@@ -211,7 +215,7 @@ class Shop:
             for trigger, page in zip(asked, pages, strict=True)
         ]
         if version.ranking.dense_weight == 1:
-            best = ranker.best(pasts, ranker.states(pasts), SHOWN + 1)
+            best = ranker.best_items(pasts, ranker.states(pasts), SHOWN + 1)
         else:
             best = ranker.candidates(pasts).order(version.ranking.dense_weight)
         return [
@@ -222,7 +226,7 @@ class Shop:
     def _reply(self, trigger: Trigger, rows: list[int]) -> Recommendation:
         arm = self.arm_of(trigger.user_id)
         items = [
-            RankedItem(item_id=self.known.items[row], sid=list(self.known.sids[row]), score=-1.0 - place)
+            RankedItem(item_id=self.known.item_ids[row], sid=list(self.known.sids[row]), score=-1.0 - place)
             for place, row in enumerate(rows)
         ]
         return Recommendation(
@@ -280,8 +284,8 @@ class Shop:
         """Candidates from the champion: fine-tuned and, where the lineage is aligned, aligned."""
         settings, books = self.settings, self.books
         fresh = np.arange(len(books.users)) >= self.read
-        log = interactions(books.users, books.ts, books.items, self.known, fresh, books.bought)
-        split = hold_out(log, settings, np.random.default_rng(settings.seed))
+        log = user_sequences(books.users, books.ts, books.items, self.known, fresh, books.bought)
+        split = hold_out_last_items(log, settings, np.random.default_rng(settings.seed))
         champion = self.arms.get(CHAMPION)
         changes: dict[str, Any] = {"max_seconds": seconds}
         if champion is None:
@@ -290,7 +294,7 @@ class Shop:
             model = copy.deepcopy(champion.tuned)
             changes["lr"] = settings.refresh_lr
         chosen = settings.model_copy(update=changes)
-        rows = Rows(log, split, self.known, self.tokenizer, self.prompt, chosen)
+        rows = TrainingRows(log, split, self.known, self.tokenizer, self.prompt, chosen)
         result = train(model, rows, self.sids, chosen)
         quality = result.quality
         assert quality is not None, "somebody is held out"
@@ -300,14 +304,14 @@ class Shop:
         made = [tuned]
         if champion is not None and self.aligned:
             pairs = preference_rows(self.pairs, MADE, self.prompt, chosen.dpo)
-            probe = held_probe(split.held, self.known, self.sids, chosen, quality.ranking)
+            probe = held_out_probe(split.held_out, self.known, self.sids, chosen, quality.ranking)
             with tempfile.TemporaryDirectory() as folder:
                 better, dpo = align(
                     model, self.tokenizer, pairs, chosen, Path(folder), sequences=rows, probe=probe
                 )
-            after = evaluate(better, split.held, self.known, self.sids, chosen, quality.ranking)
+            after = evaluate_held_out(better, split.held_out, self.known, self.sids, chosen, quality.ranking)
             said += f"; {len(pairs)} pairs, {dpo.steps} steps, HR@10 {after.hr10:.3f}, {dpo.stopped}"
-            if not failing(after, quality.hr10, chosen) and not dpo.failed(chosen.dpo.max_drop):
+            if not reason_to_refuse(after, quality.hr10, chosen) and not dpo.failed(chosen.dpo.max_drop):
                 self.versions += 1
                 made.append(Version(self.versions, "dpo", better, model, quality.ranking))
         self.tell(said)
@@ -366,7 +370,7 @@ class Shop:
         ]  # fmt: skip
         clicks = orders = shown = 0.0
         for shopper, trigger, rows in zip(some, asked, self.rank(version, asked), strict=True):
-            items = [self.known.items[row] for row in rows]
+            items = [self.known.item_ids[row] for row in rows]
             chance = self.truth.click_probability(shopper.taste, items, trigger.item_id)
             clicks += float(chance.sum())
             orders += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())

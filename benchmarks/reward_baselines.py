@@ -22,6 +22,7 @@ from trainer.evaluation.sidstream_ranker import Trained
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import pad_items
 from trainer.tuning.losses import softmax_loss
+from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 STEPS, BATCH, LR = 120, 64, 5e-4
 # Strength of the pull to the reference, in MODPO; weight of the next-item loss beside it, where it has one.
@@ -44,7 +45,7 @@ class Lesson:
 def lesson(made: Trained, histories: list[Int64], targets: Int64) -> Lesson:
     """Interactions with the twenty items that the model finds likely before each."""
     newest = [row[-made.settings.max_items :] for row in histories]
-    return Lesson(newest, targets, made.ranker.best(newest, made.ranker.states(newest), 20).numpy())
+    return Lesson(newest, targets, made.ranker.best_items(newest, made.ranker.states(newest), 20).numpy())
 
 
 def modpo(
@@ -121,12 +122,9 @@ def _trained(
     policy, random = copy.deepcopy(start).train(), np.random.default_rng(seed)
     policy.model.items.item_dropout = 0.0
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss(policy, random.integers(count, size=BATCH), random).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+    optimizer = ClippedAdamW(policy.parameters(), lr=LR)
+    batches = (random.integers(count, size=BATCH) for _ in range(STEPS))
+    train_on_batches(optimizer, batches, lambda rows: loss(policy, rows, random))
     return policy.eval()
 
 
@@ -137,7 +135,7 @@ def _logits(
     codes, lengths = pad_items([seen.histories[row] for row in rows.tolist()], made.known.codes)
     query = model.model.queries(model.encode(codes, lengths))
     every = model.model.items.vectors(model.model.embed_tokens.weight)
-    batch, past, more = model.model.again(query, model.model.items.rows(codes), lengths)
+    batch, past, more = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
     places = ((batch, past), more)
     if not whole:
         return query, query, every, places

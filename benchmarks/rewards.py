@@ -48,8 +48,8 @@ from trainer.evaluation.splits import Queries, Split, by_time
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Candidates
 from trainer.plots.png import png
-from trainer.rewards.labels import item_bins, purchased
-from trainer.rewards.online import Worth, refine
+from trainer.rewards.labels import item_bins, purchase_labels
+from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 
 K = 10
 ONLINE = "sidstream-rewards, online stage"
@@ -137,10 +137,12 @@ class Bench:
         chosen = {"rewards": rewards.model_copy(update={"online": online})}
         made, rows = copy.copy(first), copy.copy(first.rows)
         rows.settings = first.settings.model_copy(update=chosen)
-        worth = Worth(self.rewards, first.context, offers, purchased(rows.log, 0))
+        worth = RewardEvidence(self.rewards, first.context, offers, purchase_labels(rows.log, 0))
         model = copy.deepcopy(first.model)
-        result = refine(model, rows, first.set, worth, first.result.quality, partial(_tell, "online"))
-        _tell("online", result.told())
+        result = learn_from_own_answers(
+            model, rows, first.set, worth, first.result.quality, partial(_tell, "online")
+        )
+        _tell("online", result.summary())
         made.use(model)
         return made
 

@@ -68,13 +68,18 @@ def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
     found = {"next item HR@10": (hit_ranks(lists, queries.targets) >= 0).astype(float)}
     if queries.bought is not None:
         found["bought HR@10"] = found["next item HR@10"][queries.bought]
-    titles, words, codes, limits = made.rows.titles, made.rows.words, made.known.codes, made.settings.tasks
+    titles, words, codes, limits = (
+        made.rows.title_words,
+        made.rows.words,
+        made.known.codes,
+        made.settings.tasks,
+    )
     rng = np.random.default_rng(0)
     searches, targets, heard, wanted = [], [], [], []
     for past, target in zip(queries.histories, queries.targets.tolist(), strict=True):
         history = codes[past[-limits.history :]]
         if words.typical([titles[target]], 1):
-            searches.append(search_prompt(history, words.query(titles[target], limits.query_words, rng)))
+            searches.append(search_prompt(history, words.draw_query(titles[target], limits.query_words, rng)))
             targets.append(target)
         typical = words.typical([titles[item] for item in past[-limits.history :]], limits.summary_words)
         if typical:

@@ -121,8 +121,8 @@ class ContinuousDelivery:
         except SidstreamError as error:
             return self._journal_once(Turn("refuse", str(error)))
         if result.skipped:
-            return self._journal_once(Turn("skip", result.told()))
-        turn = Turn("train", result.told(), result.trial, details=result.as_dict())
+            return self._journal_once(Turn("skip", result.summary()))
+        turn = Turn("train", result.summary(), result.trial, details=result.as_dict())
         return self._journal_once(turn) if result.no_dpo else turn
 
     def _journal_once(self, turn: Turn) -> Turn:

@@ -24,9 +24,9 @@ def store_decision_plot(
     if record["mode"] == "guard":
         return None
     try:
-        from trainer.plots.figure import save_picture
+        from trainer.plots.trial_plot import save_trial_plot
 
-        return save_picture(registry, record, outcomes, settings)
+        return save_trial_plot(registry, record, outcomes, settings)
     except (ModuleNotFoundError, SidstreamError) as error:
         log.info("decision %s has no picture: %s", record["decision"], error)
         return None

@@ -22,8 +22,8 @@ from tests.tiny_shop import shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.tuning import broadcast
 from trainer.tuning.checkpoint import snapshot
-from trainer.tuning.devices import Devices, launched
-from trainer.tuning.pretrain import learn
+from trainer.tuning.devices import Devices, launched_devices
+from trainer.tuning.pretrain import pretrain_and_tune
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
 SHOP: dict[str, Any] = {
@@ -42,7 +42,7 @@ def averaged(devices: Devices) -> list[list[float] | None]:
         loss = None if own is None else own * model.weight.sum()
         if loss is not None:
             loss.backward()
-        shown = devices.average(model, None if own is None else torch.tensor(own))
+        shown = devices.average_gradients(model, None if own is None else torch.tensor(own))
         assert model.weight.grad is not None
         made += [model.weight.grad.flatten().tolist(), [shown]]
         made.append(None if model.bias.grad is None else model.bias.grad.tolist())
@@ -57,8 +57,8 @@ def followed(devices: Devices) -> list[list[float]]:
     """Mean, deviation and beta of a dynamic beta after each step, over what all processes have."""
     dynamic, made = DynamicBeta(0.1, gather=accelerate.Accelerator(cpu=True).gather), []
     for step in GAPS:
-        found = dynamic(torch.tensor(step[devices.rank]), training=True)
-        made.append([dynamic.mean, dynamic.deviation, found.beta])
+        actual = dynamic(torch.tensor(step[devices.rank]), training=True)
+        made.append([dynamic.mean, dynamic.deviation, actual.beta])
     return made
 
 
@@ -66,13 +66,13 @@ def lead(devices: Devices, folder: Path) -> None:
     """Train unbroken in one stage, unbroken in two, and in two with a pause in the middle of each."""
 
     def run(name: str, within: Path, dropout: float, stages: dict[str, Any], until: int | None = None) -> int:
-        made = shop(**SHOP | stages)
-        model = made.model(dropout=dropout)
-        broadcast.write(within, model, made.tokenizer, made.rows, made.settings)
+        tiny = shop(**SHOP | stages)
+        model = tiny.model(dropout=dropout)
+        broadcast.write_training_inputs(within, model, tiny.tokenizer, tiny.rows, tiny.settings)
         devices.send(within)
         calls = iter(range(1000))
-        result = learn(
-            model, made.rows, made.sids, made.settings, folder=within, devices=devices,
+        result = pretrain_and_tune(
+            model, tiny.rows, tiny.sids, tiny.settings, folder=within, devices=devices,
             stop=lambda: next(calls) == until,
         )  # fmt: skip
         save_file(snapshot(model), folder / f"{name}-{devices.rank}.safetensors")
@@ -84,18 +84,18 @@ def lead(devices: Devices, folder: Path) -> None:
     cuts = [run("cut", folder / "c", 0.2, STAGES, until) for until in (3, 3, steps - 8)]
     run("resumed", folder / "c", 0.2, STAGES)
     devices.leave()
-    seen = {
+    environment = {
         "steps": steps, "cuts": cuts, "left": sorted(set(os.environ) & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}),
         "processes": accelerate.PartialState().num_processes, "joined": torch.distributed.is_initialized(),
     }  # fmt: skip
-    (folder / "seen.json").write_text(json.dumps(seen))
+    (folder / "seen.json").write_text(json.dumps(environment))
 
 
 def main() -> None:
     """Lead or follow; `lost` names a folder that is not there."""
     folder, what = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    devices = launched()
+    devices = launched_devices()
     rank = devices.rank
     if what == "train":
         (folder / f"averaged-{rank}.json").write_text(json.dumps(averaged(devices)))
@@ -103,16 +103,16 @@ def main() -> None:
     if not devices.main:
         names = iter(("one", "two", "cut", "cut", "cut", "resumed"))
 
-        def kept(model: Any, *args: Any, **more: Any) -> Any:
-            result = learn(model, *args, **more)
+        def train_and_save(model: Any, *args: Any, **more: Any) -> Any:
+            result = pretrain_and_tune(model, *args, **more)
             save_file(snapshot(model), folder / f"{next(names)}-{rank}.safetensors")
             return result
 
-        broadcast.learn = kept
-        broadcast.follow(devices)
+        broadcast.pretrain_and_tune = train_and_save
+        broadcast.follow_main_process(devices)
     elif what == "lost":
         devices.send(folder / "nowhere")
-        devices.told([0.0])
+        devices.broadcast([0.0])
         devices.leave()
     else:
         lead(devices, folder)

@@ -10,7 +10,7 @@ import torch
 from registry.bundles.prompt import Prompt
 from streams.events import Exploration
 from tests.tiny_shop import ITEMS, sid_of
-from trainer.generator.constrained import SidSet, beam
+from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
 
 T0 = 1_600_000_000_000
@@ -29,14 +29,14 @@ def explore(
     named = {sid_of(item): item for item in range(ITEMS)}
     sids = SidSet(list(named), prompt)
     starts, lengths = random.integers(0, ITEMS, count), random.integers(1, 5, count)
-    made: list[tuple[Exploration, bool]] = []
+    explorations: list[tuple[Exploration, bool]] = []
     # One encoding for all: a walk is known by its start and its length.
     answers: dict[tuple[int, int], tuple[list[list[int]], list[float]]] = {}
     for at, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         walk = [sid_of((start + step) % ITEMS) for step in range(length)]
         if (start, length) not in answers:
             codes = torch.tensor([[prompt.tokens(sid) for sid in walk]])
-            best, scores = beam(model, model.encode(codes, torch.tensor([length])), sids, candidates)
+            best, scores = beam_search(model, model.encode(codes, torch.tensor([length])), sids, candidates)
             answers[start, length] = best[0].tolist(), scores[0].double().tolist()
         best_codes, log_probs = answers[start, length]
         raised = np.exp((np.array(log_probs) - max(log_probs)) / temperature)
@@ -49,8 +49,8 @@ def explore(
             chosen=chosen, propensity=float(chances[chosen]), candidates=best_codes, scores=log_probs,
             temperature=temperature, prompt=[list(sid) for sid in walk], codebook=codebook,
         )  # fmt: skip
-        made.append((event, clicked))
-    return made
+        explorations.append((event, clicked))
+    return explorations
 
 
 def explore_evenly(
@@ -62,7 +62,7 @@ def explore_evenly(
     draws them. A shopper clicks item n + 1 and nothing else. One millisecond lies between two.
     """
     random = np.random.default_rng(seed)
-    made: list[tuple[Exploration, bool]] = []
+    explorations: list[tuple[Exploration, bool]] = []
     for at in range(count):
         item = int(random.integers(ITEMS))
         others = random.permutation(np.setdiff1d(np.arange(ITEMS), (1, 5)))[: candidates - 2]
@@ -73,16 +73,16 @@ def explore_evenly(
             propensity=1 / candidates, candidates=[list(sid_of(int(one))) for one in shown],
             scores=[-1.0] * candidates, temperature=1.0, prompt=[list(sid_of(item))], codebook=codebook,
         )  # fmt: skip
-        made.append((event, bool(shown[chosen] == (item + 1) % ITEMS)))
-    return made
+        explorations.append((event, bool(shown[chosen] == (item + 1) % ITEMS)))
+    return explorations
 
 
 def exploration(number: int, **fields: Any) -> Exploration:
     """One exploration of user u, of two candidates in the tiny shop."""
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "event_id": f"e{number}", "request_id": f"r{number}", "ts": T0, "user_id": "u", "item_id": "i00",
         "propensity": 0.5, "chosen": 0, "candidates": [list(sid_of(0)), list(sid_of(1))],
         "scores": [-1.0, -1.0], "temperature": 1.0, "prompt": [list(sid_of(2))], "codebook": "c" * 16,
         "bundle": "b", "arm": "champion", "trial": "t",
     }  # fmt: skip
-    return Exploration.new(**given | fields)
+    return Exploration.new(**defaults | fields)

@@ -8,367 +8,355 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from registry.arms import CHAMPION, SFT
-from registry.bundles.bundle import Bundle, BundleKind, write_bundle
-from registry.bundles.context import write as write_context
-from registry.bundles.prompt import Sid
-from registry.bundles.ranking import Ranking
+from registry.bundles.bundle import BundleKind
 from registry.bundles.ranking import read as read_ranking
-from registry.bundles.ranking import write as write_ranking
-from registry.bundles.rewards import write as write_rewards
 from registry.bundles.store import Registry
 from registry.releases import release
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from trainer.alignment.stage import aligned
-from trainer.cycle_inputs import Material, load_model, only_one, read_material
-from trainer.cycle_result import CycleResult, Progress, Stages
-from trainer.generator.build import fresh_generator
-from trainer.generator.export import export, parity
+from trainer.alignment.stage import align_to_window
+from trainer.cycle_bundles import BundleWriter
+from trainer.cycle_inputs import CycleInputs, cycle_lock, read_cycle_inputs
+from trainer.cycle_result import CycleResult, ReportStage, StageReporter
+from trainer.generator.build import fresh_generator, load_model
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offline_check import check_finite, failing, failing_first
-from trainer.offline.offpolicy import Explored, judge
-from trainer.offline.quality import Quality, evaluate, hr_ndcg
-from trainer.plots.curve import draw
-from trainer.rewards.online import Worth, refine
-from trainer.sequences.rows import Rows, popular
+from trainer.offline.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
+from trainer.offline.offpolicy import judge_by_explorations
+from trainer.offline.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
+from trainer.plots.training_curve import draw_training_curve
+from trainer.rewards.online import RewardEvidence, learn_from_own_answers
+from trainer.sequences.interactions import items_by_popularity
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.broadcast import write
+from trainer.tuning.broadcast import write_training_inputs
 from trainer.tuning.devices import Devices
-from trainer.tuning.ensemble import learn_members
+from trainer.tuning.ensemble import train_ensemble
+from trainer.tuning.sft import SftResult
 
 Promoting = Callable[[], contextlib.AbstractContextManager[release.Publisher]]
-# Real histories in the parity check, beside the random ones.
-_PARITY_HISTORIES = 32
 
 
-def run_cycle(
-    settings: TrainerSettings,
-    kafka: KafkaSettings,
-    registry: Registry,
-    rollout: RolloutSettings,
-    promoting: Promoting,
-    *,
-    horizon_ms: int,
-    window_ms: int,
-    step: float = 1.0,
-    from_scratch: bool = False,
-    progress: Progress | None = None,
-    stop: Callable[[], bool] | None = None,
-    devices: Devices | None = None,
-) -> CycleResult:
-    """Run one update cycle and put its bundles in service (the first) or on trial (later ones).
+@dataclass
+class UpdateCycle:
+    """One update cycle, which puts its bundles in service (the first cycle) or on trial (later ones).
 
     `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
     how long after an answer its clicks may come, `window_ms` the attribution window of preference pairs,
     `step` the share of their full weights that challengers get at first. With several `devices` this is their
-    main process, and all of them train SFT. Raises SidstreamError where there is nothing to train on, another
-    cycle runs in the same home, or the offline check fails.
+    main process, and all of them train SFT. `stop()` says whether the cycle shall end, its checkpoint kept.
     """
-    result = CycleResult()
-    stages = Stages(progress, result.seconds)
-    torch.set_num_threads(settings.threads or torch.get_num_threads())
-    with only_one(settings.home):
-        running = registry.alias(SFT)
-        if running is not None:
-            result.skipped = f"version {running} is still on trial: end it with `sidstream gate --conclude`"
-            return result
-        material = read_material(
-            settings, kafka, registry, from_scratch=from_scratch, horizon_ms=horizon_ms, window_ms=window_ms,
-            reading=lambda count: stages.tell("window", f"{count:,} records"),
+
+    settings: TrainerSettings
+    kafka: KafkaSettings
+    registry: Registry
+    rollout: RolloutSettings
+    promoting: Promoting
+    horizon_ms: int = field(kw_only=True)
+    window_ms: int = field(kw_only=True)
+    step: float = field(default=1.0, kw_only=True)
+    from_scratch: bool = field(default=False, kw_only=True)
+    progress: ReportStage | None = field(default=None, kw_only=True)
+    stop: Callable[[], bool] | None = field(default=None, kw_only=True)
+    devices: Devices = field(default_factory=Devices, kw_only=True)
+    result: CycleResult = field(init=False, default_factory=CycleResult)
+    stages: StageReporter = field(init=False)
+    inputs: CycleInputs = field(init=False)
+    run_folder: Path = field(init=False)  # of checkpoints and exports, until the cycle is done
+
+    def run(self) -> CycleResult:
+        """Run the cycle. Raises SidstreamError where there is nothing to train on, another cycle runs in the
+        same home, or the offline check fails."""
+        self.stages = StageReporter(self.progress, self.result.seconds)
+        torch.set_num_threads(self.settings.threads or torch.get_num_threads())
+        with cycle_lock(self.settings.home):
+            self.result.skipped = self._reason_to_wait() or self._read_inputs()
+            if self.result.skipped:
+                return self.result
+            self._prepare_run_folder()
+            model, rows = self._fine_tune()
+            if self.result.sft is not None and self.result.sft.stopped == "interrupted":
+                self.result.skipped = (
+                    "interrupted: the checkpoint is kept, and the next cycle goes on from it"
+                )
+                return self.result
+            self._learn_rewards(model, rows)
+            self._check(model)
+            aligned_model = self._align(model, rows)
+            self._publish(model, aligned_model)
+            shutil.rmtree(self.run_folder, ignore_errors=True)
+        return self.result
+
+    def _reason_to_wait(self) -> str | None:
+        """Why there is no cycle now; None where there may be one."""
+        on_trial = self.registry.alias(SFT)
+        if on_trial is None:
+            return None
+        return f"version {on_trial} is still on trial: end it with `sidstream gate --conclude`"
+
+    def _read_inputs(self) -> str | None:
+        """Read the window; why it is too small for a cycle, None where it is not."""
+        self.inputs = inputs = read_cycle_inputs(
+            self.settings, self.kafka, self.registry, from_scratch=self.from_scratch,
+            horizon_ms=self.horizon_ms, window_ms=self.window_ms,
+            reading=lambda count: self.stages.report("window", f"{count:,} records"),
         )  # fmt: skip
-        result.events = material.window.count()
-        log = material.log
-        stages.done(
+        self.result.events = inputs.window.count_new()
+        self.stages.finish(
             "window",
-            f"{len(log):,} interactions of {len(log.users):,} users, {len(material.known.items):,} items; "
-            f"{result.events:,} events are new",
+            f"{len(inputs.log):,} interactions of {len(inputs.log.users):,} users, "
+            f"{len(inputs.catalogue.item_ids):,} items; {self.result.events:,} events are new",
         )
-        if result.events < settings.schedule.min_events:
-            result.skipped = (
-                f"{result.events} new clicks and purchases since the champion's window; "
-                f"a cycle takes at least {settings.schedule.min_events}"
-            )
-            return result
-        run = settings.home / "runs" / _run_id(material, settings)
-        for older in (settings.home / "runs").glob("*"):
-            # A run of another window is never gone on from.
-            if older != run:
-                shutil.rmtree(older, ignore_errors=True)
-        model, rows = _sft(material, settings, run, result, stages, stop, devices or Devices())
-        if result.sft is not None and result.sft.stopped == "interrupted":
-            result.skipped = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
-            return result
-        _online(material, model, rows, result, stages, stop)
-        # Named by what it was made of: a model that is refused has no bundle to be named by.
-        origin = f"bundle {material.start.id}" if material.start else "scratch"
-        candidate = f"candidate {run.name} (from {origin})"
-        check_finite(model)
-        refused = f"{candidate} failed its offline check and was not registered"
-        if failed := _sft_failing(material, settings, result):
-            raise SidstreamError(f"{refused}: {failed}")
-        ranking = result.sft.quality.ranking if result.sft and result.sft.quality else Ranking()
-        veto = _veto("sft", model, material.explored, settings, ranking, result, stages)
-        if veto:
-            raise SidstreamError(f"{refused}: {veto}")
-        better = None
-        if material.parent is None and registry.alias(CHAMPION) is None:
-            result.no_dpo = "the first model is aligned when pairs about its answers are there"
-        else:
-            better = _dpo(material, settings, window_ms, model, rows, run, result, stages, stop)
-        if better is not None:
-            veto = _veto("dpo", better, material.explored, settings, ranking, result, stages)
-            if veto:
-                result.no_dpo, better = f"it failed its offline check: {veto}", None
-        _publish(
-            material, settings, model, better, run, registry, rollout, step, promoting, result, stages,
+        least = self.settings.schedule.min_events
+        if self.result.events >= least:
+            return None
+        return (
+            f"{self.result.events} new clicks and purchases since the champion's window; "
+            f"a cycle takes at least {least}"
+        )
+
+    def _prepare_run_folder(self) -> None:
+        """Name the run by its inputs, so that the same inputs find its checkpoint; remove others."""
+        inputs = self.inputs
+        about = {
+            "window": {topic: sorted(parts.items()) for topic, parts in inputs.window.ranges.items()},
+            "parent": inputs.parent.id if inputs.parent else None, "codebook": inputs.codebook.id,
+            "settings": self.settings.model_dump(mode="json", exclude={"home", "schedule"}),
+        }  # fmt: skip
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        self.run_folder = self.settings.home / "runs" / name
+        for folder in self.run_folder.parent.glob("*"):
+            if folder != self.run_folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _fine_tune(self) -> tuple[GeneratorForCausalLM, TrainingRows]:
+        """The fine-tuned model, and the rows that it learned from."""
+        inputs, tokenizer = self.inputs, self.inputs.tokenizer
+        settings, start_model = self._refresh_settings(), self._start_model()
+        rows = TrainingRows(
+            inputs.log, inputs.split, inputs.catalogue, tokenizer, inputs.prompt, settings,
+            inputs.negative_feedback,
         )  # fmt: skip
-        shutil.rmtree(run, ignore_errors=True)
-    return result
 
+        def begin(own: TrainerSettings, part: TrainingRows, folder: Path | None) -> GeneratorForCausalLM:
+            model = start_model
+            if model is None:
+                model = fresh_generator(
+                    inputs.catalogue, inputs.text_vectors, inputs.prompt, len(tokenizer), own,
+                    inputs.context.size,
+                )  # fmt: skip
+            if folder and self.devices.count > 1:
+                write_training_inputs(folder, model, tokenizer, part, own)
+                self.devices.send(folder)
+            return model
 
-def _run_id(material: Material, settings: TrainerSettings) -> str:
-    about = {
-        "window": {topic: sorted(parts.items()) for topic, parts in material.window.ranges.items()},
-        "parent": material.parent.id if material.parent else None, "codebook": material.codebook.id,
-        "settings": settings.model_dump(mode="json", exclude={"home", "schedule"}),
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        model, self.result.sft = train_ensemble(
+            begin, rows, inputs.sids, settings, self.run_folder, stop=self.stop, devices=self.devices,
+            progress=lambda text: self.stages.report("sft", text),
+        )  # fmt: skip
+        self.devices.leave()
+        model.to("cpu")
+        self._report_fine_tuning(self.result.sft)
+        return model, rows
 
-
-def _sft(
-    material: Material, settings: TrainerSettings, run: Path, result: CycleResult, stages: Stages,
-    stop: Callable[[], bool] | None, devices: Devices,
-) -> tuple[GeneratorForCausalLM, Rows]:  # fmt: skip
-    """The fine-tuned model, and the rows that it learned from."""
-    tokenizer, start = material.tokenizer, None
-    if material.start is not None:
-        start, _ = load_model(material.start.model)
-        text = None if material.text is None else torch.from_numpy(material.text)
-        start.know(torch.from_numpy(material.known.codes), text)
-        settings = settings.model_copy(
+    def _refresh_settings(self) -> TrainerSettings:
+        """The settings of SFT: where there is a model to go on from, those of a refresh."""
+        settings = self.settings
+        if self.inputs.start_bundle is None:
+            return settings
+        return settings.model_copy(
             update={
-                "lr": settings.refresh_lr, "max_items": material.prompt.max_items,
+                "lr": settings.refresh_lr,
+                "max_items": self.inputs.prompt.max_items,
                 "members": 1,
                 # A champion has seen the whole log: a refresh is the stage after pretraining.
                 "pretrain": settings.pretrain.model_copy(update={"share": 0.0}),
             }
-        )  # fmt: skip
-        if len(material.split.held.targets):
-            ranking = read_ranking(material.start.path)
-            before = evaluate(start, material.split.held, material.known, material.sids, settings, ranking)
-            result.metrics |= _named("parent", before)
-    rows = Rows(
-        material.log, material.split, material.known, tokenizer, material.prompt, settings, material.ignored
-    )
+        )
 
-    def begin(own: TrainerSettings, part: Rows, folder: Path | None) -> GeneratorForCausalLM:
-        model = start
-        if model is None:
-            model = fresh_generator(
-                material.known, material.text, material.prompt, len(tokenizer), own, material.context.size
-            )
-        if folder and devices.count > 1:
-            write(folder, model, tokenizer, part, own)
-            devices.send(folder)
+    def _start_model(self) -> GeneratorForCausalLM | None:
+        """The model that SFT goes on from, with the whole catalogue, and measured; None: fresh weights."""
+        inputs = self.inputs
+        if inputs.start_bundle is None:
+            return None
+        model, _ = load_model(inputs.start_bundle.model)
+        text_vectors = None if inputs.text_vectors is None else torch.from_numpy(inputs.text_vectors)
+        model.set_items(torch.from_numpy(inputs.catalogue.codes), text_vectors)
+        if len(inputs.split.held_out.targets):
+            quality = evaluate_held_out(
+                model, inputs.split.held_out, inputs.catalogue, inputs.sids, self._refresh_settings(),
+                read_ranking(inputs.start_bundle.path),
+            )  # fmt: skip
+            self.result.metrics |= _quality_metrics("parent", quality)
         return model
 
-    model, result.sft = learn_members(
-        begin, rows, material.sids, settings, run, stop=stop, devices=devices,
-        progress=lambda text: stages.tell("sft", text),
-    )  # fmt: skip
-    devices.leave()
-    model.to("cpu")
-    result.metrics["sft/steps"] = float(result.sft.steps)
-    # A run whose budget ended before its first step has no loss, and JSON no number for that.
-    if math.isfinite(result.sft.loss):
-        result.metrics["sft/loss"] = result.sft.loss
-    told, shown = "", ""
-    if result.sft.pretraining:
-        first = result.sft.pretraining
-        result.metrics["pretrain/steps"] = float(first.steps)
-        result.metrics |= _named("pretrain", first.quality) if first.quality else {}
-        told = f"{first.epochs:.1f} epochs of pretraining ({first.stopped}), then "
-    if result.sft.quality:
-        result.metrics |= _named("sft", result.sft.quality)
-        rank = _popularity_ranks(material)
-        hr, ndcg = hr_ndcg(rank)
-        result.metrics |= {"popularity/hr10": hr, "popularity/ndcg10": ndcg}
-        shown = f", HR@10 {result.sft.quality.hr10:.3f} (popularity {hr:.3f})"
-    stages.done(
-        "sft", f"{told}{result.sft.epochs:.1f} epochs, {result.sft.steps} steps{shown}; {result.sft.stopped}"
-    )
-    return model, rows
+    def _report_fine_tuning(self, sft: SftResult) -> None:
+        metrics = self.result.metrics
+        metrics["sft/steps"] = float(sft.steps)
+        # A run whose budget ended before its first step has no loss, and JSON no number for that.
+        if math.isfinite(sft.loss):
+            metrics["sft/loss"] = sft.loss
+        before, ranking = "", ""
+        if sft.pretraining:
+            pretraining = sft.pretraining
+            metrics["pretrain/steps"] = float(pretraining.steps)
+            metrics |= _quality_metrics("pretrain", pretraining.quality) if pretraining.quality else {}
+            before = f"{pretraining.epochs:.1f} epochs of pretraining ({pretraining.stopped}), then "
+        if sft.quality:
+            metrics |= _quality_metrics("sft", sft.quality)
+            popularity_hr, popularity_ndcg = hr_ndcg(self._popularity_ranks())
+            metrics |= {"popularity/hr10": popularity_hr, "popularity/ndcg10": popularity_ndcg}
+            ranking = f", HR@10 {sft.quality.hr10:.3f} (popularity {popularity_hr:.3f})"
+        self.stages.finish(
+            "sft", f"{before}{sft.epochs:.1f} epochs, {sft.steps} steps{ranking}; {sft.stopped}"
+        )
+
+    def _popularity_ranks(self) -> torch.Tensor:
+        """Ranks (B,) from 0 of the held-out targets where items are ranked by popularity."""
+        inputs = self.inputs
+        by_popularity = list(items_by_popularity(inputs.log, inputs.catalogue, inputs.split.training_ends))
+        rank = np.empty(len(by_popularity), dtype=np.int64)
+        rank[by_popularity] = np.arange(len(by_popularity))
+        return torch.from_numpy(rank[inputs.split.held_out.targets])
+
+    def _learn_rewards(self, model: GeneratorForCausalLM, rows: TrainingRows) -> None:
+        """The online stage of rewards, where there is one. Its model replaces the one that SFT left."""
+        inputs, rewards, sft = self.inputs, self.inputs.rewards, self.result.sft
+        if not rows.settings.rewards.online.rounds or rewards is None or not rewards.mass or sft is None:
+            return
+        evidence = RewardEvidence(
+            rewards, inputs.context, inputs.offers, inputs.led_to_purchase, inputs.explorations
+        )
+        online = learn_from_own_answers(
+            model, rows, inputs.sids, evidence, sft.quality,
+            lambda text: self.stages.report("rewards", text), self.stop,
+        )  # fmt: skip
+        self.result.rewards = online
+        if online.quality and not online.refused:
+            sft.quality = online.quality
+            self.result.metrics |= _quality_metrics("rewards", online.quality)
+        self.stages.finish("rewards", online.summary())
+
+    def _check(self, model: GeneratorForCausalLM) -> None:
+        """The offline check of the fine-tuned model. Raises SidstreamError where it fails."""
+        start = self.inputs.start_bundle
+        # A refused model has no bundle id: its run and the bundle that it was trained from name it.
+        origin = f"bundle {start.id}" if start else "scratch"
+        check_finite(model)
+        reason = self._quality_failure() or self._offpolicy_veto("sft", model)
+        if reason:
+            raise SidstreamError(
+                f"candidate {self.run_folder.name} (from {origin}) failed its offline check and was not "
+                f"registered: {reason}"
+            )
+
+    def _quality_failure(self) -> str | None:
+        """Why the held-out users' figures refuse the model; None where they do not, or nobody is held out."""
+        quality = self.result.sft.quality if self.result.sft else None
+        if quality is None:
+            return None
+        if self.inputs.parent is None:
+            return reason_to_refuse_first(quality, self.result.metrics["popularity/hr10"], self.settings)
+        return reason_to_refuse(quality, self.result.metrics.get("parent/hr10"), self.settings)
+
+    def _offpolicy_veto(self, kind: str, model: GeneratorForCausalLM) -> str:
+        """Why explored answers refuse the model; empty where they do not, or there are none."""
+        explorations = self.inputs.explorations
+        if explorations is None:
+            return ""
+        verdict = judge_by_explorations(
+            model, explorations, self.settings.offpolicy, self.result.ranking().dense_weight
+        )
+        self.result.offpolicy[kind] = verdict
+        self.result.metrics |= {f"{kind}/{name}": value for name, value in verdict.metrics().items()}
+        self.stages.finish(f"{kind}-offpolicy", verdict.summary())
+        return verdict.sentence if verdict.vetoed else ""
+
+    def _align(self, model: GeneratorForCausalLM, rows: TrainingRows) -> GeneratorForCausalLM | None:
+        """The aligned model; None where there is none, and `result.no_dpo` says why."""
+        inputs, result = self.inputs, self.result
+        if inputs.parent is None and self.registry.alias(CHAMPION) is None:
+            result.no_dpo = "the first model is aligned when pairs about its answers are there"
+            return None
+        alignment = align_to_window(
+            inputs, self.settings, self.window_ms, model, result.sft.quality if result.sft else None,
+            self.run_folder / "dpo", sequences=rows, stop=self.stop,
+            report_progress=lambda text: self.stages.report("dpo", text),
+        )  # fmt: skip
+        result.pairs, result.withdrawn = alignment.pairs, alignment.withdrawn
+        result.dpo, result.no_dpo = alignment.dpo, alignment.refused
+        result.metrics |= alignment.metrics
+        if alignment.quality:
+            result.metrics |= _quality_metrics("dpo", alignment.quality)
+        self.stages.finish("dpo", alignment.summary)
+        if alignment.model is None:
+            return None
+        if veto := self._offpolicy_veto("dpo", alignment.model):
+            result.no_dpo = f"it failed its offline check: {veto}"
+            return None
+        return alignment.model
+
+    def _publish(self, model: GeneratorForCausalLM, aligned_model: GeneratorForCausalLM | None) -> None:
+        """Export the models, register their bundles, and put them in service or on trial."""
+        result, registry = self.result, self.registry
+        first = registry.alias(CHAMPION) is None
+        kind: BundleKind = "base" if first else "sft"
+        writer = BundleWriter(self.inputs, self.settings, self.result, self.run_folder)
+        bundles = {kind: writer.write(kind, model)}
+        if aligned_model is not None:
+            bundles["dpo"] = writer.write("dpo", aligned_model, reference=bundles[kind].id)
+        worst = max(result.metrics[f"{name}/parity"] for name in bundles)
+        self.stages.finish("export", f"{len(bundles)} bundle(s), parity {worst:.1g}")
+        params = writer.params()
+        for name, bundle in bundles.items():
+            result.bundles[name] = bundle.id
+            result.versions[name] = registry.register(bundle, result.metrics, params)
+        self._store_curves(kind)
+        with self.promoting() as publisher:
+            if first:
+                event = release.start(registry, publisher, result.versions[kind])
+            else:
+                event = release.start_trial(
+                    registry, publisher, result.versions[kind], result.versions.get("dpo"), self.rollout,
+                    self.step,
+                )  # fmt: skip
+        result.action, result.trial = event.action, event.trial
+        versions = ", ".join(f"{name} is version {version}" for name, version in result.versions.items())
+        self.stages.finish("register", f"{versions}; {'in service' if first else 'on trial'}")
+
+    def _store_curves(self, kind: BundleKind) -> None:
+        """Keep the learning curves of all stages beside the versions that they led to."""
+        result = self.result
+        curves: list[tuple[str, str, list[dict[str, float]]]] = []
+        if result.sft is not None:
+            if result.sft.pretraining is not None:
+                curves.append(("pretrain", kind, result.sft.pretraining.curve))
+            curves.append((kind, kind, result.sft.curve))
+            curves += [
+                (f"{kind}-member-{number}", kind, member.curve)
+                for number, member in enumerate(result.sft.members, 1)
+            ]
+        if result.dpo is not None:
+            curves.append(("dpo", "dpo", result.dpo.curve))
+        for stage, name, curve in curves:
+            if name in result.versions and curve:
+                self.registry.store_training(
+                    result.versions[name], stage, curve, draw_training_curve(stage, curve)
+                )
 
 
-def _online(
-    material: Material, model: GeneratorForCausalLM, rows: Rows, result: CycleResult, stages: Stages,
-    stop: Callable[[], bool] | None,
-) -> None:  # fmt: skip
-    """The online stage of rewards, where there is one; what it makes is what SFT made from here on."""
-    rewards, tuned = material.rewards, result.sft
-    if not rows.settings.rewards.online.rounds or rewards is None or not rewards.mass or tuned is None:
-        return
-    worth = Worth(rewards, material.context, material.offers, material.bought, material.explored)
-    made = refine(
-        model, rows, material.sids, worth, tuned.quality, lambda text: stages.tell("rewards", text), stop
-    )
-    result.rewards = made
-    if made.quality and not made.refused:
-        tuned.quality = made.quality
-        result.metrics |= _named("rewards", made.quality)
-    stages.done("rewards", made.told())
-
-
-def _popularity_ranks(material: Material) -> torch.Tensor:
-    top = list(popular(material.log, material.known, material.split.ends))
-    place = np.empty(len(top), dtype=np.int64)
-    place[top] = np.arange(len(top))
-    return torch.from_numpy(place[material.split.held.targets])
-
-
-def _named(stage: str, quality: Quality) -> dict[str, float]:
+def _quality_metrics(stage: str, quality: HeldOutQuality) -> dict[str, float]:
     numbers = {
-        "users": quality.users,
-        "hr10": quality.hr10,
-        "ndcg10": quality.ndcg10,
-        "validity": quality.validity,
-    }
+        "users": quality.users, "hr10": quality.hr10, "ndcg10": quality.ndcg10, "validity": quality.validity,
+        "dense_weight": quality.ranking.dense_weight,
+    }  # fmt: skip
     if quality.purchases:
         numbers["purchase_hr10"] = quality.purchase_hr10
-    return {
-        f"{stage}/{name}": float(value)
-        for name, value in (numbers | {"dense_weight": quality.ranking.dense_weight}).items()
-    }
-
-
-def _sft_failing(material: Material, settings: TrainerSettings, result: CycleResult) -> str | None:
-    quality = result.sft.quality if result.sft else None
-    if quality is None:
-        return None
-    if material.parent is None:
-        return failing_first(quality, result.metrics["popularity/hr10"], settings)
-    return failing(quality, result.metrics.get("parent/hr10"), settings)
-
-
-def _veto(
-    kind: str, model: GeneratorForCausalLM, logged: Explored | None, settings: TrainerSettings,
-    ranking: Ranking, result: CycleResult, stages: Stages,
-) -> str:  # fmt: skip
-    """Why explored answers refuse the model; empty where they do not, or there are none."""
-    if logged is None:
-        return ""
-    found = judge(model, logged, settings.offpolicy, ranking.dense_weight)
-    result.offpolicy[kind] = found
-    result.metrics |= {f"{kind}/{name}": value for name, value in found.metrics().items()}
-    stages.done(f"{kind}-offpolicy", found.told())
-    return found.sentence if found.vetoed else ""
-
-
-def _dpo(
-    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM, rows: Rows,
-    run: Path, result: CycleResult, stages: Stages, stop: Callable[[], bool] | None,
-) -> GeneratorForCausalLM | None:  # fmt: skip
-    tuned = result.sft.quality if result.sft else None
-    made = aligned(
-        material, settings, window_ms, model, tuned, run / "dpo", sequences=rows, stop=stop,
-        tell=lambda text: stages.tell("dpo", text),
-    )  # fmt: skip
-    result.pairs, result.withdrawn, result.dpo, result.no_dpo = (
-        made.pairs, made.withdrawn, made.dpo, made.refused
-    )  # fmt: skip
-    result.metrics |= made.metrics | (_named("dpo", made.quality) if made.quality else {})
-    stages.done("dpo", made.told)
-    return made.model
-
-
-def _bundle(
-    material: Material, settings: TrainerSettings, kind: BundleKind, model: GeneratorForCausalLM,
-    folder: Path, reference: str | None, result: CycleResult,
-) -> Bundle:  # fmt: skip
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder / "model")
-    material.tokenizer.save_pretrained(folder / "model")
-    export(model, folder)
-    write_ranking(result.sft.quality.ranking if result.sft and result.sft.quality else Ranking(), folder)
-    write_context(material.context, folder)
-    write_rewards(material.rewards, folder)
-    log, known = material.log, material.known
-    some = [
-        log.items[log.starts[u] : log.starts[u + 1]] for u in range(min(_PARITY_HISTORIES, len(log.users)))
-    ]
-    histories: list[list[Sid]] = [[known.sids[item] for item in items] for items in some]
-    result.metrics[f"{kind}/parity"] = parity(model, folder, histories, settings.seed)
-    bought = material.window.bought()
-    # Bought first; among items never bought, those clicked most.
-    looked = {known.items[at]: -place for place, at in enumerate(popular(log, known))}
-    ranked = sorted(known.items, key=lambda item: (-bought.get(item, 0), -looked[item], item))
-    return write_bundle(
-        folder, kind=kind, codebook=material.codebook, popular=ranked, max_items=material.prompt.max_items,
-        sids={number: span[1] for number, span in material.window.ranges["sids"].items()},
-        window=material.window.ranges, seed=settings.seed, metrics=dict(result.metrics),
-        parent=material.start.id if material.start else None, reference=reference,
-    )  # fmt: skip
-
-
-def _publish(
-    material: Material, settings: TrainerSettings, model: GeneratorForCausalLM,
-    better: GeneratorForCausalLM | None, run: Path, registry: Registry, rollout: RolloutSettings,
-    step: float, promoting: Promoting, result: CycleResult, stages: Stages,
-) -> None:  # fmt: skip
-    first = registry.alias(CHAMPION) is None
-    kind: BundleKind = "base" if first else "sft"
-    made = {kind: _bundle(material, settings, kind, model, run / kind, None, result)}
-    if better is not None:
-        made["dpo"] = _bundle(material, settings, "dpo", better, run / "dpo", made[kind].id, result)
-    stages.done(
-        "export", f"{len(made)} bundle(s), parity {max(result.metrics[f'{k}/parity'] for k in made):.1g}"
-    )
-    params = _params(settings, material)
-    for name, bundle in made.items():
-        result.bundles[name] = bundle.id
-        result.versions[name] = registry.register(bundle, result.metrics, params)
-    first_stage = result.sft.pretraining if result.sft else None
-    members = result.sft.members if result.sft else []
-    curves = (
-        ("pretrain", kind, first_stage), (kind, kind, result.sft), ("dpo", "dpo", result.dpo),
-        *((f"{kind}-member-{number}", kind, one) for number, one in enumerate(members, 1)),
-    )  # fmt: skip
-    for stage, of, run_of in curves:
-        if of in result.versions and run_of is not None and run_of.curve:
-            registry.store_training(result.versions[of], stage, run_of.curve, draw(stage, run_of.curve))
-    with promoting() as publisher:
-        if first:
-            event = release.start(registry, publisher, result.versions[kind])
-        else:
-            event = release.start_trial(
-                registry, publisher, result.versions[kind], result.versions.get("dpo"), rollout, step
-            )
-    result.action, result.trial = event.action, event.trial
-    shown = ", ".join(f"{name} is version {version}" for name, version in result.versions.items())
-    stages.done("register", f"{shown}; {'in service' if first else 'on trial'}")
-
-
-def _params(settings: TrainerSettings, material: Material) -> dict[str, Any]:
-    names = (
-        "seed", "members", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay",
-        "arithmetic",
-    )  # fmt: skip
-    params: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    for part in ("pretrain", "dpo"):
-        values = getattr(settings, part).model_dump(mode="json")
-        params |= {f"{part}.{name}": value for name, value in values.items()}
-    params |= {"codebook": material.codebook.id, "items": len(material.known.items)}
-    params["context"] = ", ".join(f"{name}: {len(v)}" for name, v in material.context.fields.items())
-    return params | {"parent": material.start.id if material.start else ""}
+    return {f"{stage}/{name}": float(value) for name, value in numbers.items()}

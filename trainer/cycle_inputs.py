@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from registry.arms import CHAMPION
 from registry.bundles.bundle import Bundle
@@ -28,21 +26,21 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
 from trainer.generator.constrained import SidSet
-from trainer.generator.model import GeneratorForCausalLM
-from trainer.log.log import Log
+from trainer.log.log import InteractionLog
 from trainer.log.window import Window, read_window
-from trainer.offline.offpolicy import Explored, explored
-from trainer.rewards.labels import grown, learned, purchased, told
-from trainer.rewards.negative_feedback import ignored
+from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
+from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
+from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.batches import Int64
-from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Catalogue, Interactions, Split, catalogue, hold_out
+from trainer.sequences.held_out import TrainingSplit, hold_out_last_items
+from trainer.sequences.interactions import Interactions, TrainingCatalogue, training_catalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 
 
 @dataclass(frozen=True)
-class Material:
+class CycleInputs:
     """Everything a cycle reads, read once."""
 
     window: Window
@@ -51,24 +49,28 @@ class Material:
     parent: Bundle | None  # the champion, after whose window this one begins; None: fresh weights
     # Whose weights SFT goes on from: the champion's or, where it is aligned, those it was aligned from. SFT
     # from aligned weights would undo what they learned of preferences, and the pairs be learned twice.
-    start: Bundle | None
-    known: Catalogue
+    start_bundle: Bundle | None
+    catalogue: TrainingCatalogue
     log: Interactions
-    split: Split
+    split: TrainingSplit
     sids: SidSet
-    text: npt.NDArray[np.float32] | None  # (I, T) a vector of each item's text; None: the generator sees none
+    # (I, T) a vector of each item's text; None: the generator sees none
+    text_vectors: npt.NDArray[np.float32] | None
     tokenizer: PreTrainedTokenizerFast
     context: Context  # the parent's; without one, what this window says often enough
     rewards: Rewards | None  # the parent's; without one, those of this window; None: nothing is known of any
     profiles: Mapping[str, Attributes]
     offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
-    bought: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
-    explored: Explored | None  # answers drawn by chance whose click window closed in this window
-    ignored: Answers | None  # those of them that were not clicked, where requests can ask for clicks
+    led_to_purchase: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
+    explorations: (
+        LoggedExplorations | None
+    )  # answers drawn by chance whose click window closed in this window
+    # Those of them that were not clicked, where requests can ask for clicks.
+    negative_feedback: LabelledAnswers | None
 
 
 @contextlib.contextmanager
-def only_one(home: Path) -> Iterator[None]:
+def cycle_lock(home: Path) -> Iterator[None]:
     """Hold the home folder's lock. Raises SidstreamError when another cycle has it."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("w") as file:
@@ -82,7 +84,7 @@ def only_one(home: Path) -> Iterator[None]:
         yield
 
 
-def read_material(
+def read_cycle_inputs(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
@@ -91,79 +93,101 @@ def read_material(
     horizon_ms: int,
     window_ms: int,
     reading: Callable[[int], None] | None = None,
-) -> Material:
-    """Read the window since the champion's. `reading(n)`: n records were read from Kafka so far.
+) -> CycleInputs:
+    """Read the window since the champion's. `reading(n)` is called after n records were read.
 
     A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
-    item within `window_ms` after it. Raises SidstreamError where no item has a SID, or nobody has touched
-    one.
+    item within `window_ms` after it. Raises SidstreamError where no item has a SID, or no event of such an
+    item is there.
     """
     codebook = registry.codebook()
-    parent = registry.fetch(CHAMPION) if registry.alias(CHAMPION) is not None and not from_scratch else None
-    if parent is not None and parent.manifest.codebook != codebook.id:
-        # Its codes mean other items: nothing of the weights carries over.
-        parent = None
-    read = 0
-
-    def advance(count: int) -> None:
-        nonlocal read
-        read += count
-        if reading:
-            reading(read)
-
-    window = read_window(
-        kafka, Log.open(settings.home / "log"), parent.manifest.window if parent else None, advance
-    )
+    parent = None if from_scratch else _parent_bundle(registry, codebook)
+    window = _read_new_window(settings, kafka, parent, reading)
     prompt = parent.prompt if parent else Prompt(codebook.sizes, settings.max_items)
+    records = window.catalogue_records()
+    catalogue = _catalogue_with_sids(window, codebook, records, prompt)
+    profiles = window.profiles()
+    tokenizer, context = _vocabulary(settings, window, parent, catalogue, profiles, prompt)
+    log = window.user_sequences(catalogue, without_reward_fields(context), profiles)
+    if not len(log):
+        raise SidstreamError(
+            "there are no clicks or purchases of known items to learn from: "
+            "send some, for example with `sidstream replay online-retail`"
+        )
+    offers = [records.get(item) for item in catalogue.item_ids]
+    led_to_purchase = purchase_labels(log, window_ms)
+    closed_explorations = window.explorations(horizon_ms)
+    unclicked = sum(not clicked for _, clicked in closed_explorations)
+    request_fields = len(without_reward_fields(context).fields)
+    if parent is None:
+        rewards = learn_rewards(offers, log, led_to_purchase, unclicked, settings.rewards)
+        context = with_reward_fields(context, rewards)
+    else:
+        rewards = read_rewards(parent.path)
+        rewards = rewards and extend_rewards(rewards, led_to_purchase, unclicked, settings.rewards, context)
+    log = with_reward_labels(log, offers, led_to_purchase, rewards, context)
+    explorations = logged_explorations(closed_explorations, codebook.id, prompt, settings.offpolicy, context)
+    return CycleInputs(
+        window=window, codebook=codebook, prompt=prompt, parent=parent,
+        start_bundle=registry.alignment_reference(parent) if parent else None, catalogue=catalogue, log=log,
+        split=hold_out_last_items(log, settings, np.random.default_rng(settings.seed)),
+        sids=SidSet(catalogue.sids, prompt),
+        text_vectors=title_vectors(catalogue.titles) if settings.text_inputs else None, tokenizer=tokenizer,
+        context=context, rewards=rewards, profiles=profiles, offers=offers, led_to_purchase=led_to_purchase,
+        explorations=explorations,
+        negative_feedback=unclicked_answers(explorations, catalogue, offers, rewards, context,
+        request_fields),
+    )  # fmt: skip
+
+
+def _parent_bundle(registry: Registry, codebook: Codebook) -> Bundle | None:
+    """The champion, where there is one and its codes mean the items of this codebook."""
+    if registry.alias(CHAMPION) is None:
+        return None
+    champion = registry.fetch(CHAMPION)
+    return champion if champion.manifest.codebook == codebook.id else None
+
+
+def _read_new_window(
+    settings: TrainerSettings, kafka: KafkaSettings, parent: Bundle | None,
+    reading: Callable[[int], None] | None,
+) -> Window:  # fmt: skip
+    """The window that begins where the parent's ended."""
+    total = 0
+
+    def advance(records: int) -> None:
+        nonlocal total
+        total += records
+        if reading:
+            reading(total)
+
+    log = InteractionLog.open(settings.home / "log")
+    return read_window(kafka, log, parent.manifest.window if parent else None, advance)
+
+
+def _catalogue_with_sids(
+    window: Window, codebook: Codebook, records: Mapping[str, CatalogItem], prompt: Prompt
+) -> TrainingCatalogue:
+    """The items that have a SID under the codebook. Raises SidstreamError where none has."""
     sids = window.sids(codebook.id)
     if not sids:
         raise SidstreamError(
             f"no item has a SID under codebook {codebook.id}: "
             "publish a catalogue, then `sidstream codebook fit`"
         )
-    listed = window.listed()
-    known = catalogue(sids, {item: one.title for item, one in listed.items()}, prompt)
-    profiles = window.profiles()
-    if parent is None:
-        tokenizer = build_tokenizer(prompt, known.titles, settings.max_words)
-        limits = settings.context
-        context = vocabulary(
-            window.said(profiles), len(tokenizer), limits.min_count, limits.max_values, limits.max_fields
-        )
-    else:
-        # A refresh says nothing that the weights have never heard.
-        tokenizer, context = AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
-    log = window.interactions(known, without_reward_fields(context), profiles)
-    if not len(log):
-        raise SidstreamError(
-            "there are no clicks or purchases of known items to learn from: "
-            "send some, for example with `sidstream replay online-retail`"
-        )
-    offers, bought = [listed.get(item) for item in known.items], purchased(log, window_ms)
-    found = window.explorations(horizon_ms)
-    unclicked = sum(not clicked for _, clicked in found)
-    if parent is None:
-        rewards = learned(offers, log, bought, unclicked, settings.rewards)
-        said, context = len(context.fields), with_reward_fields(context, rewards)
-    else:
-        said, rewards = len(without_reward_fields(context).fields), read_rewards(parent.path)
-        rewards = rewards and grown(rewards, bought, unclicked, settings.rewards, context)
-    log = told(log, offers, bought, rewards, context)
-    logged = explored(found, codebook.id, prompt, settings.offpolicy, context)
-    split = hold_out(log, settings, np.random.default_rng(settings.seed))
-    text = None
-    if settings.text_inputs:
-        text = title_vectors(known.titles)
-    start = registry.alignment_reference(parent) if parent else None
-    return Material(
-        window, codebook, prompt, parent, start, known, log, split, SidSet(known.sids, prompt), text,
-        tokenizer, context, rewards, profiles, offers, bought, logged,
-        ignored(logged, known, offers, rewards, context, said),
+    return training_catalogue(sids, {item: record.title for item, record in records.items()}, prompt)
+
+
+def _vocabulary(
+    settings: TrainerSettings, window: Window, parent: Bundle | None, catalogue: TrainingCatalogue,
+    profiles: Mapping[str, Attributes], prompt: Prompt,
+) -> tuple[PreTrainedTokenizerFast, Context]:  # fmt: skip
+    """The parent's tokenizer and context, since its weights have no other tokens; else this window's."""
+    if parent is not None:
+        return AutoTokenizer.from_pretrained(parent.model), read_context(parent.path)
+    tokenizer = build_tokenizer(prompt, catalogue.titles, settings.max_words)
+    limits = settings.context
+    return tokenizer, vocabulary(
+        window.context_counts(profiles), len(tokenizer), limits.min_count, limits.max_values,
+        limits.max_fields,
     )  # fmt: skip
-
-
-def load_model(folder: Path) -> tuple[GeneratorForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer of a bundle's model/ folder, on the CPU in float32."""
-    transformers_logging.disable_progress_bar()
-    model = GeneratorForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)

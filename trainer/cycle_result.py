@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.offline.offpolicy import OffPolicy
+from registry.bundles.ranking import Ranking
+from trainer.offline.offpolicy import OffPolicyVerdict
 from trainer.offline.quality import for_json
 from trainer.rewards.online import OnlineResult
 from trainer.tuning.sft import SftResult
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
 
 # progress(stage, text, last): `last` marks the one line that stays of a stage.
-Progress = Callable[[str, str, bool], None]
+ReportStage = Callable[[str, str, bool], None]
 
 
 @dataclass
@@ -34,16 +35,20 @@ class CycleResult:
     no_dpo: str | None = None  # why there is no DPO model
     sft: SftResult | None = None
     dpo: DpoResult | None = None
-    offpolicy: dict[str, OffPolicy] = field(default_factory=dict)  # kind -> what explored answers say
+    offpolicy: dict[str, OffPolicyVerdict] = field(default_factory=dict)  # kind -> what explored answers say
     metrics: dict[str, float] = field(default_factory=dict)
     rewards: OnlineResult | None = None  # of the online stage; None: there was none
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def ranking(self) -> Ranking:
+        """How the two heads of the cycle's models are mixed."""
+        return self.sft.quality.ranking if self.sft and self.sft.quality else Ranking()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return for_json(self)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What the cycle did, in a sentence."""
         if self.skipped:
             return f"nothing trained: {self.skipped}"
@@ -53,19 +58,19 @@ class CycleResult:
         return f"registered {shown}, {where}{reason}"
 
 
-class Stages:
+class StageReporter:
     """One line a stage, and its seconds."""
 
-    def __init__(self, progress: Progress | None, seconds: dict[str, float]) -> None:
+    def __init__(self, progress: ReportStage | None, seconds: dict[str, float]) -> None:
         self._progress, self._seconds = progress, seconds
         self._began = time.monotonic()
 
-    def tell(self, stage: str, text: str) -> None:
+    def report(self, stage: str, text: str) -> None:
         """Say how far the stage is."""
         if self._progress:
             self._progress(stage, text, False)
 
-    def done(self, stage: str, text: str) -> None:
+    def finish(self, stage: str, text: str) -> None:
         """End the stage."""
         now = time.monotonic()
         self._seconds[stage] = now - self._began

@@ -1,4 +1,4 @@
-"""`sidstream trainer`: an update cycle every so often, one at a time, until SIGTERM."""
+"""`sidstream trainer`: periodic update cycles, one at a time, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ _JOB = "cycle"
 def run_periodically(
     cycle: Callable[[Callable[[], bool]], CycleResult],
     schedule: ScheduleSettings,
-    told: Callable[[CycleResult | SidstreamError], None],
+    on_result: Callable[[CycleResult | SidstreamError], None],
     ended: threading.Event | None = None,
 ) -> None:
-    """Call `cycle(stop)` now and then, until `ended` is set (by SIGTERM and SIGINT where it is not given).
+    """Call `cycle(stop)` periodically, until `ended` is set (by SIGTERM and SIGINT where it is not given).
 
-    Starts that fall into a running cycle, or that were missed while the machine slept, become one. `told`
-    gets each result, or the error that ended a cycle: the next one starts all the same. On the way out the
-    running cycle is asked to stop, writes its checkpoint, and is waited for.
+    Starts that fall into a running cycle, or that were missed while the machine slept, become one.
+    `on_result` gets each result, or the error that ended a cycle: the next one starts all the same. On the
+    way out the running cycle is asked to stop, writes its checkpoint, and is waited for.
     """
     finish = ended or on_signal()
 
-    def one() -> None:
+    def run_once() -> None:
         try:
-            told(cycle(finish.is_set))
+            on_result(cycle(finish.is_set))
         except SidstreamError as error:
-            told(error)
+            on_result(error)
         except Exception:
             # A fault of ours must not end the service in silence; the next cycle may do better.
             _LOG.exception("the cycle failed")
-            told(SidstreamError("the cycle failed by a fault of the trainer: see the log for the traceback"))
+            on_result(
+                SidstreamError("the cycle failed by a fault of the trainer: see the log for the traceback")
+            )
 
     # The library tells of every start and miss; the results say it better.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     scheduler = BackgroundScheduler(timezone=datetime.UTC)
     now = datetime.datetime.now(datetime.UTC)
     scheduler.add_job(
-        one, "interval", minutes=schedule.every_minutes, id=_JOB, max_instances=1, coalesce=True,
+        run_once, "interval", minutes=schedule.every_minutes, id=_JOB, max_instances=1, coalesce=True,
         misfire_grace_time=max(1, round(schedule.misfire_minutes * 60)),
         next_run_time=now + datetime.timedelta(minutes=schedule.first_after_minutes),
     )  # fmt: skip

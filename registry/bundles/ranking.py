@@ -16,6 +16,11 @@ import numpy.typing as npt
 from streams.errors import SidstreamError
 
 RANKING = "ranking.json"
+# The dense head adds a repeat bias to items of the user's history. It depends on buckets of the item's last
+# distance (1 for the newest item) and of how often the history has it: the first number of each bucket is
+# here, and the last bucket has no end. Trainer and serving read these, so that both have the same buckets.
+DISTANCE_STARTS = (1, 2, 3, 5, 9, 17, 33, 65)
+COUNT_STARTS = (1, 2, 3, 5, 9)
 # Items of the history that are left out. always: none. never: all. bought: those that were bought. within:
 # those with an interaction in the last `within_s` seconds.
 RepeatPolicy = Literal["always", "never", "bought", "within"]

@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from registry.bundles.embedder import title_vectors
+from registry.bundles.ranking import COUNT_STARTS, DISTANCE_STARTS
 from serving.decoding.sid_index import Ints, SidIndex
 from streams.errors import SidstreamError
 
 ITEMS = "items.safetensors"
-# The first rows of the tensor `again` hold the weights by an item's last distance, the others by its count.
-DISTANCES = 8
+# Rows of the tensor `again`: those for the last distance of an item in the history, then those for its count.
+_REPEAT_ROWS = len(DISTANCE_STARTS) + len(COUNT_STARTS)
 Floats = NDArray[np.float32]
 
 
-def _log2_bucket(numbers: Ints, buckets: int) -> Ints:
-    """1, 2, 3 to 4, 5 to 8, ... -> 0, 1, 2, 3, ..., the last one for all beyond."""
-    return np.minimum(np.ceil(np.log2(numbers)).astype(np.int64), buckets - 1)
+def _bucket(numbers: Ints, starts: Sequence[int]) -> Ints:
+    """The bucket (n,) of each number (n,), where bucket b begins at starts[b]."""
+    return np.searchsorted(starts, numbers, side="right") - 1
 
 
 class ItemVectors:
@@ -54,7 +55,7 @@ class ItemVectors:
             raise SidstreamError(f"{path} does not open ({error}); export the bundle again") from error
         self._sizes = tuple(sizes)
         fits = self._codes.shape[0] == sum(sizes) and sids.shape == (len(own_vectors), len(sizes))
-        if not fits or self._repeat_weights.ndim != 2 or len(self._repeat_weights) <= DISTANCES:
+        if not fits or self._repeat_weights.ndim != 2 or len(self._repeat_weights) != _REPEAT_ROWS:
             raise SidstreamError(
                 f"{path} is not of a codebook of {self._sizes}, or of an earlier generator; "
                 "export the bundle again"
@@ -125,8 +126,8 @@ class ItemVectors:
         the end of the history, 1 for the newest item; counts (n,): how often the history has the item.
         """
         repeat_logits = query @ self._repeat_weights.T
-        distance_rows = _log2_bucket(distances, DISTANCES)
-        count_rows = DISTANCES + _log2_bucket(counts, repeat_logits.shape[1] - DISTANCES)
+        distance_rows = _bucket(distances, DISTANCE_STARTS)
+        count_rows = len(DISTANCE_STARTS) + _bucket(counts, COUNT_STARTS)
         bias: Floats = repeat_logits[owner, distance_rows] + repeat_logits[owner, count_rows]
         return bias
 

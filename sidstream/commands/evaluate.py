@@ -127,9 +127,9 @@ class _Table:
 
 def _model_names(models: str | None, against: str | None) -> Sequence[str]:
     """The models that --models names; --against must be one of them."""
-    from trainer.evaluation.models import DEFAULT, chosen
+    from trainer.rankers import DEFAULT, checked_names
 
-    names = chosen(models.split(",") if models else DEFAULT)
+    names = checked_names(models.split(",") if models else DEFAULT)
     if against is not None and against not in names:
         raise SidstreamError(
             f"--against is {against!r}, but the models are {', '.join(names)}: name one of them"
@@ -195,9 +195,9 @@ def _measure(
     table: _Table, split: Split, masks: Sequence[Mask], show: Callable[[str], None]
 ) -> list[Measured]:
     """Every model's runs; a seed's models together, so that models which share a training do."""
-    from trainer.evaluation.models import MODELS, Options
     from trainer.evaluation.run import evaluate as run
     from trainer.evaluation.run import with_means
+    from trainer.rankers import MODELS, Options
 
     options = Options(table.max_seconds, arithmetic=table.arithmetic)
     measured: list[Measured] = []

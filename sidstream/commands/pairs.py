@@ -14,8 +14,8 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from sidstream.settings import Settings
     from streams.events import PreferencePair
-    from trainer.alignment.pairs_report import Counts, Group, PairsReport
-    from trainer.log.pair_filter import Withdrawal
+    from trainer.alignment.pairs_report import Distribution, PairGroup, PairsReport
+    from trainer.log.pair_filter import FilteredPairs
 
 app = typer.Typer(help="The preference pairs that alignment learns from.", no_args_is_help=True)
 
@@ -52,28 +52,28 @@ def report(
     emit(pair_report.as_dict(), as_json, _report_text(pair_report))
 
 
-def _withdrawn_by_the_log(settings: Settings, pairs: list[PreferencePair]) -> Withdrawal | None:
+def _withdrawn_by_the_log(settings: Settings, pairs: list[PreferencePair]) -> FilteredPairs | None:
     """The pairs that the trainer's log contradicts; None where this machine has no such log."""
-    from trainer.log.log import Log
-    from trainer.log.pair_filter import withdraw
+    from trainer.log.log import InteractionLog
+    from trainer.log.pair_filter import withdraw_contradicted
 
-    log = Log.open(settings.trainer.home / "log")
+    log = InteractionLog.open(settings.trainer.home / "log")
     if not {"purchases", "clicks"} & {file.topic for file in log.files}:
         return None
     purchases, clicks = (log.read(topic, {}, 0)[0] for topic in ("purchases", "clicks"))
-    return withdraw(pairs, purchases, clicks, settings.agents.window_ms)
+    return withdraw_contradicted(pairs, purchases, clicks, settings.agents.window_ms)
 
 
 def _write_plots(pair_report: PairsReport, folder: Path) -> None:
     try:
-        from trainer.alignment.pairs_plot import draw
+        from trainer.alignment.pairs_plot import draw_pairs_report
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SidstreamError(f"--plots {folder}: {error.strerror}; name a folder that can be made") from error
-    for name, content in draw(pair_report).items():
+    for name, content in draw_pairs_report(pair_report).items():
         (folder / name).write_bytes(content)
 
 
@@ -103,7 +103,7 @@ def _report_text(report: PairsReport) -> str:
     return "\n".join(lines)
 
 
-def _group_lines(group: Group) -> list[str]:
+def _group_lines(group: PairGroup) -> list[str]:
     shared = ", ".join(f"first {level} {share:.1%}" for level, share in enumerate(group.shared, start=1))
     return [
         f"{group.scheme}, codebook {group.codebook}: {group.pairs:,} pairs of {group.users:,} users",
@@ -114,7 +114,7 @@ def _group_lines(group: Group) -> list[str]:
     ]
 
 
-def _spread(counts: Counts) -> str:
+def _spread(counts: Distribution) -> str:
     return (
         f"mean {counts.mean:.1f}, median {counts.median:g}, 90 % at most {counts.p90:g}, most {counts.most}"
     )

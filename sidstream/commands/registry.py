@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from streams.events import Rollout
     from streams.wire.client import Client
     from trainer.codebooks.embedding_cache import CachedEmbedder
-    from trainer.codebooks.fit import Fit, Old
-    from trainer.codebooks.report import Report
+    from trainer.codebooks.fit import FittedCodebook, ReplacedCodebook
+    from trainer.codebooks.report import CodebookReport
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
@@ -33,7 +33,7 @@ def codebook_fit(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the codebook to the catalogue and publish every item's SID; needs the extra `train`.
+    """FittedCodebook the codebook to the catalogue and publish every item's SID; needs the extra `train`.
 
     Example: sidstream codebook fit
     """
@@ -42,7 +42,7 @@ def codebook_fit(
 
     try:
         from trainer.codebooks.embedders import encoder_folder
-        from trainer.codebooks.report import report
+        from trainer.codebooks.report import codebook_report
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
 
@@ -63,11 +63,11 @@ def codebook_fit(
     _publish_assignments(settings, fit)
     # Last: agents that find a current codebook find every item's SID before it.
     registry.publish_codebook(fit.codebook, encoder_folder(embedder))
-    measures = report(fit.codebook, fit.sids, fit.vectors)
+    measures = codebook_report(fit.codebook, fit.sids, fit.vectors)
     result = _fit_result(settings, fit, embedder.id, measures)
     text = _fit_text(fit, measures)
     if old is not None:
-        items_kept = fit.kept(old)
+        items_kept = fit.unchanged_sids(old)
         result |= {"replaced": current, "kept": items_kept, "had": len(old.sids)}
         text += f"; {items_kept} of {len(old.sids)} items keep the SID that they had under {current}"
         if len(old.codebook.sizes) != len(fit.codebook.sizes):
@@ -75,22 +75,24 @@ def codebook_fit(
     emit(result, as_json, text)
 
 
-def _old_assignments(settings: Settings, registry: Registry, current: str) -> Old:
+def _old_assignments(settings: Settings, registry: Registry, current: str) -> ReplacedCodebook:
     """The current codebook and the SIDs that items have under it."""
     from streams.events import SidAssignment
     from streams.wire.topic_reader import read_newest_events
-    from trainer.codebooks.fit import Old
+    from trainer.codebooks.fit import ReplacedCodebook
 
     assigned = read_newest_events(settings.kafka, SidAssignment).values()
     sids = {event.item_id: tuple(event.sid) for event in assigned if event.codebook == current}
-    return Old(registry.codebook(current), sids)
+    return ReplacedCodebook(registry.codebook(current), sids)
 
 
-def _fit_to_catalogue(settings: Settings, registry: Registry, old: Old | None) -> tuple[Fit, CachedEmbedder]:
+def _fit_to_catalogue(
+    settings: Settings, registry: Registry, old: ReplacedCodebook | None
+) -> tuple[FittedCodebook, CachedEmbedder]:
     """A codebook fitted to Kafka's catalogue, and the embedder that it was fitted with."""
     from streams.events import CatalogItem
     from streams.wire.topic_reader import read_newest_events
-    from trainer.codebooks.co_interactions import touched
+    from trainer.codebooks.co_interactions import read_item_sequences
     from trainer.codebooks.embedders import open_embedder
     from trainer.codebooks.fit import fit_codebook
 
@@ -98,7 +100,7 @@ def _fit_to_catalogue(settings: Settings, registry: Registry, old: Old | None) -
     with status("loading the embedder"):
         embedder = open_embedder(settings.codebook.embedder, registry.cache)
     sequences = (
-        touched(settings.kafka, sorted(item.item_id for item in items))
+        read_item_sequences(settings.kafka, sorted(item.item_id for item in items))
         if settings.codebook.collaborative
         else []
     )
@@ -107,7 +109,7 @@ def _fit_to_catalogue(settings: Settings, registry: Registry, old: Old | None) -
     return fit, embedder
 
 
-def _publish_assignments(settings: Settings, fit: Fit) -> None:
+def _publish_assignments(settings: Settings, fit: FittedCodebook) -> None:
     from streams.events import SidAssignment
     from streams.wire.client import Client
 
@@ -125,7 +127,9 @@ def _publish_assignments(settings: Settings, fit: Fit) -> None:
         client.publish_all(assignments, advance)
 
 
-def _fit_result(settings: Settings, fit: Fit, embedder: str, measures: Report) -> dict[str, Any]:
+def _fit_result(
+    settings: Settings, fit: FittedCodebook, embedder: str, measures: CodebookReport
+) -> dict[str, Any]:
     assert measures.greedy is not None, "a report with vectors has the greedy assignment"
     return {
         "codebook": fit.codebook.id, "sizes": fit.codebook.sizes, "items": len(fit.sids),
@@ -136,7 +140,7 @@ def _fit_result(settings: Settings, fit: Fit, embedder: str, measures: Report) -
     }  # fmt: skip
 
 
-def _fit_text(fit: Fit, measures: Report) -> str:
+def _fit_text(fit: FittedCodebook, measures: CodebookReport) -> str:
     assert measures.greedy is not None, "a report with vectors has the greedy assignment"
     sizes = fit.codebook.sizes
     return (

@@ -14,7 +14,7 @@ from streams.errors import SidstreamError
 if TYPE_CHECKING:
     from sidstream.settings import Settings
     from streams.events import CatalogItem
-    from trainer.codebooks.report import Report, Shared
+    from trainer.codebooks.report import CodebookReport, SharedPrefixes
 
 app = typer.Typer(help="The semantic IDs of the items.", no_args_is_help=True)
 
@@ -72,13 +72,13 @@ def report(
     else:
         sid_report = _report_on_current(settings)
     if plot:
-        from trainer.codebooks.codes_plot import draw
+        from trainer.codebooks.codes_plot import draw_codebook_report
 
-        plot.write_bytes(draw(sid_report))
+        plot.write_bytes(draw_codebook_report(sid_report))
     emit(sid_report.as_dict(), as_json, _report_text(sid_report))
 
 
-def _report_on_current(settings: Settings) -> Report:
+def _report_on_current(settings: Settings) -> CodebookReport:
     """The current codebook with the SIDs that were given, on Kafka's catalogue and clicks."""
     import numpy as np
 
@@ -86,9 +86,9 @@ def _report_on_current(settings: Settings) -> Report:
     from registry.bundles.store import Registry
     from streams.events import CatalogItem, SidAssignment
     from streams.wire.topic_reader import read_newest_events
-    from trainer.codebooks.co_interactions import touched
+    from trainer.codebooks.co_interactions import read_item_sequences
     from trainer.codebooks.embedding_cache import CachedEmbedder
-    from trainer.codebooks.report import report
+    from trainer.codebooks.report import codebook_report
 
     registry = Registry(settings.registry)
     codebook = registry.codebook()
@@ -109,18 +109,19 @@ def _report_on_current(settings: Settings) -> Report:
         vectors = cached.embed([item_text(catalogue[name]) for name in names])
     place = {name: row for row, name in enumerate(names)}
     rows = [
-        np.array([place[item] for item in sequence], np.int64) for sequence in touched(settings.kafka, names)
+        np.array([place[item] for item in sequence], np.int64)
+        for sequence in read_item_sequences(settings.kafka, names)
     ]
-    return report(codebook, [sids[name] for name in names], vectors, rows)
+    return codebook_report(codebook, [sids[name] for name in names], vectors, rows)
 
 
-def _report_on_file(settings: Settings, path: Path | None, catalogue: Path) -> Report:
+def _report_on_file(settings: Settings, path: Path | None, catalogue: Path) -> CodebookReport:
     """A codebook's file on a file of items; without the codebook, the one that the settings make of them."""
     from registry.bundles.codebook import Codebook
     from registry.bundles.embedder import item_text
     from streams.replay.jsonl import JsonLines
     from trainer.codebooks.embedders import open_embedder
-    from trainer.codebooks.report import report
+    from trainer.codebooks.report import codebook_report
 
     items = list(JsonLines(catalogue, "catalog").catalogue())
     if path is None:
@@ -137,10 +138,10 @@ def _report_on_file(settings: Settings, path: Path | None, catalogue: Path) -> R
     if not ordered:
         raise SidstreamError(f"{catalogue} has no items")
     vectors = embedder.embed([item_text(item) for item in ordered])
-    return report(codebook, codebook.assign(vectors), vectors)
+    return codebook_report(codebook, codebook.assign(vectors), vectors)
 
 
-def _report_on_dataset(settings: Settings, name: str, folder: Path | None) -> Report:
+def _report_on_dataset(settings: Settings, name: str, folder: Path | None) -> CodebookReport:
     """The codebook that the settings make of a data set; each user's last two items stay unseen."""
     from streams.events import CatalogItem
     from trainer.evaluation.datasets import load
@@ -157,22 +158,22 @@ def _report_on_dataset(settings: Settings, name: str, folder: Path | None) -> Re
 
 def _report_on_fit(
     settings: Settings, items: list[CatalogItem], sequences: Sequence[Sequence[str]]
-) -> Report:
+) -> CodebookReport:
     import numpy as np
 
     from trainer.codebooks.embedders import open_embedder
     from trainer.codebooks.fit import fit_codebook
-    from trainer.codebooks.report import report
+    from trainer.codebooks.report import codebook_report
 
     embedder = open_embedder(settings.codebook.embedder, settings.registry.cache_folder)
     with progress("fitting the codebook", settings.codebook.levels) as advance:
         fit = fit_codebook(items, embedder, settings.codebook, advance, sequences=sequences)
     place = {name: row for row, name in enumerate(fit.items)}
     rows = [np.array([place[item] for item in sequence], np.int64) for sequence in sequences]
-    return report(fit.codebook, fit.sids, fit.vectors, rows)
+    return codebook_report(fit.codebook, fit.sids, fit.vectors, rows)
 
 
-def _report_text(report: Report) -> str:
+def _report_text(report: CodebookReport) -> str:
     lines = [
         f"codebook {report.codebook}: {report.items} items below {report.prefixes} prefixes; the fullest "
         f"holds {report.largest_prefix}, the last level has {report.headroom:.1f} times as many codes",
@@ -202,7 +203,7 @@ def _report_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _shared_codes_text(what: str, shared: Shared | None) -> str:
+def _shared_codes_text(what: str, shared: SharedPrefixes | None) -> str:
     if shared is None:
         return f"{what}: not measured"
     return (

@@ -40,13 +40,13 @@ def train(
     from sidstream.settings import load
 
     set_thread_environment()
-    from trainer.tuning.devices import launched
+    from trainer.tuning.devices import launched_devices
 
-    devices = launched()
+    devices = launched_devices()
     if not devices.main:
-        from trainer.tuning.broadcast import follow
+        from trainer.tuning.broadcast import follow_main_process
 
-        follow(devices)
+        follow_main_process(devices)
         return
     settings = load()
     options = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
@@ -59,7 +59,7 @@ def train(
             return
         result = one_cycle(settings, chosen, report, from_scratch, devices=devices)
         devices.leave()
-    emit(result.as_dict(), as_json, result.told())
+    emit(result.as_dict(), as_json, result.summary())
 
 
 def trainer() -> None:
@@ -75,7 +75,7 @@ def trainer() -> None:
     settings = load()
 
     def report_outcome(outcome: CycleResult | SidstreamError) -> None:
-        text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else outcome.told()
+        text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else outcome.summary()
         err.print(text, markup=False)
 
     with stage_lines() as report:
@@ -105,18 +105,19 @@ def one_cycle(
     """Run one update cycle; its trial begins at `step` of the challengers' full weights."""
     from registry.bundles.store import Registry
     from sidstream.commands.registry import promoting
-    from trainer.cycle import run_cycle
+    from trainer.cycle import UpdateCycle
+    from trainer.tuning.devices import Devices
 
     @contextmanager
     def publisher() -> Iterator[Publisher]:
         with promoting(settings) as (_, client):
             yield client
 
-    return run_cycle(
+    return UpdateCycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms, step=step,
-        from_scratch=from_scratch, progress=report, stop=stop, devices=devices,
-    )  # fmt: skip
+        from_scratch=from_scratch, progress=report, stop=stop, devices=devices or Devices(),
+    ).run()  # fmt: skip
 
 
 def _tune_language_model(

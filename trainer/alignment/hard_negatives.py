@@ -16,7 +16,7 @@ from registry.bundles.prompt import Sid
 from streams.errors import SidstreamError
 
 
-class Siblings:
+class SiblingSids:
     """The SIDs of a catalogue in the order of their codes: those that share a prefix stand together."""
 
     def __init__(self, sids: Sequence[Sid] | npt.NDArray[np.int64]) -> None:
@@ -30,41 +30,47 @@ class Siblings:
         ordered = np.unique(np.asarray(sids, dtype=np.int64), axis=0)
         self._codes: npt.NDArray[np.int64] = np.ascontiguousarray(ordered.T)
 
-    def fill(
-        self, rejected: Sequence[Sid], chosen: Sid, known: Sequence[Sid], seed: str, k: int
+    def add_negatives(
+        self, rejected: Sequence[Sid], chosen: Sid, interacted: Sequence[Sid], seed: str, count: int
     ) -> list[Sid]:
-        """Up to `k` SIDs to hold against `chosen`, each once, and all of them SIDs that exist.
+        """Up to `count` existing SIDs to reject against `chosen`, without repeats.
 
-        First come those of `rejected`, in order. Then others are drawn, those that share most leading codes
-        with `chosen` before all that share fewer; none of them is `chosen`, of `rejected` or `known` to the
-        user. `seed` (a pair's event_id) and the SIDs decide the draw. Raises SidstreamError where `k` is
-        negative or `chosen` has another number of codes.
+        First come those of `rejected`, in order. Then others are drawn: SIDs that share more leading codes
+        with `chosen` come before SIDs that share fewer. No drawn SID is `chosen`, in `rejected` or in
+        `interacted` (the user's own items). `seed` (a pair's event_id) and the SIDs decide the draw. Raises
+        SidstreamError where `count` is negative or `chosen` has another number of codes.
         """
-        if k < 0:
-            raise SidstreamError(f"k is {k}: ask for 0 or more negatives")
+        if count < 0:
+            raise SidstreamError(f"count is {count}: ask for 0 or more negatives")
         if len(chosen) != len(self._codes):
             raise SidstreamError(
                 f"chosen is {tuple(chosen)}, {len(chosen)} codes, and these SIDs have {len(self._codes)}; "
                 "give a SID of the same codebook"
             )
-        best = tuple(chosen)
-        shown = [sid for sid in dict.fromkeys(map(tuple, rejected)) if sid != best and self._exists(sid)]
-        found: list[Sid] = shown[:k]
-        never = {best, *shown, *map(tuple, known)}
-        random = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
-        ranges = self._ranges(best)
+        chosen_sid = tuple(chosen)
+        existing_rejected = [
+            sid for sid in dict.fromkeys(map(tuple, rejected)) if sid != chosen_sid and self._exists(sid)
+        ]
+        negatives: list[Sid] = existing_rejected[:count]
+        excluded = {chosen_sid, *existing_rejected, *map(tuple, interacted)}
+        generator = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
+        ranges = self._ranges(chosen_sid)
         # From the chosen SID itself, a range of one, outwards; the last holds all.
         for (near, near_end), (begin, end) in zip(ranges[::-1], ranges[-2::-1], strict=False):
-            wanted = k - len(found)
-            if not wanted:
+            missing = count - len(negatives)
+            if not missing:
                 break
             inner = near_end - near
             others = end - begin - inner
-            drawn = random.choice(others, min(others, wanted + len(never)), replace=False) if others else ()
-            rows = (begin + at + (inner if begin + at >= near else 0) for at in drawn)
-            some = (tuple(self._codes[:, row].tolist()) for row in rows)
-            found += [sid for sid in some if sid not in never][:wanted]
-        return found
+            draws = (
+                generator.choice(others, min(others, missing + len(excluded)), replace=False)
+                if others
+                else ()
+            )
+            rows = (begin + at + (inner if begin + at >= near else 0) for at in draws)
+            candidates = (tuple(self._codes[:, row].tolist()) for row in rows)
+            negatives += [sid for sid in candidates if sid not in excluded][:missing]
+        return negatives
 
     def _exists(self, sid: Sid) -> bool:
         if len(sid) != len(self._codes):
@@ -75,12 +81,12 @@ class Siblings:
     def _ranges(self, sid: Sid) -> list[tuple[int, int]]:
         """Rows [begin, end) that share the first 0, 1, .. L codes of `sid`."""
         begin, end = 0, self._codes.shape[1]
-        found = [(begin, end)]
+        ranges = [(begin, end)]
         for level, code in enumerate(sid):
             column = self._codes[level, begin:end]
             begin, end = (
                 begin + int(np.searchsorted(column, code, "left")),
                 begin + int(np.searchsorted(column, code, "right")),
             )
-            found.append((begin, end))
-        return found
+            ranges.append((begin, end))
+        return ranges

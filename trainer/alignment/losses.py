@@ -1,8 +1,8 @@
 """Preference losses on margins: DPO, Softmax-DPO with K rejected answers, and a beta that follows the batch.
 
 With Delta(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of y, the margin of a rejected answer is
-Delta(chosen) - Delta(rejected). Everything here is a function of margins, so it holds for any model that says
-how likely an answer is: a SID spelled code by code, an item scored at once, the text of a language model.
+Delta(chosen) - Delta(rejected). All losses are functions of margins, so they hold for any model
+that gives an answer's log-probability: for a SID spelled code by code, an item scored at once, or text.
 
 Tokens that chosen and rejected share at their beginning cancel in a margin, in value and in gradient.
 """
@@ -43,19 +43,19 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def gaps(margins: Tensor, real: Tensor) -> Tensor:
-    """The mean margin of each pair (B,): what `DynamicBeta` looks at where there are K rejected answers."""
+def mean_margins(margins: Tensor, real: Tensor) -> Tensor:
+    """The mean margin (B,) of each pair over its rejected answers: the gap of `DynamicBeta`."""
     return (margins * real).sum(-1) / real.sum(-1)
 
 
-class Chosen(NamedTuple):
-    """What `DynamicBeta` says of a batch."""
+class BatchBeta(NamedTuple):
+    """The beta of a batch, and the pairs that are trained on."""
 
     beta: float
-    kept: Tensor  # (B,) bool
+    selected: Tensor  # (B,) bool
 
 
-def _alone(values: Tensor) -> Tensor:
+def _single_device(values: Tensor) -> Tensor:
     return values
 
 
@@ -63,7 +63,7 @@ def _alone(values: Tensor) -> Tensor:
 class DynamicBeta:
     """beta-DPO (Wu et al. 2024, arXiv 2407.08639): beta follows a batch's mean gap, outliers are left out.
 
-    beta = base (1 + scale (mean gap of the kept pairs - running mean gap)), equation 8; pairs are kept with
+    beta = base (1 + scale (mean gap of the kept pairs - running mean gap)), equation 8; pairs are drawn with
     weights exp(-(gap - running mean)^2 / (2 running deviation^2)), equation 9, without replacement.
 
     Four things that the published code does not do: running means are corrected for their start at 0 (Kingma
@@ -74,10 +74,10 @@ class DynamicBeta:
     base: float
     scale: float = 0.6
     momentum: float = 0.9
-    left_out: float = 0.2  # share of a batch
-    warm_steps: int = 20  # before these, nothing is left out: the deviation is hardly known
+    outlier_share: float = 0.2  # share of a batch
+    warm_steps: int = 20  # in these first steps nothing is left out: the deviation is not yet estimated well
     bound: float = 10.0  # beta stays within base / bound and base * bound
-    gather: Callable[[Tensor], Tensor] = field(default=_alone, repr=False)
+    gather: Callable[[Tensor], Tensor] = field(default=_single_device, repr=False)
     _mean: float = field(default=0.0, init=False)
     _deviation: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
@@ -92,37 +92,37 @@ class DynamicBeta:
         """The running standard deviation of a batch's gaps; 0 before the first batch."""
         return self._deviation / (1 - self.momentum**self._steps) if self._steps else 0.0
 
-    def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> Chosen:
+    def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> BatchBeta:
         """The beta of a batch with gaps (B,), and which of its pairs are kept.
 
-        In training the running figures take the batch in first; in evaluation they stand still, and every
-        pair is kept. `generator` draws what is left out.
+        In training the running figures are updated first; in evaluation they stay, and every pair is kept.
+        `generator` draws the pairs that are kept.
         """
         gap = gap.detach().float()
-        everybody = torch.ones_like(gap, dtype=torch.bool)
+        all_pairs = torch.ones_like(gap, dtype=torch.bool)
         if not training:
-            return Chosen(self._bounded(float(self.gather(gap).mean())), everybody)
-        together = self.gather(gap)
+            return BatchBeta(self._bounded_beta(float(self.gather(gap).mean())), all_pairs)
+        all_gaps = self.gather(gap)
         self._steps += 1
-        rest = 1 - self.momentum
-        self._mean = self.momentum * self._mean + rest * float(together.mean())
-        spread = float(together.std(correction=0)) if len(together) > 1 else 0.0
-        self._deviation = self.momentum * self._deviation + rest * spread
-        kept = everybody if self._steps <= self.warm_steps else self._drawn(gap, generator)
-        # Sums and counts travel, since each device may keep others.
-        sums = self.gather(torch.stack(((gap * kept).sum(), kept.sum().float()))[None]).sum(0)
-        return Chosen(self._bounded(float(sums[0] / sums[1])), kept)
+        new_share = 1 - self.momentum
+        self._mean = self.momentum * self._mean + new_share * float(all_gaps.mean())
+        spread = float(all_gaps.std(correction=0)) if len(all_gaps) > 1 else 0.0
+        self._deviation = self.momentum * self._deviation + new_share * spread
+        selected = all_pairs if self._steps <= self.warm_steps else self._select_pairs(gap, generator)
+        # Sums and counts are gathered, not means, since devices may keep different numbers of pairs.
+        sums = self.gather(torch.stack(((gap * selected).sum(), selected.sum().float()))[None]).sum(0)
+        return BatchBeta(self._bounded_beta(float(sums[0] / sums[1])), selected)
 
-    def _drawn(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
-        count = max(1, round((1 - self.left_out) * len(gap)))
-        # Never 0: a batch of nothing but outliers is kept, too, as far as it has to be.
-        away = (gap - self.mean) / max(self.deviation, 1e-6)
-        weights = torch.exp(-0.5 * away.square()).clamp(min=1e-30)
-        drawn = torch.multinomial(weights.cpu(), count, generator=generator)
-        kept = torch.zeros(len(gap), dtype=torch.bool)
-        kept[drawn] = True
-        return kept.to(gap.device)
+    def _select_pairs(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
+        count = max(1, round((1 - self.outlier_share) * len(gap)))
+        # Weights stay above 0, so that `count` pairs can be drawn from a batch of outliers, too.
+        deviations = (gap - self.mean) / max(self.deviation, 1e-6)
+        weights = torch.exp(-0.5 * deviations.square()).clamp(min=1e-30)
+        indices = torch.multinomial(weights.cpu(), count, generator=generator)
+        selected = torch.zeros(len(gap), dtype=torch.bool)
+        selected[indices] = True
+        return selected.to(gap.device)
 
-    def _bounded(self, gap: float) -> float:
-        wanted = self.base * (1 + self.scale * (gap - self.mean))
-        return min(max(wanted, self.base / self.bound), self.base * self.bound)
+    def _bounded_beta(self, gap: float) -> float:
+        beta = self.base * (1 + self.scale * (gap - self.mean))
+        return min(max(beta, self.base / self.bound), self.base * self.bound)

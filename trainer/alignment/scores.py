@@ -1,8 +1,8 @@
-"""How likely a model finds the answers of a batch of preference rows: one interface, whatever the model is.
+"""Log-probabilities of the answers of a batch of preference rows, for a generator and for a language model.
 
-A generator has two heads, and what is served is a mixture of both, so both are asked: the log-probability of
-a SID, and the dense head's of its item. Any other causal language model is asked for the log-probability of
-the answer's tokens. All that a preference loss needs is their difference to a reference.
+A generator has two heads, and serving mixes both, so both have scores: the log-probability of the SID, and
+the dense head's of its item. Any other causal language model has the log-probability of the answer's tokens.
+A preference loss needs only their difference to a reference.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.generator.items import Past
+from trainer.generator.items import PastOccurrences
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.tuning.losses import softmax_loss
 
 
-class Head(NamedTuple):
-    """What one head says of 1 + K answers to each of B prompts, the chosen one first."""
+class HeadScores(NamedTuple):
+    """One head's scores of 1 + K answers to each of B prompts, the chosen answer first."""
 
-    scores: Tensor  # (1 + K, B): log-probability of an answer, less a number that is the same for its prompt
+    scores: Tensor  # (1 + K, B): log-probability of an answer, up to a constant of its prompt
     real: Tensor  # (B, K) bool: which rejected answers count; a pair with none is left out
     nll: Tensor  # (): mean negative log-probability of the chosen answers, per token
 
 
-def heads_of(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> list[Head]:
-    """The heads of a generator or of another causal LM for a batch of `preference_rows.collate`.
+def score_answers(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> list[HeadScores]:
+    """The scores of each head of a generator, or of another causal LM, for a batch of `collate_preferences`.
 
     A prompt of the generator is BOS, whole items and at its end the tokens of its context; an answer is one
     SID. `with_nll`: False for a reference, whose nll is 0.
@@ -37,80 +37,93 @@ def heads_of(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> lis
     return [_language_head(model, batch)]
 
 
-def _generator_heads(model: GeneratorForCausalLM, batch: dict[str, Tensor], with_nll: bool) -> list[Head]:
+def _generator_heads(
+    model: GeneratorForCausalLM, batch: dict[str, Tensor], with_nll: bool
+) -> list[HeadScores]:
     ids, real = batch["input_ids"], batch["real"]
     count, levels = len(real), model.config.levels
-    codes, lengths, context = _prompts(model, ids[:count], batch["completion_mask"][:count])
+    codes, lengths, context = _split_prompts(model, ids[:count], batch["completion_mask"][:count])
     ends = batch["completion_mask"].cumsum(1).eq(0).sum(1)
     answers = ids.gather(1, ends[:, None] + torch.arange(levels, device=ids.device)).unflatten(0, (-1, count))
     # The prompt is read once for all of its answers.
     state = model.encode(codes, lengths, context=context)
-    spelled = _spelled(model, state, answers)
-    heads = [Head(spelled, real, -spelled[0].mean() / levels)]
+    sid_log_probs = _sid_log_probs(model, state, answers)
+    heads = [HeadScores(sid_log_probs, real, -sid_log_probs[0].mean() / levels)]
     rows = model.model.items.rows(answers)
-    known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
-    if not bool(known.any()):
+    both_known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
+    if not bool(both_known.any()):
         return heads
     query = model.model.queries(state)
-    every = model.model.items.vectors(model.model.embed_tokens.weight)
-    past = model.model.items.rows(codes)
-    scores = (query * F.embedding(rows.clamp(min=0), every)).sum(-1) + _again(
-        model, query, past, lengths, rows
+    item_vectors = model.model.items.vectors(model.model.embed_tokens.weight)
+    history_rows = model.model.items.rows(codes)
+    scores = (query * F.embedding(rows.clamp(min=0), item_vectors)).sum(-1) + _repeat_bias(
+        model, query, history_rows, lengths, rows
     )
     nll = torch.zeros((), device=ids.device)
     if with_nll:
-        asked = rows[0] >= 0
-        owner, row, extra = model.model.again(query[asked], past[asked], lengths[asked], learning=True)
-        nll = softmax_loss(query[asked], every, rows[0, asked], 0.0, (owner, row), extra)
-    return [*heads, Head(scores, known, nll)]
+        with_item = rows[0] >= 0
+        owner, row, repeat_bias = model.model.repeat_bias(
+            query[with_item], history_rows[with_item], lengths[with_item], as_learned=True
+        )
+        nll = softmax_loss(query[with_item], item_vectors, rows[0, with_item], 0.0, (owner, row), repeat_bias)
+    return [*heads, HeadScores(scores, both_known, nll)]
 
 
-def _prompts(model: GeneratorForCausalLM, ids: Tensor, completion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_prompts(
+    model: GeneratorForCausalLM, ids: Tensor, completion: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (B, P, L), lengths (B,) and context tokens (B, T) of prompts (B, T) before their completions."""
-    levels, last = model.config.levels, model.config.vocab_size - model.config.num_context
-    said = (ids >= last) & (completion.cumsum(1) == 0)
-    lengths = (completion.cumsum(1).eq(0).sum(1) - 1 - said.sum(1)) // levels
+    levels, first_context_token = model.config.levels, model.config.vocab_size - model.config.num_context
+    is_context = (ids >= first_context_token) & (completion.cumsum(1) == 0)
+    lengths = (completion.cumsum(1).eq(0).sum(1) - 1 - is_context.sum(1)) // levels
     longest = max(1, int(lengths.max()))
     ids = F.pad(ids, (0, max(0, 1 + longest * levels - ids.shape[1])), value=model.config.code_base)
     codes = ids[:, 1 : 1 + longest * levels].unflatten(1, (longest, levels))
-    # Codes after a row's own prompt are its answer or padding: made a real code, which no length reaches.
+    # Codes after a row's own prompt are its answer or padding. A valid code takes their place: no length
+    # reaches it, but the embedding must exist.
     inside = torch.arange(longest, device=ids.device) < lengths[:, None]
-    context = torch.where(said, ids[:, : said.shape[1]], model.config.pad_token_id)
+    context = torch.where(is_context, ids[:, : is_context.shape[1]], model.config.pad_token_id)
     return torch.where(inside[..., None], codes, model.config.code_base), lengths, context
 
 
-def _spelled(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Tensor:
+def _sid_log_probs(model: GeneratorForCausalLM, state: Tensor, answers: Tensor) -> Tensor:
     """Log-probabilities (1 + K, B) of SIDs (1 + K, B, L) after states (B, D)."""
-    many, count, levels = answers.shape
-    total = state.new_zeros(many, count)
+    answers_per_prompt, count, levels = answers.shape
+    total = state.new_zeros(answers_per_prompt, count)
     # The first code depends on the prompt alone.
-    states = state.expand(many, -1, -1).flatten(0, 1)
+    states = state.expand(answers_per_prompt, -1, -1).flatten(0, 1)
     for level in range(levels):
         first = model.config.code_range(level)[0]
-        wanted = answers[..., level] - first
+        codes = answers[..., level] - first
         if level:
-            logs = model.step(level, states, answers[..., :level].flatten(0, 1)).unflatten(0, (many, count))
+            log_probs = model.step(level, states, answers[..., :level].flatten(0, 1)).unflatten(
+                0, (answers_per_prompt, count)
+            )
         else:
-            logs = model.step(0, state, None).expand(many, -1, -1)
-        total = total + logs.gather(-1, wanted[..., None])[..., 0]
+            log_probs = model.step(0, state, None).expand(answers_per_prompt, -1, -1)
+        total = total + log_probs.gather(-1, codes[..., None])[..., 0]
     return total
 
 
-def _again(model: GeneratorForCausalLM, query: Tensor, past: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    """What the dense head adds to answers (1 + K, B) that are in their prompt's past (B, P)."""
-    at = torch.arange(past.shape[1], device=past.device)
-    same = (past == rows[..., None]) & (rows >= 0)[..., None] & (at < lengths[:, None])
-    last = torch.where(same, at, -1).amax(-1)
-    owner = torch.arange(len(query), device=past.device).expand_as(last)
-    when = Past((lengths - last).clamp(min=1), same.sum(-1).clamp(min=1))
-    return torch.where(last >= 0, model.model.items.again_of(query, owner, when), 0.0)
+def _repeat_bias(
+    model: GeneratorForCausalLM, query: Tensor, history_rows: Tensor, lengths: Tensor, rows: Tensor
+) -> Tensor:
+    """The repeat bias (1 + K, B) of answers' rows (1 + K, B); 0 for those outside of the history (B, P)."""
+    places = torch.arange(history_rows.shape[1], device=history_rows.device)
+    same = (history_rows == rows[..., None]) & (rows >= 0)[..., None] & (places < lengths[:, None])
+    last_place = torch.where(same, places, -1).amax(-1)
+    owner = torch.arange(len(query), device=history_rows.device).expand_as(last_place)
+    occurrences = PastOccurrences((lengths - last_place).clamp(min=1), same.sum(-1).clamp(min=1))
+    return torch.where(last_place >= 0, model.model.items.repeat_bias(query, owner, occurrences), 0.0)
 
 
-def _language_head(model: Any, batch: dict[str, Tensor]) -> Head:
+def _language_head(model: Any, batch: dict[str, Tensor]) -> HeadScores:
     ids, answer = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
-    # Called as a module: wrappers that join gradients of several devices see the call.
+    # Called as a module, so that wrappers that gather gradients of several devices see the call.
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     logs = logits[answer].float().log_softmax(-1).gather(-1, ids[:, 1:][answer][:, None])[:, 0]
     scores = torch.zeros_like(answer, dtype=logs.dtype).masked_scatter(answer, logs).sum(1)
     count = len(batch["real"])
-    return Head(scores.unflatten(0, (-1, count)), batch["real"], -scores[:count].sum() / answer[:count].sum())
+    return HeadScores(
+        scores.unflatten(0, (-1, count)), batch["real"], -scores[:count].sum() / answer[:count].sum()
+    )

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from registry.bundles.context import Context
 from registry.bundles.prompt import Sid
 from streams.events import PreferencePair
-from trainer.alignment.hard_negatives import Siblings
-from trainer.alignment.rows import Fill, PreferenceRow, preference_rows
-from trainer.cycle_inputs import Material
+from trainer.alignment.hard_negatives import SiblingSids
+from trainer.alignment.rows import PreferenceRow, RejectedFiller, preference_rows
+from trainer.cycle_inputs import CycleInputs
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.log.pair_filter import Withdrawal
-from trainer.offline.offline_check import failing, held_probe
-from trainer.offline.quality import Quality, evaluate, told_change
-from trainer.sequences.rows import Catalogue, Interactions, Rows
+from trainer.log.pair_filter import FilteredPairs
+from trainer.offline.offline_check import held_out_probe, reason_to_refuse
+from trainer.offline.quality import HeldOutQuality, describe_change, evaluate_held_out
+from trainer.sequences.interactions import Interactions, TrainingCatalogue
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
 
 if TYPE_CHECKING:
@@ -26,110 +27,119 @@ if TYPE_CHECKING:
 
 @dataclass
 class Alignment:
-    """What the stage made. `model`: None where there is none, and `refused` says why."""
+    """The outcome of the stage. `model`: None where there is no aligned model; `refused` is the reason."""
 
     pairs: int = 0
     withdrawn: int = 0  # rejected items that late purchases and clicks contradict
     model: GeneratorForCausalLM | None = None
     refused: str | None = None
-    told: str = ""  # the stage in a line
+    summary: str = ""  # the stage in a line
     dpo: DpoResult | None = None
-    quality: Quality | None = None
+    quality: HeldOutQuality | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def refuse(self, reason: str, told: str) -> Alignment:
+    def refuse(self, reason: str, summary: str) -> Alignment:
         """No model, for a reason."""
-        self.refused, self.told = reason, f"left out: {told}"
+        self.refused, self.summary = reason, f"left out: {summary}"
         return self
 
 
-def hard_negatives(known: Catalogue, log: Interactions, settings: DpoSettings) -> Fill | None:
-    """What fills pairs that have fewer than `max_rejected`; None where nothing is to be filled.
+def hard_negative_filler(
+    catalogue: TrainingCatalogue, log: Interactions, settings: DpoSettings
+) -> RejectedFiller | None:
+    """The function that adds hard negatives to pairs with fewer than `max_rejected`; None where they are off.
 
-    Nothing that the user touched, before the pair or since, nor the item that opened the page: what was never
-    shown is only a guess, and the log must not contradict it.
+    It adds no item that the user clicked or bought, before the pair or since, nor the item that opened the
+    page. An item that was never shown is only presumed to be rejected, and the log must not contradict that.
     """
     if not settings.hard_negatives:
         return None
-    siblings = Siblings(known.sids)
-    group = {user: at for at, user in enumerate(log.users)}
+    siblings = SiblingSids(catalogue.sids)
+    user_index = {user: index for index, user in enumerate(log.users)}
 
-    def fill(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
-        most = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
-        never = [tuple(sid) for sid in (*pair.history, *([pair.trigger] if pair.trigger else []))]
-        if (at := group.get(pair.user_id)) is not None:
-            never += [known.sids[item] for item in log.items[log.starts[at] : log.starts[at + 1]]]
-        return siblings.fill(rejected, tuple(pair.chosen), never, pair.event_id, most)
+    def fill_rejected(pair: PreferencePair, rejected: list[Sid]) -> list[Sid]:
+        max_rejected = min(settings.max_rejected, len(rejected) + settings.hard_negatives)
+        excluded = [tuple(sid) for sid in (*pair.history, *([pair.trigger] if pair.trigger else []))]
+        if (index := user_index.get(pair.user_id)) is not None:
+            excluded += [
+                catalogue.sids[item] for item in log.items[log.starts[index] : log.starts[index + 1]]
+            ]
+        return siblings.add_negatives(rejected, tuple(pair.chosen), excluded, pair.event_id, max_rejected)
 
-    return fill
+    return fill_rejected
 
 
 def window_rows(
-    material: Material, settings: DpoSettings, window_ms: int, context: Context
-) -> tuple[list[PreferenceRow], Withdrawal]:
-    """The rows of a window's pairs, filled with hard negatives, and what was withdrawn of the pairs.
+    inputs: CycleInputs, settings: DpoSettings, window_ms: int, context: Context
+) -> tuple[list[PreferenceRow], FilteredPairs]:
+    """The rows of a window's pairs, with hard negatives added, and what was withdrawn of the pairs.
 
-    `window_ms` is the attribution window of the pairs; `context`: what of it the prompts may say.
+    `window_ms` is the attribution window of the pairs; `context`: the context fields of the prompts.
     """
-    book = material.codebook.id
-    found = material.window.pairs(window_ms, book, settings.schemes, settings.max_pairs)
-    fill = hard_negatives(material.known, material.log, settings)
+    codebook_id = inputs.codebook.id
+    withdrawal = inputs.window.preference_pairs(window_ms, codebook_id, settings.schemes, settings.max_pairs)
+    fill_rejected = hard_negative_filler(inputs.catalogue, inputs.log, settings)
     rows = preference_rows(
-        found.pairs, book, material.prompt, settings, context, material.profiles, fill
+        withdrawal.pairs, codebook_id, inputs.prompt, settings, context, inputs.profiles, fill_rejected
     )  # fmt: skip
-    return rows, found
+    return rows, withdrawal
 
 
-def aligned(
-    material: Material, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
-    tuned: Quality | None, folder: Path, *, sequences: Rows, tell: Callable[[str], None],
-    stop: Callable[[], bool] | None = None,
+def align_to_window(
+    inputs: CycleInputs, settings: TrainerSettings, window_ms: int, model: GeneratorForCausalLM,
+    tuned: HeldOutQuality | None, folder: Path, *, sequences: TrainingRows,
+    report_progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
 ) -> Alignment:  # fmt: skip
-    """Align `model`, which was just fine-tuned to the quality `tuned` (None: nobody is held out).
+    """Align `model`, whose fine-tuning ended with the quality `tuned` (None: no users are held out).
 
-    `window_ms` is the attribution window of the pairs; `sequences` are what it was fine-tuned on; `tell` gets
-    the progress.
+    `window_ms` is the attribution window of the pairs; `sequences` are the rows that it was fine-tuned on;
+    `report_progress` gets a line of text at each log.
     """
     # Here: TRL takes seconds to import, and a cycle without pairs has nothing to align.
     from trainer.alignment.dpo import align
 
-    dpo, made = settings.dpo, Alignment()
-    rows, found = window_rows(material, dpo, window_ms, material.context)
-    made.withdrawn = found.bought + found.clicked
-    said = f"; {found.told()}" if found.told() else ""
-    made.pairs = len(rows)
-    if made.pairs < dpo.min_pairs:
-        reason = f"{made.pairs} preference pairs, at least {dpo.min_pairs} are needed"
-        if found.unasked:
-            reason += f" ({found.unasked:,} are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
-        return made.refuse(reason, reason + said)
-    held = material.split.held
+    dpo, alignment = settings.dpo, Alignment()
+    rows, withdrawal = window_rows(inputs, dpo, window_ms, inputs.context)
+    alignment.withdrawn = withdrawal.bought + withdrawal.clicked
+    withdrawn_note = f"; {withdrawal.summary()}" if withdrawal.summary() else ""
+    alignment.pairs = len(rows)
+    if alignment.pairs < dpo.min_pairs:
+        reason = f"{alignment.pairs} preference pairs, at least {dpo.min_pairs} are needed"
+        if withdrawal.of_other_schemes:
+            reason += (
+                f" ({withdrawal.of_other_schemes:,} are of schemes that "
+                "SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
+            )
+        return alignment.refuse(reason, reason + withdrawn_note)
+    held_out = inputs.split.held_out
     probe = None
     if tuned is not None:
-        probe = held_probe(held, material.known, material.sids, settings, tuned.ranking)
-    better, result = align(
-        model, material.tokenizer, rows, settings, folder, sequences=sequences, probe=probe, progress=tell,
-        stop=stop,
+        probe = held_out_probe(held_out, inputs.catalogue, inputs.sids, settings, tuned.ranking)
+    aligned_model, result = align(
+        model, inputs.tokenizer, rows, settings, folder, sequences=sequences, probe=probe,
+        progress=report_progress, stop=stop,
     )  # fmt: skip
-    made.dpo = result
-    made.metrics = {
+    alignment.dpo = result
+    alignment.metrics = {
         "dpo/margin": result.margin, "dpo/accuracy": result.accuracy, "dpo/drop": result.drop,
         "dpo/loss": result.loss, "dpo/rejected": float(result.rejected), "dpo/beta": result.beta,
-        "dpo/withdrawn": float(made.withdrawn), "dpo/kept_step": float(result.kept),
+        "dpo/withdrawn": float(alignment.withdrawn), "dpo/kept_step": float(result.kept),
     }  # fmt: skip
-    shown, failed = "", None
-    if tuned is not None and len(held.targets):
-        # Mixed as the reference is: the weight belongs to the two heads, and the pairs say nothing of it.
-        made.quality = evaluate(better, held, material.known, material.sids, settings, tuned.ranking)
-        if change := told_change(tuned, made.quality):
-            shown = f"; {change}"
-        failed = failing(made.quality, tuned.hr10, settings)
-    failed = result.failed(dpo.max_drop) or failed
-    if failed:
-        return made.refuse(f"it failed its offline check: {failed}", failed + said)
-    made.model = better
-    made.told = (
-        f"{made.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}{shown}; "
-        f"{result.stopped}{said}"
+    change_note, failure = "", None
+    if tuned is not None and len(held_out.targets):
+        # Under the reference's ranking: its dense weight is fitted to the two heads, not to the pairs.
+        alignment.quality = evaluate_held_out(
+            aligned_model, held_out, inputs.catalogue, inputs.sids, settings, tuned.ranking
+        )
+        if change := describe_change(tuned, alignment.quality):
+            change_note = f"; {change}"
+        failure = reason_to_refuse(alignment.quality, tuned.hr10, settings)
+    failure = result.failed(dpo.max_drop) or failure
+    if failure:
+        return alignment.refuse(f"it failed its offline check: {failure}", failure + withdrawn_note)
+    alignment.model = aligned_model
+    alignment.summary = (
+        f"{alignment.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}{change_note}; "
+        f"{result.stopped}{withdrawn_note}"
     )
-    return made
+    return alignment

@@ -1,4 +1,4 @@
-"""What users touched, read from Kafka before there is any SID, in order of event time."""
+"""The items that each user clicked and bought, read from Kafka before any SID exists, oldest first."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from streams.settings import KafkaSettings
-from trainer.log.log import Log
+from trainer.log.log import InteractionLog
 from trainer.log.window import read_window
-from trainer.sequences.rows import Catalogue
+from trainer.sequences.interactions import TrainingCatalogue
 
 
-def touched(
+def read_item_sequences(
     kafka: KafkaSettings, items: list[str], advance: Callable[[int], None] | None = None
 ) -> list[list[str]]:
     """The item_ids of each user's clicks and purchases of `items`, oldest first; one list a user.
 
     Raises SidstreamError when the broker does not answer or a topic is missing.
     """
-    known = Catalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
-    # The trainer's own log is its cycle's, which may be running.
+    catalogue = TrainingCatalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
+    # A temporary log: the trainer's own log belongs to the update cycle, which may be running.
     with tempfile.TemporaryDirectory() as folder:
-        log = read_window(kafka, Log.open(Path(folder)), advance=advance).interactions(known)
+        log = read_window(kafka, InteractionLog.open(Path(folder)), advance=advance).user_sequences(catalogue)
     rows = log.items.tolist()
     return [[items[row] for row in rows[begin:end]] for begin, end in pairwise(log.starts.tolist())]

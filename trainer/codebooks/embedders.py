@@ -1,4 +1,4 @@
-"""What turns texts into vectors at a fit: the embedder that the settings name, exported for the agents."""
+"""The text embedder that the settings name, exported as ONNX for the agents where it needs torch."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ TOLERANCE = 1e-4
 _OPSET = 18
 
 
-def open_embedder(wanted: str, cache: Path) -> CachedEmbedder:
-    """The embedder that SIDSTREAM_CODEBOOK__EMBEDDER names, with its vectors kept below `cache`.
+def open_embedder(name: str, cache: Path) -> CachedEmbedder:
+    """The embedder with the name of SIDSTREAM_CODEBOOK__EMBEDDER; its vectors are cached below `cache`.
 
-    A sentence encoder is exported there as well.
+    A sentence encoder is exported there, too.
     Raises SidstreamError for another name, or for a model that cannot be loaded or exported.
     """
-    if wanted == "wordllama":
+    if name == "wordllama":
         return CachedEmbedder(WordLlamaEmbedder(), cache / "embeddings")
-    if not wanted.startswith(SENTENCES):
+    if not name.startswith(SENTENCES):
         raise SidstreamError(
-            f"codebook.embedder is {wanted!r}; set SIDSTREAM_CODEBOOK__EMBEDDER to wordllama or to "
+            f"codebook.embedder is {name!r}; set SIDSTREAM_CODEBOOK__EMBEDDER to wordllama or to "
             f"{SENTENCES}<folder or model id>"
         )
-    exported = SentenceEmbedder(export_encoder(wanted.removeprefix(SENTENCES), cache / "encoders"))
+    exported = SentenceEmbedder(export_encoder(name.removeprefix(SENTENCES), cache / "encoders"))
     return CachedEmbedder(exported, cache / "embeddings")
 
 
 def encoder_folder(embedder: CachedEmbedder) -> Path | None:
-    """Where the exported encoder is, which agents need; None where they have the embedder themselves."""
+    """The folder of the exported encoder for the agents; None where the embedder is one of their own."""
     return embedder.embedder.folder if isinstance(embedder.embedder, SentenceEmbedder) else None
 
 
@@ -56,38 +56,39 @@ class _Encoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        made = {"input_ids": input_ids, "attention_mask": attention_mask}
-        for part in self.model:
-            made = part(made)
-        return made["sentence_embedding"]
+        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        for module in self.model:
+            features = module(features)
+        return features["sentence_embedding"]
 
 
 def export_encoder(source: str, folder: Path) -> Path:
     """The folder below `folder` with the ONNX graph of a sentence-transformers folder or model id.
 
     Its name is a hash of the weights, the tokenizer and the modules, so the same model is exported once. The
-    graph is held against torch. Raises SidstreamError where the model cannot be loaded, or the graph differs.
+    graph's outputs are compared with torch's. Raises SidstreamError where the model cannot be loaded, or the
+    graph differs.
     """
     model = _load(source)
     id = f"{ID_PREFIX}{_dim(model)}-{_content(model)}"
-    final = folder / id
-    if final.is_dir():
+    encoder = folder / id
+    if encoder.is_dir():
         with contextlib.suppress(SidstreamError):
-            SentenceEmbedder(final)
-            return final
-        shutil.rmtree(final, ignore_errors=True)
+            SentenceEmbedder(encoder)
+            return encoder
+        shutil.rmtree(encoder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as part:
-        made = Path(part)
-        model.tokenizer.backend_tokenizer.save(str(made / TOKENIZER))
-        _export(model, made / GRAPH)
-        write_description(made, id, _dim(model), int(model.max_seq_length))
-        _check(model, SentenceEmbedder(made))
-        # Another process may have been faster; the folder's name says that the content is the same.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        export_folder = Path(temporary)
+        model.tokenizer.backend_tokenizer.save(str(export_folder / TOKENIZER))
+        _export(model, export_folder / GRAPH)
+        write_description(export_folder, id, _dim(model), int(model.max_seq_length))
+        _check(model, SentenceEmbedder(export_folder))
+        # Another process may have been faster: the same folder name means the same content.
         with contextlib.suppress(OSError):
-            made.rename(final)
-            made.mkdir()
-    return final
+            export_folder.rename(encoder)
+            export_folder.mkdir()
+    return encoder
 
 
 def _load(source: str) -> Any:
@@ -121,10 +122,10 @@ def _content(model: Any) -> str:
 
 
 def _export(model: Any, path: Path) -> None:
-    from trainer.generator.export import quiet
+    from trainer.generator.export import silent_exporter
 
     ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
-    with quiet(), torch.no_grad():
+    with silent_exporter(), torch.no_grad():
         torch.onnx.export(
             _Encoder(model), (ids, torch.ones_like(ids)), str(path),
             input_names=["input_ids", "attention_mask"], output_names=["embedding"],
@@ -142,11 +143,11 @@ def _check(model: Any, exported: SentenceEmbedder) -> None:
         "red retrospot tea towel " * 40,
         "\U0001f9f8 1 2 3",
     ]
-    wanted = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-    worst = float(np.abs(exported.embed(texts) - wanted).max())
+    expected = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    largest_difference = float(np.abs(exported.embed(texts) - expected).max())
     # A NaN compares false: written so that it fails too.
-    if not worst < TOLERANCE:
+    if not largest_difference < TOLERANCE:
         raise SidstreamError(
-            f"the exported encoder differs from sentence-transformers by {worst:.2g} (at most {TOLERANCE} is "
-            "accepted); use wordllama, and report the model and the version of torch"
+            f"the exported encoder differs from sentence-transformers by {largest_difference:.2g} "
+            f"(at most {TOLERANCE} is accepted); use wordllama, and report the model and the version of torch"
         )

@@ -1,7 +1,7 @@
-"""Vectors that were made once: kept on disk by the hash of the embedder's name and the text.
+"""A cache of text vectors on disk, by the hash of the embedder's name and the text.
 
-Files are only added, each written beside and renamed, so processes may use one folder at the same time.
-Nobody needs the cache: a file that is missing or damaged means that its texts are embedded again.
+Files are only added, each written under a temporary name and renamed, so several processes may use one
+folder. The texts of a missing or damaged file are embedded again.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from registry.bundles.embedder import Embedder
 
 Float32 = npt.NDArray[np.float32]
 
-# Above so many files they are put together into one.
+# Above so many files their rows are merged into one file.
 MAX_FILES = 16
 _SUFFIX = ".safetensors"
 
 
 class CachedEmbedder:
-    """An embedder that asks another one only for texts that it was never asked for."""
+    """An embedder that passes only texts without a cached vector to another embedder."""
 
     def __init__(self, embedder: Embedder, folder: Path) -> None:
-        """`folder`: of any embedders; each gets its own folder in it."""
+        """`folder` may be shared: each embedder has its own folder in it."""
         self.embedder = embedder
         self.id, self.dim = embedder.id, embedder.dim
         self._folder = folder / self.id
 
     def embed(self, texts: list[str]) -> Float32:
         """Unit rows, float32 (N, dim), in the order of `texts`."""
-        known = self._read()
+        cached = self._read_cache()
         keys = [self._key(text) for text in texts]
-        lacking = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-        if lacking:
-            rows = self.embedder.embed(list(lacking.values()))
-            made = dict(zip(lacking, rows, strict=True))
-            self._write(made)
-            known |= made
-        return np.array([known[key] for key in keys], dtype=np.float32).reshape(len(texts), self.dim)
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in cached}
+        if missing:
+            rows = self.embedder.embed(list(missing.values()))
+            new_rows = dict(zip(missing, rows, strict=True))
+            self._write_rows(new_rows)
+            cached |= new_rows
+        return np.array([cached[key] for key in keys], dtype=np.float32).reshape(len(texts), self.dim)
 
     def _key(self, text: str) -> bytes:
         return hashlib.sha256(f"{self.id}\0{text}".encode()).digest()[:16]
 
-    def _read(self) -> dict[bytes, Float32]:
+    def _read_cache(self) -> dict[bytes, Float32]:
         files = sorted(self._folder.glob(f"*{_SUFFIX}"))
-        known: dict[bytes, Float32] = {}
+        cached: dict[bytes, Float32] = {}
         for file in files:
             with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
-                found = load_file(file)
-                keys, rows = found["keys"], found["rows"]
+                stored = load_file(file)
+                keys, rows = stored["keys"], stored["rows"]
                 if keys.shape == (len(rows), 16) and rows.shape[1:] == (self.dim,):
-                    known |= dict(zip((key.tobytes() for key in keys), rows, strict=True))
+                    cached |= dict(zip((key.tobytes() for key in keys), rows, strict=True))
         if len(files) > MAX_FILES:
-            kept = self._write(known)
+            merged_file = self._write_rows(cached)
             for file in files:
-                if file != kept:
+                if file != merged_file:
                     file.unlink(missing_ok=True)
-        return known
+        return cached
 
-    def _write(self, rows: dict[bytes, Float32]) -> Path:
-        """Write one file, named by its keys: whoever writes the same rows writes the same file."""
+    def _write_rows(self, rows: dict[bytes, Float32]) -> Path:
+        """Write one file, named by a hash of its keys, so that the same rows have the same file name."""
         self._folder.mkdir(parents=True, exist_ok=True)
         ordered = sorted(rows)
         final = self._folder / f"{hashlib.sha256(b''.join(ordered)).hexdigest()[:16]}{_SUFFIX}"

@@ -4,8 +4,8 @@ The last level is sized from the fullest prefix, because a prefix holds no more 
 codes; head-room lets later items in below their own prefix.
 
 A codebook that replaces another begins at the means of the old codes, and an item whose first code stays
-what it was keeps its whole SID (the rule of DACT, SIGIR 2026): what was learned of the old SIDs stays mostly
-true.
+what it was keeps its whole SID (the rule of DACT, SIGIR 2026), so that weights trained on the old SIDs stay
+mostly valid.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from registry.bundles.prompt import Sid
 from registry.settings import CodebookSettings
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
-from trainer.codebooks.collaborative import collaborative, fuse
-from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest, residual_kmeans
+from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
+from trainer.codebooks.kmeans import (
+    code_means,
+    kmeans,
+    mask_changed_codes,
+    nearest_centroids,
+    residual_kmeans,
+)
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Old:
+class ReplacedCodebook:
     """The codebook that is replaced, and the SIDs that items have under it."""
 
     codebook: Codebook
@@ -39,7 +45,7 @@ class Old:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedCodebook:
     """A fitted codebook; items in order of item_id with their vectors (N, D) and SIDs."""
 
     codebook: Codebook
@@ -47,8 +53,8 @@ class Fit:
     vectors: Float32
     sids: list[Sid]
 
-    def kept(self, old: Old) -> int:
-        """Items that have the SID that they had."""
+    def unchanged_sids(self, old: ReplacedCodebook) -> int:
+        """The number of items whose SID is the same as under `old`."""
         return sum(old.sids.get(item) == sid for item, sid in zip(self.items, self.sids, strict=True))
 
 
@@ -59,15 +65,15 @@ def fit_codebook(
     progress: Callable[[int], None] | None = None,
     *,
     sequences: Sequence[Sequence[str]] = (),
-    old: Old | None = None,
-) -> Fit:
+    old: ReplacedCodebook | None = None,
+) -> FittedCodebook:
     """The codebook of a catalogue and a SID for each of its items.
 
     `sequences`: item_ids of each user in order of time, for the collaborative part. An `old` codebook with
-    another number of levels leaves no trace. `progress(1)` is called once a level. Raises SidstreamError for
+    another number of levels is ignored. `progress(1)` is called once a level. Raises SidstreamError for
     an empty catalogue.
     """
-    # Slots are given in this order: the same catalogue gives the same SIDs, however its records were read.
+    # SIDs are assigned in this order, so that they do not depend on the order of the records.
     ordered = sorted({item.item_id: item for item in items}.values(), key=lambda item: item.item_id)
     if not ordered:
         raise SidstreamError(
@@ -75,20 +81,24 @@ def fit_codebook(
         )
     names = [item.item_id for item in ordered]
     vectors = embedder.embed([item_text(item) for item in ordered])
-    extra = settings.collaborative_dim if settings.collaborative else 0
-    if extra:
+    collaborative_dim = settings.collaborative_dim if settings.collaborative else 0
+    if collaborative_dim:
         place = {name: row for row, name in enumerate(names)}
-        rows = [np.array([place[i] for i in one if i in place], np.int64) for one in sequences]
-        vectors = fuse(vectors, collaborative(rows, len(names), extra), settings.collaborative)
+        rows = [np.array([place[i] for i in sequence if i in place], np.int64) for sequence in sequences]
+        vectors = fuse_vectors(
+            vectors, collaborative_vectors(rows, len(names), collaborative_dim), settings.collaborative
+        )
     if old is not None and len(old.codebook.sizes) != settings.levels:
         old = None
     replaced = old.codebook if old else None
     before = [None if old is None else old.sids.get(name) for name in names]
-    codebook = fit_vectors(vectors, embedder.id, settings, extra, replaced, before, progress)
-    return Fit(codebook, names, vectors, assign_keeping(codebook, vectors, before))
+    codebook = fit_codebook_to_vectors(
+        vectors, embedder.id, settings, collaborative_dim, replaced, before, progress
+    )
+    return FittedCodebook(codebook, names, vectors, assign_keeping(codebook, vectors, before))
 
 
-def fit_vectors(
+def fit_codebook_to_vectors(
     vectors: Float32,
     embedder: str,
     settings: CodebookSettings,
@@ -99,49 +109,53 @@ def fit_vectors(
 ) -> Codebook:
     """The codebook of vectors (N, D), whose last `collaborative` columns later items may lack.
 
-    `old`: the codebook that it replaces, of as many levels, under which the vectors had `sids`.
+    `old`: the codebook that it replaces, with the same number of levels; `sids`: the vectors' SIDs under it.
     """
-    seed, last = settings.seed, settings.levels - 1
-    # Never fewer codes than before: SIDs that are kept must fit.
-    least = old.sizes if old else (1,) * settings.levels
-    sizes = [max(settings.size, size) for size in least]
+    seed, last_level = settings.seed, settings.levels - 1
+    # No level has fewer codes than before, since SIDs of the old codebook are kept.
+    min_sizes = old.sizes if old else (1,) * settings.levels
+    sizes = [max(settings.size, size) for size in min_sizes]
     codes = None
     if old is not None:
         codes = np.array([sid or (-1,) * settings.levels for sid in sids], dtype=np.int64)
     if settings.method == "kmeans":
         levels, residual, prefixes = residual_kmeans(vectors, sizes[:-1], seed, old=codes, progress=progress)
-        made = Codebook(embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative_dims=collaborative)
+        partial_codebook = Codebook(
+            embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative_dims=collaborative
+        )
     else:
-        made = _rqvae(vectors, embedder, sizes, seed, collaborative, old, codes)
-        quantised, residual = made.quantise(vectors)
+        partial_codebook = _rqvae_codebook(vectors, embedder, sizes, seed, collaborative, old, codes)
+        quantised, residual = partial_codebook.quantise(vectors)
         prefixes = quantised[:, :-1]
         if progress:
-            progress(last)
-    largest = max(Counter(map(tuple, prefixes.tolist())).values())
-    size = max(last_size(largest, settings.headroom, settings.last), least[-1])
+            progress(last_level)
+    largest_prefix = max(Counter(map(tuple, prefixes.tolist())).values())
+    size = max(last_level_size(largest_prefix, settings.headroom, settings.last), min_sizes[-1])
     start = None
     if codes is not None:
         same = (codes[:, :-1] == prefixes).all(axis=1)
-        start = means(residual, np.where(same, codes[:, -1], -1), size, seed + last)
-    levels = [*made.centroids[:-1], kmeans(residual, size, seed + last, start)]
+        start = code_means(residual, np.where(same, codes[:, -1], -1), size, seed + last_level)
+    levels = [*partial_codebook.centroids[:-1], kmeans(residual, size, seed + last_level, start)]
     if progress:
         progress(1)
-    return Codebook(embedder, tuple(levels), made.encoder, made.scaled, collaborative)
+    return Codebook(embedder, tuple(levels), partial_codebook.encoder, partial_codebook.scaled, collaborative)
 
 
-def _rqvae(
+def _rqvae_codebook(
     vectors: Float32, embedder: str, sizes: Sequence[int], seed: int, collaborative: int,
     old: Codebook | None, codes: Int64 | None,
 ) -> Codebook:  # fmt: skip
-    """An RQ-VAE's codebook. Where the one that is replaced has an encoder for such vectors, that one stays.
+    """An RQ-VAE's codebook. The encoder of the replaced codebook stays where it fits these vectors.
 
     A new encoder, or the old one trained further, would give many items other codes (of 320 toy items 289
     kept their SID with the encoder as it was, 184 after 20 steps of a tenth of the usual rate). The axes of
-    collaborative vectors turn from fit to fit: an encoder of the old ones means nothing for the new.
+    collaborative vectors differ between fits, so an encoder of the old vectors does not fit the new ones.
     """
     stays = old and old.encoder and old.embedder == embedder
     if old and codes is not None and stays and not collaborative and not old.collaborative_dims:
-        return Codebook(embedder, _updated(old, vectors, sizes, seed, codes), old.encoder, scaled=False)
+        return Codebook(
+            embedder, _update_centroids(old, vectors, sizes, seed, codes), old.encoder, scaled=False
+        )
     from trainer.codebooks.rqvae import fit_rqvae
 
     fitted = fit_rqvae(vectors, sizes, seed, optional=collaborative, old=codes)
@@ -150,39 +164,39 @@ def _rqvae(
     )
 
 
-def _updated(
+def _update_centroids(
     old: Codebook, vectors: Float32, sizes: Sequence[int], seed: int, codes: Int64
 ) -> tuple[Float32, ...]:
-    """Centroids at the means of what the items with each old code are now, level by level."""
-    residual, before, levels = old.encode(vectors), codes, []
+    """Centroids at the means of the current residuals of the items with each old code, level by level."""
+    residual, old_codes, levels = old.encode(vectors), codes, []
     for level, size in enumerate(sizes):
-        centroids = means(residual, before[:, level], size, seed + level)
-        chosen = nearest(residual, centroids)
-        before = agreeing(before, chosen, level)
-        residual = residual - centroids[chosen].astype(np.float64)
+        centroids = code_means(residual, old_codes[:, level], size, seed + level)
+        codes_now = nearest_centroids(residual, centroids)
+        old_codes = mask_changed_codes(old_codes, codes_now, level)
+        residual = residual - centroids[codes_now].astype(np.float64)
         levels.append(centroids)
     return tuple(levels)
 
 
 def assign_keeping(codebook: Codebook, vectors: Float32, old: Sequence[Sid | None]) -> list[Sid]:
-    """One SID a vector (N, D): the `old` one where its first code is the nearest still, else a free slot.
+    """A SID for each vector (N, D): the `old` one where its first code is still the nearest, else a free one.
 
-    SIDs that are kept are reserved before any other is given.
+    Kept SIDs are reserved before any other is assigned.
     """
     codes, _ = codebook.quantise(vectors)
-    kept = [
+    unchanged = [
         sid if sid is not None and sid[0] == first else None
         for sid, first in zip(old, codes[:, 0].tolist(), strict=True)
     ]
-    fresh = [row for row, sid in enumerate(kept) if sid is None]
-    given = iter(codebook.assign(vectors[fresh], {sid for sid in kept if sid is not None}))
-    return [next(given) if sid is None else sid for sid in kept]
+    rows_to_assign = [row for row, sid in enumerate(unchanged) if sid is None]
+    assigned = iter(codebook.assign(vectors[rows_to_assign], {sid for sid in unchanged if sid is not None}))
+    return [next(assigned) if sid is None else sid for sid in unchanged]
 
 
-def last_size(largest: int, headroom: float, least: int) -> int:
+def last_level_size(largest: int, headroom: float, minimum: int) -> int:
     """Codes of the last level: the next power of two at or above head-room times the fullest prefix."""
-    wanted = max(least, int(np.ceil(largest * headroom)))
-    size = 1 << (wanted - 1).bit_length()
+    required = max(minimum, int(np.ceil(largest * headroom)))
+    size = 1 << (required - 1).bit_length()
     if size > MAX_CODES:
         raise SidstreamError(
             f"{largest} items share one prefix; raise SIDSTREAM_CODEBOOK__SIZE so that they spread"

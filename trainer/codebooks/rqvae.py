@@ -1,4 +1,4 @@
-"""RQ-VAE: an encoder whose output is quantised level by level, trained to give the vector back.
+"""RQ-VAE: an encoder whose output is quantised level by level, trained to reconstruct the vector.
 
 With r_0 = Enc(x): c_l = argmin_k |r_{l-1} - e_{l,k}|^2, r_l = r_{l-1} - e_{l,c_l}, z = sum_l e_{l,c_l},
 L = |x - Dec(z)|^2 + sum_l (|sg[r_{l-1}] - e_{l,c_l}|^2 + beta |r_{l-1} - sg[e_{l,c_l}]|^2),
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from registry.bundles.codebook import Layer
-from trainer.codebooks.kmeans import agreeing, kmeans, means, nearest
+from trainer.codebooks.kmeans import code_means, kmeans, mask_changed_codes, nearest_centroids
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -33,8 +33,8 @@ EPOCHS = 100
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What training leaves: the layers of the encoder, and centroids (K, CODE_DIM) a level."""
+class FittedRqvae:
+    """The trained layers of the encoder, and the centroids (K, CODE_DIM) of each level."""
 
     encoder: tuple[Layer, ...]
     centroids: tuple[Float32, ...]
@@ -65,10 +65,10 @@ class RQVAE(nn.Module):
             chosen.append(code)
         return latent + (total - latent).detach(), loss, torch.stack(chosen, dim=1)
 
-    def forward(self, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss () of giving `wanted` (B, D) back from `rows` (B, D), and the codes (B, L)."""
+    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss () of reconstructing `targets` (B, D) from `rows` (B, D), and the codes (B, L)."""
         quantised, loss, codes = self.quantise(self.encoder(rows))
-        return (self.decoder(quantised) - wanted).pow(2).sum(1).mean() + loss, codes
+        return (self.decoder(quantised) - targets).pow(2).sum(1).mean() + loss, codes
 
 
 def fit_rqvae(
@@ -79,41 +79,41 @@ def fit_rqvae(
     optional: int = 0,
     old: Int64 | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Fitted:
+) -> FittedRqvae:
     """Train on rows (N, D), sizes[l] codes at level l. `progress(1)` is called once an epoch.
 
-    `optional`: how many columns, the last ones, later items may lack; a quarter of the rows of a batch are
-    encoded without them. `old`: the codes (N, >= len(sizes)) that the rows had, -1 for rows that had none:
-    training begins at their means, so that a code goes on to mean what it meant.
+    `optional`: the number of last columns that later items may lack; a quarter of the rows of a batch are
+    encoded without them. `old`: the rows' codes (N, >= len(sizes)) in the codebook before, -1 for new rows:
+    training starts at their means, so that a code keeps its meaning.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RQVAE(rows.shape[1], sizes)
     data = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-    _begin(model, data, seed, old)
+    _initialise_codes(model, data, seed, old)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for epoch in range(EPOCHS):
-        used = [torch.zeros(size, dtype=torch.bool) for size in sizes]
-        for picked in torch.randperm(len(data), generator=generator).split(BATCH):
-            wanted = data[picked]
-            given = wanted
+        used_codes = [torch.zeros(size, dtype=torch.bool) for size in sizes]
+        for batch in torch.randperm(len(data), generator=generator).split(BATCH):
+            targets = data[batch]
+            inputs = targets
             if optional:
-                given = wanted.clone()
-                given[torch.rand(len(picked), generator=generator) < 0.25, -optional:] = 0.0
-            loss, codes = model(given, wanted)
+                inputs = targets.clone()
+                inputs[torch.rand(len(batch), generator=generator) < 0.25, -optional:] = 0.0
+            loss, codes = model(inputs, targets)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            for level, column in zip(used, codes.T, strict=True):
+            for level, column in zip(used_codes, codes.T, strict=True):
                 level[column] = True
-        # The last fifth settles: a code that moves then would find no time to.
+        # No restarts in the last fifth of the epochs: a code would have no time to converge.
         if epoch < 0.8 * EPOCHS:
-            _restart(model, data, used, generator)
+            _restart_unused_codes(model, data, used_codes, generator)
         if progress:
             progress(1)
-    return Fitted(
+    return FittedRqvae(
         tuple((_numpy(linear.weight.T), _numpy(linear.bias)) for linear in _linears(model.encoder)),
         tuple(_numpy(level) for level in model.codes),
     )
@@ -131,32 +131,34 @@ def _linears(mlp: nn.Sequential) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def _begin(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
-    """Codes by k-means on what the untrained encoder makes of the rows, or the old codes' means."""
+def _initialise_codes(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
+    """Set the codes by k-means on the untrained encoder's outputs, or to the means of the old codes."""
     residual = model.encoder(data).double().numpy()
     for number, level in enumerate(model.codes):
         if old is None:
             centroids = kmeans(residual, len(level), seed + number)
         else:
-            # Iterations of k-means would lead away from where training had put the codes.
-            centroids = means(residual, old[:, number], len(level), seed + number)
+            # Without k-means iterations, which would move the codes away from the trained ones.
+            centroids = code_means(residual, old[:, number], len(level), seed + number)
         level.copy_(torch.from_numpy(centroids))
-        codes = nearest(residual, centroids)
+        codes = nearest_centroids(residual, centroids)
         if old is not None:
-            old = agreeing(old, codes, number)
+            old = mask_changed_codes(old, codes, number)
         residual = residual - centroids[codes]
 
 
 @torch.no_grad()
-def _restart(model: RQVAE, data: Tensor, used: Sequence[Tensor], generator: torch.Generator) -> None:
-    """Codes that no row took in an epoch begin again at what is left of rows that were drawn."""
-    if all(bool(level.all()) for level in used):
+def _restart_unused_codes(
+    model: RQVAE, data: Tensor, used_codes: Sequence[Tensor], generator: torch.Generator
+) -> None:
+    """Codes without a row in an epoch restart at the residuals of random rows."""
+    if all(bool(level.all()) for level in used_codes):
         return
-    drawn = data[torch.randint(len(data), (BATCH,), generator=generator)]
-    residual = model.encoder(drawn)
-    for level, seen in zip(model.codes, used, strict=True):
-        dead = (~seen).nonzero()[:, 0]
-        level[dead] = residual[torch.randint(len(residual), (len(dead),), generator=generator)]
+    sample = data[torch.randint(len(data), (BATCH,), generator=generator)]
+    residual = model.encoder(sample)
+    for level, used in zip(model.codes, used_codes, strict=True):
+        unused = (~used).nonzero()[:, 0]
+        level[unused] = residual[torch.randint(len(residual), (len(unused),), generator=generator)]
         near = ((level**2).sum(1) - 2.0 * residual @ level.T).argmin(1)
         residual = residual - level[near]
 

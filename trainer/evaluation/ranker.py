@@ -14,6 +14,9 @@ from trainer.evaluation.splits import Shard, Split
 # What may be listed: every item, or every item but those of the user's own past.
 Mask = Literal["none", "seen"]
 MASKS: tuple[Mask, ...] = ("none", "seen")
+# What orders a list of the generator: the beam alone, the beam's items by the dense head, the dense head, or
+# both, mixed with the weight that validation chose.
+Head = Literal["beam", "reordered", "dense", "mixed"]
 Progress = Callable[[str], None]
 # Users scored at once: 512 rows of 12,000 items in float64 are 50 MB.
 CHUNK = 512

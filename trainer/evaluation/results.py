@@ -54,14 +54,14 @@ def machine(arithmetic: Arithmetic = "auto") -> str:
     try:
         import torch
 
-        from trainer.tuning.devices import device, resolved
+        from trainer.tuning.devices import device, resolved_arithmetic
     except ModuleNotFoundError:
         return ", ".join(about)
     where = device()
     if where.type == "cuda":
         about.append(torch.cuda.get_device_name())
     about += [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
-    return ", ".join([*about, resolved(arithmetic, where)])
+    return ", ".join([*about, resolved_arithmetic(arithmetic, where)])
 
 
 def line(

@@ -19,24 +19,25 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import with_reward_fields
 from registry.settings import CodebookSettings
-from trainer.codebooks.collaborative import collaborative, fuse
-from trainer.codebooks.fit import assign_keeping, fit_vectors
-from trainer.evaluation.models import Head
-from trainer.evaluation.ranker import Mask, Progress
+from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
+from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
+from trainer.evaluation.ranker import Head, Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import Shard, Split
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Candidates, Ranker, past
-from trainer.rewards.labels import learned, purchased, told
+from trainer.offline.ranking import Candidates, CatalogueRanker, candidate_history
+from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
-from trainer.sequences.rows import Held, Interactions, Rows, catalogue, hold_out
-from trainer.sequences.rows import Split as Cut
+from trainer.sequences.held_out import HeldOut, hold_out_last_items
+from trainer.sequences.held_out import TrainingSplit as Cut
+from trainer.sequences.interactions import Interactions, training_catalogue
+from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
-from trainer.tuning.ensemble import learn_members
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.ensemble import train_ensemble
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.sft import SftResult, train
 
 Float32 = npt.NDArray[np.float32]
@@ -96,7 +97,7 @@ class Trained:
         self._of: Split | None = None
         self._lists: dict[int, Candidates] = {}
 
-    def fit(self, data: Split, seed: int, progress: Progress, teacher: Teacher | None = None) -> None:
+    def fit(self, data: Split, seed: int, progress: Progress, teacher: TeacherTargets | None = None) -> None:
         """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: see `train`."""
         if self._seed == seed and self._of is data:
             self._stand(0)
@@ -113,18 +114,18 @@ class Trained:
         # Without texts there is nothing but what users did to make SIDs of.
         dim = codebook.collaborative_dim if codebook.collaborative or texts is None else 0
         if dim:
-            vectors = collaborative(data.train, data.data.size, dim)
+            vectors = collaborative_vectors(data.train, data.data.size, dim)
         if texts is not None:
-            vectors = fuse(texts, vectors, codebook.collaborative) if dim else texts
+            vectors = fuse_vectors(texts, vectors, codebook.collaborative) if dim else texts
         progress("codebook")
         # Without texts every dimension is collaborative, and there is no other part to tell them from.
-        made = fit_vectors(vectors, "evaluation", codebook, 0 if texts is None else dim)
+        made = fit_codebook_to_vectors(vectors, "evaluation", codebook, 0 if texts is None else dim)
         sids = assign_keeping(made, vectors, [None] * len(vectors))
         self.sids = np.array(sids, dtype=np.int64)
         prompt = Prompt(made.sizes, settings.max_items)
         # Item rows are the order of the catalogue here: names sort as numbers do.
         names = [f"{row:09d}" for row in range(data.data.size)]
-        known = catalogue(
+        known = training_catalogue(
             dict(zip(names, sids, strict=True)), dict(zip(names, data.data.texts, strict=True)), prompt
         )
         self.known, self.set = known, SidSet(sids, prompt)
@@ -143,23 +144,23 @@ class Trained:
         log = training_log(data, self.profiles)
         self.held = _held(data, settings, self.profiles)
         # All that these logs say of a purchase is that it happened: the time of a window does not matter.
-        offers, bought = data.data.offers or [], purchased(log, 0)
-        self.rewards = learned(offers, log, bought, 0, settings.rewards) if offers else None
+        offers, bought = data.data.offers or [], purchase_labels(log, 0)
+        self.rewards = learn_rewards(offers, log, bought, 0, settings.rewards) if offers else None
         self.context = with_reward_fields(self.context, self.rewards)
-        log = told(log, offers, bought, self.rewards, self.context)
+        log = with_reward_labels(log, offers, bought, self.rewards, self.context)
         cut = Cut(log.starts[1:].copy(), self.held)
-        self.rows = rows = Rows(log, cut, known, tokenizer, prompt, settings)
+        self.rows = rows = TrainingRows(log, cut, known, tokenizer, prompt, settings)
 
-        def begin(own: TrainerSettings, part: Rows, folder: Path | None) -> GeneratorForCausalLM:
+        def begin(own: TrainerSettings, part: TrainingRows, folder: Path | None) -> GeneratorForCausalLM:
             seen = texts if settings.text_inputs else None
             self.model = fresh_generator(known, seen, prompt, len(tokenizer), own, self.context.size)
             return self.model
 
-        self.model, self.result = learn_members(
+        self.model, self.result = train_ensemble(
             begin, rows, self.set, settings, progress=progress, teacher=teacher,
-            first=(self._first.model, self._first.result) if self._first else None,
+            first_member=(self._first.model, self._first.result) if self._first else None,
         )  # fmt: skip
-        self.ranker = Ranker(self.model, known.codes, self.set, self.recipe.candidates)
+        self.ranker = CatalogueRanker(self.model, known.codes, self.set, self.recipe.candidates)
         quality = self.result.quality
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
         self.invalid_rate = 1.0 - quality.validity if quality else None
@@ -191,12 +192,14 @@ class Trained:
         log = training_log(data.until(self._lengths), self.profiles)
         pairs = zip(self._lengths, before, strict=True)
         log = replace(log, fresh=np.concatenate([np.arange(now) >= then for now, then in pairs]))
-        log = told(log, data.data.offers or [], purchased(log, 0), self.rewards, self.context)
+        log = with_reward_labels(
+            log, data.data.offers or [], purchase_labels(log, 0), self.rewards, self.context
+        )
         chosen = self.settings.model_copy(
             update={"lr": self.settings.refresh_lr, "seed": self.settings.seed + len(self._stages)}
         )
-        after = hold_out(log, chosen, np.random.default_rng(chosen.seed))
-        rows = Rows(log, after, self.known, self.tokenizer, self.set.prompt, chosen)
+        after = hold_out_last_items(log, chosen, np.random.default_rng(chosen.seed))
+        rows = TrainingRows(log, after, self.known, self.tokenizer, self.set.prompt, chosen)
         model = copy.deepcopy(self.model)
         train(model, rows, self.set, chosen)
         return model
@@ -204,7 +207,7 @@ class Trained:
     def use(self, model: GeneratorForCausalLM) -> None:
         """Rank with another model of the same codebook, catalogue and weight of the heads."""
         self.model, self._lists = model, {}
-        self.ranker = Ranker(model, self.known.codes, self.set, self.recipe.candidates)
+        self.ranker = CatalogueRanker(model, self.known.codes, self.set, self.recipe.candidates)
 
     def rank(
         self, histories: Sequence[Int64], k: int, mask: Mask, head: Head, users: Int64 | None = None
@@ -226,7 +229,7 @@ class Trained:
             newest = [row[-self.settings.max_items :] for row in histories]
             states = self.ranker.states(newest, contexts)
             if weight == 1 and mask == "none" and not beam_only:
-                return self.ranker.best(newest, states, k).numpy()
+                return self.ranker.best_items(newest, states, k).numpy()
             found = self.ranker.candidates(newest, states)
             # One set of histories, the largest: every head and mask asks for the same ones.
             if all(len(histories) >= len(kept.items) for kept in self._lists.values()):
@@ -235,7 +238,7 @@ class Trained:
         if beam_only:
             left[:, self.recipe.candidates :] = False
         if mask == "seen":
-            left &= ~torch.from_numpy(past(found.items, histories).touched)
+            left &= ~torch.from_numpy(candidate_history(found.items, histories).in_history)
         order = found.order(weight, left)[:, :k].numpy()
         made = np.full((len(histories), k), -1, dtype=np.int64)
         made[:, : order.shape[1]] = order
@@ -296,7 +299,7 @@ def training_log(data: Split, profiles: Int32) -> Interactions:
     )  # fmt: skip
 
 
-def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> Held:
+def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> HeldOut:
     """Validation targets: each its user's row after the training part, up to `validation_users` of them."""
     last: dict[int, tuple[Int64, int]] = {}
     for user, history, target in zip(
@@ -310,4 +313,4 @@ def _held(data: Split, settings: TrainerSettings, profiles: Int32) -> Held:
     targets = np.array([last[int(user)][1] for user in drawn], dtype=np.int64)
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
     unbought = [row.astype(bool) for row in none]
-    return Held(histories, targets, none, unbought, profiles[drawn])
+    return HeldOut(histories, targets, none, unbought, profiles[drawn])

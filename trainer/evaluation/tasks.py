@@ -10,9 +10,9 @@ from torch import Tensor
 
 from registry.bundles.prompt import PAD
 from trainer.evaluation.sequences import Int64
-from trainer.generator.constrained import SidSet, beam
+from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.rows import Catalogue
+from trainer.sequences.interactions import TrainingCatalogue
 
 _ROWS = 128
 
@@ -22,18 +22,22 @@ def prompt_states(model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]])
     """The states (B, D) that an item is decoded from after prompts of token ids."""
     ids, lengths = _padded(prompts)
     where = model.lm_head.weight.device
-    states = model.model.read(ids.to(where))[0]
+    states = model.model.depth_inputs(ids.to(where))[0]
     return states[torch.arange(len(ids)), lengths - 1]
 
 
 def spell(
-    model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]], sids: SidSet, known: Catalogue, k: int
+    model: GeneratorForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    sids: SidSet,
+    known: TrainingCatalogue,
+    k: int,
 ) -> Int64:
     """(B, k) rows of the catalogue, likeliest SIDs first, -1 where there are fewer than k."""
     place = {sid: row for row, sid in enumerate(known.sids)}
     made = np.full((len(prompts), k), -1, dtype=np.int64)
     for low, part in _parts(prompts):
-        codes, scores = beam(model, prompt_states(model, part), sids, k)
+        codes, scores = beam_search(model, prompt_states(model, part), sids, k)
         there = torch.isfinite(scores).tolist()
         for row, answers in enumerate(codes.tolist()):
             found = [place[tuple(sid)] for at, sid in enumerate(answers) if there[row][at]]

@@ -5,14 +5,11 @@ Shapes: B rows, P positions, D width, N states.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from trainer.generator.model import GeneratorConfig
+from trainer.generator.configuration import GeneratorConfig
 
 
 # Not torch's own: that one has no export to opset 18, and rounds to bfloat16 where this one gives float32.
@@ -29,19 +26,19 @@ class RMSNorm(nn.Module):
         if self.groups > 1:
             # Not unflatten: the exporter takes the sizes that it sees there for constants.
             parts = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
-            return _normed(parts).reshape(x.shape) * self.weight
-        return _normed(x) * self.weight
+            return _normalise(parts).reshape(x.shape) * self.weight
+        return _normalise(x) * self.weight
 
 
-def _normed(x: Tensor) -> Tensor:
+def _normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
-def _rotate(x: Tensor, theta: float) -> Tensor:
+def _rotate_positions(x: Tensor, theta: float) -> Tensor:
     """Rotary positions (Su et al. 2021) on (B, H, P, E): scores depend on distances alone."""
     half = x.shape[-1] // 2
-    steps = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * theta**-steps
+    exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * theta**-exponents
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
@@ -66,14 +63,14 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, P, D) -> (B, P, D); place p sees places 0 to p."""
         y = self.mix_norm(x)
-        batch, places, width = y.shape
-        q, k, v = self.qkv_proj(y).view(batch, places, 3, self.heads, width // self.heads).unbind(2)
-        q, k = (_rotate(part.transpose(1, 2), self.theta) for part in (q, k))
-        seen = F.scaled_dot_product_attention(
+        batch, positions, width = y.shape
+        q, k, v = self.qkv_proj(y).view(batch, positions, 3, self.heads, width // self.heads).unbind(2)
+        q, k = (_rotate_positions(part.transpose(1, 2), self.theta) for part in (q, k))
+        attended = F.scaled_dot_product_attention(
             q, k, v.transpose(1, 2), is_causal=True, dropout_p=self.dropout if self.training else 0.0
         )
         local = self.conv(F.pad(y.transpose(1, 2), (self.kernel - 1, 0))).transpose(1, 2)
-        x = x + self.drop(self.o_proj(seen.transpose(1, 2).reshape(batch, places, width)) + local)
+        x = x + self.drop(self.o_proj(attended.transpose(1, 2).reshape(batch, positions, width)) + local)
         return x + self.drop(self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x)))))
 
 

@@ -1,8 +1,12 @@
-"""Decoding that can only spell known SIDs: the constraint of `generate`, the beam of the offline check."""
+"""Decoding that can only spell existing SIDs: the set of SIDs, and the beam search of the offline check.
+
+It is the exact reference in torch: `serving.decoding.beam` does the same without torch over its index, and
+`SidSet.allowed_tokens` is the constraint of Hugging Face's `generate` for a language model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ class SidSet:
     def __init__(self, sids: Sequence[Sid], prompt: Prompt) -> None:
         self.prompt = prompt
         codes = np.unique(np.asarray(sids, dtype=np.int64).reshape(-1, len(prompt.sizes)), axis=0)
-        # keys[l] are the sorted keys `parent node * K_l + code` of level l; a node is its place among them.
+        # keys[l]: the sorted keys `parent node * K_l + code` of level l; a node is the index of its key.
         self.keys: list[Tensor] = []
         node = np.zeros(len(codes), dtype=np.int64)
         for level, size in enumerate(prompt.sizes):
@@ -28,7 +32,7 @@ class SidSet:
     def __len__(self) -> int:
         return len(self.keys[-1])
 
-    def allowed(self, prefix: Sequence[int]) -> list[int]:
+    def allowed_tokens(self, prefix: Sequence[int]) -> list[int]:
         """Tokens that may follow an item's first tokens `prefix`, ascending; empty where there is none."""
         node = 0
         for level, token in enumerate(prefix):
@@ -49,25 +53,15 @@ class SidSet:
         """Nodes (N,) of the level above (0 at level 0) -> children (N, K) int64, which exist (N, K) bool."""
         keys = self.keys[level].to(nodes.device)
         codes = torch.arange(self.prompt.sizes[level], device=nodes.device)
-        wanted = nodes[:, None] * self.prompt.sizes[level] + codes
-        found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        return found, keys[found] == wanted
-
-
-def prefix_allowed(sids: SidSet, prompt_length: int, end: int) -> Callable[[int, Tensor], list[int]]:
-    """`prefix_allowed_tokens_fn` of `generate`: one SID after a left-padded prompt of `prompt_length` tokens.
-
-    After a whole SID only `end` is allowed.
-    """
-
-    def allowed(row: int, tokens: Tensor) -> list[int]:
-        return sids.allowed(tokens[prompt_length:].tolist()) or [end]
-
-    return allowed
+        child_keys = nodes[:, None] * self.prompt.sizes[level] + codes
+        child = torch.searchsorted(keys, child_keys).clamp(max=len(keys) - 1)
+        return child, keys[child] == child_keys
 
 
 @torch.no_grad()
-def beam(model: GeneratorForCausalLM, state: Tensor, sids: SidSet, width: int) -> tuple[Tensor, Tensor]:
+def beam_search(
+    model: GeneratorForCausalLM, state: Tensor, sids: SidSet, width: int
+) -> tuple[Tensor, Tensor]:
     """The best SIDs by the sum of log-probabilities, spelled level by level with `width` beams a row.
 
     state (B, D) -> codes (B, W, L) and scores (B, W), best first; W is `width`, or the number of SIDs.
@@ -93,7 +87,7 @@ def beam(model: GeneratorForCausalLM, state: Tensor, sids: SidSet, width: int) -
 
 
 @torch.no_grad()
-def greedy(model: GeneratorForCausalLM, state: Tensor, sids: SidSet) -> Tensor:
+def spells_known_sids(model: GeneratorForCausalLM, state: Tensor, sids: SidSet) -> Tensor:
     """Spell one SID a row (B, D) over the whole vocabulary, unconstrained -> (B,) bool: is it a known SID?"""
     nodes = torch.zeros(len(state), dtype=torch.long, device=state.device)
     valid = torch.ones(len(state), dtype=torch.bool, device=state.device)

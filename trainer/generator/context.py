@@ -7,12 +7,9 @@ the request, and a request without a context is answered from the state itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from trainer.generator.model import GeneratorConfig
+from trainer.generator.configuration import GeneratorConfig
 
 
 class Modulation(nn.Module):
@@ -26,5 +23,5 @@ class Modulation(nn.Module):
 
     def forward(self, state: Tensor, context: Tensor) -> Tensor:
         """state (..., D), context (..., D) the sum of its tokens' embeddings -> state (..., D)."""
-        made: Tensor = state * (1 + self.scale_proj(context)) + self.shift_proj(context)
-        return made
+        modulated: Tensor = state * (1 + self.scale_proj(context)) + self.shift_proj(context)
+        return modulated

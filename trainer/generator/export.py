@@ -33,9 +33,9 @@ class _Encode(nn.Module):
         self.model = model
 
     def forward(
-        self, codes: Tensor, lengths: Tensor, extras: Tensor, context: Tensor | None = None
+        self, codes: Tensor, lengths: Tensor, beyond_codes: Tensor, context: Tensor | None = None
     ) -> Tensor:
-        return self.model.encode(codes, lengths, extras, context)
+        return self.model.encode(codes, lengths, beyond_codes, context)
 
 
 class _Step(nn.Module):
@@ -48,9 +48,8 @@ class _Step(nn.Module):
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's own output and warnings."""
-    # The exporter tells its maker, not its user, what it is doing.
+def silent_exporter() -> Iterator[None]:
+    """A context without the exporter's own output and warnings, which are for torch's developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -64,13 +63,13 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def export(model: GeneratorForCausalLM, folder: Path) -> None:
+def export_generator(model: GeneratorForCausalLM, folder: Path) -> None:
     """Write encode.onnx, step_0.onnx .. step_{L-1}.onnx and items.safetensors into `folder`.
 
     Every leading dimension is dynamic. encode: codes (B, P, L) int64, lengths (B,) int64, extras (B, P, D)
-    float32, which are the items' own vectors and texts, and, where the model has context tokens, context
-    (B, C) int64 padded with 0 -> state (B, D) float32. step_l: state (N, D) and, for
-    l > 0, prefix (N, l) int64 -> log_probs (N, K_l) float32.
+    float32, which are `ItemTable.beyond_codes`, and, where the model has context tokens, context (B, C)
+    int64 padded with 0 -> state (B, D) float32. step_l: state (N, D) and, for l > 0, prefix (N, l) int64 ->
+    log_probs (N, K_l) float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -78,29 +77,29 @@ def export(model: GeneratorForCausalLM, folder: Path) -> None:
     # Sizes of two and more: the tracer takes a dimension of one for a constant.
     first = model.config.code_base
     codes = torch.full((2, 3, levels), first, dtype=torch.int64)
-    given: dict[str, Tensor] = {
+    inputs: dict[str, Tensor] = {
         "codes": codes, "lengths": torch.tensor([3, 2]), "extras": torch.zeros(2, 3, width),
     }  # fmt: skip
     axes = {"codes": {0: "B", 1: "P"}, "lengths": {0: "B"}, "extras": {0: "B", 1: "P"}, "state": {0: "B"}}
     if model.config.num_context:
-        given["context"] = torch.full((2, 2), model.config.vocab_size - 1, dtype=torch.int64)
+        inputs["context"] = torch.full((2, 2), model.config.vocab_size - 1, dtype=torch.int64)
         axes["context"] = {0: "B", 1: "C"}
-    with quiet(), torch.no_grad():
+    with silent_exporter(), torch.no_grad():
         torch.onnx.export(
-            _Encode(model), tuple(given.values()), str(folder / "encode.onnx"),
-            input_names=list(given), output_names=["state"], dynamic_axes=axes,
+            _Encode(model), tuple(inputs.values()), str(folder / "encode.onnx"),
+            input_names=list(inputs), output_names=["state"], dynamic_axes=axes,
             opset_version=_OPSET, dynamo=False, external_data=False,
         )  # fmt: skip
         for level in range(levels):
-            inputs: tuple[Tensor, ...] = (torch.zeros(3, width),)
-            names = ["state"]
+            step_inputs: tuple[Tensor, ...] = (torch.zeros(3, width),)
+            step_names = ["state"]
             if level:
-                inputs += (torch.full((3, level), first, dtype=torch.int64),)
-                names.append("prefix")
+                step_inputs += (torch.full((3, level), first, dtype=torch.int64),)
+                step_names.append("prefix")
             torch.onnx.export(
-                _Step(model, level), inputs, str(folder / f"step_{level}.onnx"),
-                input_names=names, output_names=["log_probs"],
-                dynamic_axes={name: {0: "N"} for name in [*names, "log_probs"]},
+                _Step(model, level), step_inputs, str(folder / f"step_{level}.onnx"),
+                input_names=step_names, output_names=["log_probs"],
+                dynamic_axes={name: {0: "N"} for name in [*step_names, "log_probs"]},
                 opset_version=_OPSET, dynamo=False, external_data=False,
             )  # fmt: skip
 
@@ -120,10 +119,10 @@ def _save_items(model: GeneratorForCausalLM, path: Path) -> None:
         text
         | {
             "sids": (table.codes - starts).numpy().astype(np.uint16),
-            "extras": table.extras(rows).detach().numpy(),
+            "extras": table.beyond_codes(rows).detach().numpy(),
             "codes": base.embed_tokens.weight[config.code_base : end].detach().numpy().copy(),
             "query": table.query_proj.weight.detach().numpy(),
-            "again": (table.again * table.strength).detach().numpy(),
+            "again": (table.repeat_vectors * table.repeat_strength).detach().numpy(),
         },
         str(path),
     )
@@ -137,7 +136,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 @torch.no_grad()
-def parity(
+def check_parity(
     model: GeneratorForCausalLM, folder: Path, histories: list[list[tuple[int, ...]]], seed: int = 0
 ) -> float:
     """The largest absolute difference of the graphs to torch, on given and on random histories of SIDs,
@@ -151,40 +150,47 @@ def parity(
     rng = np.random.default_rng(seed)
     sizes = np.array(config.sizes)
     lengths = [0, 1, 2, config.max_items, *rng.integers(0, config.max_items + 1, size=12).tolist()]
-    drawn = [[tuple(row) for row in rng.integers(0, sizes, size=(n, len(sizes))).tolist()] for n in lengths]
-    every = drawn + [history[-config.max_items :] for history in histories]
+    random_histories = [
+        [tuple(row) for row in rng.integers(0, sizes, size=(n, len(sizes))).tolist()] for n in lengths
+    ]
+    all_histories = random_histories + [history[-config.max_items :] for history in histories]
     encode = _session(folder / "encode.onnx")
     steps = [_session(folder / f"step_{level}.onnx") for level in range(config.levels)]
-    worst = 0.0
-    for batch in ([every[0]], [every[3]], every):
+    largest_difference = 0.0
+    for batch in ([all_histories[0]], [all_histories[3]], all_histories):
         spelled = np.array([prompt.tokens(sid) for history in batch for sid in history], dtype=np.int64)
         bounds = np.cumsum([0, *(len(history) for history in batch)])
         codes, counts = pad_items(
             [np.arange(low, high) for low, high in pairwise(bounds)], spelled.reshape(-1, config.levels)
         )
-        extras = model.model.items.extras(model.model.items.rows(codes))
-        given = {"codes": codes.numpy(), "lengths": counts.numpy(), "extras": extras.numpy()}
+        beyond_codes = model.model.items.beyond_codes(model.model.items.rows(codes))
+        encode_inputs = {"codes": codes.numpy(), "lengths": counts.numpy(), "extras": beyond_codes.numpy()}
         context = None
         if config.num_context:
             first = config.vocab_size - config.num_context
-            said = rng.integers(first, config.vocab_size, size=(len(batch), 3))
-            given["context"] = np.where(rng.random(said.shape) < 0.5, said, config.pad_token_id)
-            context = torch.from_numpy(given["context"])
+            context_tokens = rng.integers(first, config.vocab_size, size=(len(batch), 3))
+            encode_inputs["context"] = np.where(
+                rng.random(context_tokens.shape) < 0.5, context_tokens, config.pad_token_id
+            )
+            context = torch.from_numpy(encode_inputs["context"])
         state = model.encode(codes, counts, context=context)
-        (found,) = encode.run(["state"], given)
-        worst = max(worst, float(np.abs(found - state.numpy()).max()))
+        (exported_state,) = encode.run(["state"], encode_inputs)
+        largest_difference = max(largest_difference, float(np.abs(exported_state - state.numpy()).max()))
         chosen = torch.from_numpy(rng.integers(0, sizes, size=(len(batch), len(sizes))))
         tokens = chosen + torch.tensor([prompt.code_base(level) for level in range(config.levels)])
         for level, session in enumerate(steps):
             prefix = tokens[:, :level] if level else None
-            wanted = model.step(level, state, prefix)
-            inputs = {"state": state.numpy()} | ({"prefix": prefix.numpy()} if prefix is not None else {})
-            (log_probs,) = session.run(["log_probs"], inputs)
-            worst = max(worst, float(np.abs(log_probs - wanted.numpy()).max()))
+            expected = model.step(level, state, prefix)
+            step_inputs = {"state": state.numpy()} | (
+                {"prefix": prefix.numpy()} if prefix is not None else {}
+            )
+            (log_probs,) = session.run(["log_probs"], step_inputs)
+            largest_difference = max(largest_difference, float(np.abs(log_probs - expected.numpy()).max()))
     # A NaN compares false: written so that it fails too.
-    if not worst < TOLERANCE:
+    if not largest_difference < TOLERANCE:
         raise SidstreamError(
-            f"the exported graphs differ from torch by {worst:.2g} (at most {TOLERANCE} is accepted); "
-            "the model was not registered; train it again, and report the versions of torch and onnxruntime"
+            f"the exported graphs differ from torch by {largest_difference:.2g} (at most {TOLERANCE} is "
+            "accepted); the model was not registered; train it again, and report the versions of torch and "
+            "onnxruntime"
         )
-    return worst
+    return largest_difference

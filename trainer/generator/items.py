@@ -1,48 +1,44 @@
-"""What the generator knows of an item beyond its SID: an own vector, and its text.
+"""The item table: what the generator has of an item beyond its SID, an own vector and its text.
 
 An item's vector is the sum of its codes' embeddings, its own vector and the projection of its text's
-embedding. It is what the item looks like at the input, and what the dense head scores (LIGER, Yang et al.
-2024, arXiv 2411.18814). An item that was never trained has no own vector: its codes and its text speak for
-it.
+embedding. The backbone reads this vector at the item's position, and the dense head scores it (LIGER, Yang et
+al. 2024, arXiv 2411.18814). An item that was not in the training has an own vector of zeros, so that its
+codes and its text alone represent it.
 
 Shapes: I items, L levels, D width, T size of a text vector.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from registry.bundles.ranking import COUNT_STARTS, DISTANCE_STARTS
 from streams.errors import SidstreamError
+from trainer.generator.configuration import GeneratorConfig
 
-if TYPE_CHECKING:
-    from trainer.generator.model import GeneratorConfig
-
-# An item's last distance in the past, in items: 1, 2, 3 to 4, 5 to 8, ... and all beyond 64.
-DISTANCES = 8
-# How often it is there: once, twice, 3 to 4 times, 5 to 8, more.
-COUNTS = 5
 # Keys are int64.
-_MOST_SIDS = 2**62
+_MAX_SIDS = 2**62
 
 
-class Past(NamedTuple):
-    """Items of histories, each by its last place."""
+class PastOccurrences(NamedTuple):
+    """M distinct items of histories: how long ago each was there last, and how often."""
 
-    distance: Tensor  # (M,) int64 from what comes next, 1 for the newest item
-    times: Tensor  # (M,) int64 how often the item is there, from 1
+    last_distance: Tensor  # (M,) int64, in items before the next one: 1 for the newest item of the history
+    frequency: Tensor  # (M,) int64, how often the history has the item, from 1
 
 
-def _bucket(number: Tensor, buckets: int) -> Tensor:
-    """1, 2, 3 to 4, 5 to 8, ... -> 0, 1, 2, 3, ..., the last one for all beyond."""
-    return torch.ceil(torch.log2(number.float())).long().clamp(max=buckets - 1)
+def _bucket(numbers: Tensor, starts: Sequence[int]) -> Tensor:
+    """The bucket (M,) of each number (M,), where bucket b begins at starts[b]."""
+    return torch.bucketize(numbers, torch.tensor(starts, device=numbers.device), right=True) - 1
 
 
 class ItemTable(nn.Module):
-    """The items that are known one by one, by their SIDs."""
+    """The items of which the generator has more than codes, by their SIDs."""
 
     keys: Tensor
     codes: Tensor
@@ -55,27 +51,41 @@ class ItemTable(nn.Module):
         slots = 1
         for size in self.sizes:
             slots *= size
-        if slots > _MOST_SIDS:
+        if slots > _MAX_SIDS:
             raise SidstreamError(
                 f"a codebook of {self.sizes} has more SIDs than fit 62 bits: use fewer codes"
             )
-        # Ascending, so that a row is found by bisection: places are of SIDs, not of item ids.
+        # One number for each item's SID, ascending, so that a row is found by bisection.
         self.register_buffer("keys", torch.zeros(count, dtype=torch.long))
         self.register_buffer("codes", torch.zeros(count, len(self.sizes), dtype=torch.long))
         self.register_buffer("text", torch.zeros(count, text))
-        # Without own vectors they stay the zeros that they are.
+        # Where own vectors are switched off, they stay zeros.
         self.has_own = config.item_vectors
         self.own = nn.Parameter(torch.zeros(count, width), requires_grad=self.has_own)
         self.text_proj = nn.Linear(text, width, bias=False) if text else None
         self.query_proj = nn.Linear(width, width, bias=False)
-        # What an item of the user's past is beside itself to the dense head, by its last distance and by how
-        # often it is there: whether items come again is learned, and for whom, as in RepeatNet (Ren et al.
-        # 2019). A vector, not a number: a number moves by the learning rate a step, and never gets there.
-        self.again = nn.Parameter(torch.zeros(DISTANCES + COUNTS, width))
-        # Times this wherever items are ranked or compared, fitted on held-out events
-        # (trainer.offline.repeat_bias).
+        # Stored weights have the names `again` and `strength`; the code reads them as `repeat_vectors` and
+        # `repeat_strength`.
+        self.again = nn.Parameter(torch.zeros(len(DISTANCE_STARTS) + len(COUNT_STARTS), width))
         self.strength = nn.Parameter(torch.ones(()), requires_grad=False)
         self.item_dropout = config.item_dropout
+
+    @property
+    def repeat_vectors(self) -> nn.Parameter:
+        """A vector for each bucket of an item's last distance, then one for each bucket of its frequency.
+
+        Their products with a query are the repeat bias: what the dense head adds to the logit of an item that
+        is in the user's history. Whether items are consumed repeatedly, and by whom, is learned, as in
+        RepeatNet (Ren et al. 2019); distance and frequency are the factors of Anderson et al. (2014), "The
+        dynamics of repeat consumption". Each bucket has a vector (buckets, D) and not a number: a number
+        moves by one learning rate a step, which is too little in a whole training.
+        """
+        return self.again
+
+    @property
+    def repeat_strength(self) -> nn.Parameter:
+        """The factor () of the repeat bias where items are ranked; trainer.offline.repeat_bias fits it."""
+        return self.strength
 
     def _key(self, codes: Tensor) -> Tensor:
         key = torch.zeros(codes.shape[:-1], dtype=torch.long, device=codes.device)
@@ -86,7 +96,7 @@ class ItemTable(nn.Module):
         return key
 
     def rows(self, codes: Tensor) -> Tensor:
-        """SIDs as token ids (..., L) -> rows of the table (...), -1 where an item is not known by itself."""
+        """SIDs as token ids (..., L) -> rows of the table (...), -1 for items that are not in the table."""
         if not len(self.keys):
             return torch.full(codes.shape[:-1], -1, dtype=torch.long, device=codes.device)
         key = self._key(codes)
@@ -94,11 +104,11 @@ class ItemTable(nn.Module):
         return torch.where(self.keys[at] == key, at, -1)
 
     @torch.no_grad()
-    def replace(self, codes: Tensor, text: Tensor | None) -> Tensor:
-        """Know these items: codes (I, L) token ids, text (I, T) float32 or None where T is 0.
+    def set_items(self, codes: Tensor, text: Tensor | None) -> Tensor:
+        """Make these the items of the table: codes (I, L) token ids, text (I, T) float32, None where T is 0.
 
-        Returns the rows (I,) that they have now. What was known of an item before is kept; a new one starts
-        without an own vector.
+        Returns the items' rows (I,) in the new table. An item that was in the table keeps its own vector; a
+        new item's own vector is zeros.
         """
         before = self.rows(codes)
         key = self._key(codes)
@@ -112,39 +122,42 @@ class ItemTable(nn.Module):
         rows[order] = torch.arange(len(order), device=order.device)
         return rows
 
-    def extras(self, rows: Tensor) -> Tensor:
-        """Rows (...), -1 for unknown -> own vector plus projected text (..., D), zeros for unknown."""
-        known = (rows >= 0)[..., None]
+    def beyond_codes(self, rows: Tensor) -> Tensor:
+        """Rows (...), -1 for none -> own vector plus projected text (..., D), zeros for -1."""
+        is_known = (rows >= 0)[..., None]
         if not len(self.own):
             return self.own.new_zeros(*rows.shape, self.own.shape[1])
         at = rows.clamp(min=0)
-        made = F.embedding(at, self.own)
+        vectors = F.embedding(at, self.own)
         if self.text_proj is not None:
-            made = made + self.text_proj(self.text[at])
-        return made * known
+            vectors = vectors + self.text_proj(self.text[at])
+        return vectors * is_known
 
-    def again_of(self, query: Tensor, owner: Tensor, past: Past, learning: bool = False) -> Tensor:
-        """What is added to the logits (M,) of items of the past.
+    def repeat_bias(
+        self, query: Tensor, owner: Tensor, occurrences: PastOccurrences, as_learned: bool = False
+    ) -> Tensor:
+        """The addends (M,) float32 to the logits of items that are in a user's history.
 
-        query (N, D); owner (M,) int64: whose past; past: each item's last distance and count (M,);
-        `learning`: as the next-item loss has it, without the strength.
+        query (N, D); owner (M,) int64: the query whose history has the item. `as_learned`: without
+        `repeat_strength`, as in the next-item loss.
         """
-        offered = (query @ self.again.to(query.dtype).T).float()
-        near = _bucket(past.distance, DISTANCES)
-        made = offered[owner, near] + offered[owner, DISTANCES + _bucket(past.times, COUNTS)]
-        return made if learning else made * self.strength
+        by_bucket = (query @ self.repeat_vectors.to(query.dtype).T).float()
+        distance = _bucket(occurrences.last_distance, DISTANCE_STARTS)
+        frequency = len(DISTANCE_STARTS) + _bucket(occurrences.frequency, COUNT_STARTS)
+        bias = by_bucket[owner, distance] + by_bucket[owner, frequency]
+        return bias if as_learned else bias * self.repeat_strength
 
     def vectors(self, embeddings: Tensor) -> Tensor:
         """All items' vectors (I, D) from the token embeddings (V, D).
 
-        In training a share `item_dropout` of items is without its own vector, so that codes and text learn to
-        stand alone, as they do for a new item.
+        In training a share `item_dropout` of the items is without its own vector, so that codes and text also
+        learn to represent an item alone, as they must for a new item.
         """
         own: Tensor = self.own
         if self.training and self.item_dropout:
-            kept = torch.rand(len(own), 1, device=own.device) >= self.item_dropout
-            own = own * kept
-        made: Tensor = own + F.embedding_bag(self.codes, embeddings, mode="sum")
+            with_own = torch.rand(len(own), 1, device=own.device) >= self.item_dropout
+            own = own * with_own
+        vectors: Tensor = own + F.embedding_bag(self.codes, embeddings, mode="sum")
         if self.text_proj is not None:
-            made = made + self.text_proj(self.text)
-        return made
+            vectors = vectors + self.text_proj(self.text)
+        return vectors

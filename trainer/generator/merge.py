@@ -22,11 +22,11 @@ from trainer.generator.items import ItemTable
 from trainer.generator.model import GeneratorForCausalLM, GeneratorModel
 
 # What is M times as large in the merged shape; all else of the shape is the members'.
-_WIDE = ("hidden_size", "num_attention_heads", "intermediate_size", "depth_size", "norm_groups")
+_WIDENED_SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "depth_size", "norm_groups")
 
 
 @torch.no_grad()
-def merged(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
+def merge_generators(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
     """One generator whose logits, of codes, words and items, are the mean of the members'.
 
     A single member is returned as it is. Raises ValueError where the members differ in shape, vocabulary or
@@ -35,80 +35,86 @@ def merged(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCausalLM:
     first = members[0]
     if len(members) == 1:
         return first
-    shape = _shape(first)
+    shape = _member_shape(first)
     table = first.model.items
     for other in members[1:]:
-        theirs = other.model.items
-        same = _shape(other) == shape and all(
-            torch.equal(getattr(table, name), getattr(theirs, name)) for name in ("keys", "codes", "text")
+        other_table = other.model.items
+        same = _member_shape(other) == shape and all(
+            torch.equal(getattr(table, name), getattr(other_table, name))
+            for name in ("keys", "codes", "text")
         )
         if not same:
             raise ValueError("only generators of one shape, vocabulary and catalogue can be merged")
-    wide = {name: len(members) * getattr(first.config, name) for name in _WIDE}
-    config = type(first.config).from_dict(first.config.to_dict() | wide)
-    made = GeneratorForCausalLM(config)
-    made.know(table.codes, table.text if config.text_size else None)
+    widened = {name: len(members) * getattr(first.config, name) for name in _WIDENED_SIZES}
+    config = type(first.config).from_dict(first.config.to_dict() | widened)
+    wide_model = GeneratorForCausalLM(config)
+    wide_model.set_items(table.codes, table.text if config.text_size else None)
     parts = [dict(member.named_modules()) for member in members]
-    for name, module in made.named_modules():
-        _join(name, module, [part[name] for part in parts])
-    return made.to(next(first.parameters()).device).train(first.training)
+    for name, module in wide_model.named_modules():
+        _join_module(name, module, [part[name] for part in parts])
+    return wide_model.to(next(first.parameters()).device).train(first.training)
 
 
-def _shape(model: GeneratorForCausalLM) -> dict[str, object]:
-    told = model.config.to_dict()
-    return {name: value for name, value in told.items() if name not in ("_name_or_path", "dtype")}
+def _member_shape(model: GeneratorForCausalLM) -> dict[str, object]:
+    fields = model.config.to_dict()
+    return {name: value for name, value in fields.items() if name not in ("_name_or_path", "dtype")}
 
 
-def _join(name: str, module: nn.Module, parts: list[Any]) -> None:
-    """Give a module of the merged model what its parts have."""
+def _join_module(name: str, module: nn.Module, parts: list[Any]) -> None:
+    """Fill a module of the merged model from the members' modules of the same name."""
     kind = name.rpartition(".")[2]
 
-    def each(of: str = "weight") -> list[Tensor]:
-        return [getattr(part, of) for part in parts]
+    def parts_of(parameter: str = "weight") -> list[Tensor]:
+        return [getattr(part, parameter) for part in parts]
 
-    def put(value: Tensor, of: str = "weight") -> None:
-        getattr(module, of).copy_(value)
+    def set_value(value: Tensor, parameter: str = "weight") -> None:
+        getattr(module, parameter).copy_(value)
 
     if kind == "lm_head":
-        return  # the embeddings
+        return  # tied to the token embeddings
     if isinstance(module, nn.Embedding):
-        put(torch.cat(each(), dim=1))
+        set_value(torch.cat(parts_of(), dim=1))
     elif isinstance(module, RMSNorm):
-        # The depth head's last word: what is multiplied with the embeddings. Their sum, as a mean.
-        put(torch.cat(each()) / (len(parts) if ".depth." in f".{name}" else 1))
+        # The depth head's last norm gives what is multiplied with the embeddings: a sum over the members,
+        # which the division makes a mean.
+        set_value(torch.cat(parts_of()) / (len(parts) if ".depth." in f".{name}" else 1))
     elif isinstance(module, nn.Conv1d):
-        put(torch.cat(each()))
+        set_value(torch.cat(parts_of()))
     elif isinstance(module, ItemTable):
-        put(torch.cat(each("own"), dim=1), "own")
-        # One strength for all: each member's is in its own vectors.
-        put(torch.cat([part.again * part.strength for part in parts], dim=1), "again")
+        set_value(torch.cat(parts_of("own"), dim=1), "own")
+        # The merged model has one strength, 1: each member's own is multiplied into its vectors.
+        set_value(
+            torch.cat([part.repeat_vectors * part.repeat_strength for part in parts], dim=1), "repeat_vectors"
+        )
     elif isinstance(module, nn.Linear):
-        put(_JOINS.get(kind, _blocks)(each()))
+        set_value(_JOINS.get(kind, _block_diagonal)(parts_of()))
     elif isinstance(module, GeneratorModel):
-        put(torch.cat(each("start")), "start")
+        set_value(torch.cat(parts_of("start")), "start")
 
 
-def _blocks(weights: Sequence[Tensor]) -> Tensor:
+def _block_diagonal(weights: Sequence[Tensor]) -> Tensor:
     return torch.block_diag(*weights)
 
 
-def _thirds(weights: Sequence[Tensor]) -> Tensor:
+def _block_diagonal_thirds(weights: Sequence[Tensor]) -> Tensor:
     """Queries, keys and values (3 D, D) of each: all queries first, then all keys, then all values."""
-    return torch.cat([_blocks(part) for part in zip(*(one.chunk(3) for one in weights), strict=True)])
+    return torch.cat(
+        [_block_diagonal(part) for part in zip(*(weight.chunk(3) for weight in weights), strict=True)]
+    )
 
 
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
+def _stacked_rows(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(weights))
 
 
-def _mean(weights: Sequence[Tensor]) -> Tensor:
-    return _blocks(weights) / len(weights)
+def _block_diagonal_mean(weights: Sequence[Tensor]) -> Tensor:
+    return _block_diagonal(weights) / len(weights)
 
 
 _JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
-    "qkv_proj": _thirds,
-    # What the dense head multiplies with items' vectors.
-    "query_proj": _mean,
+    "qkv_proj": _block_diagonal_thirds,
+    # The dense head's products with items' vectors are a sum over the members: made a mean.
+    "query_proj": _block_diagonal_mean,
     # All members read the same text.
-    "text_proj": _stacked,
+    "text_proj": _stacked_rows,
 }

@@ -5,9 +5,9 @@ codes of an item fold into one position (the sum of their embeddings), a causal 
 and the vector that predicts an item's next code is made from the last position and the codes already chosen
 (RQ-Transformer's spatial and depth parts, Lee et al. 2022, arXiv 2203.01941). A convolution over the last
 few positions runs beside attention (a local filter, after BSARec, arXiv 2312.10325). Beside the SID's codes a
-position holds what is known of the item itself (trainer.generator.items), and the dense head scores a state
-against every item's vector at once. What a request says beside its history (registry.bundles.context) bends
-the state that answers are made from (trainer.context).
+position holds the item's own vector and text (trainer.generator.items), and the dense head scores a state
+against every item's vector at once. The context of a request, beside its history (registry.bundles.context),
+modulates the state that answers are decoded from (trainer.generator.context).
 
 Shapes: B rows, T flat tokens, P positions, L levels, D width, V tokens of vocabulary, C context tokens.
 """
@@ -20,65 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trainer.generator.backbone import DepthLevel, Layer, RMSNorm
+from trainer.generator.configuration import GeneratorConfig
 from trainer.generator.context import Modulation
-from trainer.generator.items import ItemTable, Past
+from trainer.generator.items import ItemTable, PastOccurrences
+from trainer.sequences.batches import IGNORE
 
-IGNORE = -100
 # Spread of fresh weights, as in BERT and GPT-2.
-_SPREAD = 0.02
-
-
-class GeneratorConfig(PreTrainedConfig):
-    """The shape of a generator. `sizes` are the codes a level; level l's code c is the token
-    `code_base + sum(sizes[:l]) + c`; tokens below `code_base` are special, those after all codes words, but
-    for the last `num_context`, which are a request's context."""
-
-    model_type = "sidstream-generator"
-
-    sizes: list[int] | tuple[int, ...] = (16, 16, 16)
-    code_base: int = 16
-    vocab_size: int = 64
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    intermediate_size: int = 256
-    depth_size: int = 128
-    kernel_size: int = 5
-    norm_groups: int = (
-        1  # a merged generator normalises each of its members by itself (trainer.generator.merge)
-    )
-    dropout: float = 0.2
-    rope_theta: float = 10_000.0
-    max_items: int = 50
-    num_items: int = 0
-    text_size: int = 0
-    item_dropout: float = 0.0
-    item_vectors: bool = True
-    num_context: int = 0
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = True
-    use_cache: bool = False
-
-    @property
-    def levels(self) -> int:
-        """L, the number of codes of an item."""
-        return len(self.sizes)
-
-    def code_range(self, level: int) -> tuple[int, int]:
-        """First and one past the last token id of a level's codes."""
-        start = self.code_base + sum(self.sizes[:level])
-        return start, start + self.sizes[level]
+_INITIAL_STD = 0.02
 
 
 class GeneratorPreTrainedModel(PreTrainedModel):
-    """What the two models share: the configuration, and how weights start."""
+    """The configuration and the initial weights of `GeneratorModel` and `GeneratorForCausalLM`."""
 
     config_class = GeneratorConfig
     base_model_prefix = "model"
@@ -90,17 +47,17 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         from transformers import initialization as init
 
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=_SPREAD)
+            init.normal_(module.weight, mean=0.0, std=_INITIAL_STD)
         elif isinstance(module, nn.Conv1d):
             init.normal_(module.weight, mean=0.0, std=self.config.kernel_size**-0.5 / 2)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=_SPREAD)
+            init.normal_(module.weight, mean=0.0, std=_INITIAL_STD)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, ItemTable):
-            init.normal_(module.own, mean=0.0, std=_SPREAD if module.has_own else 0.0)
+            init.normal_(module.own, mean=0.0, std=_INITIAL_STD if module.has_own else 0.0)
             init.eye_(module.query_proj.weight)
-            init.ones_(module.strength)
+            init.ones_(module.repeat_strength)
         elif isinstance(module, GeneratorModel):
             init.zeros_(module.start)
             # Here: transformers passes over a module of another package that has no weights of its own.
@@ -110,20 +67,20 @@ class GeneratorPreTrainedModel(PreTrainedModel):
 
 
 class GeneratorModel(GeneratorPreTrainedModel):
-    """Folding, backbone and depth head: one vector a flat place, made to be multiplied with E^T."""
+    """Folding, backbone and depth head: a vector for each flat token; its product with E^T are logits."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # What is known before the first position: only malformed input, which has no BOS, reads it.
+        # The state before the first position: only malformed input, without BOS, reads it.
         self.start = nn.Parameter(torch.zeros(config.hidden_size))
         self.items = ItemTable(config)
-        # A position is a sum of several small vectors: scaled, it is of the size that the layers add.
+        # A position is a sum of several small vectors: the norm scales it to the size of the layers' outputs.
         self.position_norm = RMSNorm(config.hidden_size, config.norm_groups)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_groups)
         self.depth = nn.ModuleList(DepthLevel(config, level) for level in range(config.levels))
-        # Without context tokens it is not there: weights from before there were any load as they are.
+        # None without context tokens, so that weights of a model without them load unchanged.
         self.modulation = Modulation(config) if config.num_context else None
         self.drop = nn.Dropout(config.dropout)
         self.post_init()
@@ -146,38 +103,38 @@ class GeneratorModel(GeneratorPreTrainedModel):
 
     def embed_items(self, codes: Tensor) -> Tensor:
         """Items as codes (B, P, L) of token ids -> positions (B, P, D)."""
-        return self.embed_tokens(codes).sum(-2) + self.items.extras(self.items.rows(codes))
+        return self.embed_tokens(codes).sum(-2) + self.items.beyond_codes(self.items.rows(codes))
 
     def queries(self, states: Tensor) -> Tensor:
-        """What the dense head multiplies with items' vectors: states (..., D) -> (..., D)."""
-        made: Tensor = self.items.query_proj(states)
-        return made
+        """States (..., D) -> the dense head's queries (..., D): times items' vectors they give logits."""
+        queries: Tensor = self.items.query_proj(states)
+        return queries
 
-    def again(
-        self, query: Tensor, rows: Tensor, lengths: Tensor, learning: bool = False
+    def repeat_bias(
+        self, query: Tensor, rows: Tensor, lengths: Tensor, as_learned: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the dense head adds to the items of a row's past.
+        """The dense head's addends to the logits of items that are in their row's history.
 
-        query (B, D) as of `queries`; rows (B, P) of the item table, oldest first, of which `lengths` (B,) are
-        the past; -1 for an unknown item -> row of the batch (M,), row of the table (M,), what is added (M,)
-        float32; no pair comes twice. `learning`: without the strength that held-out events gave.
+        query (B, D) from `queries`; rows (B, P) of the item table, oldest first, -1 for items without a row;
+        lengths (B,): how many of them are the history -> row of the batch (M,), row of the item table (M,),
+        addend (M,) float32, without repeats. `as_learned`: without `repeat_strength`.
         """
-        at = torch.arange(rows.shape[1], device=rows.device)
-        real = (at < lengths[:, None]) & (rows >= 0)
-        same = (rows[:, :, None] == rows[:, None]) & real[:, None]
-        batch, place = (real & ~(same & (at[:, None] < at)).any(-1)).nonzero(as_tuple=True)
-        past = Past(lengths[batch] - place, same.sum(-1)[batch, place])
-        return batch, rows[batch, place], self.items.again_of(query, batch, past, learning)
+        places = torch.arange(rows.shape[1], device=rows.device)
+        is_history = (places < lengths[:, None]) & (rows >= 0)
+        same = (rows[:, :, None] == rows[:, None]) & is_history[:, None]
+        batch, place = (is_history & ~(same & (places[:, None] < places)).any(-1)).nonzero(as_tuple=True)
+        occurrences = PastOccurrences(lengths[batch] - place, same.sum(-1)[batch, place])
+        return batch, rows[batch, place], self.items.repeat_bias(query, batch, occurrences, as_learned)
 
-    def conditioned(self, states: Tensor, context: Tensor | None) -> Tensor:
+    def with_context(self, states: Tensor, context: Tensor | None) -> Tensor:
         """States (..., D) under contexts (..., C) of token ids, padded with 0 -> (..., D)."""
         if self.modulation is None or context is None:
             return states
         real = context != self.config.pad_token_id
-        made: Tensor = self.modulation(states, (self.embed_tokens(context) * real[..., None]).sum(-2))
-        return made
+        modulated: Tensor = self.modulation(states, (self.embed_tokens(context) * real[..., None]).sum(-2))
+        return modulated
 
-    def _levels_of(self, ids: Tensor) -> Tensor:
+    def _token_levels(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> 0 for specials, 1..L for codes of level 0..L-1, L+1 for words, L+2 for contexts."""
         bounds = [self.config.code_range(level)[0] for level in range(self.config.levels)]
         bounds.append(self.config.code_range(self.config.levels - 1)[1])
@@ -198,7 +155,7 @@ class GeneratorModel(GeneratorPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("the generator folds token ids: pass input_ids, not inputs_embeds")
-        state, folded, chosen = self.read(input_ids, attention_mask)
+        state, folded, chosen = self.depth_inputs(input_ids, attention_mask)
         vectors = torch.zeros_like(state)
         for level, head in enumerate(self.depth):
             at = (chosen == level).nonzero(as_tuple=True)
@@ -206,33 +163,36 @@ class GeneratorModel(GeneratorPreTrainedModel):
             vectors = vectors.index_put(at, scored.to(vectors.dtype))
         return BaseModelOutput(last_hidden_state=vectors)
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Every place of flat input (B, T) as the depth head wants it.
+    def depth_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs of the depth head at each place of flat input (B, T).
 
-        States (B, T, D) after the last closed position, sums (B, T, D) of the codes of the item that is open,
-        and their number (B, T), 0 where none is open. A prompt is decoded from the state of its last place.
+        States (B, T, D) after the last closed position, sums (B, T, D) of the embeddings of the open item's
+        codes, and the number (B, T) of these codes, 0 where no item is open. A prompt is decoded from the
+        state of its last place.
         """
-        levels, last = self._levels_of(input_ids), self.config.levels
+        levels, last = self._token_levels(input_ids), self.config.levels
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             real = real & attention_mask.bool()
-        told = real & (levels == last + 2)
-        # A place closes a position unless it is a code that leaves its item open, or of the context.
+        is_context = real & (levels == last + 2)
+        # A place closes a position unless it is a code that leaves its item open, or a context token.
         opens = (levels >= 1) & (levels < last)
-        closes = real & ~opens & ~told
-        done = closes.long().cumsum(1)
-        group = done - closes.long()
+        closes = real & ~opens & ~is_context
+        closed_count = closes.long().cumsum(1)
+        group = closed_count - closes.long()
 
         embeds = self.embed_tokens(input_ids)
-        said = embeds * told[..., None]
-        embeds = embeds * (real & ~told)[..., None]
+        context_embeds = embeds * is_context[..., None]
+        embeds = embeds * (real & ~is_context)[..., None]
         folded = embeds
         for back in range(1, last):
             same = real[:, back:] & real[:, :-back] & (group[:, back:] == group[:, :-back])
             folded = folded + F.pad(embeds[:, :-back] * same[..., None], (0, 0, back, 0))
 
         batch, length, width = folded.shape
-        count = max(int(done[:, -1].max()), 1)
+        count = max(int(closed_count[:, -1].max()), 1)
         # Where each position was closed; rows with fewer positions read place 0, which nothing real sees.
         slots = torch.where(closes, group, count)
         places = torch.zeros(batch, count + 1, dtype=torch.long, device=folded.device)
@@ -241,28 +201,34 @@ class GeneratorModel(GeneratorPreTrainedModel):
         closed = places[:, :count]
         positions = folded[rows, closed]
         if len(self.items.keys):
-            # The L tokens that end where an item is closed; other positions have no item.
-            tail = (closed[..., None] - torch.arange(last - 1, -1, -1, device=closed.device)).clamp(min=0)
-            whole = levels.gather(1, closed).eq(last)
-            codes = input_ids[rows[..., None], tail]
-            climbing = torch.arange(1, last + 1, device=closed.device)
-            spelled = (levels[rows[..., None], tail] == climbing).all(-1)
-            known = torch.where(whole & spelled, self.items.rows(codes), -1)
-            positions = positions + self.items.extras(known)
+            positions = positions + self.items.beyond_codes(self._closed_items(input_ids, levels, closed))
         states = self.states(positions)
 
         states = torch.cat((self.start.to(states.dtype).expand(batch, 1, width), states), dim=1)
-        state = states[rows, done]
+        state = states[rows, closed_count]
         if self.modulation is not None:
-            # All that was said so far, less what was said before this item began.
-            heard = F.pad(said.cumsum(1), (0, 0, 1, 0))
-            begun = F.pad(closed + 1, (1, 0))
-            state = self.modulation(state, heard[:, 1:] - heard[rows, begun.gather(1, done)])
+            # The context since the last closed position: the sum so far, less the sum up to there.
+            context_sums = F.pad(context_embeds.cumsum(1), (0, 0, 1, 0))
+            item_starts = F.pad(closed + 1, (1, 0))
+            state = self.modulation(
+                state, context_sums[:, 1:] - context_sums[rows, item_starts.gather(1, closed_count)]
+            )
         return state, folded, torch.where(real & opens, levels, 0)
+
+    def _closed_items(self, input_ids: Tensor, levels: Tensor, closed: Tensor) -> Tensor:
+        """Rows (B, P) of the item table for the items that close at places `closed` (B, P) of input (B, T).
+
+        -1 where the L tokens up to the place are not one whole item. levels (B, T) as of `_token_levels`.
+        """
+        last, row = self.config.levels, torch.arange(len(closed), device=closed.device)[:, None, None]
+        places = (closed[..., None] - torch.arange(last - 1, -1, -1, device=closed.device)).clamp(min=0)
+        ascending = torch.arange(1, last + 1, device=closed.device)
+        is_item = (levels[row, places] == ascending).all(-1)
+        return torch.where(is_item, self.items.rows(input_ids[row, places]), -1)
 
 
 class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
-    """The generator with its output layer, which is E itself."""
+    """The generator with its output layer, whose weights are the token embeddings E."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -305,28 +271,36 @@ class GeneratorForCausalLM(GeneratorPreTrainedModel, GenerationMixin):
         """What `generate` passes to `forward`: always the whole sequence, since nothing is cached."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def know(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
-        """Know these items by themselves: see `ItemTable.replace`. The configuration follows."""
-        rows = self.model.items.replace(codes, text)
+    def set_items(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
+        """Make these the items of the item table and of the configuration: see `ItemTable.set_items`."""
+        rows = self.model.items.set_items(codes, text)
         self.config.num_items = len(codes)
         return rows
 
     def encode(
-        self, codes: Tensor, lengths: Tensor, extras: Tensor | None = None, context: Tensor | None = None
+        self,
+        codes: Tensor,
+        lengths: Tensor,
+        beyond_codes: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """The state after BOS, a row's items and its context: what a request is decoded from.
 
         codes (B, P, L) token ids, oldest first, right-padded with 0; lengths (B,) items a row, 0 allowed;
-        extras (B, P, D) what is known of the items beyond their codes, default: the table's; context (B, C)
-        int64 token ids padded with 0, default: nothing is said -> (B, D). Equals the state that `forward`
-        keeps at the last place of BOS, the items and the context.
+        beyond_codes (B, P, D) the items' own vectors and texts, default: the item table's; context (B, C)
+        int64 token ids padded with 0, default: no context -> (B, D). Equals the state that `forward` has at
+        the last place of BOS, the items and the context.
         """
         base = self.model
         begin = base.embed_tokens(torch.full_like(lengths, self.config.bos_token_id))[:, None]
-        items = base.embed_items(codes) if extras is None else base.embed_tokens(codes).sum(-2) + extras
+        items = (
+            base.embed_items(codes)
+            if beyond_codes is None
+            else base.embed_tokens(codes).sum(-2) + beyond_codes
+        )
         states = base.states(torch.cat((begin, items), dim=1))
         state = states.gather(1, lengths[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
-        return base.conditioned(state, context)
+        return base.with_context(state, context)
 
     def step(self, level: int, state: Tensor, prefix: Tensor | None) -> Tensor:
         """Log-probabilities of one level's codes, normalised over the whole vocabulary.

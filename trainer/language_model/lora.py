@@ -30,15 +30,15 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from trainer.alignment.rows import PreferenceRow
 from trainer.alignment.stage import window_rows
-from trainer.alignment.stop_rules import Health
-from trainer.cycle_inputs import only_one, read_material
+from trainer.cycle_inputs import cycle_lock, read_cycle_inputs
 from trainer.generator.constrained import SidSet
-from trainer.generator.model import IGNORE
-from trainer.offline.quality import Quality, for_json, hr_ndcg
-from trainer.sequences.batches import Row
-from trainer.sequences.rows import Rows
+from trainer.offline.probe import ProbeOutcome
+from trainer.offline.quality import HeldOutQuality, for_json, hr_ndcg
+from trainer.sequences.batches import IGNORE, TokenRow
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import device
+from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
@@ -55,68 +55,76 @@ class LoraResult:
     steps: int
     seconds: float
     loss: float
-    quality: Quality
+    quality: HeldOutQuality
     # Of the alignment, where there were pairs enough: its folder, what it did, and what it is worth.
     aligned: str | None = None
     dpo: DpoResult | None = None
-    aligned_quality: Quality | None = None
+    aligned_quality: HeldOutQuality | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return for_json(self)
 
 
-class Translation:
+class VocabularyTranslation:
     """Our token ids <-> a foreign tokenizer's: codes and marks are added tokens, a word may be several."""
 
     def __init__(
-        self, prompt: Prompt, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+        self,
+        prompt: Prompt,
+        own_tokenizer: PreTrainedTokenizerBase,
+        foreign_tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.prompt = prompt
         codes = [
             f"<{LEVELS[level]}_{code}>" for level, size in enumerate(prompt.sizes) for code in range(size)
         ]
-        theirs.add_tokens([*_MARKS.values(), *codes])
-        self.pad = theirs.pad_token_id if theirs.pad_token_id is not None else theirs.eos_token_id
-        self.end = theirs.eos_token_id
+        foreign_tokenizer.add_tokens([*_MARKS.values(), *codes])
+        self.pad = (
+            foreign_tokenizer.pad_token_id
+            if foreign_tokenizer.pad_token_id is not None
+            else foreign_tokenizer.eos_token_id
+        )
+        self.end = foreign_tokenizer.eos_token_id
         if self.end is None:
             raise SidstreamError(
-                f"the tokenizer of {theirs.name_or_path} has no end token; choose a model that has one"
+                f"the tokenizer of {foreign_tokenizer.name_or_path} has no end token; "
+                "choose a model that has one"
             )
-        begin = theirs.bos_token_id if theirs.bos_token_id is not None else self.end
-        self.table: list[list[int]] = [[] for _ in range(len(ours))]
+        begin = foreign_tokenizer.bos_token_id if foreign_tokenizer.bos_token_id is not None else self.end
+        self.table: list[list[int]] = [[] for _ in range(len(own_tokenizer))]
         self.table[BOS], self.table[EOS], self.table[PAD] = [begin], [self.end], []
         self.table[UNK] = []
         for token, text in _MARKS.items():
-            self.table[token] = [theirs.convert_tokens_to_ids(text)]
+            self.table[token] = [foreign_tokenizer.convert_tokens_to_ids(text)]
         first = prompt.code_base(0)
-        for at, foreign in enumerate(theirs.convert_tokens_to_ids(codes)):
+        for at, foreign in enumerate(foreign_tokenizer.convert_tokens_to_ids(codes)):
             self.table[first + at] = [foreign]
-        names = ours.convert_ids_to_tokens(list(range(len(ours))))
-        for token in range(prompt.first_word, len(ours)):
-            self.table[token] = theirs(" " + names[token], add_special_tokens=False).input_ids
-        self.back = {self.table[t][0]: t for t in range(first, prompt.first_word)}
+        names = own_tokenizer.convert_ids_to_tokens(list(range(len(own_tokenizer))))
+        for token in range(prompt.first_word, len(own_tokenizer)):
+            self.table[token] = foreign_tokenizer(" " + names[token], add_special_tokens=False).input_ids
+        self.own_token = {self.table[t][0]: t for t in range(first, prompt.first_word)}
 
-    def row(self, row: Row) -> Row:
+    def translate_row(self, row: TokenRow) -> TokenRow:
         """A row in the foreign vocabulary; every piece of a learned word is learned."""
         pieces = [self.table[token] for token in row.ids.tolist()]
         learned = [mark for mark, piece in zip(row.learned.tolist(), pieces, strict=True) for _ in piece]
         ids = [token for piece in pieces for token in piece]
-        return Row(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
+        return TokenRow(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
 
-    def ids(self, ours: Sequence[int]) -> list[int]:
+    def foreign_ids(self, ours: Sequence[int]) -> list[int]:
         """Token ids in the foreign vocabulary."""
-        return [token for one in ours for token in self.table[one]]
+        return [token for token in ours for token in self.table[token]]
 
-    def preference(self, row: PreferenceRow) -> PreferenceRow:
+    def translate_preference(self, row: PreferenceRow) -> PreferenceRow:
         """A preference row in the foreign vocabulary."""
         return PreferenceRow(
-            prompt_ids=self.ids(row["prompt_ids"]), chosen_ids=self.ids(row["chosen_ids"]),
-            rejected_ids=[self.ids(answer) for answer in row["rejected_ids"]],
+            prompt_ids=self.foreign_ids(row["prompt_ids"]), chosen_ids=self.foreign_ids(row["chosen_ids"]),
+            rejected_ids=[self.foreign_ids(answer) for answer in row["rejected_ids"]],
         )  # fmt: skip
 
 
-def _pad(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pad_rows(rows: Sequence[TokenRow], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORE)
@@ -129,7 +137,7 @@ def _pad(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return ids, labels, mask, torch.tensor([row.weight for row in rows])
 
 
-def _adapted(model: Any, settings: TrainerSettings) -> Any:
+def _with_adapters(model: Any, settings: TrainerSettings) -> Any:
     # The new rows of both embeddings are trained, so both are saved in full. A tied head gets its own copy
     # first: adapters saved over tied weights come apart, or not, by the architecture.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -138,10 +146,10 @@ def _adapted(model: Any, settings: TrainerSettings) -> Any:
         model.config.tie_word_embeddings = False
     names = {id(module): name for name, module in model.named_modules()}
     saved = [names[id(module)].rsplit(".", 1)[-1] for module in (embedding, head)]
-    return get_peft_model(model, _adapters(model, settings, saved))
+    return get_peft_model(model, _adapter_config(model, settings, saved))
 
 
-def _adapters(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
+def _adapter_config(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
     return LoraConfig(
         r=settings.lora.rank, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout,
         target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM",
@@ -150,10 +158,10 @@ def _adapters(model: Any, settings: TrainerSettings, saved: list[str] | None = N
     )  # fmt: skip
 
 
-def tune(
+def tune_lora(
     name: str,
-    rows: Rows,
-    ours: PreTrainedTokenizerBase,
+    rows: TrainingRows,
+    own_tokenizer: PreTrainedTokenizerBase,
     sids: SidSet,
     settings: TrainerSettings,
     folder: Path,
@@ -166,91 +174,107 @@ def tune(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        theirs = AutoTokenizer.from_pretrained(name)
+        foreign_tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise SidstreamError(f"{name} is no causal LM that can be loaded here: {first}") from error
-    translation = Translation(rows.prompt, ours, theirs)
+    translation = VocabularyTranslation(rows.prompt, own_tokenizer, foreign_tokenizer)
     torch.manual_seed(settings.seed)
-    model.resize_token_embeddings(max(len(theirs), model.get_input_embeddings().num_embeddings))
+    model.resize_token_embeddings(max(len(foreign_tokenizer), model.get_input_embeddings().num_embeddings))
     where = device()
-    model = _adapted(model, settings).to(where)
+    model = _with_adapters(model, settings).to(where)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+    optimizer = ClippedAdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+
+    def loss_of(batch: list[TokenRow]) -> Tensor:
+        ids, labels, mask, weight = (part.to(where) for part in _pad_rows(batch, translation.pad))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        learned = labels[:, 1:] != IGNORE
+        losses = F.cross_entropy(logits[learned].float(), labels[:, 1:][learned], reduction="none")
+        return (losses * weight[:, None].expand_as(learned)[learned]).mean()
+
+    def out_of_time() -> bool:
+        return settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
+
+    def report(step: int, loss: float) -> None:
+        if progress:
+            progress(f"step {step}, loss {loss:.3f}")
+
     began = time.monotonic()
-    steps, value = 0, float("nan")
     model.train()
-    for epoch in range(settings.epochs):
-        for batch in _batches(rows.epoch(epoch), translation, settings, epoch):
-            if settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds:
-                break
-            ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            at = labels[:, 1:] != IGNORE
-            losses = F.cross_entropy(logits[at].float(), labels[:, 1:][at], reduction="none")
-            loss = (losses * weight[:, None].expand_as(at)[at]).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            steps, value = steps + 1, float(loss.detach())
-            if progress:
-                progress(f"epoch {epoch + 1}, step {steps}, loss {value:.3f}")
+    batches = (
+        batch
+        for epoch in range(settings.epochs)
+        for batch in _translated_batches(rows.epoch_rows(epoch), translation, settings, epoch)
+    )
+    steps, loss = train_on_batches(optimizer, batches, loss_of, stop=out_of_time, progress=report)
     seconds = time.monotonic() - began
     merged = model.merge_and_unload().eval()
-    quality = rank_held(merged, translation, rows, sids, settings)
+    quality = evaluate_language_model(merged, translation, rows, sids, settings)
     folder.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(folder)
-    theirs.save_pretrained(folder)
-    return LoraResult(str(folder), steps, seconds, value, quality)
+    foreign_tokenizer.save_pretrained(folder)
+    return LoraResult(str(folder), steps, seconds, loss, quality)
 
 
-def _batches(
-    rows: list[Row], translation: Translation, settings: TrainerSettings, epoch: int
-) -> list[list[Row]]:
+def _translated_batches(
+    rows: list[TokenRow], translation: VocabularyTranslation, settings: TrainerSettings, epoch: int
+) -> list[list[TokenRow]]:
     rng = np.random.default_rng((settings.seed, epoch, 2))
-    translated = sorted((translation.row(row) for row in rows), key=lambda row: len(row.ids))
-    made: list[list[Row]] = [[]]
+    translated = sorted((translation.translate_row(row) for row in rows), key=lambda row: len(row.ids))
+    batches: list[list[TokenRow]] = [[]]
     for row in translated:
-        if made[-1] and (len(made[-1]) + 1) * len(row.ids) > settings.lora.batch_tokens:
-            made.append([])
-        made[-1].append(row)
-    return [made[at] for at in rng.permutation(len(made))]
+        if batches[-1] and (len(batches[-1]) + 1) * len(row.ids) > settings.lora.batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return [batches[at] for at in rng.permutation(len(batches))]
 
 
 @torch.no_grad()
-def rank_held(
-    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
-) -> Quality:
+def evaluate_language_model(
+    model: Any,
+    translation: VocabularyTranslation,
+    rows: TrainingRows,
+    sids: SidSet,
+    settings: TrainerSettings,
+) -> HeldOutQuality:
     """HR@10 and NDCG@10 of held-out items by constrained `generate`; validity of free answers."""
-    rank, valid = ranks_held(model, translation, rows, sids, settings)
+    rank, valid = language_model_ranks(model, translation, rows, sids, settings)
     hr, ndcg = hr_ndcg(torch.from_numpy(rank))
-    return Quality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
+    return HeldOutQuality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
 
 
 @torch.no_grad()
-def ranks_held(
-    model: Any, translation: Translation, rows: Rows, sids: SidSet, settings: TrainerSettings
+def language_model_ranks(
+    model: Any,
+    translation: VocabularyTranslation,
+    rows: TrainingRows,
+    sids: SidSet,
+    settings: TrainerSettings,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Rank (B,) from 0 of each held-out item by constrained `generate`; which (B,) free answers are SIDs."""
-    where = next(model.parameters()).device
-    prompt, held, known = rows.prompt, rows.split.held, rows.known
+    model_device = next(model.parameters()).device
+    prompt, held_out, catalogue = rows.prompt, rows.split.held_out, rows.catalogue
     beams = min(max(settings.beam, 10), len(sids))
     ranks: list[int] = []
     valid: list[bool] = []
-    for low in range(0, len(held.targets), _EVAL_ROWS):
-        histories = held.histories[low : low + _EVAL_ROWS]
-        flat = [[BOS, *known.codes[history].ravel().tolist()] for history in histories]
-        shown = [[piece for token in ids for piece in translation.table[token]] for ids in flat]
-        length = max(len(ids) for ids in shown)
-        ids = torch.tensor([[translation.pad] * (length - len(row)) + row for row in shown], device=where)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in shown], device=where)
+    for low in range(0, len(held_out.targets), _EVAL_ROWS):
+        histories = held_out.histories[low : low + _EVAL_ROWS]
+        prompts = [[BOS, *catalogue.codes[history].ravel().tolist()] for history in histories]
+        foreign_prompts = [[piece for token in ids for piece in translation.table[token]] for ids in prompts]
+        length = max(len(ids) for ids in foreign_prompts)
+        ids = torch.tensor(
+            [[translation.pad] * (length - len(row)) + row for row in foreign_prompts], device=model_device
+        )
+        mask = torch.tensor(
+            [[0] * (length - len(row)) + [1] * len(row) for row in foreign_prompts], device=model_device
+        )
         levels = len(prompt.sizes)
 
         def allowed(row: int, tokens: Tensor, length: int = length) -> list[int]:
-            prefix = [translation.back[token] for token in tokens[length:].tolist()]
-            return [translation.table[token][0] for token in sids.allowed(prefix)] or [translation.end]
+            prefix = [translation.own_token[token] for token in tokens[length:].tolist()]
+            return [translation.table[token][0] for token in sids.allowed_tokens(prefix)] or [translation.end]
 
         shared = {"attention_mask": mask, "max_new_tokens": levels, "do_sample": False,
                   "pad_token_id": translation.pad, "eos_token_id": None}  # fmt: skip
@@ -258,52 +282,56 @@ def ranks_held(
             ids, num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
             prefix_allowed_tokens_fn=allowed, **shared,
         )[:, length:]  # fmt: skip
-        sids_of = [prompt.sid([translation.back[token] for token in row]) for row in best.tolist()]
-        for row, target in enumerate(held.targets[low : low + _EVAL_ROWS].tolist()):
+        sids_of = [prompt.sid([translation.own_token[token] for token in row]) for row in best.tolist()]
+        for row, target in enumerate(held_out.targets[low : low + _EVAL_ROWS].tolist()):
             answers = sids_of[row * beams : (row + 1) * beams]
-            ranks.append(answers.index(known.sids[target]) if known.sids[target] in answers else beams)
+            ranks.append(
+                answers.index(catalogue.sids[target]) if catalogue.sids[target] in answers else beams
+            )
         for row in model.generate(ids, num_beams=1, **shared)[:, length:].tolist():
-            tokens = [translation.back.get(token, PAD) for token in row]
-            valid.append(all(token in sids.allowed(tokens[:at]) for at, token in enumerate(tokens)))
+            tokens = [translation.own_token.get(token, PAD) for token in row]
+            valid.append(all(token in sids.allowed_tokens(tokens[:at]) for at, token in enumerate(tokens)))
     return np.array(ranks, dtype=np.int64), np.array(valid, dtype=bool)
 
 
-def align_tuned(
+def align_lora(
     tuned: LoraResult,
     pairs: Sequence[PreferenceRow],
-    rows: Rows,
-    ours: PreTrainedTokenizerBase,
+    rows: TrainingRows,
+    own_tokenizer: PreTrainedTokenizerBase,
     sids: SidSet,
     settings: TrainerSettings,
     progress: Callable[[str], None] | None = None,
 ) -> LoraResult:
-    """Align what `tune` made to preference rows of our token ids, by fresh adapters; kept beside it.
+    """Align the model of `tune_lora` to preference rows of our token ids, by fresh adapters; saved beside it.
 
-    The embeddings stay: the codes were learned in tuning. Whether they are tied to the head is all one. What
-    a stop rule turned away is not kept: `aligned` stays None, and `dpo.stopped` says why.
+    The embeddings stay: the codes were learned in tuning. A model that a stop rule refuses is not saved:
+    `aligned` stays None, and `dpo.stopped` says why.
     """
     from trainer.alignment.dpo import align_language_model
 
-    theirs = AutoTokenizer.from_pretrained(tuned.folder)
+    foreign_tokenizer = AutoTokenizer.from_pretrained(tuned.folder)
     model = AutoModelForCausalLM.from_pretrained(tuned.folder, dtype=torch.float32)
-    translation = Translation(rows.prompt, ours, theirs)
-    few = rows.part(settings.dpo.probe_users)
+    translation = VocabularyTranslation(rows.prompt, own_tokenizer, foreign_tokenizer)
+    few = rows.with_fewer_held_out(settings.dpo.probe_users)
 
-    def probe(policy: Any) -> Health:
-        rank, valid = ranks_held(policy.eval(), translation, few, sids, settings)
-        return Health(rank < 10, valid)
+    def probe(policy: Any) -> ProbeOutcome:
+        rank, valid = language_model_ranks(policy.eval(), translation, few, sids, settings)
+        return ProbeOutcome(rank < 10, valid)
 
     folder = Path(f"{tuned.folder}-dpo")
-    made, result = align_language_model(
-        model, theirs, [translation.preference(row) for row in pairs], settings, folder / "run",
-        _adapters(model, settings), probe=probe if len(few.split.held.targets) else None, progress=progress,
+    aligned_model, result = align_language_model(
+        model, foreign_tokenizer, [translation.translate_preference(row) for row in pairs], settings,
+        folder / "run",
+        _adapter_config(model, settings), probe=probe if len(few.split.held_out.targets) else None,
+        progress=progress,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     if result.failed(settings.dpo.max_drop):
         return replace(tuned, dpo=result)
-    made.save_pretrained(folder)
-    theirs.save_pretrained(folder)
-    quality = rank_held(made.to(device()), translation, rows, sids, settings)
+    aligned_model.save_pretrained(folder)
+    foreign_tokenizer.save_pretrained(folder)
+    quality = evaluate_language_model(aligned_model.to(device()), translation, rows, sids, settings)
     return replace(tuned, aligned=str(folder), dpo=result, aligned_quality=quality)
 
 
@@ -319,27 +347,29 @@ def tune_window(
     """Tune `settings.hf_model` on the window, and align it where there are preference pairs enough.
 
     Nothing is registered: the merged models lie in <home>/hf. `horizon_ms` and `window_ms`: as of
-    `run_cycle`.
+    `UpdateCycle`.
     """
     if settings.hf_model is None:
         raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
-    with only_one(settings.home):
-        material = read_material(
+    with cycle_lock(settings.home):
+        inputs = read_cycle_inputs(
             settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
         )
-        ours = material.tokenizer
-        rows = Rows(material.log, material.split, material.known, ours, material.prompt, settings)
+        own_tokenizer = inputs.tokenizer
+        rows = TrainingRows(
+            inputs.log, inputs.split, inputs.catalogue, own_tokenizer, inputs.prompt, settings
+        )
         folder = settings.home / "hf" / Path(settings.hf_model).name
-        result = tune(
-            settings.hf_model, rows, ours, material.sids, settings, folder,
+        result = tune_lora(
+            settings.hf_model, rows, own_tokenizer, inputs.sids, settings, folder,
             lambda text: progress("lora", text, False),
         )  # fmt: skip
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
         # Without a context: a foreign vocabulary has no tokens of it.
-        pairs, _ = window_rows(material, settings.dpo, window_ms, Context())
+        pairs, _ = window_rows(inputs, settings.dpo, window_ms, Context())
         if len(pairs) >= settings.dpo.min_pairs:
-            result = align_tuned(
-                result, pairs, rows, ours, material.sids, settings,
+            result = align_lora(
+                result, pairs, rows, own_tokenizer, inputs.sids, settings,
                 lambda text: progress("dpo", text, False),
             )  # fmt: skip
             progress("dpo", f"{len(pairs):,} pairs; {result.dpo.stopped if result.dpo else ''}", True)

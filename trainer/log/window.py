@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,18 +21,18 @@ from streams.settings import KafkaSettings
 from streams.state import profile
 from streams.wire.admin import incarnations, missing_topic_error, offset_spans
 from streams.wire.topic_reader import read_ranges
-from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
-from trainer.log.pair_filter import Withdrawal, newest_of_each, withdraw
-from trainer.sequences.rows import Catalogue, Interactions, interactions
+from trainer.log.log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
+from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
+from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
 _KEYED = ("catalog", "users", "sids")
-# Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
+# Rows in memory before a file is written: a year of a shop is one file, and a large backlog still fits.
 _FILE_ROWS = 1_000_000
 
 
-class _When(msgspec.Struct):
+class _EventTime(msgspec.Struct):
     ts: int
 
 
@@ -39,7 +40,7 @@ class _When(msgspec.Struct):
 class Window:
     """What one cycle trains on: everything that was logged, and which part of it is new."""
 
-    log: Log
+    log: InteractionLog
     ranges: Ranges  # {topic: {partition: (from, to)}}, from where the parent's window ended
     incarnations: dict[str, int]
 
@@ -47,15 +48,15 @@ class Window:
         since = {partition: begin for partition, (begin, _) in self.ranges[topic].items()}
         return self.log.read(topic, since, self.incarnations[topic])
 
-    def count(self) -> int:
+    def count_new(self) -> int:
         """Clicks and purchases that are new, repeats included."""
         return sum(
             end - begin for topic in ("clicks", "purchases") for begin, end in self.ranges[topic].values()
         )
 
-    def interactions(
+    def user_sequences(
         self,
-        known: Catalogue,
+        catalogue: TrainingCatalogue,
         context: Context | None = None,
         profiles: Mapping[str, Attributes] | None = None,
     ) -> Interactions:
@@ -72,22 +73,17 @@ class Window:
         # At one millisecond a purchase follows the click that led to it.
         for topic in ("clicks", "purchases"):
             table, new = self._read(topic)
-            seen: set[str] = set()
-            keep = []
-            for at, event_id in enumerate(table["event_id"].to_pylist()):
-                if event_id not in seen:
-                    seen.add(event_id)
-                    keep.append(at)
-            if len(keep) < table.num_rows:
-                table, new = table.take(pa.array(keep, pa.int64())), new[keep]
+            first_records = _first_of_each_event(table)
+            if len(first_records) < table.num_rows:
+                table, new = table.take(pa.array(first_records, pa.int64())), new[first_records]
             users += table["user_id"].to_pylist()
             scenes += table["scene"].to_pylist()
             items += table["item_id"].to_pylist()
             stamps += table["ts"].to_pylist()
             fresh += new.tolist()
             bought += [topic == "purchases"] * table.num_rows
-        said = (context or Context()).rows(scenes, users, profiles or {})
-        return interactions(users, stamps, items, known, fresh, bought, said)
+        context_tokens = (context or Context()).rows(scenes, users, profiles or {})
+        return user_sequences(users, stamps, items, catalogue, fresh, bought, context_tokens)
 
     def profiles(self) -> dict[str, Attributes]:
         """The attributes of each user: of the newest record by its time, as the agents keep them."""
@@ -98,36 +94,33 @@ class Window:
             if value is None:
                 newest.pop(key.decode(errors="replace"), None)
                 continue
-            one = decoder.decode(value)
-            held = newest.get(one.user_id)
-            if held is None or profile.newest_order_key(one) >= profile.newest_order_key(held):
-                newest[one.user_id] = one
-        return {user: one.attributes for user, one in newest.items()}
+            record = decoder.decode(value)
+            newest_record = newest.get(record.user_id)
+            if newest_record is None or profile.newest_order_key(record) >= profile.newest_order_key(
+                newest_record
+            ):
+                newest[record.user_id] = record
+        return {user: profile_record.attributes for user, profile_record in newest.items()}
 
-    def said(self, profiles: Mapping[str, Attributes]) -> Counts:
-        """How often each scene was clicked in, and how many users who did something have each attribute."""
+    def context_counts(self, profiles: Mapping[str, Attributes]) -> Counts:
+        """How many clicks each scene has, and how many users with an event have each attribute."""
         clicks, _ = self._read("clicks")
-        bought, _ = self._read("purchases")
-        scenes = {one["values"]: one["counts"] for one in clicks["scene"].value_counts().to_pylist()}
+        purchases, _ = self._read("purchases")
+        scenes = {group["values"]: group["counts"] for group in clicks["scene"].value_counts().to_pylist()}
         scenes.pop(None, None)
-        users = {user for table in (clicks, bought) for user in table["user_id"].unique().to_pylist()}
+        users = {user for table in (clicks, purchases) for user in table["user_id"].unique().to_pylist()}
         return count_values(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
-    def bought(self) -> dict[str, int]:
+    def purchase_counts(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""
         table, _ = self._read("purchases")
-        seen: set[str] = set()
-        counts: dict[str, int] = {}
-        for event_id, item in zip(table["event_id"].to_pylist(), table["item_id"].to_pylist(), strict=True):
-            if event_id not in seen:
-                seen.add(event_id)
-                counts[item] = counts.get(item, 0) + 1
-        return counts
+        items = table["item_id"].to_pylist()
+        return Counter(items[row] for row in _first_of_each_event(table))
 
-    def pairs(
-        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], most: int
-    ) -> Withdrawal:
-        """The newest `most` preference pairs of a codebook, shared out among `schemes`; older windows' too.
+    def preference_pairs(
+        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int
+    ) -> FilteredPairs:
+        """The newest `max_pairs` pairs of a codebook, from old windows too, in equal shares of `schemes`.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
         window that the agents made them with.
@@ -135,13 +128,16 @@ class Window:
         table, _ = self._read("preferences")
         decoder = msgspec.json.Decoder(events.PreferencePair)
         decoded = (decoder.decode(value) for value in table["value"].to_pylist())
-        known = [pair for pair in decoded if pair.codebook == codebook]
-        wanted = [pair for pair in known if pair.scheme in schemes]
-        # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
-        found = withdraw(
-            newest_of_each(wanted, most), self._read("purchases")[0], self._read("clicks")[0], window_ms
+        of_codebook = [pair for pair in decoded if pair.codebook == codebook]
+        of_schemes = [pair for pair in of_codebook if pair.scheme in schemes]
+        # A pair that repeats or is withdrawn is not replaced by an older one: that would be one more rule.
+        filtered = withdraw_contradicted(
+            newest_of_each_scheme(of_schemes, max_pairs),
+            self._read("purchases")[0],
+            self._read("clicks")[0],
+            window_ms,
         )
-        return replace(found, unasked=len(known) - len(wanted))
+        return replace(filtered, of_other_schemes=len(of_codebook) - len(of_schemes))
 
     def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?
@@ -152,26 +148,33 @@ class Window:
         """
         clicks, new = self._read("clicks")
         stamps = clicks["ts"].to_numpy()
-        now, before = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
+        newest_click, newest_earlier_click = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
         table, fresh = self._read("explorations")
-        when, decoder = msgspec.json.Decoder(_When), msgspec.json.Decoder(events.Exploration)
-        found: dict[str, events.Exploration] = {}
+        time_decoder, decoder = msgspec.json.Decoder(_EventTime), msgspec.json.Decoder(events.Exploration)
+        closed: dict[str, events.Exploration] = {}
         for value, is_new in zip(table["value"].to_pylist(), fresh.tolist(), strict=True):
-            closes = when.decode(value).ts + horizon_ms
-            if closes <= now and (is_new or closes > before):
-                one = decoder.decode(value)
+            closes = time_decoder.decode(value).ts + horizon_ms
+            if closes <= newest_click and (is_new or closes > newest_earlier_click):
+                exploration = decoder.decode(value)
                 # An answer may be sent twice. Its draw is the same, its event_id need not be.
-                found.setdefault(one.request_id, one)
-        led = clicks.filter(pc.is_in(clicks["request_id"], value_set=pa.array(list(found), pa.string())))
+                closed.setdefault(exploration.request_id, exploration)
+        clicks_of_requests = clicks.filter(
+            pc.is_in(clicks["request_id"], value_set=pa.array(list(closed), pa.string()))
+        )
         clicked = set()
-        columns = (led[name].to_pylist() for name in ("request_id", "user_id", "item_id", "ts"))
+        columns = (
+            clicks_of_requests[name].to_pylist() for name in ("request_id", "user_id", "item_id", "ts")
+        )
         for request, user, item, ts in zip(*columns, strict=True):
-            one = found[request]
-            if (user, item) == (one.user_id, one.item_id) and ts <= one.ts + horizon_ms:
+            exploration = closed[request]
+            if (user, item) == (
+                exploration.user_id,
+                exploration.item_id,
+            ) and ts <= exploration.ts + horizon_ms:
                 clicked.add(request)
-        return [(one, request in clicked) for request, one in found.items()]
+        return [(exploration, request in clicked) for request, exploration in closed.items()]
 
-    def listed(self) -> dict[str, events.CatalogItem]:
+    def catalogue_records(self) -> dict[str, events.CatalogItem]:
         """The newest record of each item."""
         decoder = msgspec.json.Decoder(events.CatalogItem)
         return {item: decoder.decode(value) for item, value in self._newest("catalog").items()}
@@ -180,12 +183,12 @@ class Window:
         """Each item's SID under a codebook; the first one counts, as everywhere."""
         table, _ = self._read("sids")
         decoder = msgspec.json.Decoder(events.SidAssignment)
-        found: dict[str, Sid] = {}
+        sids: dict[str, Sid] = {}
         for value in table["value"].to_pylist():
             assigned = decoder.decode(value) if value is not None else None
             if assigned is not None and assigned.codebook == codebook:
-                found.setdefault(assigned.item_id, tuple(assigned.sid))
-        return found
+                sids.setdefault(assigned.item_id, tuple(assigned.sid))
+        return sids
 
     def _newest(self, topic: str) -> dict[str, bytes]:
         table, _ = self._read(topic)
@@ -199,7 +202,15 @@ class Window:
         return newest
 
 
-class _Buffer:
+def _first_of_each_event(table: pa.Table) -> list[int]:
+    """Rows of the first record of each event_id, ascending: an event may be sent more than once."""
+    first: dict[str, int] = {}
+    for row, event_id in enumerate(table["event_id"].to_pylist()):
+        first.setdefault(event_id, row)
+    return list(first.values())
+
+
+class _TopicBuffer:
     """Records of one topic on their way into a file."""
 
     def __init__(self, topic: str, incarnation: int, begin: Offsets) -> None:
@@ -232,7 +243,7 @@ class _Buffer:
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
-    def flush(self, log: Log) -> None:
+    def flush(self, log: InteractionLog) -> None:
         window = {number: (self.begin[number], self.end[number]) for number in self.begin}
         if all(begin == end for begin, end in window.values()):
             return
@@ -243,8 +254,8 @@ class _Buffer:
         self.refused = 0
 
 
-async def _fill(
-    buffers: dict[str, _Buffer], kafka: KafkaSettings, log: Log,
+async def _read_into_log(
+    buffers: dict[str, _TopicBuffer], kafka: KafkaSettings, log: InteractionLog,
     ranges: Mapping[TopicPartition, tuple[int, int]], advance: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
     """Read the ranges into the buffers, and the buffers into the log."""
@@ -266,7 +277,7 @@ async def _fill(
 
 def read_window(
     kafka: KafkaSettings,
-    log: Log,
+    log: InteractionLog,
     parent: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Window:
@@ -278,7 +289,7 @@ def read_window(
     """
     now = offset_spans(kafka)
     lives = incarnations(kafka)
-    buffers: dict[str, _Buffer] = {}
+    buffers: dict[str, _TopicBuffer] = {}
     unread: dict[TopicPartition, tuple[int, int]] = {}
     ranges: Ranges = {}
     for topic in TOPICS:
@@ -286,7 +297,7 @@ def read_window(
             raise missing_topic_error(topic)
         logged = log.ends(topic, lives[topic])
         begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
-        buffers[topic] = _Buffer(topic, lives[topic], begin)
+        buffers[topic] = _TopicBuffer(topic, lives[topic], begin)
         for number, span in now[topic].items():
             if begin[number] < span.end:
                 unread[TopicPartition(topic, number)] = (begin[number], span.end)
@@ -295,5 +306,5 @@ def read_window(
         for number, span in now[topic].items():
             old = before.get(number, (0, 0))[1]
             ranges[topic][number] = (old if old <= span.end else 0, span.end)
-    asyncio.run(_fill(buffers, kafka, log, unread, advance))
+    asyncio.run(_read_into_log(buffers, kafka, log, unread, advance))
     return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})

@@ -1,4 +1,4 @@
-"""The offline check: which models are turned away before they are registered, and why."""
+"""The offline check: which models are refused before they are registered, and why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 
 from registry.bundles.ranking import Ranking
 from streams.errors import SidstreamError
-from trainer.alignment.stop_rules import Health, Probe
 from trainer.generator.constrained import SidSet
-from trainer.offline.quality import Quality, ranked
-from trainer.sequences.rows import Catalogue, Held
+from trainer.offline.probe import HeldOutProbe, ProbeOutcome
+from trainer.offline.quality import HeldOutQuality, rank_held_out
+from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 
@@ -24,7 +25,7 @@ def check_finite(model: nn.Module) -> None:
             raise SidstreamError("training diverged: a weight is not finite; lower SIDSTREAM_TRAINER__LR")
 
 
-def failing(quality: Quality, before: float | None, settings: TrainerSettings) -> str | None:
+def reason_to_refuse(quality: HeldOutQuality, before: float | None, settings: TrainerSettings) -> str | None:
     """Why a model may not follow one whose HR@10 was `before`; None: it may."""
     if quality.validity < settings.min_validity:
         return (
@@ -39,9 +40,11 @@ def failing(quality: Quality, before: float | None, settings: TrainerSettings) -
     return None
 
 
-def failing_first(quality: Quality, popularity: float, settings: TrainerSettings) -> str | None:
+def reason_to_refuse_first(
+    quality: HeldOutQuality, popularity: float, settings: TrainerSettings
+) -> str | None:
     """Why a model that follows none may not start, where popularity has that HR@10; None: it may."""
-    failed = failing(quality, None, settings)
+    failed = reason_to_refuse(quality, None, settings)
     if failed is None and settings.beat_popularity and quality.hr10 < popularity:
         return (
             f"HR@10 {quality.hr10:.3f} is below popularity's {popularity:.3f} "
@@ -51,24 +54,24 @@ def failing_first(quality: Quality, popularity: float, settings: TrainerSettings
     return failed
 
 
-def held_probe(
-    held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
-) -> Probe | None:
-    """What alignment asks of the first `dpo.probe_users` held-out users; None where there are none.
+def held_out_probe(
+    held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet, settings: TrainerSettings, ranking: Ranking
+) -> HeldOutProbe | None:
+    """The probe of alignment over the first `dpo.probe_users` held-out users; None where there are none.
 
-    Of those who clicked, where they are as many as the others: what is bought more often must not hide the
-    clicks that are lost. A log of purchases alone has no others.
+    Only users whose held-out event is a click, where they are at least half of all: otherwise more hits among
+    purchases could hide lost hits among clicks.
     """
-    at = np.arange(len(held.targets))
-    if held.paid is not None and 2 * held.paid.sum() <= len(at):
-        at = at[~held.paid]
-    at = at[: settings.dpo.probe_users]
-    if not len(at):
+    rows = np.arange(len(held_out.targets))
+    if held_out.target_bought is not None and 2 * held_out.target_bought.sum() <= len(rows):
+        rows = rows[~held_out.target_bought]
+    rows = rows[: settings.dpo.probe_users]
+    if not len(rows):
         return None
-    some = held.take(at)
+    probe_users = held_out.take(rows)
 
-    def probe(model: Any) -> Health:
-        rank, valid, _ = ranked(model, some, known, sids, settings, ranking)
-        return Health((rank < 10).numpy(), valid.numpy())
+    def probe(model: Any) -> ProbeOutcome:
+        rank, valid, _ = rank_held_out(model, probe_users, catalogue, sids, settings, ranking)
+        return ProbeOutcome((rank < 10).numpy(), valid.numpy())
 
     return probe

@@ -1,9 +1,9 @@
-"""Off-policy check: what the explorations say of a new model before it gets traffic. It can only veto.
+"""Off-policy check: a new model's value by logged explorations, before it gets traffic. It can only veto.
 
-Serving draws the first place of some answers by chance, and logs candidates and chances. A new model's
-softmax over the same candidates gives each drawn item another chance, and the quotient reweights its click.
-What it would show beyond the candidates is not judged. The window's clicks were also trained on, so the
-estimates lean towards the new model: fit to refuse one, not to praise one.
+Serving draws the first place of some answers by chance, and logs the candidates and their probabilities. A
+new model's softmax over the same candidates gives each drawn item another probability, and the quotient of
+both weights its click. Items that only the new model would show are not judged. The window's clicks were also
+trained on, so the estimates favour the new model: they can refuse a model, but not show that it is better.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from streams.events import Exploration
 from streams.state.keys import anonymous_user
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import sid_scores
-from trainer.sequences.batches import Int32, Int64, context_rows, pad_items
+from trainer.sequences.batches import Int32, Int64, context_tensor, pad_items
 from trainer.settings import OffPolicySettings
 
-# Candidates of one forward: their logits over the vocabulary stay near the cache.
-_CANDIDATES = 2048
-# A draw less likely than this does not happen; its quotient would be all that counts.
-_LEAST = 1e-9
-# Below this log-probability nothing more is told about an item.
-_FLOOR = -50.0
+# Candidates of one forward pass: so many rows of logits over the vocabulary fit a core's cache.
+_CANDIDATES_PER_FORWARD = 2048
+# An exploration with a smaller propensity contradicts itself; its weight would dominate every estimate.
+_MIN_PROPENSITY = 1e-9
+# Log-probabilities are clipped here: below it they carry no information about an item.
+_MIN_LOG_PROBABILITY = -50.0
 _RIDGE = 1.0
 
 
 @dataclass(frozen=True)
-class Explored:
+class LoggedExplorations:
     """N explorations as arrays; their M candidates, of L levels, lie one after the other."""
 
     prompts: list[Int64]  # N of (P, L) token ids, oldest item first
-    contexts: Int32  # (N, C) token ids, 0 where nothing was said
+    contexts: Int32  # (N, C) token ids, 0 where a field has no value
     starts: Int64  # (N + 1,) first candidate of each
     codes: Int64  # (M, L) token ids
     features: Floats  # (M, 2) log-probability under the bundle that answered, log of the place
@@ -59,21 +59,23 @@ class Explored:
         return len(self.prompts)
 
 
-def explored(
-    found: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt, settings: OffPolicySettings,
-    context: Context | None = None,
-) -> Explored | None:  # fmt: skip
-    """The newest `max_explorations` with whether the drawn item was clicked; None where there are none.
+def logged_explorations(
+    explorations: Sequence[tuple[Exploration, bool]], codebook: str, prompt: Prompt,
+    settings: OffPolicySettings, context: Context | None = None,
+) -> LoggedExplorations | None:  # fmt: skip
+    """The newest `max_explorations` of (exploration, whether its drawn item was clicked); None for none.
 
-    Those of another codebook, and those that break their own contract, are left out and counted. `context`
-    has the tokens of what was said.
+    Explorations of another codebook, and those that contradict themselves, are left out and counted.
+    `context` has the tokens of the explorations' context fields.
     """
-    if not found:
+    if not explorations:
         return None
-    newest = sorted(found, key=lambda one: (one[0].ts, one[0].request_id))[-settings.max_explorations :]
+    newest = sorted(explorations, key=lambda pair: (pair[0].ts, pair[0].request_id))[
+        -settings.max_explorations :
+    ]
     left_out: Counter[str] = Counter()
-    kept: list[tuple[Exploration, bool]] = []
-    shown: list[Int64] = []
+    usable: list[tuple[Exploration, bool]] = []
+    prompts: list[Int64] = []
     codes: list[list[int]] = []
     for event, clicked in newest:
         if event.codebook != codebook:
@@ -88,29 +90,29 @@ def explored(
         if (
             len(event.scores) != len(candidates)
             or event.chosen >= len(candidates)
-            or event.propensity < _LEAST
+            or event.propensity < _MIN_PROPENSITY
         ):
             left_out["that contradict themselves"] += 1
             continue
-        kept.append((event, clicked))
-        shown.append(history)
+        usable.append((event, clicked))
+        prompts.append(history)
         codes += candidates
-    starts = np.cumsum([0, *(len(event.candidates) for event, _ in kept)], dtype=np.int64)
-    scores = np.array([score for event, _ in kept for score in event.scores], dtype=np.float64)
-    places = np.array([place for event, _ in kept for place in range(len(event.scores))], dtype=np.float64)
-    known = context or Context()
-    said = [known.row(event.context) for event, _ in kept]
-    return Explored(
-        prompts=shown,
-        contexts=np.array(said, dtype=np.int32).reshape(len(kept), len(known.fields)),
+    starts = np.cumsum([0, *(len(event.candidates) for event, _ in usable)], dtype=np.int64)
+    scores = np.array([score for event, _ in usable for score in event.scores], dtype=np.float64)
+    places = np.array([place for event, _ in usable for place in range(len(event.scores))], dtype=np.float64)
+    context_fields = context or Context()
+    context_rows = [context_fields.row(event.context) for event, _ in usable]
+    return LoggedExplorations(
+        prompts=prompts,
+        contexts=np.array(context_rows, dtype=np.int32).reshape(len(usable), len(context_fields.fields)),
         starts=starts,
         codes=np.array(codes, dtype=np.int64).reshape(-1, len(prompt.sizes)),
-        features=np.stack([np.clip(scores, _FLOOR, 0.0), np.log1p(places)], axis=1),
-        temperature=np.array([event.temperature for event, _ in kept], dtype=np.float64),
-        drawn=starts[:-1] + np.array([event.chosen for event, _ in kept], dtype=np.int64),
-        propensity=np.array([event.propensity for event, _ in kept], dtype=np.float64),
-        reward=np.array([clicked for _, clicked in kept], dtype=np.float64),
-        users=np.array([anonymous_user(event.user_id) for event, _ in kept], dtype=np.str_),
+        features=np.stack([np.clip(scores, _MIN_LOG_PROBABILITY, 0.0), np.log1p(places)], axis=1),
+        temperature=np.array([event.temperature for event, _ in usable], dtype=np.float64),
+        drawn=starts[:-1] + np.array([event.chosen for event, _ in usable], dtype=np.int64),
+        propensity=np.array([event.propensity for event, _ in usable], dtype=np.float64),
+        reward=np.array([clicked for _, clicked in usable], dtype=np.float64),
+        users=np.array([anonymous_user(event.user_id) for event, _ in usable], dtype=np.str_),
         left_out=dict(left_out),
     )
 
@@ -121,55 +123,55 @@ def _tokens(sids: Sequence[Sequence[int]], prompt: Prompt) -> Int64:
 
 
 @torch.no_grad()
-def scores(model: GeneratorForCausalLM, logged: Explored, weight: float = 0.0) -> Floats:
+def candidate_scores(model: GeneratorForCausalLM, logged: LoggedExplorations, weight: float = 0.0) -> Floats:
     """The score of every candidate (M,) under its own prompt, by the model in its own precision.
 
     (1 - weight) times the log-probability of its SID, plus weight times its product with the dense head,
     which is its log-probability there up to one constant a prompt.
     """
     model.eval()
-    where = next(model.parameters()).device
-    made = np.zeros(len(logged.codes))
+    device = next(model.parameters()).device
+    scores = np.zeros(len(logged.codes))
     counts = np.diff(logged.starts)
-    step = max(1, _CANDIDATES // int(counts.max(initial=1)))
-    for low in range(0, len(logged), step):
-        high = min(low + step, len(logged))
+    rows_per_forward = max(1, _CANDIDATES_PER_FORWARD // int(counts.max(initial=1)))
+    for low in range(0, len(logged), rows_per_forward):
+        high = min(low + rows_per_forward, len(logged))
         rows = slice(int(logged.starts[low]), int(logged.starts[high]))
         prompts = logged.prompts[low:high]
         # pad_items takes rows of a table of codes: here the table is the prompts themselves.
         ends = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         places = [np.arange(begin, end) for begin, end in pairwise(ends)]
         items, lengths = pad_items(places, np.concatenate(prompts))
-        context = context_rows(logged.contexts, low, high, where)
-        state = model.encode(items.to(where), lengths.to(where), context=context)
-        codes = torch.from_numpy(logged.codes[rows]).to(where)
-        owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(where)
+        context = context_tensor(logged.contexts, low, high, device)
+        state = model.encode(items.to(device), lengths.to(device), context=context)
+        codes = torch.from_numpy(logged.codes[rows]).to(device)
+        owner = torch.from_numpy(np.repeat(np.arange(high - low), counts[low:high])).to(device)
         total = sid_scores(model, state, owner, codes)
         if weight > 0:
             vectors = model.model.embed_items(codes)
             query = model.model.queries(state)
             logits = (query[owner] * vectors).sum(-1)
-            batch, past, more = model.model.again(
-                query, model.model.items.rows(items.to(where)), lengths.to(where)
+            batch, history_items, bias = model.model.repeat_bias(
+                query, model.model.items.rows(items.to(device)), lengths.to(device)
             )
-            same = (owner[:, None] == batch) & (model.model.items.rows(codes)[:, None] == past)
-            total = (1 - weight) * total + weight * (logits + (same * more).sum(-1))
-        made[rows] = total.double().cpu().numpy()
-    return made
+            same = (owner[:, None] == batch) & (model.model.items.rows(codes)[:, None] == history_items)
+            total = (1 - weight) * total + weight * (logits + (same * bias).sum(-1))
+        scores[rows] = total.double().cpu().numpy()
+    return scores
 
 
-def target_policy(scored: Floats, logged: Explored) -> Floats:
+def target_policy(scored: Floats, logged: LoggedExplorations) -> Floats:
     """softmax(scored / temperature) over each exploration's candidates: (M,) -> (M,)."""
     counts = np.diff(logged.starts)
     top = np.maximum.reduceat(scored, logged.starts[:-1])
-    # The best is taken off first: a small temperature then makes zeros, and never a quotient of infinities.
+    # The largest score is subtracted first, so that a small temperature gives zeros and not infinities.
     raised = np.exp((scored - np.repeat(top, counts)) / np.repeat(logged.temperature, counts))
     normaliser = np.add.reduceat(raised, logged.starts[:-1])
     policy: Floats = raised / np.repeat(normaliser, counts)
     return policy
 
 
-def reward_model(logged: Explored) -> Floats:
+def reward_model(logged: LoggedExplorations) -> Floats:
     """Expected reward (M,) of every candidate: a ridge regression, fitted on the other half of the users.
 
     Two folds by the hash of the user: a row's own reward never enters its own expectation, so the doubly
@@ -178,22 +180,22 @@ def reward_model(logged: Explored) -> Floats:
     """
     fold = np.array([int(user, 16) & 1 for user in logged.users], dtype=np.int64)
     of_candidate = np.repeat(fold, np.diff(logged.starts))
-    made = np.zeros(len(logged.codes))
+    expected = np.zeros(len(logged.codes))
     for part in (0, 1):
-        learn = fold != part
-        if not learn.any():
+        fitted = fold != part
+        if not fitted.any():
             continue
-        seen, reward = logged.features[logged.drawn[learn]], logged.reward[learn]
-        center, scale = seen.mean(0), np.maximum(seen.std(0), 1e-9)
-        x, level = (seen - center) / scale, reward.mean()
+        features, reward = logged.features[logged.drawn[fitted]], logged.reward[fitted]
+        center, scale = features.mean(0), np.maximum(features.std(0), 1e-9)
+        x, level = (features - center) / scale, reward.mean()
         slope = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ (reward - level))
-        ask = of_candidate == part
-        made[ask] = np.clip(level + (logged.features[ask] - center) / scale @ slope, 0.0, 1.0)
-    return made
+        predicted = of_candidate == part
+        expected[predicted] = np.clip(level + (logged.features[predicted] - center) / scale @ slope, 0.0, 1.0)
+    return expected
 
 
 @dataclass(frozen=True)
-class Value:
+class IntervalEstimate:
     """An estimate with its 1 - 2 alpha interval."""
 
     value: float
@@ -202,35 +204,35 @@ class Value:
 
 
 @dataclass(frozen=True)
-class OffPolicy:
-    """What the explorations say of one model. Values are clicks per exploration; None: too few users."""
+class OffPolicyVerdict:
+    """The estimates for one model, in clicks per exploration; None for too few users."""
 
     n: int
     users: int
     left_out: dict[str, int]
     ess: float
-    logged: Value | None  # of the policy that drew them: its own mean reward
-    ips: Value | None
-    clipped_ips: Value | None
-    snips: Value | None
-    dr: Value | None
+    logged: IntervalEstimate | None  # of the policy that drew them: its own mean reward
+    ips: IntervalEstimate | None
+    clipped_ips: IntervalEstimate | None
+    snips: IntervalEstimate | None
+    dr: IntervalEstimate | None
     vetoed: bool
     sentence: str
 
     def metrics(self) -> dict[str, float]:
         """Figures for the registry, by name."""
-        made = {"ope_n": float(self.n), "ope_users": float(self.users), "ope_ess": self.ess}
-        made["ope_left_out"] = float(sum(self.left_out.values()))
+        figures = {"ope_n": float(self.n), "ope_users": float(self.users), "ope_ess": self.ess}
+        figures["ope_left_out"] = float(sum(self.left_out.values()))
         for name in ("logged", "ips", "clipped_ips", "snips", "dr"):
-            value: Value | None = getattr(self, name)
+            value: IntervalEstimate | None = getattr(self, name)
             if value is not None:
-                made |= {f"ope_{name}": value.value, f"ope_{name}_low": value.low}
-                made[f"ope_{name}_high"] = value.high
-        return made
+                figures |= {f"ope_{name}": value.value, f"ope_{name}_low": value.low}
+                figures[f"ope_{name}_high"] = value.high
+        return figures
 
-    def told(self) -> str:
-        """One line: how much there was, all estimates side by side, and the sentence."""
-        shown = [
+    def summary(self) -> str:
+        """One line: the counts, all estimates side by side, and the sentence."""
+        estimates = [
             f"{name} {value.value:.4f}"
             for name, value in (
                 ("logged", self.logged), ("IPS", self.ips), ("clipped", self.clipped_ips),
@@ -238,60 +240,71 @@ class OffPolicy:
             )
             if value is not None
         ]  # fmt: skip
-        out = [f"{count:,} {reason} left out" for reason, count in self.left_out.items()]
+        omitted = [f"{count:,} {reason} left out" for reason, count in self.left_out.items()]
         return "; ".join(
-            [", ".join([f"{self.n:,} explorations of {self.users:,} users", *out, *shown]), self.sentence]
+            [
+                ", ".join([f"{self.n:,} explorations of {self.users:,} users", *omitted, *estimates]),
+                self.sentence,
+            ]
         )
 
 
-def judge(
-    model: GeneratorForCausalLM, logged: Explored, settings: OffPolicySettings, weight: float = 0.0
-) -> OffPolicy:
-    """Hold a model against the explorations; `weight` is the dense head's in its score.
+def judge_by_explorations(
+    model: GeneratorForCausalLM, logged: LoggedExplorations, settings: OffPolicySettings, weight: float = 0.0
+) -> OffPolicyVerdict:
+    """Judge a model by the explorations; `weight` is the dense head's in its score.
 
-    Veto: enough effective samples, and the doubly robust value is shown (one-sided `alpha`, clustered by
-    user) to be below (1 - margin) of the value that was logged. Anything else is no veto.
+    It is vetoed where there are enough effective samples and the doubly robust value is significantly
+    (one-sided `alpha`, clustered by user) below (1 - margin) of the logged policy's value.
     """
     users = len(set(logged.users.tolist()))
-    nothing = OffPolicy(
+    nothing = OffPolicyVerdict(
         len(logged), users, logged.left_out, 0.0, None, None, None, None, None, False,
         f"no veto: explorations of {users} users, and it takes two",
     )  # fmt: skip
     if users < 2:
         return nothing
-    policy = target_policy(scores(model, logged, weight), logged)
+    policy = target_policy(candidate_scores(model, logged, weight), logged)
     w, r = policy[logged.drawn] / logged.propensity, logged.reward
     q = reward_model(logged)
     q_chosen, q_pi = q[logged.drawn], np.add.reduceat(policy * q, logged.starts[:-1])
-    dr = _value(offpolicy.doubly_robust(w, r, q_chosen, q_pi, logged.users), settings.alpha)
-    own = _value(offpolicy.mean(r, logged.users), settings.alpha)
+    dr = _interval_estimate(offpolicy.doubly_robust(w, r, q_chosen, q_pi, logged.users), settings.alpha)
+    own = _interval_estimate(offpolicy.mean(r, logged.users), settings.alpha)
     factor = 1.0 - settings.margin
-    below = _value(
+    below = _interval_estimate(
         offpolicy.doubly_robust_contrast(w, r, q_chosen, q_pi, logged.users, factor), settings.alpha
     )
     ess = offpolicy.effective_sample_size(w)
     vetoed = ess >= settings.min_ess and below is not None and below.high < 0
-    return OffPolicy(
+    return OffPolicyVerdict(
         n=len(logged),
         users=users,
         left_out=logged.left_out,
         ess=ess,
         logged=own,
-        ips=_value(offpolicy.ips(w, r, logged.users), settings.alpha),
-        clipped_ips=_value(offpolicy.clipped_ips(w, r, logged.users, settings.clip), settings.alpha),
-        snips=_value(offpolicy.snips(w, r, logged.users), settings.alpha),
+        ips=_interval_estimate(offpolicy.ips(w, r, logged.users), settings.alpha),
+        clipped_ips=_interval_estimate(
+            offpolicy.clipped_ips(w, r, logged.users, settings.clip), settings.alpha
+        ),
+        snips=_interval_estimate(offpolicy.snips(w, r, logged.users), settings.alpha),
         dr=dr,
         vetoed=vetoed,
         sentence=_sentence(vetoed, ess, dr, own, settings),
     )
 
 
-def _value(estimate: Estimate | None, alpha: float) -> Value | None:
-    return None if estimate is None else Value(estimate.value, *offpolicy.interval(estimate, alpha))
+def _interval_estimate(estimate: Estimate | None, alpha: float) -> IntervalEstimate | None:
+    return (
+        None if estimate is None else IntervalEstimate(estimate.value, *offpolicy.interval(estimate, alpha))
+    )
 
 
 def _sentence(
-    vetoed: bool, ess: float, dr: Value | None, own: Value | None, settings: OffPolicySettings
+    vetoed: bool,
+    ess: float,
+    dr: IntervalEstimate | None,
+    own: IntervalEstimate | None,
+    settings: OffPolicySettings,
 ) -> str:
     if ess < settings.min_ess or dr is None or own is None:
         return f"no veto: {ess:,.0f} effective samples of the {settings.min_ess:,} that it takes"

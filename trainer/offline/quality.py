@@ -1,4 +1,4 @@
-"""How well a generator ranks held-out next items, and how much of what it spells freely is a SID."""
+"""Ranking quality of a generator on held-out next items, and the share of its free answers that are SIDs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from registry.bundles.ranking import Ranking
 from registry.experiment.statistics import paired_relative_change
-from trainer.generator.constrained import SidSet, greedy
+from trainer.generator.constrained import SidSet, spells_known_sids
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import ROWS, Ranker, fit, ranks
-from trainer.sequences.rows import Catalogue, Held
+from trainer.offline.ranking import ROWS_PER_FORWARD, CatalogueRanker, fit_ranking, target_ranks
+from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings
 
 # Of each end of an interval: two-sided, 95 %.
@@ -25,12 +26,12 @@ _ALPHA = 0.025
 Mask = npt.NDArray[np.bool_]
 
 
-def _nobody() -> Mask:
+def _no_users() -> Mask:
     return np.zeros(0, dtype=np.bool_)
 
 
 @dataclass(frozen=True)
-class Quality:
+class HeldOutQuality:
     """Ranking of held-out next items by the constrained beam, over all items."""
 
     users: int
@@ -41,12 +42,12 @@ class Quality:
     purchases: int = 0  # users whose held-out item was bought
     purchase_hr10: float = 0.0  # of these alone
     # (users,) of each, for comparisons: whether the item is among the ten best, and whether it was bought.
-    hits: Mask = field(default_factory=_nobody, repr=False, compare=False)
-    paid: Mask = field(default_factory=_nobody, repr=False, compare=False)
+    hits: Mask = field(default_factory=_no_users, repr=False, compare=False)
+    paid: Mask = field(default_factory=_no_users, repr=False, compare=False)
 
 
 def for_json(result: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary for JSON, without what single users did in the qualities in it."""
+    """A dataclass as a dictionary for JSON, without the arrays of single users in it."""
 
     def numbers(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         return {
@@ -58,23 +59,23 @@ def for_json(result: Any) -> dict[str, Any]:
     return asdict(result, dict_factory=numbers)
 
 
-def told_change(before: Quality, now: Quality) -> str:
-    """How HR@10 went from one model to another over the same held-out users, in words.
+def describe_change(before: HeldOutQuality, now: HeldOutQuality) -> str:
+    """The change of HR@10 from one model to another over the same held-out users, as text.
 
-    Of what was clicked and of what was bought, each with the 95 % interval of the relative change, from the
+    Separately for held-out clicks and purchases, each with the 95 % interval of the relative change from the
     users' paired differences. A group without users or hits is left out.
     """
-    said = []
-    for what, of in (("clicked", ~before.paid), ("bought", before.paid)):
-        old, new = before.hits[of].astype(float), now.hits[of].astype(float)
+    parts = []
+    for action, users in (("clicked", ~before.paid), ("bought", before.paid)):
+        old, new = before.hits[users].astype(float), now.hits[users].astype(float)
         if not len(old) or not old.any():
             continue
         change, low, high = paired_relative_change(old, new, _ALPHA)
-        said.append(
-            f"of what was {what} {old.mean():.3f} -> {new.mean():.3f} ({change:+.1%}, "
+        parts.append(
+            f"of what was {action} {old.mean():.3f} -> {new.mean():.3f} ({change:+.1%}, "
             f"{low:+.1%} to {high:+.1%})"
         )
-    return f"HR@10 {', '.join(said)}" if said else ""
+    return f"HR@10 {', '.join(parts)}" if parts else ""
 
 
 def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
@@ -87,36 +88,40 @@ def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def ranked(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
-    ranking: Ranking | None = None,
+def rank_held_out(
+    model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet,
+    settings: TrainerSettings, ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
-    """Rank (B,) from 0 of each held-out item, whether (B,) what is spelled freely is a SID, and the ranking.
+    """Rank (B,) from 0 of each held-out item, whether (B,) the free answer is a SID, and the ranking.
 
-    Under a ranking, or the one that fits the items best; B >= 1.
+    `ranking` None: the one that is fitted to the held-out items. B >= 1.
     """
     model.eval()
-    ranker = Ranker(model, known.codes, sids, max(settings.beam, 10))
-    states = ranker.states(held.histories, held.contexts)
-    found = ranker.candidates(held.histories, states)
-    ranking = ranking or fit(found, held)
-    valid = torch.cat([greedy(model, part, sids) for part in states.split(ROWS)])
-    return ranks(found, held, ranking).cpu(), valid.cpu(), ranking
+    ranker = CatalogueRanker(model, catalogue.codes, sids, max(settings.beam, 10))
+    states = ranker.states(held_out.histories, held_out.contexts)
+    candidates = ranker.candidates(held_out.histories, states)
+    ranking = ranking or fit_ranking(candidates, held_out)
+    valid = torch.cat([spells_known_sids(model, part, sids) for part in states.split(ROWS_PER_FORWARD)])
+    return target_ranks(candidates, held_out, ranking).cpu(), valid.cpu(), ranking
 
 
 @torch.no_grad()
-def evaluate(
-    model: GeneratorForCausalLM, held: Held, known: Catalogue, sids: SidSet, settings: TrainerSettings,
-    ranking: Ranking | None = None,
-) -> Quality:  # fmt: skip
-    """HR@10, NDCG@10 and validity on held-out items, under a ranking or the one that fits them best."""
-    if not len(held.targets):
+def evaluate_held_out(
+    model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet,
+    settings: TrainerSettings, ranking: Ranking | None = None,
+) -> HeldOutQuality:  # fmt: skip
+    """HR@10, NDCG@10 and validity on held-out items, under `ranking`, or the one that is fitted to them."""
+    if not len(held_out.targets):
         model.eval()
-        return Quality(0, 0.0, 0.0, 0.0, ranking or Ranking())
-    rank, valid, ranking = ranked(model, held, known, sids, settings, ranking)
+        return HeldOutQuality(0, 0.0, 0.0, 0.0, ranking or Ranking())
+    rank, valid, ranking = rank_held_out(model, held_out, catalogue, sids, settings, ranking)
     hr, ndcg = hr_ndcg(rank)
-    paid = np.zeros(len(held.targets), dtype=bool) if held.paid is None else held.paid
-    return Quality(
-        len(held.targets), hr, ndcg, float(valid.float().mean()), ranking,
+    paid = (
+        np.zeros(len(held_out.targets), dtype=bool)
+        if held_out.target_bought is None
+        else held_out.target_bought
+    )
+    return HeldOutQuality(
+        len(held_out.targets), hr, ndcg, float(valid.float().mean()), ranking,
         int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,
     )  # fmt: skip

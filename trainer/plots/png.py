@@ -1,4 +1,4 @@
-"""Figures as PNG: how every picture of this package leaves it."""
+"""Matplotlib figures as PNG files, the same way for all plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rewards that a log's events brought: which fields there are, and each event's tokens of them."""
+"""Reward labels: which reward fields a log has, the values of each event, and their tokens."""
 
 from __future__ import annotations
 
@@ -21,92 +21,100 @@ from registry.bundles.rewards import (
     quantile_edges,
 )
 from trainer.sequences.batches import Int32, Int64
-from trainer.sequences.labelled_answers import Answers, answers
-from trainer.sequences.rows import Interactions
+from trainer.sequences.interactions import Interactions
+from trainer.sequences.labelled_answers import LabelledAnswers, join_answers
 from trainer.sequences.tasks import bought_within
 from trainer.settings import RewardSettings
 
-# Where a value of a field is not known.
+# The value of a field that is not known.
 UNKNOWN = -1
 
 
-def purchased(log: Interactions, window_ms: int) -> Int64:
-    """(N,) 1 for a purchase and for a click whose user bought the item within `window_ms` after it.
+def purchase_labels(log: Interactions, window_ms: int) -> Int64:
+    """(N,) 1 for a purchase, and for a click whose user bought the item within `window_ms` after it.
 
-    0 for a click whose window has closed without one, by the newest event of the log; UNKNOWN while it is
-    open, since "clicked, not bought" is no fact yet.
+    0 for a click whose window closed without a purchase before the newest event of the log; UNKNOWN while the
+    window is open, since the user may still buy.
     """
     led = bought_within(log, log.starts[1:], window_ms)
     is_open = log.ts + window_ms >= log.ts.max(initial=0)
     return np.where(led, 1, np.where(is_open, UNKNOWN, 0))
 
 
-def obtained(rewards: Rewards, items: Sequence[HasPrice | None], rows: Int64, bought: Int64) -> Int64:
-    """(N, 4) what N clicks on items brought of every field of NAMES; UNKNOWN where it is not known.
+def reward_values(rewards: Rewards, items: Sequence[HasPrice | None], rows: Int64, bought: Int64) -> Int64:
+    """Values (N, 4) of every field of NAMES for N clicks; UNKNOWN where a value is not known.
 
-    `items`: of each row of the catalogue, None where nothing is known of it; `rows` (N,): the items that were
-    clicked; `bought` (N,): as of `purchased`.
+    `items`: for each row of the catalogue, None where the item has no record; `rows` (N,): the clicked items;
+    `bought` (N,): as of `purchase_labels`.
     """
-    made = np.full((len(rows), len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
-    made[:, REWARD_NAMES.index(CLICK)] = 1
-    made[:, REWARD_NAMES.index(PURCHASE)] = bought
+    values = np.full((len(rows), len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
+    values[:, REWARD_NAMES.index(CLICK)] = 1
+    values[:, REWARD_NAMES.index(PURCHASE)] = bought
     for name in (PRICE, COMMISSION):
-        made[:, REWARD_NAMES.index(name)] = item_bins(rewards, name, items)[rows]
-    return made
+        values[:, REWARD_NAMES.index(name)] = item_bins(rewards, name, items)[rows]
+    return values
 
 
 def item_bins(rewards: Rewards, name: str, items: Sequence[HasPrice | None]) -> Int64:
-    """(I,) the bin of each item's price or commission; UNKNOWN where it has none."""
-    found = (None if item is None else rewards.bin_of(name, item) for item in items)
-    return np.array([UNKNOWN if one is None else one for one in found], dtype=np.int64)
+    """The bin (I,) of each item's price or commission; UNKNOWN where it has none."""
+    bins = (None if item is None else rewards.bin_of(name, item) for item in items)
+    return np.array([UNKNOWN if number is None else number for number in bins], dtype=np.int64)
 
 
-def learned(
-    items: Sequence[HasPrice | None], log: Interactions, bought: Int64, ignored: int, settings: RewardSettings
+def learn_rewards(
+    items: Sequence[HasPrice | None],
+    log: Interactions,
+    bought: Int64,
+    unclicked: int,
+    settings: RewardSettings,
 ) -> Rewards | None:
-    """The bins of a catalogue and what a log says of them; None where rewards are switched off.
+    """The reward fields of a catalogue and a log, with bins and masses; None where rewards are switched off.
 
-    A price or a commission is a field where a share `min_share` of the items has one; a click or a purchase
-    as in `grown`. Masses are of the events that were purchases or led to one; of all, where those are fewer
-    than `min_count`.
+    Price and commission are fields where a share `min_share` of the items has one; click and purchase are as
+    in `extend_rewards`. A mass is a bin's share of the converting events (purchases, and clicks that led to
+    one), or of all events where fewer than `min_count` convert.
     """
     if not settings.enabled:
         return None
-    there = [item for item in items if item is not None]
+    described_items = [item for item in items if item is not None]
     edges = {}
     for name in (PRICE, COMMISSION):
-        made = quantile_edges(name, there, settings.bins, settings.min_category)
-        bare = Rewards({name: made}, {})
-        if made and (item_bins(bare, name, items) >= 0).mean() >= settings.min_share:
-            edges[name] = made
+        field_edges = quantile_edges(name, described_items, settings.bins, settings.min_category)
+        only_edges = Rewards({name: field_edges}, {})
+        if field_edges and (item_bins(only_edges, name, items) >= 0).mean() >= settings.min_share:
+            edges[name] = field_edges
     converting = bought == 1
     if converting.sum() < settings.min_count:
         converting = np.ones(len(log), dtype=bool)
     mass = {}
     for name in edges:
-        of = item_bins(Rewards(edges, {}), name, items)[log.items]
-        some = of[converting & (of >= 0)]
-        if len(some):
-            mass[name] = _shares(some, settings.bins)
-    known = Rewards({name: some for name, some in edges.items() if name in mass}, mass)
-    return grown(known, bought, ignored, settings)
+        item_bin = item_bins(Rewards(edges, {}), name, items)[log.items]
+        bins = item_bin[converting & (item_bin >= 0)]
+        if len(bins):
+            mass[name] = _shares(bins, settings.bins)
+    rewards = Rewards({name: bins for name, bins in edges.items() if name in mass}, mass)
+    return extend_rewards(rewards, bought, unclicked, settings)
 
 
-def grown(
-    rewards: Rewards, bought: Int64, ignored: int, settings: RewardSettings, context: Context | None = None
+def extend_rewards(
+    rewards: Rewards, bought: Int64, unclicked: int, settings: RewardSettings, context: Context | None = None
 ) -> Rewards:
-    """Rewards that know of clicks and purchases, too, once each value of them was seen `min_count` times.
+    """The rewards with the fields click and purchase, where each of their values occurs `min_count` times.
 
-    `bought` (N,): as of `purchased`, of the log's clicks and purchases; `ignored`: answers that were not
-    clicked. A `context` without tokens for a field learns nothing of it; None: it is not made yet.
+    `bought` (N,): as of `purchase_labels`, for the log's clicks and purchases; `unclicked`: the number of
+    answers that were not clicked. A field without tokens in `context` is not added; None: the context is made
+    later, from these rewards.
     """
-    sold = np.bincount(bought[bought >= 0], minlength=2)
-    seen = {CLICK: (ignored, len(bought)), PURCHASE: (int(sold[0]), int(sold[1]))}
+    purchase_counts = np.bincount(bought[bought >= 0], minlength=2)
+    counts_of = {
+        CLICK: (unclicked, len(bought)),
+        PURCHASE: (int(purchase_counts[0]), int(purchase_counts[1])),
+    }
     mass = dict(rewards.mass)
-    for name, counts in seen.items():
-        spoken = context is None or FIELD_PREFIX + name in context.fields
-        if name not in mass and spoken and min(counts) >= settings.min_count:
-            # Of what converted, which is what masses are of: all of it was clicked and bought.
+    for name, counts in counts_of.items():
+        has_tokens = context is None or FIELD_PREFIX + name in context.fields
+        if name not in mass and has_tokens and min(counts) >= settings.min_count:
+            # Masses are shares of converting events, all of which were clicked and bought.
             mass[name] = {"0": 0.0, "1": 1.0}
     return replace(rewards, mass=mass)
 
@@ -116,42 +124,50 @@ def _shares(values: Int64, count: int) -> dict[str, float]:
     return {str(value): float(share) for value, share in enumerate(shares)}
 
 
-def tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
+def reward_tokens(values: Int64, rewards: Rewards, context: Context) -> Int32:
     """(N, 4) values of NAMES -> (N, R) token ids of the R reward fields of a context.
 
-    0 where a value is not known, and for a field that nothing can be asked of yet: what every event has says
-    nothing.
+    0 where a value is not known, and for a field without a mass: a value that all events share is no signal.
     """
     names = [name for name in context.fields if name.startswith(FIELD_PREFIX)]
-    made: npt.NDArray[np.int32] = np.zeros((len(values), len(names)), dtype=np.int32)
+    token_ids: npt.NDArray[np.int32] = np.zeros((len(values), len(names)), dtype=np.int32)
     place = {name: at for at, name in enumerate(context.fields)}
     for column, name in enumerate(names):
         field = name.removeprefix(FIELD_PREFIX)
         for value in context.fields[name] if field in rewards.mass else ():
             token = context.row({name: value})[place[name]]
-            made[values[:, REWARD_NAMES.index(field)] == int(value), column] = token
-    return made
+            token_ids[values[:, REWARD_NAMES.index(field)] == int(value), column] = token
+    return token_ids
 
 
-def told(
+def with_reward_labels(
     log: Interactions,
     items: Sequence[HasPrice | None],
     bought: Int64,
     rewards: Rewards | None,
     context: Context,
 ) -> Interactions:
-    """The log with the tokens of what its events brought, by the reward fields of `context`."""
+    """The log with the reward tokens of its events, by the reward fields of `context`."""
     if rewards is None:
         return log
-    return replace(log, rewards=tokens(obtained(rewards, items, log.items, bought), rewards, context))
+    return replace(
+        log, rewards=reward_tokens(reward_values(rewards, items, log.items, bought), rewards, context)
+    )
 
 
-def labelled(
-    histories: Sequence[Int64], targets: Int64, context: Int32, values: Int64, worth: Rewards, known: Context
-) -> Answers:
+def answers_with_rewards(
+    histories: Sequence[Int64],
+    targets: Int64,
+    context: Int32,
+    values: Int64,
+    rewards: Rewards,
+    vocabulary: Context,
+) -> LabelledAnswers:
     """Answers that brought `values` (N, 4) of each field of NAMES; what was ignored is told so every time."""
-    made = tokens(values, worth, known)
-    never = np.full((1, len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
-    never[0, REWARD_NAMES.index(CLICK)] = 0
-    refused = tokens(never, worth, known)
-    return answers(histories, targets, context, made, (made == refused) & (refused > 0))
+    labels = reward_tokens(values, rewards, vocabulary)
+    unclicked = np.full((1, len(REWARD_NAMES)), UNKNOWN, dtype=np.int64)
+    unclicked[0, REWARD_NAMES.index(CLICK)] = 0
+    unclicked_labels = reward_tokens(unclicked, rewards, vocabulary)
+    return join_answers(
+        histories, targets, context, labels, (labels == unclicked_labels) & (unclicked_labels > 0)
+    )

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from registry.bundles.prompt import PAD
-from trainer.generator.model import IGNORE
 
+# A label that no loss counts; the default of torch's cross-entropy.
+IGNORE = -100
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """One training row: token ids, which of them are learned, and the weight of its task."""
 
     ids: Int64  # (T,)
@@ -25,21 +26,21 @@ class Row(NamedTuple):
     weight: float
 
 
-class Pieces(NamedTuple):
+class SequenceBatch(NamedTuple):
     """Pieces of users' sequences, padded on the right to one length."""
 
-    items: Tensor  # (B, P) int64 rows of `Catalogue.codes`, -1 where there is none
+    items: Tensor  # (B, P) int64 rows of `TrainingCatalogue.codes`, -1 where there is none
     learned: Tensor  # (B, P) bool: True where the item is a target
     context: Tensor | None = None  # (B, P, C) int64 token ids of each item's own event, 0 where there is none
-    bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.tasks)
+    bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.sequences.tasks)
 
-    def to(self, where: torch.device) -> Pieces:
+    def to(self, device: torch.device) -> SequenceBatch:
         """These pieces on a device."""
-        context, bought = (None if part is None else part.to(where) for part in (self.context, self.bought))
-        return Pieces(self.items.to(where), self.learned.to(where), context, bought)
+        context, bought = (None if part is None else part.to(device) for part in (self.context, self.bought))
+        return SequenceBatch(self.items.to(device), self.learned.to(device), context, bought)
 
 
-class Batch(NamedTuple):
+class TokenBatch(NamedTuple):
     """Rows padded on the right to one length."""
 
     input_ids: Tensor  # (B, T) int64
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     weights: Tensor  # (B,) float32
 
 
-def by_size(order: Int64, length: Int64, limit: int) -> Iterator[list[int]]:
+def batches_of_similar_length(order: Int64, length: Int64, limit: int) -> Iterator[list[int]]:
     """Rows of ascending `length`, cut where a padded batch would be larger than `limit`."""
     batch: list[int] = []
     for at in order.tolist():
@@ -59,7 +60,7 @@ def by_size(order: Int64, length: Int64, limit: int) -> Iterator[list[int]]:
         yield batch
 
 
-def collate(rows: Sequence[Row]) -> Batch:
+def pad_token_rows(rows: Sequence[TokenRow]) -> TokenBatch:
     """Pad rows on the right."""
     length = max(len(row.ids) for row in rows)
     ids = np.full((len(rows), length), PAD, dtype=np.int64)
@@ -68,24 +69,24 @@ def collate(rows: Sequence[Row]) -> Batch:
         ids[at, : len(row.ids)] = row.ids
         labels[at, : len(row.ids)] = np.where(row.learned, row.ids, IGNORE)
     weights = np.array([row.weight for row in rows], dtype=np.float32)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
+    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
 
 
 def pad_contexts(contexts: Sequence[Int32], length: int) -> Tensor | None:
     """B contexts (P, C) -> (B, length, C) int64, padded with 0; None where C is 0."""
     if not contexts or not contexts[0].shape[1]:
         return None
-    made = np.zeros((len(contexts), length, contexts[0].shape[1]), dtype=np.int64)
+    padded = np.zeros((len(contexts), length, contexts[0].shape[1]), dtype=np.int64)
     for row, context in enumerate(contexts):
-        made[row, : len(context)] = context
-    return torch.from_numpy(made)
+        padded[row, : len(context)] = context
+    return torch.from_numpy(padded)
 
 
-def context_rows(contexts: Int32 | None, low: int, high: int, where: torch.device) -> Tensor | None:
+def context_tensor(contexts: Int32 | None, low: int, high: int, device: torch.device) -> Tensor | None:
     """Rows low to high of contexts (N, C) -> (high - low, C) int64; None where nothing is said at all."""
     if contexts is None or not contexts.shape[1]:
         return None
-    return torch.from_numpy(contexts[low:high].astype(np.int64)).to(where)
+    return torch.from_numpy(contexts[low:high].astype(np.int64)).to(device)
 
 
 def pad_items(histories: Sequence[Int64], codes: Int64) -> tuple[Tensor, Tensor]:

@@ -3,158 +3,53 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK, Prompt, Sid
-from trainer.sequences.batches import Int32, Int64, Pieces, Row, by_size, pad_contexts
-from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.tasks import Words, bought_within, search_prompt, summary_prompt
+from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK, Prompt
+from trainer.sequences.batches import (
+    Int32,
+    Int64,
+    SequenceBatch,
+    TokenRow,
+    batches_of_similar_length,
+    pad_contexts,
+)
+from trainer.sequences.held_out import TrainingSplit
+from trainer.sequences.interactions import Interactions, TrainingCatalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
+from trainer.sequences.tasks import TitleWords, bought_within, search_prompt, summary_prompt
 from trainer.settings import TrainerSettings
 
 
-@dataclass(frozen=True)
-class Interactions:
-    """Users' interactions in event time; equal times keep the order of the log. Rows are grouped by user."""
-
-    users: list[str]  # user of each group
-    starts: Int64  # (U + 1,) first row of each user's group
-    items: Int64  # (N,) row of `Catalogue.codes`
-    ts: Int64  # (N,) milliseconds
-    fresh: npt.NDArray[np.bool_]  # (N,) True in the window that this cycle reads
-    bought: npt.NDArray[np.bool_]  # (N,) True for a purchase
-    context: Int32  # (N, C) token ids of what each event says beside its item (bundles.context), 0: nothing
-    rewards: Int32  # (N, R) token ids of the rewards that each event brought (bundles.rewards), 0: not known
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """The items that have a SID, and the tokens they are spelled with."""
-
-    items: list[str]
-    sids: list[Sid]
-    codes: Int64  # (I, L) token ids
-    titles: list[str]
-
-
-def catalogue(sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt) -> Catalogue:
-    """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID."""
-    items = sorted(sids)
-    codes = np.array([prompt.tokens(sids[item]) for item in items], dtype=np.int64)
-    return Catalogue(
-        items, [tuple(sids[item]) for item in items], codes.reshape(len(items), len(prompt.sizes)),
-        [titles.get(item, "") for item in items],
-    )  # fmt: skip
-
-
-def interactions(
-    users: Sequence[str],
-    ts: npt.ArrayLike,
-    items: Sequence[str],
-    known: Catalogue,
-    fresh: npt.ArrayLike | None = None,
-    bought: npt.ArrayLike | None = None,
-    context: Int32 | None = None,
-) -> Interactions:
-    """Group a log (in its own order) by user and sort it by event time. Items without a SID are left out."""
-    place = {item: row for row, item in enumerate(known.items)}
-    rows = np.fromiter((place.get(item, -1) for item in items), dtype=np.int64, count=len(items))
-    keep = np.flatnonzero(rows >= 0)
-    # Sorted names: the same log gives the same groups, however its partitions were read.
-    names = sorted({users[at] for at in keep.tolist()})
-    number = {user: at for at, user in enumerate(names)}
-    group = np.fromiter((number.get(user, -1) for user in users), dtype=np.int64, count=len(rows))
-    times = np.asarray(ts, dtype=np.int64)
-    new = np.ones(len(rows), dtype=bool) if fresh is None else np.asarray(fresh, dtype=bool)
-    paid = np.zeros(len(rows), dtype=bool) if bought is None else np.asarray(bought, dtype=bool)
-    said = np.zeros((len(rows), 0), dtype=np.int32) if context is None else context
-    order = keep[np.lexsort((keep, times[keep], group[keep]))]
-    starts = np.searchsorted(group[order], np.arange(len(names) + 1))
-    return Interactions(
-        names, starts, rows[order], times[order], new[order], paid[order], said[order],
-        np.zeros((len(order), 0), dtype=np.int32),
-    )  # fmt: skip
-
-
-class Held(NamedTuple):
-    """Held-out next items: each row's history (newest last) and the item that came next."""
-
-    histories: list[Int64]
-    targets: Int64
-    ages_s: list[Int64]  # how long before the target each item of the history was touched
-    bought: list[npt.NDArray[np.bool_]]  # whether it was bought
-    contexts: Int32 | None = None  # (B, C) token ids of the targets' own events; None: nothing is said
-    paid: npt.NDArray[np.bool_] | None = None  # (B,) whether the target was bought; None: nobody knows
-
-    def take(self, at: Int64) -> Held:
-        """Those in the places `at` (N,)."""
-        return Held(
-            [self.histories[place] for place in at], self.targets[at], [self.ages_s[place] for place in at],
-            [self.bought[place] for place in at], None if self.contexts is None else self.contexts[at],
-            None if self.paid is None else self.paid[at],
-        )  # fmt: skip
-
-
-def held(log: Interactions, at: npt.ArrayLike, max_items: int) -> Held:
-    """The rows `at` (N,) of a log as targets, each with up to `max_items` of its user before it."""
-    targets = np.asarray(at, dtype=np.int64)
-    begins = log.starts[np.searchsorted(log.starts, targets, side="right") - 1]
-    spans = [slice(max(low, row - max_items), row) for low, row in zip(begins, targets, strict=True)]
-    return Held(
-        [log.items[span] for span in spans], log.items[targets],
-        [(log.ts[row] - log.ts[span]) // 1000 for row, span in zip(targets, spans, strict=True)],
-        [log.bought[span] for span in spans], log.context[targets], log.bought[targets],
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where each user's training part ends, and what was held out after it."""
-
-    ends: Int64  # (U,) one past the last row that is trained on
-    held: Held
-
-
-def hold_out(log: Interactions, settings: TrainerSettings, rng: np.random.Generator) -> Split:
-    """Keep the last item of `validation_users` users out of training, drawn from those with enough history.
-
-    A last item that only repeats the one before it teaches and tests nothing: such users are not drawn.
-    """
-    lengths = np.diff(log.starts)
-    ends = log.starts[1:].copy()
-    last = np.flatnonzero(lengths > settings.min_history)
-    last = last[log.items[ends[last] - 1] != log.items[ends[last] - 2]]
-    drawn = rng.permutation(last)[: min(settings.validation_users, len(last) // 2)]
-    ends[drawn] -= 1
-    return Split(ends, held(log, ends[drawn], settings.max_items))
-
-
-class Rows:
+class TrainingRows:
     """The rows of one epoch after another. The same seed and epoch give the same rows in the same order."""
 
     def __init__(
-        self, log: Interactions, split: Split, known: Catalogue, tokenizer: PreTrainedTokenizerFast,
-        prompt: Prompt, settings: TrainerSettings, answers: Answers | None = None,
+        self, log: Interactions, split: TrainingSplit, catalogue: TrainingCatalogue,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: Prompt, settings: TrainerSettings, labelled_answers: LabelledAnswers | None = None,
     ) -> None:  # fmt: skip
-        """`answers` are learned beside the log; those of items that nobody touched are left out."""
-        self.log, self.split, self.known, self.prompt, self.settings = log, split, known, prompt, settings
-        # An item that nobody touched would only be pushed away (trainer.tuning.next_item.Scored).
-        self.answers = answers.of(self.touched) if answers else None
-        self.titles = [self._words(title, tokenizer) for title in known.titles]
-        self.words = Words(self.titles)
-        self.bought = bought_within(log, split.ends, settings.tasks.buy_within_s * 1000)
+        """`labelled_answers` are learned beside the log, but for those of items without an interaction."""
+        self.log, self.split, self.catalogue, self.prompt, self.settings = (
+            log,
+            split,
+            catalogue,
+            prompt,
+            settings,
+        )
+        # An item without interactions would only be pushed away (trainer.tuning.next_item.ScoredItems).
+        self.labelled_answers = labelled_answers.of_items(self.trained_items) if labelled_answers else None
+        self.title_words = [self._word_ids(title, tokenizer) for title in catalogue.titles]
+        self.words = TitleWords(self.title_words)
+        self.led_to_purchase = bought_within(log, split.training_ends, settings.tasks.buy_within_s * 1000)
 
-    def _words(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    def _word_ids(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         ids = tokenizer(title, add_special_tokens=False).input_ids if title else []
         # A title may hold the text of a code or a special token: as a word it is unknown.
         return [token if token >= self.prompt.first_word else UNK for token in ids][
@@ -162,112 +57,118 @@ class Rows:
         ]
 
     @property
-    def touched(self) -> Int64:
+    def trained_items(self) -> Int64:
         """The items of the training part, ascending; held-out targets stand for what is not known yet."""
-        spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
+        spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
         return np.unique(np.concatenate([self.log.items[low:high] for low, high in spans]))
 
-    def recent(self, share: float, settings: TrainerSettings) -> Rows:
+    def newest_share(self, share: float, settings: TrainerSettings) -> TrainingRows:
         """These rows where only the newest `share` of the training part's events are new.
 
         Events at the time of the oldest of them are new, too. A log without times is new as a whole.
         """
-        spans = zip(self.log.starts[:-1], self.split.ends, strict=True)
+        spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
         ts = np.sort(np.concatenate([self.log.ts[low:high] for low, high in spans]))
         since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
-        made = self.under(settings)
-        made.log = replace(self.log, fresh=self.log.ts >= since)
-        return made
+        rows = self.with_settings(settings)
+        rows.log = replace(self.log, fresh=self.log.ts >= since)
+        return rows
 
-    def under(self, settings: TrainerSettings) -> Rows:
+    def with_settings(self, settings: TrainerSettings) -> TrainingRows:
         """These rows in the order, and cut at the places, of another seed."""
-        made = copy.copy(self)
-        made.settings = settings
-        return made
+        rows = copy.copy(self)
+        rows.settings = settings
+        return rows
 
-    def part(self, users: int) -> Rows:
+    def with_fewer_held_out(self, users: int) -> TrainingRows:
         """These rows with the first `users` of those held out."""
-        made = copy.copy(self)
-        held = self.split.held
-        made.split = replace(self.split, held=held.take(np.arange(min(users, len(held.targets)))))
-        return made
+        rows = copy.copy(self)
+        held_out = self.split.held_out
+        rows.split = replace(self.split, held_out=held_out.take(np.arange(min(users, len(held_out.targets)))))
+        return rows
 
-    def sequence(self, start: int, end: int) -> Row:
+    def sequence_row(self, start: int, end: int) -> TokenRow:
         """Next SID at every position of rows start to end: every code is a label.
 
         An item equal to the one right before it is read, but not learned: a page's own item is no answer.
         """
         items = self.log.items[start:end]
-        ids = np.concatenate(([BOS], self.known.codes[items].ravel()))
+        ids = np.concatenate(([BOS], self.catalogue.codes[items].ravel()))
         learned = np.ones(len(ids), dtype=bool)
         learned[0] = False
         repeats = np.flatnonzero(items[1:] == items[:-1]) + 1
         levels = len(self.prompt.sizes)
         learned[(1 + repeats[:, None] * levels + np.arange(levels)).ravel()] = False
-        return Row(ids, learned, self.settings.weights.next_sid)
+        return TokenRow(ids, learned, self.settings.weights.next_sid)
 
-    def sid_to_title(self, item: int) -> Row:
+    def sid_to_title_row(self, item: int) -> TokenRow:
         """BOS, the item, TITLE, then the words and EOS, which are learned."""
-        words = self.titles[item]
-        ids = np.array([BOS, *self.known.codes[item], TITLE, *words, EOS], dtype=np.int64)
-        return Row(ids, np.arange(len(ids)) >= len(ids) - len(words) - 1, self.settings.weights.sid_to_title)
+        words = self.title_words[item]
+        ids = np.array([BOS, *self.catalogue.codes[item], TITLE, *words, EOS], dtype=np.int64)
+        return TokenRow(
+            ids, np.arange(len(ids)) >= len(ids) - len(words) - 1, self.settings.weights.sid_to_title
+        )
 
-    def title_to_sid(self, item: int) -> Row:
+    def title_to_sid_row(self, item: int) -> TokenRow:
         """BOS, the words, ITEM, then the item's codes, which are learned."""
-        ids = np.array([BOS, *self.titles[item], ITEM, *self.known.codes[item]], dtype=np.int64)
+        ids = np.array([BOS, *self.title_words[item], ITEM, *self.catalogue.codes[item]], dtype=np.int64)
         levels = len(self.prompt.sizes)
-        return Row(ids, np.arange(len(ids)) >= len(ids) - levels, self.settings.weights.title_to_sid)
+        return TokenRow(ids, np.arange(len(ids)) >= len(ids) - levels, self.settings.weights.title_to_sid)
 
-    def search(self, at: int, words: Sequence[int], bare: bool) -> Row:
+    def search_row(self, at: int, words: Sequence[int], bare: bool) -> TokenRow:
         """A search that led to the log's row `at`, whose item's codes are learned (see `search_prompt`).
 
         The history is what its user did before; `bare`: none is given.
         """
-        history = self.known.codes[self._past(at, at)[: 0 if bare else None]]
-        codes = self.known.codes[self.log.items[at]]
+        history = self.catalogue.codes[self._history_before(at, at)[: 0 if bare else None]]
+        codes = self.catalogue.codes[self.log.items[at]]
         ids = np.array([*search_prompt(history, words), *codes], dtype=np.int64)
-        return Row(ids, np.arange(len(ids)) >= len(ids) - len(codes), self.settings.weights.search)
+        return TokenRow(ids, np.arange(len(ids)) >= len(ids) - len(codes), self.settings.weights.search)
 
-    def summary(self, history: Int64) -> Row:
+    def summary_row(self, history: Int64) -> TokenRow:
         """A history's items (H,), then the words most typical of their titles and EOS, which are learned."""
-        titles = [self.titles[item] for item in history]
+        titles = [self.title_words[item] for item in history]
         words = self.words.typical(titles, self.settings.tasks.summary_words)
-        prompt = summary_prompt(self.known.codes[history])
+        prompt = summary_prompt(self.catalogue.codes[history])
         ids = np.array([*prompt, *words, EOS], dtype=np.int64)
-        return Row(ids, np.arange(len(ids)) >= len(prompt), self.settings.weights.summary)
+        return TokenRow(ids, np.arange(len(ids)) >= len(prompt), self.settings.weights.summary)
 
-    def _past(self, at: int, end: int) -> Int64:
+    def _history_before(self, at: int, end: int) -> Int64:
         """The newest items before row `end` of the user of row `at`, as many as a text's history has."""
         begin = self.log.starts[np.searchsorted(self.log.starts, at, side="right") - 1]
         return self.log.items[max(begin, end - self.settings.tasks.history) : end]
 
-    def _drawn(self, rng: np.random.Generator) -> list[int]:
+    def _draw_events(self, rng: np.random.Generator) -> list[int]:
         """As many rows of the training part as items have a title, drawn at random.
 
         Each row's item has a known word, and is not the one right before it: a page's own item is no answer.
         """
-        at = np.arange(len(self.log))
-        user = np.searchsorted(self.log.starts, at, side="right") - 1
-        known = np.array([any(word in self.words.idf for word in title) for title in self.titles], dtype=bool)
-        again = np.zeros(len(at), dtype=bool)
-        again[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
-        told = at[(at < self.split.ends[user]) & known[self.log.items] & ~again]
-        return rng.choice(told, sum(map(bool, self.titles))).tolist() if len(told) else []
+        rows = np.arange(len(self.log))
+        user = np.searchsorted(self.log.starts, rows, side="right") - 1
+        has_known_word = np.array(
+            [any(word in self.words.idf for word in title) for title in self.title_words], dtype=bool
+        )
+        repeats_previous = np.zeros(len(rows), dtype=bool)
+        repeats_previous[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
+        candidates = rows[
+            (rows < self.split.training_ends[user]) & has_known_word[self.log.items] & ~repeats_previous
+        ]
+        return rng.choice(candidates, sum(map(bool, self.title_words))).tolist() if len(candidates) else []
 
-    def searches(self, number: int) -> list[Row]:
+    def search_rows(self, number: int) -> list[TokenRow]:
         """The queries of epoch `number`: random words of the titles that users went to."""
         rng = np.random.default_rng((self.settings.seed, number, 8))
         limits = self.settings.tasks
-        made = []
-        for at in self._drawn(rng):
-            words = self.words.query(self.titles[self.log.items[at]], limits.query_words, rng)
-            made.append(self.search(at, words, bool(rng.random() < limits.bare)))
-        return made
+        rows = []
+        for at in self._draw_events(rng):
+            words = self.words.draw_query(self.title_words[self.log.items[at]], limits.query_words, rng)
+            rows.append(self.search_row(at, words, bool(rng.random() < limits.bare)))
+        return rows
 
-    def summaries(self, number: int) -> list[Row]:
+    def summary_rows(self, number: int) -> list[TokenRow]:
         """The summaries of epoch `number`: of histories that end at random places."""
         rng = np.random.default_rng((self.settings.seed, number, 5))
-        return [self.summary(self._past(at, at + 1)) for at in self._drawn(rng)]
+        return [self.summary_row(self._history_before(at, at + 1)) for at in self._draw_events(rng)]
 
     def crops(self, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Pieces (start, end) of users' sequences: all with new events, and a share of older ones."""
@@ -276,7 +177,7 @@ class Rows:
         size = self.settings.max_items + 1
         fresh: list[tuple[int, int]] = []
         older: list[tuple[int, int]] = []
-        for user, end in enumerate(self.split.ends):
+        for user, end in enumerate(self.split.training_ends):
             begin = int(self.log.starts[user])
             if end - begin < self.settings.min_history:
                 continue
@@ -287,60 +188,62 @@ class Rows:
                     continue
                 (fresh if self.log.fresh[low:high].any() else older).append((low, high))
         share = self.settings.replay
-        keep = min(len(older), round(len(fresh) * share / (1 - share)))
-        chosen = rng.permutation(len(older))[:keep]
+        replayed = min(len(older), round(len(fresh) * share / (1 - share)))
+        chosen = rng.permutation(len(older))[:replayed]
         return fresh + [older[at] for at in chosen]
 
-    def texts(self, number: int) -> list[Row]:
+    def text_rows(self, number: int) -> list[TokenRow]:
         """The rows of epoch `number` that join SIDs and words, shuffled."""
         weights = self.settings.weights
-        named = [item for item, words in enumerate(self.titles) if words]
-        rows = [self.sid_to_title(item) for item in named if weights.sid_to_title > 0]
-        rows += [self.title_to_sid(item) for item in named if weights.title_to_sid > 0]
-        rows += self.searches(number) if weights.search > 0 else []
-        rows += self.summaries(number) if weights.summary > 0 else []
+        named = [item for item, words in enumerate(self.title_words) if words]
+        rows = [self.sid_to_title_row(item) for item in named if weights.sid_to_title > 0]
+        rows += [self.title_to_sid_row(item) for item in named if weights.title_to_sid > 0]
+        rows += self.search_rows(number) if weights.search > 0 else []
+        rows += self.summary_rows(number) if weights.summary > 0 else []
         rng = np.random.default_rng((self.settings.seed, number, 2))
         return [rows[at] for at in rng.permutation(len(rows))]
 
-    def epoch(self, number: int) -> list[Row]:
+    def epoch_rows(self, number: int) -> list[TokenRow]:
         """All rows of epoch `number`, unordered."""
         rng = np.random.default_rng((self.settings.seed, number))
-        return [self.sequence(low, high) for low, high in self.crops(rng)] + self.texts(number)
+        return [self.sequence_row(low, high) for low, high in self.crops(rng)] + self.text_rows(number)
 
-    def pieces(self, number: int) -> list[Pieces]:
+    def sequence_batches(self, number: int) -> list[SequenceBatch]:
         """The sequences of an epoch in batches of similar length and about `batch_positions` items, shuffled.
 
         An item equal to the one right before it is read, but not learned, as in `sequence`.
         """
         crops = np.array(self.crops(np.random.default_rng((self.settings.seed, number)))).reshape(-1, 2)
-        alone = self.settings.samples == "prefix"
-        if alone:
+        last_item_only = self.settings.samples == "prefix"
+        if last_item_only:
             crops = self._prefixes(crops)
         contexts = self.contexts(crops, number)
         rng = np.random.default_rng((self.settings.seed, number, 1))
         length = crops[:, 1] - crops[:, 0]
         order = np.lexsort((rng.random(len(crops)), length))
-        made = []
-        for batch in by_size(order, length, self.settings.batch_positions):
+        batches = []
+        for batch in batches_of_similar_length(order, length, self.settings.batch_positions):
             width = int(length[batch].max())
             items = np.full((len(batch), width), -1, dtype=np.int64)
             bought = np.zeros(items.shape, dtype=bool)
             for row, (low, high) in enumerate(crops[batch].tolist()):
                 items[row, : high - low] = self.log.items[low:high]
-                bought[row, : high - low] = self.bought[low:high]
+                bought[row, : high - low] = self.led_to_purchase[low:high]
             learned = items >= 0
             learned[:, 1:] &= items[:, 1:] != items[:, :-1]
-            if alone:
+            if last_item_only:
                 learned &= np.arange(width) == length[batch, None] - 1
             context = pad_contexts([contexts[row] for row in batch], width)
-            made.append(
-                Pieces(torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought))
+            batches.append(
+                SequenceBatch(
+                    torch.from_numpy(items), torch.from_numpy(learned), context, torch.from_numpy(bought)
+                )
             )
-        if self.answers:
-            events = sum(int(piece.learned.sum()) for piece in made)
-            most = round(self.settings.rewards.ignored_share * events)
-            made += self.answers.pieces(self.settings, number, most)
-        return [made[at] for at in rng.permutation(len(made))]
+        if self.labelled_answers:
+            events = sum(int(sequences.learned.sum()) for sequences in batches)
+            max_answers = round(self.settings.rewards.ignored_share * events)
+            batches += self.labelled_answers.sequence_batches(self.settings, number, max_answers)
+        return [batches[at] for at in rng.permutation(len(batches))]
 
     def _prefixes(self, crops: Int64) -> Int64:
         """For every event of the crops (start, end) that has a past, its prefix (start, end), itself last."""
@@ -357,14 +260,14 @@ class Rows:
         Rewards stand behind it, each event's own.
         """
         rng = np.random.default_rng((self.settings.seed, number, 3))
-        kept = rng.random(len(crops)) >= self.settings.context.dropout
-        told = self._rewards(number)
+        keep_context = rng.random(len(crops)) >= self.settings.context.dropout
+        rewards = self._rewards_of_epoch(number)
         return [
-            np.concatenate((self.log.context[low:high] * np.int32(keep), told[low:high]), axis=1)
-            for (low, high), keep in zip(crops.tolist(), kept.tolist(), strict=True)
+            np.concatenate((self.log.context[low:high] * np.int32(keep), rewards[low:high]), axis=1)
+            for (low, high), keep in zip(crops.tolist(), keep_context.tolist(), strict=True)
         ]
 
-    def _rewards(self, number: int) -> Int32:
+    def _rewards_of_epoch(self, number: int) -> Int32:
         """What epoch `number` tells of the rewards of each event (N, R).
 
         A share `rewards.unconditioned` of events is told nothing of them, so that a request without wishes
@@ -373,26 +276,6 @@ class Rows:
         """
         rewards, settings = self.log.rewards, self.settings.rewards
         rng = np.random.default_rng((self.settings.seed, number, 4))
-        kept = rng.random(rewards.shape) >= settings.dropout
-        kept &= rng.random((len(rewards), 1)) >= settings.unconditioned
-        return rewards * kept.astype(np.int32)
-
-    def batches(self, number: int) -> list[list[Row]]:
-        """The rows of an epoch in batches of similar length and about `batch_positions` items, shuffled."""
-        rng = np.random.default_rng((self.settings.seed, number, 1))
-        rows = self.epoch(number)
-        # Random order among rows of about the same length: batches differ from epoch to epoch.
-        length = np.array([len(row.ids) for row in rows])
-        order = np.lexsort((rng.random(len(rows)), length))
-        limit = self.settings.batch_positions * len(self.prompt.sizes)
-        made = [[rows[at] for at in batch] for batch in by_size(order, length, limit)]
-        return [made[at] for at in rng.permutation(len(made))]
-
-
-def popular(log: Interactions, known: Catalogue, ends: Int64 | None = None) -> Iterator[int]:
-    """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
-    used = np.ones(len(log), dtype=bool)
-    if ends is not None:
-        used[ends[ends < log.starts[1:]]] = False
-    counts = np.bincount(log.items[used], minlength=len(known.items))
-    yield from np.argsort(-counts, kind="stable").tolist()
+        visible = rng.random(rewards.shape) >= settings.dropout
+        visible &= rng.random((len(rewards), 1)) >= settings.unconditioned
+        return rewards * visible.astype(np.int32)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from registry.bundles.prompt import BOS, ITEM, TITLE, UNK
-
-if TYPE_CHECKING:
-    from trainer.sequences.rows import Interactions
+from trainer.sequences.interactions import Interactions
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -26,21 +23,21 @@ def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
     """
     count = len(log)
     user = np.repeat(np.arange(len(log.starts) - 1), np.diff(log.starts))
-    used = np.arange(count) < ends[user]
+    in_training_part = np.arange(count) < ends[user]
     # By user and item, then time, a purchase after the clicks of its moment, which led to it: the next
     # purchase of each row is the next one in its group.
     order = np.lexsort((log.bought, log.ts, log.items, user))
-    place = np.where((log.bought & used)[order], np.arange(count), count)
-    following = np.minimum.accumulate(place[::-1])[::-1]
-    there = np.flatnonzero(following < count)
-    now, then = order[there], order[following[there]]
-    same = (user[now] == user[then]) & (log.items[now] == log.items[then]) & used[now]
-    made = np.zeros(count, dtype=bool)
-    made[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
-    return made
+    purchase_place = np.where((log.bought & in_training_part)[order], np.arange(count), count)
+    following = np.minimum.accumulate(purchase_place[::-1])[::-1]
+    with_later_purchase = np.flatnonzero(following < count)
+    now, then = order[with_later_purchase], order[following[with_later_purchase]]
+    same = (user[now] == user[then]) & (log.items[now] == log.items[then]) & in_training_part[now]
+    leads_to_purchase = np.zeros(count, dtype=bool)
+    leads_to_purchase[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
+    return leads_to_purchase
 
 
-class Words:
+class TitleWords:
     """How telling each word of a catalogue's titles is."""
 
     def __init__(self, titles: Sequence[Sequence[int]]) -> None:
@@ -50,7 +47,7 @@ class Words:
         # Inverse document frequency (Spärck Jones 1972), above 0 for a word of all titles, too.
         self.idf = {word: math.log(1 + named / count) for word, count in counts.items()}
 
-    def query(self, title: Sequence[int], most: int, rng: np.random.Generator) -> list[int]:
+    def draw_query(self, title: Sequence[int], most: int, rng: np.random.Generator) -> list[int]:
         """1 to `most` distinct words of a title with at least one known word, drawn by their rarity.
 
         In random order: people do not type words as titles have them.

@@ -25,11 +25,11 @@ def words(titles: Iterable[str]) -> Counter[str]:
     """How many of the titles have each word, lower-cased."""
     backend = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     _split(backend)
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for title in titles:
         text = backend.normalizer.normalize_str(title)
-        found.update({word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
-    return found
+        counts.update({word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+    return counts
 
 
 def build_tokenizer(prompt: Prompt, titles: Iterable[str], max_words: int) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""What the main process reads once and the others of a training need: written to a folder, read from it.
+"""The inputs of a training, which the main process reads once: written to a folder for the other processes.
 
 Arrays are safetensors, words are JSON, the model and its tokenizer are as in a bundle. Held-out events,
 users and SIDs are the main process's alone. The folder has to be one that every process can read.
@@ -17,23 +17,25 @@ from transformers import PreTrainedTokenizerFast
 
 from registry.bundles.prompt import Prompt
 from streams.errors import SidstreamError
-from trainer.cycle_inputs import load_model
+from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.labelled_answers import Answers
-from trainer.sequences.rows import Catalogue, Held, Interactions, Rows, Split
+from trainer.sequences.held_out import HeldOut, TrainingSplit
+from trainer.sequences.interactions import Interactions, TrainingCatalogue
+from trainer.sequences.labelled_answers import LabelledAnswers
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
-from trainer.tuning.pretrain import learn
+from trainer.tuning.pretrain import pretrain_and_tune
 
 _NAME, _ANSWERS = "handover", "answers."
 
 
-def write(
-    run: Path, model: GeneratorForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Rows,
+def write_training_inputs(
+    run: Path, model: GeneratorForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: TrainingRows,
     settings: TrainerSettings,
 ) -> None:  # fmt: skip
-    """Put what the others need below a run's folder, in place of what lies there."""
+    """Put the inputs that the other processes need below a run's folder, in place of older ones."""
     folder = run / _NAME
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -41,23 +43,25 @@ def write(
     tokenizer.save_pretrained(folder / "model")
     log = rows.log
     arrays = {
-        "codes": rows.known.codes, "starts": log.starts, "items": log.items, "ts": log.ts, "fresh": log.fresh,
-        "bought": log.bought, "context": log.context, "rewards": log.rewards, "ends": rows.split.ends,
+        "codes": rows.catalogue.codes, "starts": log.starts, "items": log.items, "ts": log.ts,
+        "fresh": log.fresh,
+        "bought": log.bought, "context": log.context, "rewards": log.rewards,
+        "ends": rows.split.training_ends,
     }  # fmt: skip
-    if rows.answers is not None:
-        arrays |= {_ANSWERS + name: value for name, value in vars(rows.answers).items()}
+    if rows.labelled_answers is not None:
+        arrays |= {_ANSWERS + name: value for name, value in vars(rows.labelled_answers).items()}
     save_file(
         {name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / "log.safetensors"
     )
     about = {
-        "sizes": list(rows.prompt.sizes), "max_items": rows.prompt.max_items, "titles": rows.known.titles,
+        "sizes": list(rows.prompt.sizes), "max_items": rows.prompt.max_items, "titles": rows.catalogue.titles,
         "settings": settings.model_dump(mode="json"),
     }  # fmt: skip
     (folder / "about.json").write_text(json.dumps(about))
 
 
-def read(run: Path) -> tuple[GeneratorForCausalLM, Rows, TrainerSettings]:
-    """What `write` left there. Raises SidstreamError where this process does not find it."""
+def read_training_inputs(run: Path) -> tuple[GeneratorForCausalLM, TrainingRows, TrainerSettings]:
+    """What `write_training_inputs` left there. Raises SidstreamError where this process does not find it."""
     folder = run / _NAME
     try:
         about = json.loads((folder / "about.json").read_text())
@@ -70,21 +74,23 @@ def read(run: Path) -> tuple[GeneratorForCausalLM, Rows, TrainerSettings]:
     settings = TrainerSettings.model_validate(about["settings"])
     prompt = Prompt(tuple(about["sizes"]), about["max_items"])
     model, tokenizer = load_model(folder / "model")
-    known = Catalogue([], [], arrays["codes"], about["titles"])
+    catalogue = TrainingCatalogue([], [], arrays["codes"], about["titles"])
     names = ("starts", "items", "ts", "fresh", "bought", "context", "rewards")
     log = Interactions([], *(arrays[name] for name in names))
-    nobody = Held([], np.zeros(0, dtype=np.int64), [], [])
-    split = Split(arrays["ends"], nobody)
-    beside = {name.removeprefix(_ANSWERS): one for name, one in arrays.items() if name.startswith(_ANSWERS)}
-    answers = Answers(**beside) if beside else None
-    return model, Rows(log, split, known, tokenizer, prompt, settings, answers), settings
+    no_held_out = HeldOut([], np.zeros(0, dtype=np.int64), [], [])
+    split = TrainingSplit(arrays["ends"], no_held_out)
+    answer_arrays = {
+        name.removeprefix(_ANSWERS): array for name, array in arrays.items() if name.startswith(_ANSWERS)
+    }
+    answers = LabelledAnswers(**answer_arrays) if answer_arrays else None
+    return model, TrainingRows(log, split, catalogue, tokenizer, prompt, settings, answers), settings
 
 
-def follow(devices: Devices) -> None:
-    """What every process but the main one does: take part in each training that it is told of, then leave."""
+def follow_main_process(devices: Devices) -> None:
+    """All processes but the main one: take part in each training that the main one sends, then leave."""
     while (run := devices.receive()) is not None:
-        model, rows, settings = read(run)
+        model, rows, settings = read_training_inputs(run)
         torch.set_num_threads(settings.threads or torch.get_num_threads())
-        # Validation is the main process's: no SID is asked for here.
-        learn(model, rows, SidSet([], rows.prompt), settings, folder=run, devices=devices)
+        # Only the main process validates: no SID is needed here.
+        pretrain_and_tune(model, rows, SidSet([], rows.prompt), settings, folder=run, devices=devices)
     devices.leave()

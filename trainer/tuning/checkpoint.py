@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: weights, optimizer and place, without pickle."""
+"""Checkpoints of a training run: weights, optimizer and state, without pickle."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trainer.generator.model import GeneratorForCausalLM
 
 
 @dataclass
-class Place:
-    """Where a run stands."""
+class TrainingState:
+    """How far a training run is. The fields are the keys of a checkpoint's place.json."""
 
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
@@ -53,7 +53,7 @@ class Checkpoint:
         self,
         model: GeneratorForCausalLM,
         optimizer: torch.optim.Optimizer,
-        place: Place,
+        state: TrainingState,
         best: dict[str, Tensor] | None,
     ) -> None:
         """Write all of it beside the old checkpoint, then put it in its place."""
@@ -68,7 +68,7 @@ class Checkpoint:
         save_file(moments, fresh / "optimizer.safetensors")
         if best is not None:
             save_file(best, fresh / "best.safetensors")
-        (fresh / "place.json").write_text(json.dumps(asdict(place)))
+        (fresh / "place.json").write_text(json.dumps(asdict(state)))
         old = self.folder.with_name("checkpoint.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
@@ -76,7 +76,7 @@ class Checkpoint:
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, model: GeneratorForCausalLM, optimizer: torch.optim.Optimizer) -> Place | None:
+    def load(self, model: GeneratorForCausalLM, optimizer: torch.optim.Optimizer) -> TrainingState | None:
         """Put the checkpoint into model and optimizer; None where there is none."""
         if not (self.folder / "place.json").exists():
             return None
@@ -89,7 +89,7 @@ class Checkpoint:
             optimizer.state[parameters[parameter]][key] = value.to(where)
         best = self.folder / "best.safetensors"
         self.best = load_file(best, device=str(where)) if best.exists() else None
-        return Place(**json.loads((self.folder / "place.json").read_text()))
+        return TrainingState(**json.loads((self.folder / "place.json").read_text()))
 
     def remove(self) -> None:
         """Forget the run."""

@@ -6,60 +6,71 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.generator.constrained import SidSet
-from trainer.generator.merge import merged
+from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
-from trainer.tuning.next_item import Teacher
-from trainer.tuning.pretrain import learn
-from trainer.tuning.sft import Progress, SftResult, validated
+from trainer.tuning.next_item import TeacherTargets
+from trainer.tuning.pretrain import pretrain_and_tune
+from trainer.tuning.sft import Progress, SftResult, validate
 
 # From a member's seed to the next one's: stages and refreshes count on from `seed` by ones.
 _APART = 1000
-# A generator to begin from, of a member's settings, rows and folder.
-Begin = Callable[[TrainerSettings, Rows, Path | None], GeneratorForCausalLM]
+# Makes the generator that a member starts from, of its settings, rows and folder.
+MakeGenerator = Callable[[TrainerSettings, TrainingRows, Path | None], GeneratorForCausalLM]
 
 
-def learn_members(
-    begin: Begin, rows: Rows, sids: SidSet, settings: TrainerSettings, folder: Path | None = None, *,
+def train_ensemble(
+    make_generator: MakeGenerator, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
+    folder: Path | None = None, *,
     progress: Progress | None = None, stop: Callable[[], bool] | None = None,
-    devices: Devices | None = None, teacher: Teacher | None = None,
-    first: tuple[GeneratorForCausalLM, SftResult] | None = None,
+    devices: Devices | None = None, teacher: TeacherTargets | None = None,
+    first_member: tuple[GeneratorForCausalLM, SftResult] | None = None,
 ) -> tuple[GeneratorForCausalLM, SftResult]:  # fmt: skip
-    """`trainer.pretrain.learn` for each of `settings.members`, and one generator of all of them.
+    """`trainer.tuning.pretrain.pretrain_and_tune` for each of `settings.members`, and their merged generator.
 
-    Members differ in their weights at first, the order of their rows and their dropout, and are held against
-    the same held-out events. Each has its part of `max_seconds` and, below `folder`, its own checkpoint: a
-    broken run goes on in its member. An interrupted member is the result itself. `first`: the first member
-    and its result, where it has learned already.
+    Members differ in their initial weights, the order of their rows and their dropout, and are measured
+    on the same held-out events. Each has its part of `max_seconds` and, below `folder`, its own checkpoint: a
+    resumed run goes on in its member. An interrupted member is the result itself. `first_member`: that member
+    and its result, where it is trained already.
     """
-    count, found = settings.members, []
-    for number, own in enumerate(member_settings(settings)):
-        if first and not number:
-            found.append(first)
+    count, members = settings.members, []
+    for number, own_settings in enumerate(member_settings(settings)):
+        if first_member and not number:
+            members.append(first_member)
             continue
         name = f"member {number + 1} of {count}: " if count > 1 else ""
 
-        def tell(text: str, name: str = name) -> None:
+        def report_progress(text: str, name: str = name) -> None:
             if progress:
                 progress(name + text)
 
-        part = rows.under(own)
-        where = folder / f"member-{number + 1}" if folder and count > 1 else folder
-        model = begin(own, part, where)
-        result = learn(
-            model, part, sids, own, folder=where, progress=tell, stop=stop, devices=devices, teacher=teacher
+        member_rows = rows.with_settings(own_settings)
+        member_folder = folder / f"member-{number + 1}" if folder and count > 1 else folder
+        model = make_generator(own_settings, member_rows, member_folder)
+        result = pretrain_and_tune(
+            model,
+            member_rows,
+            sids,
+            own_settings,
+            folder=member_folder,
+            progress=report_progress,
+            stop=stop,
+            devices=devices,
+            teacher=teacher,
         )
         if count == 1 or result.stopped == "interrupted":
             return model, result
-        found.append((model, result))
-    results = [result for _, result in found]
-    whole = merged([model for model, _ in found])
-    return whole, SftResult(
-        steps=sum(one.steps for one in results), epochs=sum(one.epochs for one in results),
-        seconds=sum(one.seconds for one in results), loss=sum(one.loss for one in results) / count,
-        quality=validated(whole, rows, sids, settings), stopped=f"{count} members are one", members=results,
+        members.append((model, result))
+    results = [result for _, result in members]
+    merged_generator = merge_generators([model for model, _ in members])
+    return merged_generator, SftResult(
+        steps=sum(member.steps for member in results), epochs=sum(member.epochs for member in results),
+        seconds=sum(member.seconds for member in results),
+        loss=sum(member.loss for member in results) / count,
+        quality=validate(merged_generator, rows, sids, settings), stopped=f"{count} members are one",
+        members=results,
     )  # fmt: skip
 
 

@@ -9,16 +9,16 @@ import numpy as np
 
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.sequences.rows import Rows
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.sft import Progress, SftResult, train
 
 
-def learn(
+def pretrain_and_tune(
     model: GeneratorForCausalLM,
-    rows: Rows,
+    rows: TrainingRows,
     sids: SidSet,
     settings: TrainerSettings,
     *,
@@ -26,7 +26,7 @@ def learn(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     devices: Devices | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherTargets | None = None,
 ) -> SftResult:
     """`trainer.tuning.sft.train`, after a stage of pretraining where `settings.pretrain` has a share for it.
 
@@ -39,26 +39,27 @@ def learn(
             teacher=teacher,
         )  # fmt: skip
 
-    def tell(text: str) -> None:
+    def report_progress(text: str) -> None:
         if progress:
             progress(f"pretraining: {text}")
 
-    before = train(
-        model, rows, sids, first_stage(settings), folder=folder and folder / "pretrain", progress=tell,
+    pretraining = train(
+        model, rows, sids, pretraining_settings(settings), folder=folder and folder / "pretrain",
+        progress=report_progress,
         stop=stop, devices=devices, teacher=teacher,
     )  # fmt: skip
-    if before.stopped == "interrupted":
-        return before
-    recent, after = second_stage(rows, settings, before.seconds)
+    if pretraining.stopped == "interrupted":
+        return pretraining
+    recent, tuning_settings = tuning_after_pretraining(rows, settings, pretraining.seconds)
     result = train(
-        model, recent, sids, after, folder=folder, progress=progress, stop=stop, devices=devices,
+        model, recent, sids, tuning_settings, folder=folder, progress=progress, stop=stop, devices=devices,
         teacher=teacher,
     )  # fmt: skip
-    result.pretraining = before
+    result.pretraining = pretraining
     return result
 
 
-def first_stage(settings: TrainerSettings) -> TrainerSettings:
+def pretraining_settings(settings: TrainerSettings) -> TrainerSettings:
     """The settings of pretraining: its share of the epochs (at least one) and of the seconds."""
     share, budget = settings.pretrain.share, settings.max_seconds
     return settings.model_copy(
@@ -69,14 +70,16 @@ def first_stage(settings: TrainerSettings) -> TrainerSettings:
     )
 
 
-def second_stage(rows: Rows, settings: TrainerSettings, spent_s: float) -> tuple[Rows, TrainerSettings]:
+def tuning_after_pretraining(
+    rows: TrainingRows, settings: TrainerSettings, spent_s: float
+) -> tuple[TrainingRows, TrainerSettings]:
     """The rows and settings of the SFT that follows a pretraining of `spent_s` seconds.
 
     It has what pretraining left of the budget: as many events in more passes, since its passes are shorter.
     """
     share, budget = settings.pretrain.share, settings.max_seconds
-    left = max(1, settings.epochs - first_stage(settings).epochs)
-    chosen = settings.model_copy(
+    epochs_left = max(1, settings.epochs - pretraining_settings(settings).epochs)
+    tuning_settings = settings.model_copy(
         update={
             "lr": settings.pretrain.sft_lr,
             # Validation may have overrun the first share: the second one is there all the same.
@@ -85,11 +88,11 @@ def second_stage(rows: Rows, settings: TrainerSettings, spent_s: float) -> tuple
             "seed": settings.seed + 1,
         }
     )
-    recent = rows.recent(settings.pretrain.recent_share, chosen)
-    chosen.epochs = max(1, round(left * _events(rows) / max(1, _events(recent))))
-    return recent, chosen
+    recent_rows = rows.newest_share(settings.pretrain.recent_share, tuning_settings)
+    tuning_settings.epochs = max(1, round(epochs_left * _events(rows) / max(1, _events(recent_rows))))
+    return recent_rows, tuning_settings
 
 
-def _events(rows: Rows) -> int:
+def _events(rows: TrainingRows) -> int:
     """How many events one pass reads."""
     return sum(high - low for low, high in rows.crops(np.random.default_rng(rows.settings.seed)))

@@ -13,20 +13,21 @@ import torch
 
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.quality import Quality, evaluate
-from trainer.offline.ranking import Ranker
-from trainer.offline.repeat_bias import strengthen
-from trainer.sequences.rows import Rows
+from trainer.offline.quality import HeldOutQuality, evaluate_held_out
+from trainer.offline.ranking import CatalogueRanker
+from trainer.offline.repeat_bias import fit_repeat_strength
+from trainer.sequences.batches import SequenceBatch, TokenRow
+from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.checkpoint import Checkpoint, Place, restore, snapshot
+from trainer.tuning.checkpoint import Checkpoint, TrainingState, restore, snapshot
 from trainer.tuning.devices import Devices, device
-from trainer.tuning.next_item import Teacher, batch_loss, placed
+from trainer.tuning.next_item import TeacherTargets, batch_loss, catalogue_table_rows
+from trainer.tuning.optimization import ClippedAdamW
 from trainer.tuning.soft_targets import code_tree
 
 _WARMUP = 0.05
-_CLIP = 1.0
 # Seconds between two lines of progress.
-_TELL_S = 2.0
+_REPORT_S = 2.0
 Progress = Callable[[str], None]
 
 
@@ -38,15 +39,15 @@ class SftResult:
     epochs: float
     seconds: float
     loss: float
-    quality: Quality | None
+    quality: HeldOutQuality | None
     stopped: str
-    # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where somebody was held out.
+    # A point for each validation: epoch, step, seconds, loss; hr10 and ndcg10 where users are held out.
     curve: list[dict[str, float]] = field(default_factory=list)
-    pretraining: SftResult | None = None  # what the stage before this one did (trainer.pretrain)
-    members: list[SftResult] = field(default_factory=list)  # of a merged generator (trainer.members)
+    pretraining: SftResult | None = None  # what the stage before this one did (trainer.tuning.pretrain)
+    members: list[SftResult] = field(default_factory=list)  # of a merged generator (trainer.tuning.ensemble)
 
 
-def _learning_rate(fraction: float) -> float:
+def learning_rate_share(fraction: float) -> float:
     """Share of the peak rate after `fraction` of the run: a short linear rise, then half a cosine to 0."""
     if fraction < _WARMUP:
         return max(fraction / _WARMUP, 0.01)
@@ -55,14 +56,14 @@ def _learning_rate(fraction: float) -> float:
 
 def train(
     model: GeneratorForCausalLM,
-    rows: Rows,
+    rows: TrainingRows,
     sids: SidSet,
     settings: TrainerSettings,
     *,
     folder: Path | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherTargets | None = None,
     devices: Devices | None = None,
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
@@ -72,141 +73,210 @@ def train(
     `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
 
     With several `devices` every process calls this with the same rows, settings and folder; a step takes one
-    batch in each. Time, `stop`, validation and the kept weights are the main process's: the others come back
+    batch in each. Time, `stop`, validation and the best weights are the main process's: the others come back
     with the weights of their last step.
     """
-    devices = devices or Devices()
-    where = device()
-    model.to(where)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True
-    )
-    saved = Checkpoint(folder) if folder else None
-    place = saved.load(model, optimizer) if saved else None
-    place = place or Place()
-    best = saved.best if saved else None
-    devices.spread(model)
-    began, before = time.monotonic(), place.seconds
-    running = math.nan if place.loss is None else place.loss
-    told = before
-    quality: Quality | None = None
+    checkpoint = Checkpoint(folder) if folder else None
+    run = _TrainingRun(model, rows, sids, settings, devices or Devices(), checkpoint)
+    run.progress, run.stop, run.teacher = progress, stop, teacher
+    return run.run()
 
-    def validate() -> Quality | None:
-        nonlocal best
-        measured = validated(model, rows, sids, settings)
-        if measured is None:
-            return None
-        better = best is None or measured.ndcg10 > place.best_ndcg or spells_better(measured, place, settings)
-        place.stale = 0 if better else place.stale + 1
-        # Of equals the later one: the dense head may have nothing left to learn, and the SIDs have.
-        if better or measured.ndcg10 == place.best_ndcg:
-            place.best_ndcg = max(place.best_ndcg, measured.ndcg10)
-            place.validity, best = measured.validity, snapshot(model)
-        return measured
 
-    def save() -> None:
-        if saved and devices.main:
-            saved.save(model, optimizer, place, best)
+class _TrainingRun:
+    """One run of `train`: the model, what it learns from, and how far the run is."""
 
-    table, among = placed(model, rows)
-    tree = code_tree(model.model.items.codes) if settings.smoothing else ()
-    while place.stopped is None and place.epoch < settings.epochs:
-        batches = rows.pieces(place.epoch)
-        texts = rows.texts(place.epoch)
-        each = -(-len(texts) // max(1, len(batches)))
-        while place.batch < len(batches):
-            place.seconds = before + time.monotonic() - began
-            share = place.seconds / settings.max_seconds if settings.max_seconds else 0.0
-            asked = stop is not None and stop()
-            spent, interrupted = devices.told([share, float(asked)])
+    progress: Progress | None = None
+    stop: Callable[[], bool] | None = None
+    teacher: TeacherTargets | None = None
+
+    def __init__(
+        self, model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
+        devices: Devices, checkpoint: Checkpoint | None,
+    ) -> None:  # fmt: skip
+        self.model, self.rows, self.sids, self.settings, self.devices = model, rows, sids, settings, devices
+        model.to(device())
+        self.optimizer = ClippedAdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self.checkpoint = checkpoint
+        loaded = checkpoint.load(model, self.optimizer.optimizer) if checkpoint else None
+        self.state = loaded or TrainingState()
+        self.best_weights = checkpoint.best if checkpoint else None
+        devices.broadcast_weights(model)
+        self.quality: HeldOutQuality | None = None  # of the newest validation
+        self.running_loss = math.nan if self.state.loss is None else self.state.loss
+        self.table, self.scored = catalogue_table_rows(model, rows)
+        self.code_tree = code_tree(model.model.items.codes) if settings.smoothing else ()
+        self._began, self._seconds_before = time.monotonic(), self.state.seconds
+        self._reported_at = self.state.seconds
+
+    def run(self) -> SftResult:
+        """Train until an epoch limit, the patience, the time budget or `stop` ends it."""
+        while self.state.stopped is None and self.state.epoch < self.settings.epochs:
+            batches = self.rows.sequence_batches(self.state.epoch)
+            if not self._train_epoch(batches):
+                self._save()
+                epochs = self.state.epoch + self.state.batch / len(batches)
+                return self._result(epochs, None, "interrupted", [])
+            self._end_epoch(self.state.epoch + self.state.batch / max(1, len(batches)))
+        return self._finish()
+
+    def _train_epoch(self, batches: list[SequenceBatch]) -> bool:
+        """Steps until the epoch, or the time budget, is over. False: the run was interrupted."""
+        state, settings = self.state, self.settings
+        texts = self.rows.text_rows(state.epoch)
+        per_batch = -(-len(texts) // max(1, len(batches)))
+        while state.batch < len(batches):
+            self._measure_time()
+            share = state.seconds / settings.max_seconds if settings.max_seconds else 0.0
+            asked_to_stop = self.stop is not None and self.stop()
+            spent, interrupted = self.devices.broadcast([share, float(asked_to_stop)])
             if spent >= 1:
-                place.stopped = "time budget spent"
+                state.stopped = "time budget spent"
                 break
-            done = place.epoch + place.batch / len(batches)
             if interrupted:
-                save()
-                return SftResult(place.step, done, place.seconds, running, None, "interrupted")
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
+                return False
+            done = state.epoch + state.batch / len(batches)
             # Where batches run out before processes do, the last step has no batch for some.
-            at = place.batch + devices.rank
-            loss = None
-            if at < len(batches):
-                # Dropout belongs to the batch: it is the same after a pause, and in whichever process.
-                torch.manual_seed(_seed_of(settings.seed, place.epoch, at))
-                titles = texts[at * each : (at + 1) * each]
-                loss = batch_loss(model, batches[at], titles, table, among, settings, tree, teacher)
-                loss.backward()
-            value = devices.average(model, loss)
-            own = model.model.items.own.grad
-            if among is not None and own is not None:
-                # Titles reach them too: a new item stays its codes and its text.
-                own.mul_(among.touched[:, None])
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-            rate = settings.lr * _learning_rate(max(spent, done / settings.epochs))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            running = value if math.isnan(running) else 0.98 * running + 0.02 * value
-            place.loss = running
-            place.step += 1
-            place.batch = min(place.batch + devices.count, len(batches))
-            if progress and place.seconds - told > _TELL_S:
-                told = place.seconds
-                progress(f"epoch {place.epoch + place.batch / len(batches):.2f}, loss {running:.3f}")
-        done = place.epoch + place.batch / max(1, len(batches))
-        if place.stopped is None:
-            place.epoch, place.batch = place.epoch + 1, 0
-        quality = validate()
-        place.stale = int(devices.told([float(place.stale)])[0])
-        if place.stopped is None and place.stale >= settings.patience:
-            place.stopped = f"no better NDCG@10 for {place.stale} validations"
-        place.seconds = before + time.monotonic() - began
-        place.curve.append(_point(done, place, running, quality))
-        if progress:
-            shown = f", HR@10 {quality.hr10:.3f}, NDCG@10 {quality.ndcg10:.3f}" if quality else ""
-            progress(f"epoch {done:.2f}, loss {running:.3f}{shown}, {place.seconds:.0f} s")
-        save()
-    if best is not None:
-        restore(model, best)
-        if place.stale or quality is None:
-            quality = evaluate(model, rows.split.held, rows.known, sids, settings)
-    model.eval()
-    return SftResult(
-        place.step, place.curve[-1]["epoch"] if place.curve else 0.0, place.seconds, running, quality,
-        place.stopped or "all epochs done", place.curve,
-    )  # fmt: skip
+            own = state.batch + self.devices.rank
+            batch = batches[own] if own < len(batches) else None
+            loss = self._step(
+                batch, texts[own * per_batch : (own + 1) * per_batch], own, max(spent, done / settings.epochs)
+            )
+            self.running_loss = (
+                loss if math.isnan(self.running_loss) else 0.98 * self.running_loss + 0.02 * loss
+            )
+            state.loss = self.running_loss
+            state.step += 1
+            state.batch = min(state.batch + self.devices.count, len(batches))
+            if self.progress and state.seconds - self._reported_at > _REPORT_S:
+                self._reported_at = state.seconds
+                epochs = state.epoch + state.batch / len(batches)
+                self.progress(f"epoch {epochs:.2f}, loss {self.running_loss:.3f}")
+        return True
+
+    def _step(
+        self, batch: SequenceBatch | None, texts: list[TokenRow], number: int, fraction: float
+    ) -> float:
+        """One step of all processes after `fraction` of the run -> the mean loss.
+
+        `batch` is None in a process that has none left; `number` of it in its epoch seeds the dropout.
+        """
+        self.model.train()
+        self.optimizer.clear_gradients()
+        loss = None
+        if batch is not None:
+            # Dropout belongs to the batch: it is the same after a pause, and in whichever process.
+            torch.manual_seed(_seed_of(self.settings.seed, self.state.epoch, number))
+            loss = batch_loss(
+                self.model, batch, texts, self.table, self.scored, self.settings, self.code_tree, self.teacher
+            )
+            loss.backward()
+        mean_loss = self.devices.average_gradients(self.model, loss)
+        own_vectors = self.model.model.items.own.grad
+        if self.scored is not None and own_vectors is not None:
+            # Titles reach them too: a new item stays its codes and its text.
+            own_vectors.mul_(self.scored.is_scored[:, None])
+        self.optimizer.apply_gradients(self.settings.lr * learning_rate_share(fraction))
+        return mean_loss
+
+    def _end_epoch(self, epochs: float) -> None:
+        """Validate after so many epochs, see whether the run is over, and write a checkpoint."""
+        state = self.state
+        if state.stopped is None:
+            state.epoch, state.batch = state.epoch + 1, 0
+        self.quality = quality = self._validate()
+        state.stale = int(self.devices.broadcast([float(state.stale)])[0])
+        if state.stopped is None and state.stale >= self.settings.patience:
+            state.stopped = f"no better NDCG@10 for {state.stale} validations"
+        self._measure_time()
+        state.curve.append(_curve_point(epochs, state, self.running_loss, quality))
+        if self.progress:
+            ranking = f", HR@10 {quality.hr10:.3f}, NDCG@10 {quality.ndcg10:.3f}" if quality else ""
+            self.progress(f"epoch {epochs:.2f}, loss {self.running_loss:.3f}{ranking}, {state.seconds:.0f} s")
+        self._save()
+
+    def _validate(self) -> HeldOutQuality | None:
+        """The quality of the weights of this moment, which are remembered where they are the best so far."""
+        state = self.state
+        quality = validate(self.model, self.rows, self.sids, self.settings)
+        if quality is None:
+            return None
+        better = (
+            self.best_weights is None
+            or quality.ndcg10 > state.best_ndcg
+            or spells_more_real_sids(quality, state, self.settings)
+        )
+        state.stale = 0 if better else state.stale + 1
+        # Of equals the later one: the dense head may have nothing left to learn, and the SIDs have.
+        if better or quality.ndcg10 == state.best_ndcg:
+            state.best_ndcg = max(state.best_ndcg, quality.ndcg10)
+            state.validity, self.best_weights = quality.validity, snapshot(self.model)
+        return quality
+
+    def _finish(self) -> SftResult:
+        """Put the best weights back."""
+        quality = self.quality
+        if self.best_weights is not None:
+            restore(self.model, self.best_weights)
+            if self.state.stale or quality is None:
+                held_out = self.rows.split.held_out
+                quality = evaluate_held_out(
+                    self.model, held_out, self.rows.catalogue, self.sids, self.settings
+                )
+        self.model.eval()
+        curve = self.state.curve
+        epochs = curve[-1]["epoch"] if curve else 0.0
+        return self._result(epochs, quality, self.state.stopped or "all epochs done", curve)
+
+    def _result(
+        self, epochs: float, quality: HeldOutQuality | None, stopped: str, curve: list[dict[str, float]]
+    ) -> SftResult:
+        state = self.state
+        return SftResult(state.step, epochs, state.seconds, self.running_loss, quality, stopped, curve)
+
+    def _measure_time(self) -> None:
+        self.state.seconds = self._seconds_before + time.monotonic() - self._began
+
+    def _save(self) -> None:
+        if self.checkpoint and self.devices.main:
+            self.checkpoint.save(self.model, self.optimizer.optimizer, self.state, self.best_weights)
 
 
-def validated(
-    model: GeneratorForCausalLM, rows: Rows, sids: SidSet, settings: TrainerSettings
-) -> Quality | None:
-    """How the model ranks what is held out, its strength fitted where that is asked; None: nothing is."""
-    if not len(rows.split.held.targets):
+def validate(
+    model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings
+) -> HeldOutQuality | None:
+    """The quality on held-out items, the strength of the repeat bias fitted first where the settings say so;
+    None: nothing is held out."""
+    if not len(rows.split.held_out.targets):
         return None
     if settings.fit_strength:
-        strengthen(model, Ranker(model, rows.known.codes, sids, settings.beam), rows.split.held)
-    return evaluate(model, rows.split.held, rows.known, sids, settings)
+        fit_repeat_strength(
+            model, CatalogueRanker(model, rows.catalogue.codes, sids, settings.beam), rows.split.held_out
+        )
+    return evaluate_held_out(model, rows.split.held_out, rows.catalogue, sids, settings)
 
 
-def spells_better(measured: Quality, place: Place, settings: TrainerSettings) -> bool:
-    """Whether weights rank as well as the best, and spell more real SIDs than those that are kept do.
+def spells_more_real_sids(quality: HeldOutQuality, state: TrainingState, settings: TrainerSettings) -> bool:
+    """Whether weights rank as well as the best ones so far, and spell more real SIDs.
 
-    Asked as long as what is kept could not be released: where the dense head is done after an epoch, the SIDs
-    are not. As well: within one standard error of the best NDCG, which m (1 - m) / n bounds (squared).
+    Only as long as the best ones spell too few to be released: the dense head may be done after an epoch, the
+    SIDs are not. As well: within one standard error of the best NDCG, which m (1 - m) / n bounds (squared).
     """
-    best = min(max(place.best_ndcg, 0.0), 1.0)
-    error = math.sqrt(best * (1 - best) / measured.users)
-    near = measured.ndcg10 >= place.best_ndcg - error
-    return place.validity < settings.min_validity and measured.validity > place.validity and near
+    best = min(max(state.best_ndcg, 0.0), 1.0)
+    error = math.sqrt(best * (1 - best) / quality.users)
+    near = quality.ndcg10 >= state.best_ndcg - error
+    return state.validity < settings.min_validity and quality.validity > state.validity and near
 
 
 def _seed_of(seed: int, epoch: int, batch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, batch)).generate_state(1)[0])
 
 
-def _point(epoch: float, place: Place, loss: float, quality: Quality | None) -> dict[str, float]:
-    made = {"epoch": epoch, "step": float(place.step), "seconds": place.seconds}
+def _curve_point(
+    epoch: float, state: TrainingState, loss: float, quality: HeldOutQuality | None
+) -> dict[str, float]:
+    point = {"epoch": epoch, "step": float(state.step), "seconds": state.seconds}
     if math.isfinite(loss):
-        made["loss"] = loss
-    return made | ({"hr10": quality.hr10, "ndcg10": quality.ndcg10} if quality else {})
+        point["loss"] = loss
+    return point | ({"hr10": quality.hr10, "ndcg10": quality.ndcg10} if quality else {})

@@ -1,4 +1,4 @@
-"""Targets that are more than one item: siblings in the code tree, and what a teacher would have said.
+"""Targets that are more than one item: siblings in the code tree, and what a teacher model expects.
 
 Shapes: N learned positions, I items of the table, L levels, D width, K items that a teacher names.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from trainer.tuning.losses import weighted_mean
 
 
-class Level(NamedTuple):
+class CodeTreeLevel(NamedTuple):
     """The nodes of one level of the code tree, in order of SIDs, grouped by their parents."""
 
     tokens: Tensor  # (M,) the code of each node, as a token id
@@ -23,22 +23,22 @@ class Level(NamedTuple):
     parent: Tensor  # (I,) each item's parent
 
 
-def code_tree(codes: Tensor) -> list[Level]:
+def code_tree(codes: Tensor) -> list[CodeTreeLevel]:
     """The tree that SIDs (I, L) of token ids, ascending and each once, span; a level after another."""
-    made = []
+    levels = []
     parent = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
     for level in range(codes.shape[1]):
         node, inverse = torch.unique_consecutive(codes[:, : level + 1], dim=0, return_inverse=True)
         first = torch.searchsorted(inverse.contiguous(), torch.arange(len(node), device=codes.device))
         above = parent[first]
         starts = torch.searchsorted(above.contiguous(), torch.arange(int(above[-1]) + 1, device=codes.device))
-        made.append(Level(node[:, level], starts, parent))
+        levels.append(CodeTreeLevel(node[:, level], starts, parent))
         parent = inverse
-    return made
+    return levels
 
 
 def sibling_term(
-    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[Level], table: Tensor,
+    vectors: Sequence[Tensor], codes: Tensor, rows: Tensor, tree: Sequence[CodeTreeLevel], table: Tensor,
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What is added to the mean cross-entropy of codes for a share of their targets' weight.
@@ -49,15 +49,17 @@ def sibling_term(
     the mean of logit(target) - mean logit(siblings), by `weights` (N,) as in `softmax_loss`.
     """
     total = torch.zeros((), device=table.device)
-    for at, (vector, level) in enumerate(zip(vectors, tree, strict=True)):
+    for depth, (vector, level) in enumerate(zip(vectors, tree, strict=True)):
         siblings = F.embedding_bag(level.tokens, table, level.starts, mode="mean")
-        away = F.embedding(codes[:, at], table) - F.embedding(level.parent[rows], siblings)
-        total = total + weighted_mean((vector.float() * away.float()).sum(-1), weights)
+        target_minus_siblings = F.embedding(codes[:, depth], table) - F.embedding(
+            level.parent[rows], siblings
+        )
+        total = total + weighted_mean((vector.float() * target_minus_siblings.float()).sum(-1), weights)
     return total / len(vectors)
 
 
-class Soft(NamedTuple):
-    """What a teacher holds likely at N positions; a row's probabilities sum to 1."""
+class SoftTargets(NamedTuple):
+    """What a teacher expects at N positions; a row's probabilities sum to 1."""
 
     items: Tensor  # (N, K) rows of whatever the student scores
     probabilities: Tensor  # (N, K) float32
@@ -65,7 +67,11 @@ class Soft(NamedTuple):
 
 
 def teacher_term(
-    queries: Tensor, every: Tensor, targets: Tensor, soft: Soft, weights: Tensor | None = None
+    queries: Tensor,
+    item_vectors: Tensor,
+    targets: Tensor,
+    soft_targets: SoftTargets,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """What is added to the mean cross-entropy of items for distillation (Hinton et al. 2015, equation 2).
 
@@ -73,6 +79,10 @@ def teacher_term(
     the teacher; temperature 1, the normaliser cancels. `weights` (N,) as in `softmax_loss`.
     """
     queries = queries.float()
-    hard = (queries * F.embedding(targets, every).float()).sum(-1)
-    named = torch.einsum("nd,nkd->nk", queries, F.embedding(soft.items, every).float())
-    return soft.share * weighted_mean(hard - (named * soft.probabilities).sum(-1), weights)
+    target_logits = (queries * F.embedding(targets, item_vectors).float()).sum(-1)
+    teacher_logits = torch.einsum(
+        "nd,nkd->nk", queries, F.embedding(soft_targets.items, item_vectors).float()
+    )
+    return soft_targets.share * weighted_mean(
+        target_logits - (teacher_logits * soft_targets.probabilities).sum(-1), weights
+    )

@@ -28,9 +28,9 @@ from tests.conftest import FreshStack
 from tests.tiny_explorations import explore, explore_evenly
 from tests.tiny_shop import ITEMS, SIZES, sid_of
 from tests.unit.trainer.language_model.test_lora import foreign
-from trainer.cycle import run_cycle
-from trainer.cycle_inputs import load_model
+from trainer.cycle import UpdateCycle
 from trainer.cycle_result import CycleResult
+from trainer.generator.build import load_model
 from trainer.language_model.lora import tune_window
 from trainer.settings import DpoSettings, OffPolicySettings, RewardSettings, TrainerSettings
 
@@ -79,14 +79,14 @@ class World:
         self, users: range, length: int, kind: type[Click] | type[Purchase], since: int, step: int = 1
     ) -> None:
         random = np.random.default_rng(since)
-        made: list[Event] = []
+        events: list[Event] = []
         for user in users:
             start = int(random.integers(ITEMS))
             for at in range(length):
                 fields: dict[str, Any] = {"price": 1.0} if kind is Purchase else {}
                 item = f"i{(start + step * at) % ITEMS:02}"
-                made.append(kind.new(user_id=f"u{user}", item_id=item, ts=T0 + since + at, **fields))
-        self.publish(made)
+                events.append(kind.new(user_id=f"u{user}", item_id=item, ts=T0 + since + at, **fields))
+        self.publish(events)
 
     def prefer(self, count: int) -> None:
         """Pairs of long after what their users bought: no purchase contradicts them."""
@@ -108,25 +108,27 @@ class World:
             with Client(self.kafka) as client:
                 yield client
 
-        return run_cycle(
+        return UpdateCycle(
             self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
             progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None,
             horizon_ms=HORIZON, window_ms=HORIZON // 2, **options,
-        )  # fmt: skip
+        ).run()  # fmt: skip
 
 
 @pytest.fixture
 def world(fresh_stack: FreshStack, mlflow: str, tmp_path: Path) -> World:
     kafka, _ = fresh_stack()
-    made = World(kafka, mlflow, tmp_path)
-    made.registry.publish_codebook(made.codebook)
+    new_world = World(kafka, mlflow, tmp_path)
+    new_world.registry.publish_codebook(new_world.codebook)
     shop: list[Event] = []
     for item in range(ITEMS):
         name = f"i{item:02}"
         shop.append(CatalogItem.new(item_id=name, title=f"red item number {item % 4}", ts=T0))
-        shop.append(SidAssignment.new(item_id=name, sid=list(sid_of(item)), codebook=made.codebook.id, ts=T0))
-    made.publish(shop)
-    return made
+        shop.append(
+            SidAssignment.new(item_id=name, sid=list(sid_of(item)), codebook=new_world.codebook.id, ts=T0)
+        )
+    new_world.publish(shop)
+    return new_world
 
 
 def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
@@ -205,12 +207,12 @@ def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
         world.settings.model_dump()
         | {"hf_model": name, "epochs": 2, "max_items": 5, "lora": {"batch_tokens": 256, "rank": 4}}
     )
-    told: list[str] = []
+    lines: list[str] = []
     result = tune_window(
         chosen, world.kafka, world.registry, horizon_ms=HORIZON, window_ms=HORIZON // 2,
-        progress=lambda stage, text, last: told.append(stage) if last else None,
+        progress=lambda stage, text, last: lines.append(stage) if last else None,
     )  # fmt: skip
-    assert told == ["lora", "dpo"]
+    assert lines == ["lora", "dpo"]
     assert result.dpo is not None
     assert (result.dpo.pairs, result.quality.users) == (48, 10)
     # Its answers are trainer files: nothing is in service, and the window is there for the next cycle.
@@ -261,31 +263,31 @@ def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_fro
     world.walk(range(40), 10, Purchase, 0)
     first = world.cycle()
     champion = world.registry.fetch("champion")
-    made = read_rewards(champion.path)
-    assert made is not None
+    first_rewards = read_rewards(champion.path)
+    assert first_rewards is not None
     # All was bought, and nothing that was shown is known: neither can be asked for yet.
-    assert list(made.mass) == ["price"]
+    assert list(first_rewards.mass) == ["price"]
     assert "rewards" in [stage for stage, _ in world.lines]
 
     model, _ = load_model(champion.model)
     since = T0 + 100_000
-    found = explore(
+    actual = explore(
         model, champion.prompt, 300, since=since, codebook=world.codebook.id, candidates=8, users=150
     )
-    world.publish([event for event, _ in found])
+    world.publish([event for event, _ in actual])
     world.publish([
         Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
-        for event, clicked in found if clicked
+        for event, clicked in actual if clicked
     ])  # fmt: skip
     # Clicks that led to nothing; the last one closes the windows of all others.
     world.walk(range(40, 80), 5, Click, 150_000)
     world.publish([Click.new(user_id="late", item_id="i00", ts=since + 300 + 3 * HORIZON)])
     world.lines.clear()
     second = world.cycle()
-    told = read_rewards(world.registry.fetch("challenger-sft").path)
-    assert told is not None
-    assert set(told.mass) == {"click", "purchase", "price"}
-    assert told.requested_rewards({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
+    second_rewards = read_rewards(world.registry.fetch("challenger-sft").path)
+    assert second_rewards is not None
+    assert set(second_rewards.mass) == {"click", "purchase", "price"}
+    assert second_rewards.requested_rewards({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
     assert read_context(world.registry.fetch("challenger-sft").path) == read_context(champion.path)
     assert first.rewards is not None
     assert second.rewards is not None
@@ -307,16 +309,16 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     world.walk(range(60), 10, Purchase, 0)
     first = world.cycle()
     since = T0 + 100_000
-    found = explore_evenly(1500, since=since, codebook=world.codebook.id)
-    made: list[Event] = [event for event, _ in found]
-    made += [
+    explorations = explore_evenly(1500, since=since, codebook=world.codebook.id)
+    events: list[Event] = [event for event, _ in explorations]
+    events += [
         Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
-        for event, clicked in found
+        for event, clicked in explorations
         if clicked
     ]
     # Their windows are closed by a click; and pairs to align to.
-    made.append(Click.new(user_id="late", item_id="i00", ts=since + 1500 + HORIZON))
-    made += [
+    events.append(Click.new(user_id="late", item_id="i00", ts=since + 1500 + HORIZON))
+    events += [
         PreferencePair.new(
             user_id=f"u{n}", ts=T0 + HORIZON + n, scheme="purchased_over_clicked", codebook=world.codebook.id,
             chosen_item=f"i{(n + 5) % ITEMS:02}", chosen=list(sid_of((n + 5) % ITEMS)),
@@ -325,7 +327,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
         )
         for n in range(240)
     ]  # fmt: skip
-    world.publish(made)
+    world.publish(events)
     # Newcomers who walk the other way.
     world.walk(range(100, 160), 10, Click, 1000, step=-1)
     # A draw in eight is what a certain model would have answered: 190 effective samples of 1,500.
@@ -360,7 +362,7 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     sft, aligned = second.offpolicy["sft"], second.offpolicy["dpo"]
     assert (sft.n, sft.vetoed, aligned.vetoed) == (1500, False, True)
     assert sft.logged is not None
-    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in found]))
+    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in explorations]))
     version = next(one for one in world.registry.versions() if one.version == second.versions["sft"])
     assert version.metrics["sft/ope_n"] == 1500
     assert version.metrics["sft/ope_dr"] > 5 * version.metrics["dpo/ope_dr"]

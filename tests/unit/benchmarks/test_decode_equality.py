@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.decode import BEAM, fast, real_year, slow, trained
 from registry.bundles.prompt import Prompt, prompt_sids
-from trainer.generator.export import export
+from trainer.generator.export import export_generator
 
 HISTORIES = 100
 
@@ -25,7 +25,7 @@ def both(tmp_path_factory):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "depth_size": 64}
     model = trained(prompt, pasts, steps=20, batch=8, **shape)
     folder = tmp_path_factory.mktemp("graphs")
-    export(model, folder)
+    export_generator(model, folder)
     chosen = np.random.default_rng(1).permutation(len(pasts))[:HISTORIES]
     every = sorted(sids.values())
     histories = [prompt_sids(pasts[at], None, prompt.max_items) for at in chosen]

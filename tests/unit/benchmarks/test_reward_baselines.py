@@ -38,7 +38,7 @@ def seen(made: Trained) -> Lesson:
 def mean_worth(made: Trained, model: Any, seen: Lesson, worth: np.ndarray) -> float:
     """Mean reward of the three best items of each history."""
     other = type(made.ranker)(model, made.known.codes, made.set, 5)
-    best = other.best(seen.histories, other.states(seen.histories), 3).numpy()
+    best = other.best_items(seen.histories, other.states(seen.histories), 3).numpy()
     return float(worth[best].mean())
 
 
@@ -76,7 +76,7 @@ def test_a_soup_is_the_average_of_its_parts_by_their_shares(made: Trained, seen:
     names = ("", "price", "commission")
     parts = {name: type(made.model)(made.model.config) for name in names}
     for at, part in enumerate(parts.values()):
-        part.know(made.model.model.items.codes)
+        part.set_items(made.model.model.items.codes)
         for value in part.parameters():
             torch.nn.init.constant_(value, float(at))
     mixed = soup(parts, {"price": 3.0, "commission": 1.0})

@@ -23,7 +23,7 @@ from tests.tiny_log import Logged
 from tests.tiny_shop import SIZES, sid_of
 from trainer import cycle_inputs
 from trainer.log.log import INTERACTIONS
-from trainer.sequences.rows import catalogue
+from trainer.sequences.interactions import training_catalogue
 from trainer.settings import TrainerSettings
 
 BOOK = "c" * 16
@@ -54,14 +54,14 @@ def test_a_users_newest_profile_counts_until_it_is_deleted(logged: Logged) -> No
 def test_in_any_order_the_same_profile_counts(
     tmp_path_factory: pytest.TempPathFactory, times: list[tuple[int, int]]
 ) -> None:
-    some = [about("u", at, number, when=f"{at} {number}") for at, number in times]
-    found = []
-    for order in itertools.islice(itertools.permutations(some), 6):
+    profiles = [about("u", at, number, when=f"{at} {number}") for at, number in times]
+    actual = []
+    for order in itertools.islice(itertools.permutations(profiles), 6):
         logged = Logged(tmp_path_factory.mktemp("log"))
         logged.events(*order, order[0])
-        found.append(logged.window().profiles()["u"])
-    assert all(one == found[0] for one in found)
-    assert found[0]["when"].split()[0] == str(max(at for at, _ in times))
+        actual.append(logged.window().profiles()["u"])
+    assert all(one == actual[0] for one in actual)
+    assert actual[0]["when"].split()[0] == str(max(at for at, _ in times))
 
 
 def test_only_users_who_did_something_and_scenes_of_clicks_are_counted(logged: Logged) -> None:
@@ -72,20 +72,22 @@ def test_only_users_who_did_something_and_scenes_of_clicks_are_counted(logged: L
     logged.clicks((None, "x", "i00", 1))
     logged.purchases(("v", "i02", 3), ("u", "i02", 4))
     window = logged.window()
-    assert window.said(window.profiles()) == {"scene": {"home": 2}, "profile.country": {"Peru": 2}}
+    assert window.context_counts(window.profiles()) == {"scene": {"home": 2}, "profile.country": {"Peru": 2}}
 
 
 def test_each_event_has_its_own_scene_and_its_users_profile(logged: Logged) -> None:
-    known = catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
+    catalogue = training_catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
     context = Context(50, {"scene": ["home", "cart"], "profile.country": ["Peru"]})
     logged.clicks((None, "u", "i00", 1), (None, "v", "i00", 5), scene="cart")
     logged.clicks((None, "u", "i01", 3))
     logged.clicks((None, "u", "i03", 4), scene="attic")
     logged.purchases(("u", "i02", 2))
-    made = logged.window().interactions(known, context, {"u": {"country": "Peru"}, "v": {"country": "Mars"}})
-    assert made.users == ["u", "v"]
-    assert made.context.tolist() == [[51, 52], [0, 52], [0, 52], [0, 52], [51, 0]]
-    assert logged.window().interactions(known).context.shape == (5, 0)
+    sequences = logged.window().user_sequences(
+        catalogue, context, {"u": {"country": "Peru"}, "v": {"country": "Mars"}}
+    )
+    assert sequences.users == ["u", "v"]
+    assert sequences.context.tolist() == [[51, 52], [0, 52], [0, 52], [0, 52], [51, 0]]
+    assert logged.window().user_sequences(catalogue).context.shape == (5, 0)
 
 
 def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) -> None:
@@ -96,9 +98,9 @@ def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) 
     logged.ends["clicks"] = 1
     logged.clicks((None, "u", "i01", 9), scene="home")
     window = logged.window()
-    assert window.said({}) == {"scene": {"home": 1}}
-    known = catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
-    assert window.interactions(known, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
+    assert window.context_counts({}) == {"scene": {"home": 1}}
+    catalogue = training_catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
+    assert window.user_sequences(catalogue, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
 
 
 def read(
@@ -121,7 +123,7 @@ def read(
     )
     window = logged.window()
     monkeypatch.setattr(cycle_inputs, "read_window", lambda *_args: window)
-    return cycle_inputs.read_material(
+    return cycle_inputs.read_cycle_inputs(
         chosen, KafkaSettings(), registry, from_scratch=False, horizon_ms=0, window_ms=0
     )
 
@@ -163,10 +165,10 @@ def test_a_model_from_scratch_learns_its_contexts_and_a_refresh_keeps_the_parent
     # What comes later is said in the parent's words, or not at all.
     parent = bundled(first, tmp_path)
     logged.clicks(*((None, f"n{n}", f"i{n % 4:02}", 20 + n) for n in range(30)), scene="new")
-    again = read(logged, monkeypatch, parent, min_count=5)
-    assert again.context == first.context
-    assert len(again.tokenizer) == len(first.tokenizer)
-    (fresh,) = {tuple(row) for row in again.log.context[again.log.fresh].tolist()}
+    second = read(logged, monkeypatch, parent, min_count=5)
+    assert second.context == first.context
+    assert len(second.tokenizer) == len(first.tokenizer)
+    (fresh,) = {tuple(row) for row in second.log.context[second.log.fresh].tolist()}
     assert fresh == (0, 0)
 
 
@@ -190,15 +192,15 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     assert list(first.rewards.mass) == ["price"]
     assert first.log.context[:4].tolist() == [[token]] * 4
     assert first.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 2, 5, 7)]
-    assert first.ignored is None
+    assert first.negative_feedback is None
 
     parent = bundled(first, tmp_path)
     # Ten times as much is dear by the parent's bins. What is set now does not count.
     listed(10)
-    again = read(logged, monkeypatch, parent, priced=False, min_count=5)
-    assert (again.context, again.rewards) == (first.context, first.rewards)
-    assert again.log.context[:4].tolist() == [[token]] * 4
-    assert again.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 7, 7, 7)]
+    second = read(logged, monkeypatch, parent, priced=False, min_count=5)
+    assert (second.context, second.rewards) == (first.context, first.rewards)
+    assert second.log.context[:4].tolist() == [[token]] * 4
+    assert second.log.rewards[:4].tolist() == [[0, 0, token + 5 + value] for value in (0, 7, 7, 7)]
 
     # What is ignored and what is bought can be asked for once there is enough of either.
     ignored = {"ts": T0 + 20, "item_id": "i00", "context": {"scene": "home"}}
@@ -211,7 +213,7 @@ def test_rewards_are_made_with_a_model_from_scratch_and_a_refresh_keeps_their_bi
     assert last.context == first.context
     assert set(last.log.rewards[:, 0].tolist()) == {token + 2}
     assert set(last.log.rewards[last.log.bought, 1].tolist()) == {token + 4}
-    assert last.ignored.targets.tolist() == [0, 0, 0]
-    assert last.ignored.items.tolist() == [2, 2, 2]
-    assert last.ignored.context.tolist() == [[token]] * 3
-    assert last.ignored.rewards.tolist() == [[token + 1, token + 3, token + 5]] * 3
+    assert last.negative_feedback.targets.tolist() == [0, 0, 0]
+    assert last.negative_feedback.items.tolist() == [2, 2, 2]
+    assert last.negative_feedback.context.tolist() == [[token]] * 3
+    assert last.negative_feedback.rewards.tolist() == [[token + 1, token + 3, token + 5]] * 3

@@ -11,7 +11,7 @@ from registry.experiment.outcomes import ArmOutcomes
 from registry.settings import GateSettings, GuardSettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
-from trainer.plots.figure import picture
+from trainer.plots.trial_plot import draw_trial
 
 HOUR = 3_600_000
 SFT, CHAMPION, DPO, ANCHOR = "challenger-sft", "champion", "challenger-dpo", "anchor"
@@ -135,9 +135,9 @@ def test_the_looks_end_with_what_the_record_says_and_make_a_picture():
     intervals = [entry[f"{DPO} against {CHAMPION}"]["cvr"]["difference_interval"] for entry in path]
     widths = [high - low for low, high in intervals]
     assert widths == sorted(widths, reverse=True)
-    assert picture(record, path).startswith(b"\x89PNG")
+    assert draw_trial(record, path).startswith(b"\x89PNG")
     with pytest.raises(SidstreamError, match="nothing to draw"):
-        picture(record, [])
+        draw_trial(record, [])
 
 
 def test_at_most_forty_looks_are_kept_and_the_last_is_one():

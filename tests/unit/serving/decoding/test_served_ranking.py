@@ -16,9 +16,9 @@ from serving.decoding.onnx_generator import OnnxGenerator
 from serving.decoding.sid_index import SidIndex
 from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, SIZES, Shop, shop
-from trainer.generator.export import export
+from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Ranker
+from trainer.offline.ranking import CatalogueRanker
 
 HISTORIES = [[3, 4, 5], [7], [2, 9, 2, 2, 11, 0, 5, 1], []]
 EXACT = 1000
@@ -39,13 +39,13 @@ def served(
     tiny_shop: Shop, model: GeneratorForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> OnnxGenerator:
     folder = tmp_path_factory.mktemp("bundle")
-    export(model, folder)
+    export_generator(model, folder)
     return OnnxGenerator(folder, SIZES, 8)
 
 
 @pytest.fixture(scope="module")
 def index(tiny_shop: Shop) -> SidIndex:
-    return SidIndex.build(np.array(tiny_shop.known.sids), tiny_shop.known.items)
+    return SidIndex.build(np.array(tiny_shop.catalogue.sids), tiny_shop.catalogue.item_ids)
 
 
 @pytest.mark.parametrize("weight", [0.2, 0.7, 1.0])
@@ -53,11 +53,11 @@ def test_serving_and_trainer_agree_on_every_place(
     tiny_shop: Shop, model: GeneratorForCausalLM, served: OnnxGenerator, index: SidIndex, weight: float
 ) -> None:
     assert served.items is not None
-    candidates = Ranker(model, tiny_shop.known.codes, tiny_shop.sids, ITEMS).candidates(
+    candidates = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS).candidates(
         [np.array(h, int) for h in HISTORIES]
     )
     order = candidates.order(weight)
-    prompts = [[tiny_shop.known.sids[item] for item in history] for history in HISTORIES]
+    prompts = [[tiny_shop.catalogue.sids[item] for item in history] for history in HISTORIES]
     rankings = beam_search(
         served, index, prompts, [[]] * 4, [ITEMS] * 4, 5, DenseHead(served.items, weight, EXACT)
     )
@@ -98,7 +98,7 @@ def test_a_large_catalogue_is_ordered_among_the_beams_items(
     tiny_shop: Shop, model: GeneratorForCausalLM, served: OnnxGenerator, index: SidIndex
 ) -> None:
     assert served.items is not None
-    prompts = [[tiny_shop.known.sids[item] for item in history] for history in HISTORIES]
+    prompts = [[tiny_shop.catalogue.sids[item] for item in history] for history in HISTORIES]
     exact = beam_search(
         served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, DenseHead(served.items, 0.4, EXACT)
     )
@@ -111,11 +111,17 @@ def test_a_large_catalogue_is_ordered_among_the_beams_items(
 def test_a_new_item_is_scored_by_its_codes(served: OnnxGenerator, tiny_shop: Shop) -> None:
     assert served.items is not None
     new = (3, 2, 4)
-    assert new not in tiny_shop.known.sids
+    assert new not in tiny_shop.catalogue.sids
     assert not served.items.own_vectors(np.array([new])).any()
-    index = SidIndex.build(np.array([*tiny_shop.known.sids, new]), [*tiny_shop.known.items, "new"])
+    index = SidIndex.build(np.array([*tiny_shop.catalogue.sids, new]), [*tiny_shop.catalogue.item_ids, "new"])
     (ranking,) = beam_search(
-        served, index, [[tiny_shop.known.sids[0]]], [[]], [ITEMS + 1], 30, DenseHead(served.items, 1.0, EXACT)
+        served,
+        index,
+        [[tiny_shop.catalogue.sids[0]]],
+        [[]],
+        [ITEMS + 1],
+        30,
+        DenseHead(served.items, 1.0, EXACT),
     )
     assert index.leaf_of("new") in ranking.leaves.tolist()
 
@@ -123,17 +129,17 @@ def test_a_new_item_is_scored_by_its_codes(served: OnnxGenerator, tiny_shop: Sho
 def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(tiny_shop: Shop, tmp_path: Path) -> None:
     new, title = (3, 2, 4), "A New Red Lantern"
     model = tiny_shop.model(seed=6, text_size=256)
-    known = torch.from_numpy(tiny_shop.known.codes)
-    model.know(known, torch.from_numpy(title_vectors(tiny_shop.known.titles)))
-    export(model, tmp_path)
+    known = torch.from_numpy(tiny_shop.catalogue.codes)
+    model.set_items(known, torch.from_numpy(title_vectors(tiny_shop.catalogue.titles)))
+    export_generator(model, tmp_path)
     items = ItemVectors(tmp_path, SIZES)
-    index = SidIndex.build(np.array([*tiny_shop.known.sids, new]), [*tiny_shop.known.items, "new"])
+    index = SidIndex.build(np.array([*tiny_shop.catalogue.sids, new]), [*tiny_shop.catalogue.item_ids, "new"])
     leaf = index.leaf_of("new")
     codes = torch.tensor([tiny_shop.prompt.tokens(new)])
     with torch.no_grad():
         without_title = model.model.embed_items(codes)[0].numpy()
-        model.know(
-            torch.cat((known, codes)), torch.from_numpy(title_vectors([*tiny_shop.known.titles, title]))
+        model.set_items(
+            torch.cat((known, codes)), torch.from_numpy(title_vectors([*tiny_shop.catalogue.titles, title]))
         )
         with_title = model.model.embed_items(codes)[0].numpy()
     # While its title is not there, it is its codes; another item's coming is the next chance.
@@ -146,7 +152,7 @@ def test_a_new_item_is_met_by_its_title_as_the_trainer_would_know_it(tiny_shop: 
 
 
 def test_a_file_of_another_codebook_is_named(model: GeneratorForCausalLM, tmp_path: Path) -> None:
-    export(model, tmp_path)
+    export_generator(model, tmp_path)
     with pytest.raises(SidstreamError, match=r"items\.safetensors"):
         ItemVectors(tmp_path, (4, 3, 9))
     (tmp_path / "items.safetensors").write_bytes(b"no")
@@ -155,7 +161,7 @@ def test_a_file_of_another_codebook_is_named(model: GeneratorForCausalLM, tmp_pa
 
 
 def test_items_of_an_earlier_generator_are_refused_by_name(tiny_shop: Shop, tmp_path: Path) -> None:
-    export(tiny_shop.outspoken(), tmp_path)
+    export_generator(tiny_shop.outspoken(), tmp_path)
     path = tmp_path / "items.safetensors"
     tensors = load_file(path)
     # What is added to the past was a number a distance.

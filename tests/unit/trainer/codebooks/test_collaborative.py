@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_sequences import chains
-from trainer.codebooks.collaborative import collaborative
+from trainer.codebooks.collaborative import collaborative_vectors
 from trainer.evaluation.splits import by_time
 
 
@@ -14,7 +14,7 @@ from trainer.evaluation.splits import by_time
 def test_the_same_sequences_give_the_same_vectors(dim: int) -> None:
     # A chain's matrix has pairs of equal singular values: any rotation of their vectors would do as well.
     split = by_time(chains())
-    first, *others = (collaborative(split.train, split.data.size, dim) for _ in range(4))
+    first, *others = (collaborative_vectors(split.train, split.data.size, dim) for _ in range(4))
     assert all(np.array_equal(first, other) for other in others)
     lengths = np.linalg.norm(first, axis=1)
     assert np.all((lengths == 0) | (abs(lengths - 1) < 1e-5))

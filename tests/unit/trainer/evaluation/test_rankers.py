@@ -5,9 +5,9 @@ import pytest
 
 from tests.tiny_sequences import chains
 from trainer.evaluation import splits
-from trainer.evaluation.models import MODELS, Options, chosen
 from trainer.evaluation.ranker import MASKS, Learner, top_k
 from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained
+from trainer.rankers import MODELS, Options, checked_names
 
 SPLIT = splits.leave_one_out(chains())
 SIZE = SPLIT.data.size
@@ -150,6 +150,6 @@ def test_the_best_scores_are_listed_in_their_order():
 
 
 def test_names_are_taken_once_and_wrong_ones_are_refused():
-    assert chosen(["itemknn", "popularity", "itemknn"]) == ["itemknn", "popularity"]
+    assert checked_names(["itemknn", "popularity", "itemknn"]) == ["itemknn", "popularity"]
     with pytest.raises(Exception, match="no model 'nobody': give one or more of popularity"):
-        chosen(["nobody"])
+        checked_names(["nobody"])

@@ -14,8 +14,8 @@ from streams.errors import SidstreamError
 from tests.tiny_sequences import chains, sequences
 from trainer.baselines.popularity import Popularity
 from trainer.evaluation import datasets, report, results, splits
-from trainer.evaluation.models import MODELS
 from trainer.evaluation.run import evaluate, with_means
+from trainer.rankers import MODELS
 
 
 def quiet(text):

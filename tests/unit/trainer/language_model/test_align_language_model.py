@@ -16,15 +16,15 @@ from tests.tiny_shop import Shop, shop
 from tests.unit.trainer.language_model.test_lora import foreign
 from trainer.alignment.dpo import align_language_model
 from trainer.alignment.rows import PreferenceRow
-from trainer.language_model.lora import Translation, align_tuned, tune
+from trainer.language_model.lora import VocabularyTranslation, align_lora, tune_lora
 from trainer.settings import DpoSettings
 
 REJECTED = [6, 11, 20]
 
 
-def ours(made: Shop, count: int) -> list[PreferenceRow]:
+def ours(tiny: Shop, count: int) -> list[PreferenceRow]:
     """After any item, item 5 is taken and three others are not; in our own token ids."""
-    codes = made.known.codes
+    codes = tiny.catalogue.codes
     return [
         PreferenceRow(
             prompt_ids=[1, *codes[n % 24].tolist()], chosen_ids=codes[5].tolist(),
@@ -52,11 +52,11 @@ def margins(model: Any, row: PreferenceRow) -> list[float]:
 def test_the_chosen_answer_rises_over_every_rejected_one(
     tmp_path: Path, kind: str, tied: bool, adapters: bool
 ) -> None:
-    made = shop()
+    tiny = shop()
     foreign(tmp_path, kind)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=tied, dtype=torch.float32)
-    translation = Translation(made.prompt, made.tokenizer, theirs)
+    translation = VocabularyTranslation(tiny.prompt, tiny.tokenizer, theirs)
     model.resize_token_embeddings(len(theirs))
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     with torch.no_grad():
@@ -65,8 +65,8 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
         model.get_input_embeddings().weight.normal_(0, 0.3)
         model.get_output_embeddings().weight.normal_(0, 0.3)
     before = copy.deepcopy(model).eval()
-    rows = [translation.preference(row) for row in ours(made, 200)]
-    chosen = made.settings.model_copy(
+    rows = [translation.translate_preference(row) for row in ours(tiny, 200)]
+    chosen = tiny.settings.model_copy(
         update={
             "dpo": DpoSettings.model_validate(
                 {"loss": "softmax_dpo", "max_rejected": 3, "batch": 8, "lr": 2e-2, "max_drop": 50}
@@ -95,15 +95,17 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
 
 @pytest.mark.learning
 def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path) -> None:
-    made = shop(
+    tiny = shop(
         users=20, epochs=1, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0}, max_items=5,
         validation_users=0, dpo={"batch": 8, "lr": 3e-2, "max_drop": 1e-4, "sft_weight": 0.0, "epochs": 3},
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
-    tuned = tune(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
+    tuned = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
     # One answer is both: whatever rises over it, it falls as well.
-    rows = [one | {"chosen_ids": made.known.codes[n % 24].tolist()} for n, one in enumerate(ours(made, 160))]
-    result = align_tuned(tuned, rows, made.rows, made.tokenizer, made.sids, made.settings)
+    rows = [
+        one | {"chosen_ids": tiny.catalogue.codes[n % 24].tolist()} for n, one in enumerate(ours(tiny, 160))
+    ]
+    result = align_lora(tuned, rows, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings)
     assert result.dpo is not None
     assert "nats below the reference" in result.dpo.stopped
     assert (result.aligned, result.aligned_quality) == (None, None)
@@ -113,15 +115,15 @@ def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path)
 
 @pytest.mark.learning
 def test_a_tuned_model_is_aligned_beside_it_and_ranked_under_the_same_constraint(tmp_path: Path) -> None:
-    made = shop(
+    tiny = shop(
         users=60, epochs=4, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0}, max_items=5,
         lora={"lr": 0.003, "batch_tokens": 256, "rank": 8, "dropout": 0.0}, validation_users=12,
         dpo={"batch": 16, "lr": 3e-3, "max_rejected": 3, "loss": "softmax_dpo", "max_recall_fall": 1.0,
              "max_invalid_rise": 1.0, "max_drop": 50},
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
-    tuned = tune(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
-    result = align_tuned(tuned, ours(made, 160), made.rows, made.tokenizer, made.sids, made.settings)
+    tuned = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    result = align_lora(tuned, ours(tiny, 160), tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings)
     assert result.dpo is not None
     assert result.aligned_quality is not None
     assert result.dpo.pairs == 160

@@ -21,7 +21,7 @@ from transformers import (
 from registry.bundles.prompt import BOS, TITLE
 from streams.errors import SidstreamError
 from tests.tiny_shop import shop
-from trainer.language_model.lora import Translation, tune
+from trainer.language_model.lora import VocabularyTranslation, tune_lora
 
 
 def foreign(folder: Path, kind: str) -> str:
@@ -51,7 +51,7 @@ def foreign(folder: Path, kind: str) -> str:
 @pytest.mark.learning
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: Path, kind: str) -> None:
-    made = shop(
+    tiny = shop(
         users=60,
         epochs=60,
         patience=60,
@@ -61,7 +61,7 @@ def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: P
         validation_users=12,
     )
     name = foreign(tmp_path / "base", kind)
-    result = tune(name, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
+    result = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
     assert result.steps > 20
     assert result.quality.users == 12
     assert result.quality.hr10 > 0.8  # ten of 24 at random: 0.42
@@ -74,12 +74,12 @@ def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: P
 
 
 def test_rows_are_translated_token_by_token(tmp_path: Path) -> None:
-    made = shop()
+    tiny = shop()
     theirs = AutoTokenizer.from_pretrained(foreign(tmp_path, "llama"))
-    translation = Translation(made.prompt, made.tokenizer, theirs)
-    row = translation.row(made.rows.sid_to_title(3))
+    translation = VocabularyTranslation(tiny.prompt, tiny.tokenizer, theirs)
+    row = translation.translate_row(tiny.rows.sid_to_title_row(3))
     shown = theirs.convert_ids_to_tokens(row.ids.tolist())
-    sid = made.prompt.text(made.known.sids[3]).replace(">", "> ").split()
+    sid = tiny.prompt.text(tiny.catalogue.sids[3]).replace(">", "> ").split()
     assert shown == ["<s>", *sid, "<sid_title>", "red", "item", "number", "3", "</s>"]
     assert row.learned.tolist() == [False] * 5 + [True] * 5
     assert translation.table[BOS] == [0]
@@ -87,7 +87,7 @@ def test_rows_are_translated_token_by_token(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    made = shop()
+    tiny = shop()
     missing = str(tmp_path / "nothing")
     with pytest.raises(SidstreamError, match="nothing is no causal LM"):
-        tune(missing, made.rows, made.tokenizer, made.sids, made.settings, tmp_path / "tuned")
+        tune_lora(missing, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")

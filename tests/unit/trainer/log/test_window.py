@@ -18,10 +18,10 @@ HORIZON = 1000
 
 
 def judged(window: Window) -> dict[str, bool]:
-    found = window.explorations(HORIZON)
-    made = {event.request_id: clicked for event, clicked in found}
-    assert len(made) == len(found)
-    return made
+    actual = window.explorations(HORIZON)
+    explorations = {event.request_id: clicked for event, clicked in actual}
+    assert len(explorations) == len(actual)
+    return explorations
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_only_a_click_on_the_drawn_item_under_its_request_in_time_is_a_reward(lo
         ("r5", "u", "i00", 7),
         ("unknown", "u", "i00", 5),
     )
-    wanted = dict.fromkeys([f"r{number}" for number in range(7)], False) | {"r0": True, "r5": True}
-    assert judged(logged.window()) == wanted
+    expected = dict.fromkeys([f"r{number}" for number in range(7)], False) | {"r0": True, "r5": True}
+    assert judged(logged.window()) == expected
 
 
 def test_an_exploration_waits_until_its_clicks_can_no_longer_come_and_counts_in_one_window(
@@ -82,4 +82,4 @@ def test_a_log_from_before_clicks_had_request_ids_is_read_as_without(logged: Log
     logged.clicks((None, "v", "i05", 5 * HORIZON))
     window = logged.window()
     assert judged(window) == {"r0": False}
-    assert window.count() == 2
+    assert window.count_new() == 2

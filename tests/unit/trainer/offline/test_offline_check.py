@@ -15,78 +15,91 @@ from registry.bundles.ranking import Ranking
 from streams.errors import SidstreamError
 from tests.tiny_shop import shop
 from trainer.cycle_result import CycleResult
-from trainer.offline.offline_check import check_finite, failing, failing_first, held_probe
-from trainer.offline.quality import Quality, for_json, told_change
+from trainer.offline.offline_check import (
+    check_finite,
+    held_out_probe,
+    reason_to_refuse,
+    reason_to_refuse_first,
+)
+from trainer.offline.quality import HeldOutQuality, describe_change, for_json
 from trainer.settings import TrainerSettings
 from trainer.tuning.sft import SftResult
 
 SETTINGS = TrainerSettings.model_validate({"min_validity": 0.9, "max_fall": 0.1})
 
 
-def quality(hr10: float = 0.2, validity: float = 1.0) -> Quality:
-    return Quality(100, hr10, hr10 / 2, validity, Ranking())
+def quality(hr10: float = 0.2, validity: float = 1.0) -> HeldOutQuality:
+    return HeldOutQuality(100, hr10, hr10 / 2, validity, Ranking())
 
 
 def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_bought() -> None:
-    made = shop()
-    held, users = made.split.held, len(made.split.held.targets)
+    tiny_shop = shop()
+    held_out, users = tiny_shop.split.held_out, len(tiny_shop.split.held_out.targets)
     few, most = np.arange(users) < 3, np.arange(users) >= 3
 
-    def asked(paid: np.ndarray | None, count: int = 500) -> int:
-        chosen = made.settings.model_copy(
-            update={"dpo": made.settings.dpo.model_copy(update={"probe_users": count})}
+    def probed_users(paid: np.ndarray | None, count: int = 500) -> int:
+        chosen = tiny_shop.settings.model_copy(
+            update={"dpo": tiny_shop.settings.dpo.model_copy(update={"probe_users": count})}
         )
-        probe = held_probe(held._replace(paid=paid), made.known, made.sids, chosen, Ranking())
-        return len(probe(made.model()).hits) if probe else 0
+        probe = held_out_probe(
+            held_out._replace(target_bought=paid), tiny_shop.catalogue, tiny_shop.sids, chosen, Ranking()
+        )
+        return len(probe(tiny_shop.model()).hits) if probe else 0
 
     assert users == 10
-    assert [asked(None), asked(few), asked(most), asked(few, 5), asked(few, 0)] == [10, 7, 10, 5, 0]
+    assert [
+        probed_users(None),
+        probed_users(few),
+        probed_users(most),
+        probed_users(few, 5),
+        probed_users(few, 0),
+    ] == [10, 7, 10, 5, 0]
 
 
 def test_a_change_is_told_of_clicks_and_of_purchases_with_what_users_leave_open() -> None:
     before, now = np.arange(200) % 4 == 0, np.arange(200) % 4 <= 1
     paid = np.arange(200) >= 120
 
-    def of(hits: np.ndarray, paid: np.ndarray) -> Quality:
+    def of(hits: np.ndarray, paid: np.ndarray) -> HeldOutQuality:
         return replace(quality(), hits=hits, paid=paid)
 
-    told = told_change(of(before, paid), of(np.where(paid, now, before), paid))
+    description = describe_change(of(before, paid), of(np.where(paid, now, before), paid))
     # 20 of 80 users more are hit: the mean difference .25, its error sqrt(.25 * .75 / 80), over .25.
     spread = 1.96 * math.sqrt(0.25 * 0.75 / 80) / 0.25
-    assert told == (
+    assert description == (
         "HR@10 of what was clicked 0.250 -> 0.250 (+0.0%, +0.0% to +0.0%), "
         f"of what was bought 0.250 -> 0.500 (+100.0%, {1 - spread:+.1%} to {1 + spread:+.1%})"
     )
-    assert "bought" not in told_change(of(before, ~before & before), of(now, paid))
-    assert told_change(of(before & ~before, paid), of(now, paid)) == ""
-    said = for_json(CycleResult(sft=SftResult(1, 1.0, 1.0, 1.0, of(before, paid), "done")))
-    assert json.loads(json.dumps(said))["sft"]["quality"]["hr10"] == 0.2
+    assert "bought" not in describe_change(of(before, ~before & before), of(now, paid))
+    assert describe_change(of(before & ~before, paid), of(now, paid)) == ""
+    json_fields = for_json(CycleResult(sft=SftResult(1, 1.0, 1.0, 1.0, of(before, paid), "done")))
+    assert json.loads(json.dumps(json_fields))["sft"]["quality"]["hr10"] == 0.2
 
 
 def test_a_model_that_spells_too_few_sids_is_turned_away_first_or_not() -> None:
     for reason in (
-        failing(quality(validity=0.89), None, SETTINGS),
-        failing_first(quality(validity=0.89), 0.0, SETTINGS),
+        reason_to_refuse(quality(validity=0.89), None, SETTINGS),
+        reason_to_refuse_first(quality(validity=0.89), 0.0, SETTINGS),
     ):
         assert reason is not None
         assert "SIDSTREAM_TRAINER__MIN_VALIDITY" in reason
-    assert failing(quality(validity=0.9), None, SETTINGS) is None
+    assert reason_to_refuse(quality(validity=0.9), None, SETTINGS) is None
 
 
 def test_a_model_may_fall_below_its_parent_by_the_margin_and_no_more() -> None:
-    assert failing(quality(0.181), 0.2, SETTINGS) is None
-    reason = failing(quality(0.179), 0.2, SETTINGS)
+    assert reason_to_refuse(quality(0.181), 0.2, SETTINGS) is None
+    reason = reason_to_refuse(quality(0.179), 0.2, SETTINGS)
     assert reason is not None
     assert "SIDSTREAM_TRAINER__MAX_FALL" in reason
 
 
 def test_a_first_model_must_reach_popularity_unless_that_is_allowed() -> None:
-    assert failing_first(quality(0.2), 0.2, SETTINGS) is None
-    reason = failing_first(quality(0.19), 0.2, SETTINGS)
+    assert reason_to_refuse_first(quality(0.2), 0.2, SETTINGS) is None
+    reason = reason_to_refuse_first(quality(0.19), 0.2, SETTINGS)
     assert reason is not None
     assert "SIDSTREAM_TRAINER__BEAT_POPULARITY=false" in reason
     allowed = SETTINGS.model_copy(update={"beat_popularity": False})
-    assert failing_first(quality(0.19), 0.2, allowed) is None
+    assert reason_to_refuse_first(quality(0.19), 0.2, allowed) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, Shop, shop
 from trainer.evaluation.tasks import prompt_states, say, spell
-from trainer.sequences.batches import collate
-from trainer.sequences.rows import Rows, interactions
-from trainer.sequences.tasks import Words, bought_within, search_prompt, summary_prompt
+from trainer.sequences.batches import pad_token_rows
+from trainer.sequences.interactions import user_sequences
+from trainer.sequences.rows import TrainingRows
+from trainer.sequences.tasks import TitleWords, bought_within, search_prompt, summary_prompt
 from trainer.tuning.next_item import token_loss
 
 LEVELS = len(SIZES)
@@ -27,53 +28,53 @@ TEXTS = {"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0, "search": 0.
 
 def pair_shop(**more: Any) -> Shop:
     """A shop where every two items have a title of their own: `thing` and a word that no others have."""
-    made = shop(**{"weights": TEXTS} | more)
+    tiny = shop(**{"weights": TEXTS} | more)
     titles = [f"thing {chr(97 + item // 2) * 3}" for item in range(24)]
-    known = replace(made.known, titles=titles)
-    tokenizer = type(made.tokenizer)(tokenizer_object=_words(made, titles), unk_token="<unk>")
-    rows = Rows(made.log, made.split, known, tokenizer, made.prompt, made.settings)
-    return replace(made, known=known, tokenizer=tokenizer, rows=rows)
+    catalogue = replace(tiny.catalogue, titles=titles)
+    tokenizer = type(tiny.tokenizer)(tokenizer_object=_words(tiny, titles), unk_token="<unk>")
+    rows = TrainingRows(tiny.log, tiny.split, catalogue, tokenizer, tiny.prompt, tiny.settings)
+    return replace(tiny, catalogue=catalogue, tokenizer=tokenizer, rows=rows)
 
 
-def _words(made: Shop, titles: list[str]) -> Any:
+def _words(tiny: Shop, titles: list[str]) -> Any:
     from trainer.sequences.tokenizer import build_tokenizer
 
-    return build_tokenizer(made.prompt, titles, 100).backend_tokenizer
+    return build_tokenizer(tiny.prompt, titles, 100).backend_tokenizer
 
 
-def parts(made: Shop, ids: list[int]) -> tuple[list[int], list[int], int, list[int]]:
+def parts(tiny: Shop, ids: list[int]) -> tuple[list[int], list[int], int, list[int]]:
     """Items of the history, words, the mark after them, and what follows it."""
     mark = next(at for at, token in enumerate(ids) if token in (ITEM, TITLE))
-    words = [token for token in ids[1:mark] if token >= made.prompt.first_word]
+    words = [token for token in ids[1:mark] if token >= tiny.prompt.first_word]
     codes = np.array(ids[1 : mark - len(words)]).reshape(-1, LEVELS)
-    place = {tuple(row): item for item, row in enumerate(made.known.codes.tolist())}
+    place = {tuple(row): item for item, row in enumerate(tiny.catalogue.codes.tolist())}
     return [place[tuple(row)] for row in codes.tolist()], words, ids[mark], ids[mark + 1 :]
 
 
 def test_a_search_has_words_of_the_item_that_a_user_went_to_after_that_history() -> None:
-    made = pair_shop(length=30, tasks={"history": 4, "bare": 0.25})
-    found = made.rows.searches(3)
-    assert len(found) == 24
+    tiny = pair_shop(length=30, tasks={"history": 4, "bare": 0.25})
+    actual = tiny.rows.search_rows(3)
+    assert len(actual) == 24
     bare, lengths = 0, set()
     trained = [
-        made.log.items[low:high].tolist()
-        for low, high in zip(made.log.starts[:-1], made.split.ends, strict=True)
+        tiny.log.items[low:high].tolist()
+        for low, high in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)
     ]
-    for row in [row for number in range(10) for row in made.rows.searches(number)]:
-        history, words, mark, target = parts(made, row.ids.tolist())
+    for row in [row for number in range(10) for row in tiny.rows.search_rows(number)]:
+        history, words, mark, target = parts(tiny, row.ids.tolist())
         assert (row.ids[0], mark, row.weight) == (BOS, ITEM, 0.5)
         assert row.ids[row.learned].tolist() == target
-        item = made.known.codes.tolist().index(target)
+        item = tiny.catalogue.codes.tolist().index(target)
         lengths.add(len(words))
-        assert {*words} <= {*made.rows.titles[item]}
+        assert {*words} <= {*tiny.rows.title_words[item]}
         assert len({*words}) == len(words)
         bare += not history
-        wanted = [*history, item]
+        expected = [*history, item]
         assert len(history) <= 4
         # What the user did right before, as much of it as there is, up to four items.
         places = [(path, at) for path in trained for at in range(len(path) - len(history))]
         assert any(
-            path[at : at + len(wanted)] == wanted and (not history or len(history) == 4 or at == 0)
+            path[at : at + len(expected)] == expected and (not history or len(history) == 4 or at == 0)
             for path, at in places
         )
     assert 30 < bare < 130  # a quarter of 240, and those that are the first of their user
@@ -84,48 +85,48 @@ def test_texts_of_an_epoch_are_the_same_again_and_others_in_the_next() -> None:
     rows = pair_shop().rows
 
     def ids(number: int) -> list[list[int]]:
-        return [row.ids.tolist() for row in rows.texts(number)]
+        return [row.ids.tolist() for row in rows.text_rows(number)]
 
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
-    for made in (rows.searches, rows.summaries):
+    for made in (rows.search_rows, rows.summary_rows):
         first, other = ([row.ids.tolist() for row in made(number)] for number in (0, 1))
         assert first != other
     assert len(ids(0)) == 48
-    weights = sorted({row.weight for row in rows.epoch(0)})
+    weights = sorted({row.weight for row in rows.epoch_rows(0)})
     assert weights == [0.25, 0.5, 1.0]
 
 
 def test_without_weights_or_words_there_is_no_such_row() -> None:
-    made = shop(weights=TEXTS | {"search": 0.0, "summary": 0.0})
-    assert made.rows.texts(0) == []
-    assert shop(weights=TEXTS, max_words=0).rows.texts(0) == []
+    tiny = shop(weights=TEXTS | {"search": 0.0, "summary": 0.0})
+    assert tiny.rows.text_rows(0) == []
+    assert shop(weights=TEXTS, max_words=0).rows.text_rows(0) == []
 
 
 def test_no_text_looks_at_what_is_held_out() -> None:
-    made = pair_shop(users=12, length=3)
-    held = made.split.ends < made.log.starts[1:]
-    assert held.any()
-    made.log.items[:] = 0
-    made.log.items[made.log.starts[1:] - 1] = 1
-    made.log.items[made.log.starts[1:] - 2] = 2
-    made.log.items[made.split.ends[held]] = 23
-    codes = made.known.codes[23].tolist()
+    tiny = pair_shop(users=12, length=3)
+    held_out = tiny.split.training_ends < tiny.log.starts[1:]
+    assert held_out.any()
+    tiny.log.items[:] = 0
+    tiny.log.items[tiny.log.starts[1:] - 1] = 1
+    tiny.log.items[tiny.log.starts[1:] - 2] = 2
+    tiny.log.items[tiny.split.training_ends[held_out]] = 23
+    codes = tiny.catalogue.codes[23].tolist()
     for number in range(5):
-        for row in made.rows.texts(number):
+        for row in tiny.rows.text_rows(number):
             flat = row.ids.tolist()
             assert not any(flat[at : at + LEVELS] == codes for at in range(len(flat)))
 
 
 def test_a_summary_has_the_words_most_typical_of_the_history() -> None:
-    made = pair_shop()
-    row = made.rows.summary(np.array([4, 9, 5]))
-    history, words, mark, said = parts(made, row.ids.tolist())
+    tiny = pair_shop()
+    row = tiny.rows.summary_row(np.array([4, 9, 5]))
+    history, words, mark, words = parts(tiny, row.ids.tolist())
     assert (history, words, mark) == ([4, 9, 5], [], TITLE)
-    two, one, thing = made.rows.titles[4][1], made.rows.titles[9][1], made.rows.titles[4][0]
+    two, one, thing = tiny.rows.title_words[4][1], tiny.rows.title_words[9][1], tiny.rows.title_words[4][0]
     # `thing` is in all three, but in every title; items 4 and 5 share a word that no other has.
-    assert said == [two, one, thing, EOS]
-    assert row.ids[row.learned].tolist() == said
+    assert words == [two, one, thing, EOS]
+    assert row.ids[row.learned].tolist() == words
     assert row.weight == 0.25
 
 
@@ -137,27 +138,27 @@ def test_a_summary_has_the_words_most_typical_of_the_history() -> None:
 def test_typical_words_are_those_of_the_highest_tf_idf(
     titles: list[list[int]], most: int, count: int, seed: int
 ) -> None:
-    words = Words(titles)
+    words = TitleWords(titles)
     history = titles[:count]
 
     def score(word: int) -> float:
         here = sum(word in title for title in history)
         return here * math.log(1 + sum(map(bool, titles)) / sum(word in title for title in titles))
 
-    wanted = sorted({word for title in history for word in title} - {UNK}, key=lambda w: (-score(w), w))
-    assert words.typical(history, most) == wanted[:most]
+    expected = sorted({word for title in history for word in title} - {UNK}, key=lambda w: (-score(w), w))
+    assert words.typical(history, most) == expected[:most]
     for title in titles:
         if set(title) - {UNK}:
-            drawn = words.query(title, most, np.random.default_rng(seed))
+            drawn = words.draw_query(title, most, np.random.default_rng(seed))
             assert 1 <= len(drawn) == len(set(drawn)) <= most
             assert set(drawn) <= set(title) - {UNK}
 
 
 def test_rare_words_are_asked_for_more_often() -> None:
-    words = Words([[90, 91], [90, 92], [90, 93], [90, 94]])
+    words = TitleWords([[90, 91], [90, 92], [90, 93], [90, 94]])
     rng = np.random.default_rng(0)
-    asked = [words.query([90, 91], 1, rng)[0] for _ in range(2000)]
-    assert asked.count(91) / 2000 == pytest.approx(math.log(5) / math.log(10), abs=0.03)
+    drawn_words = [words.draw_query([90, 91], 1, rng)[0] for _ in range(2000)]
+    assert drawn_words.count(91) / 2000 == pytest.approx(math.log(5) / math.log(10), abs=0.03)
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
@@ -171,16 +172,16 @@ def test_rare_words_are_asked_for_more_often() -> None:
     st.integers(0, 4), st.integers(0, 2),
 )  # fmt: skip
 def test_a_target_is_bought_where_its_user_buys_it_in_time(
-    events: list[tuple[int, int, int, bool]], within: int, held: int
+    events: list[tuple[int, int, int, bool]], within: int, held_out: int
 ) -> None:
-    known = shop().known
+    catalogue = shop().catalogue
     users, items, ts, paid = zip(*events, strict=True)
-    log = interactions(
-        [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], known, bought=paid
+    log = user_sequences(
+        [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], catalogue, bought=paid
     )
-    ends = np.maximum(log.starts[1:] - held, log.starts[:-1])
+    ends = np.maximum(log.starts[1:] - held_out, log.starts[:-1])
     # Of one moment, a purchase follows the click that led to it, whichever of them the log has first.
-    wanted = [
+    expected = [
         any(
             log.bought[other]
             and log.items[other] == log.items[at]
@@ -191,54 +192,56 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
         for begin, stop, end in zip(log.starts[:-1], log.starts[1:], ends, strict=True)
         for at in range(begin, stop)
     ]
-    assert bought_within(log, ends, within).tolist() == wanted
+    assert bought_within(log, ends, within).tolist() == expected
 
 
 def test_pieces_say_what_was_bought() -> None:
-    made = shop(length=6, tasks={"buy_within_s": 1})
-    made.log.bought[made.log.starts[3] + 2] = True
-    rows = Rows(made.log, made.split, made.known, made.tokenizer, made.prompt, made.settings)
-    found = []
-    for piece in rows.pieces(0):
+    tiny = shop(length=6, tasks={"buy_within_s": 1})
+    tiny.log.bought[tiny.log.starts[3] + 2] = True
+    rows = TrainingRows(tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    actual = []
+    for piece in rows.sequence_batches(0):
         assert piece.bought is not None
         assert piece.bought.shape == piece.items.shape
         assert not piece.bought[piece.items < 0].any()
-        found += piece.items[piece.bought].tolist()
-    assert found == [int(made.log.items[made.log.starts[3] + 2])]
+        actual += piece.items[piece.bought].tolist()
+    assert actual == [int(tiny.log.items[tiny.log.starts[3] + 2])]
 
 
 @pytest.mark.learning
 def test_the_model_learns_to_search_and_to_sum_up() -> None:
-    made = pair_shop(tasks={"bare": 0.5})
-    model = made.model()
+    tiny = pair_shop(tasks={"bare": 0.5})
+    model = tiny.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for number in range(800):
         optimizer.zero_grad()
-        token_loss(model, collate(made.rows.texts(number))).backward()
+        token_loss(model, pad_token_rows(tiny.rows.text_rows(number))).backward()
         optimizer.step()
-    titles = made.rows.titles
-    none = made.known.codes[:0]
-    asked = [search_prompt(none, [titles[item][1]]) for item in range(24)]
-    best = spell(model, asked, made.sids, made.known, 2)
+    titles = tiny.rows.title_words
+    none = tiny.catalogue.codes[:0]
+    bare_prompts = [search_prompt(none, [titles[item][1]]) for item in range(24)]
+    best = spell(model, bare_prompts, tiny.sids, tiny.catalogue, 2)
     # The word names a pair of items: no other one is better.
     assert np.mean([item // 2 == at // 2 for at, row in enumerate(best) for item in row.tolist()]) > 0.8
     # After the item before, the word is of one item: the next.
-    told = [search_prompt(made.known.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)]
-    first = spell(model, told, made.sids, made.known, 1)[:, 0]
+    prompts_with_history = [
+        search_prompt(tiny.catalogue.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)
+    ]
+    first = spell(model, prompts_with_history, tiny.sids, tiny.catalogue, 1)[:, 0]
     assert np.mean(first == np.arange(1, 24)) > 0.8
-    heard = [summary_prompt(made.known.codes[[item]]) for item in range(24)]
-    said = say(model, heard, [2] * 24, made.prompt.first_word)
-    assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(said)]) > 0.7
+    summary_prompts = [summary_prompt(tiny.catalogue.codes[[item]]) for item in range(24)]
+    summaries = say(model, summary_prompts, [2] * 24, tiny.prompt.first_word)
+    assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(summaries)]) > 0.7
 
 
 def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
-    made = pair_shop()
-    model = made.model(seed=1)
-    prompts = [search_prompt(made.known.codes[[3, 5]], [made.prompt.first_word]), [BOS, ITEM]]
-    found = spell(model, prompts, made.sids, made.known, 24)
-    for prompt, best in zip(prompts, found, strict=True):
+    tiny = pair_shop()
+    model = tiny.model(seed=1)
+    prompts = [search_prompt(tiny.catalogue.codes[[3, 5]], [tiny.prompt.first_word]), [BOS, ITEM]]
+    actual = spell(model, prompts, tiny.sids, tiny.catalogue, 24)
+    for prompt, best in zip(prompts, actual, strict=True):
         scores = []
-        for codes in made.known.codes.tolist():
+        for codes in tiny.catalogue.codes.tolist():
             with torch.no_grad():
                 logs = model(torch.tensor([[*prompt, *codes]])).logits[0].log_softmax(-1)
             scores.append(sum(float(logs[len(prompt) - 1 + at, code]) for at, code in enumerate(codes)))
@@ -247,6 +250,6 @@ def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
 
 
 def test_texts_of_every_task_are_one_batch() -> None:
-    made = pair_shop()
-    batch = collate(made.rows.texts(0))
-    assert torch.isfinite(token_loss(made.model(), batch))
+    tiny = pair_shop()
+    batch = pad_token_rows(tiny.rows.text_rows(0))
+    assert torch.isfinite(token_loss(tiny.model(), batch))

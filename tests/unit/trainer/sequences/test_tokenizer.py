@@ -25,8 +25,8 @@ def test_codes_and_words_get_the_ids_of_the_prompt(tmp_path: Path) -> None:
         BOS, *PROMPT.tokens((1, 0)), TITLE, first + 3, first + 1, EOS,
     ]  # fmt: skip
     tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again("white 中国 <a_2>").input_ids == [first + 3, first + 4, UNK, PROMPT.tokens((2, 0))[0]]
+    second = AutoTokenizer.from_pretrained(tmp_path)
+    assert second("white 中国 <a_2>").input_ids == [first + 3, first + 4, UNK, PROMPT.tokens((2, 0))[0]]
 
 
 def test_the_number_of_words_is_bounded_by_frequency() -> None:

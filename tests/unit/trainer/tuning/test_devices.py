@@ -19,10 +19,10 @@ from trainer.alignment.losses import DynamicBeta
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.settings import Arithmetic
 from trainer.tuning import devices
-from trainer.tuning.broadcast import read, write
+from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import batch_loss
-from trainer.tuning.sft import _learning_rate, train
+from trainer.tuning.sft import learning_rate_share, train
 
 # Two processes import torch at the same time, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -42,40 +42,40 @@ def launch(
         ],
         cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
-    said = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
-    return done, said
+    outputs = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
+    return done, outputs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("devices")
-    done, said = launch(folder / "logs", "tests.devices_worker", str(folder), "train")
-    assert done.returncode == 0, (done.stderr, said)
+    done, outputs = launch(folder / "logs", "tests.devices_worker", str(folder), "train")
+    assert done.returncode == 0, (done.stderr, outputs)
     return folder
 
 
 def test_a_dynamic_beta_follows_the_gaps_of_all_processes_as_of_one_batch(trained: Path) -> None:
-    alone, wanted = DynamicBeta(0.1), []
+    alone, expected = DynamicBeta(0.1), []
     for step in GAPS:
-        found = alone(torch.tensor([gap for part in step for gap in part]), training=True)
-        wanted += [alone.mean, alone.deviation, found.beta]
+        actual = alone(torch.tensor([gap for part in step for gap in part]), training=True)
+        expected += [alone.mean, alone.deviation, actual.beta]
     for rank in (0, 1):
-        seen = json.loads((trained / f"followed-{rank}.json").read_text())
-        assert [number for step in seen for number in step] == pytest.approx(wanted)
+        betas = json.loads((trained / f"followed-{rank}.json").read_text())
+        assert [number for step in betas for number in step] == pytest.approx(expected)
 
 
 def weights(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}-{rank}.safetensors")
 
 
-def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
+def by_one_process(tiny: Shop, batches: int) -> GeneratorForCausalLM:
     """A training in which every step takes the mean gradient of so many batches."""
-    model, settings = made.model(), made.settings
-    table = model.model.items.rows(torch.from_numpy(made.known.codes))
+    model, settings = tiny.model(), tiny.settings
+    table = model.model.items.rows(torch.from_numpy(tiny.catalogue.codes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     model.train()
     for epoch in range(settings.epochs):
-        pieces = made.rows.pieces(epoch)
+        pieces = tiny.rows.sequence_batches(epoch)
         assert len(pieces) % batches, "the last step of an epoch is one with fewer batches"
         for low in range(0, len(pieces), batches):
             group = pieces[low : low + batches]
@@ -85,16 +85,16 @@ def by_one_process(made: Shop, batches: int) -> GeneratorForCausalLM:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             done = (epoch + low / len(pieces)) / settings.epochs
             for parameters in optimizer.param_groups:
-                parameters["lr"] = settings.lr * _learning_rate(done)
+                parameters["lr"] = settings.lr * learning_rate_share(done)
             optimizer.step()
     return model
 
 
 def test_gradients_are_averaged_over_the_processes_that_have_a_batch(trained: Path) -> None:
     for rank in (0, 1):
-        found = json.loads((trained / f"averaged-{rank}.json").read_text())
+        actual = json.loads((trained / f"averaged-{rank}.json").read_text())
         # Nothing reached the bias: it has no gradient, and so no decay.
-        assert found == [[1.5, 1.5], [1.5], None, [5.0, 5.0], [5.0], None]
+        assert actual == [[1.5, 1.5], [1.5], None, [5.0, 5.0], [5.0], None]
 
 
 def test_two_processes_end_in_the_weights_of_one_that_takes_the_batches_of_both(trained: Path) -> None:
@@ -107,50 +107,50 @@ def test_two_processes_end_in_the_weights_of_one_that_takes_the_batches_of_both(
 
 
 def test_two_processes_go_on_in_their_stage_and_end_as_if_unbroken(trained: Path) -> None:
-    seen = json.loads((trained / "seen.json").read_text())
+    environment = json.loads((trained / "seen.json").read_text())
     # Twice in pretraining, then in the stage after it.
-    assert seen["cuts"][0] == 3
-    assert seen["cuts"][1] == 6
+    assert environment["cuts"][0] == 3
+    assert environment["cuts"][1] == 6
     whole = weights(trained, "two", 0)
     for name in ("two", "resumed"):
         for rank in (0, 1):
-            found = weights(trained, name, rank)
-            assert all(torch.equal(whole[key], found[key]) for key in whole), (name, rank)
+            actual = weights(trained, name, rank)
+            assert all(torch.equal(whole[key], actual[key]) for key in whole), (name, rank)
 
 
 def test_after_the_shared_part_the_main_process_stands_alone(trained: Path) -> None:
-    seen = json.loads((trained / "seen.json").read_text())
-    assert (seen["left"], seen["processes"], seen["joined"]) == ([], 1, False)
+    environment = json.loads((trained / "seen.json").read_text())
+    assert (environment["left"], environment["processes"], environment["joined"]) == ([], 1, False)
 
 
 def test_an_error_of_the_main_process_ends_all_with_one_line(tmp_path: Path) -> None:
-    done, said = launch(tmp_path / "logs", "sidstream", "train", SIDSTREAM_TRAINER__LR="-1")
+    done, outputs = launch(tmp_path / "logs", "sidstream", "train", SIDSTREAM_TRAINER__LR="-1")
     assert done.returncode != 0
-    lines = [line for line in said[0].splitlines() if line.strip()]
+    lines = [line for line in outputs[0].splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("error: ")] == [lines[0]]
     assert "trainer.lr is '-1'" in lines[0]
-    assert not any("Traceback" in text for text in said.values())
+    assert not any("Traceback" in text for text in outputs.values())
 
 
 def test_an_error_of_another_process_ends_all_with_its_line(tmp_path: Path) -> None:
-    done, said = launch(tmp_path / "logs", "tests.devices_worker", str(tmp_path), "lost")
+    done, outputs = launch(tmp_path / "logs", "tests.devices_worker", str(tmp_path), "lost")
     assert done.returncode != 0
-    assert "nowhere" in said[1]
-    assert "SIDSTREAM_TRAINER__HOME" in said[1]
-    assert not any("Traceback" in text for text in said.values())
+    assert "nowhere" in outputs[1]
+    assert "SIDSTREAM_TRAINER__HOME" in outputs[1]
+    assert not any("Traceback" in text for text in outputs.values())
 
 
 def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
-    made = shop(max_items=6)
-    write(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
-    model, rows, settings = read(tmp_path)
-    assert settings == made.settings
-    for wanted, found in zip(made.rows.pieces(1), rows.pieces(1), strict=True):
-        assert torch.equal(wanted.items, found.items)
-        assert torch.equal(wanted.learned, found.learned)
-    texts = ([row.ids.tolist() for row in of.texts(1)] for of in (made.rows, rows))
+    tiny = shop(max_items=6)
+    write_training_inputs(tmp_path, tiny.model(), tiny.tokenizer, tiny.rows, tiny.settings)
+    model, rows, settings = read_training_inputs(tmp_path)
+    assert settings == tiny.settings
+    for expected, actual in zip(tiny.rows.sequence_batches(1), rows.sequence_batches(1), strict=True):
+        assert torch.equal(expected.items, actual.items)
+        assert torch.equal(expected.learned, actual.learned)
+    texts = ([row.ids.tolist() for row in of.text_rows(1)] for of in (tiny.rows, rows))
     assert next(texts) == next(texts)
-    for name, value in made.model().named_parameters():
+    for name, value in tiny.model().named_parameters():
         assert torch.equal(value, model.get_parameter(name))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
 
@@ -161,11 +161,11 @@ def test_auto_is_the_faster_arithmetic_and_a_fixed_one_is_taken_on_every_process
 ) -> None:
     monkeypatch.setattr(devices, "fast_bf16", lambda where: fast)
     where, ones = torch.device("cpu"), torch.ones(2, 2)
-    found = {}
+    product_types = {}
     for arithmetic in get_args(Arithmetic):
         with devices.training_arithmetic(arithmetic, where):
-            found[arithmetic] = (ones @ ones).dtype
-    assert found == {
+            product_types[arithmetic] = (ones @ ones).dtype
+    assert product_types == {
         "auto": torch.bfloat16 if fast else torch.float32, "float32": torch.float32,
         "bfloat16": torch.bfloat16,
     }  # fmt: skip
@@ -174,9 +174,9 @@ def test_auto_is_the_faster_arithmetic_and_a_fixed_one_is_taken_on_every_process
 def test_a_training_rounds_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(arithmetic: str, fast: bool) -> torch.Tensor:
         monkeypatch.setattr(devices, "fast_bf16", lambda where: fast)
-        made = shop(epochs=1, arithmetic=arithmetic)
-        model = made.model()
-        train(model, made.rows, made.sids, made.settings)
+        tiny = shop(epochs=1, arithmetic=arithmetic)
+        model = tiny.model()
+        train(model, tiny.rows, tiny.sids, tiny.settings)
         return model.model.embed_tokens.weight.detach()
 
     exact, rounded = trained("float32", True), trained("bfloat16", False)
@@ -187,6 +187,6 @@ def test_a_training_rounds_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_process_needs_no_launcher() -> None:
     alone = Devices()
-    assert (alone.main, alone.count, alone.told([1.5])) == (True, 1, [1.5])
+    assert (alone.main, alone.count, alone.broadcast([1.5])) == (True, 1, [1.5])
     assert alone.receive() is None
     alone.leave()

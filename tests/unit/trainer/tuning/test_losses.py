@@ -29,16 +29,16 @@ def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(
     targets = torch.randint(0, items, (count,))
     place = torch.randint(0, count * items, (pairs,)).unique() if not smoothing else torch.zeros(0).long()
     places = (place // items, place % items)
-    extra = torch.randn(len(place), requires_grad=True)
-    inputs = (queries, table, extra) if len(place) else (queries, table)
-    given_extra = (places, extra) if len(place) else (None, None)
+    bias = torch.randn(len(place), requires_grad=True)
+    inputs = (queries, table, bias) if len(place) else (queries, table)
+    given_extra = (places, bias) if len(place) else (None, None)
     weights = torch.rand(count) + 0.1 if weighted else None
-    found = softmax_loss(queries, table, targets, smoothing, *given_extra, weights)
-    logits = (queries @ table.T).index_put(places, extra, accumulate=True)
+    actual = softmax_loss(queries, table, targets, smoothing, *given_extra, weights)
+    logits = (queries @ table.T).index_put(places, bias, accumulate=True)
     each = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-    wanted = each.mean() if weights is None else (each * weights).sum() / weights.sum()
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    ours, plain = torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * wanted, inputs)
+    expected = each.mean() if weights is None else (each * weights).sum() / weights.sum()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    ours, plain = torch.autograd.grad(3 * actual, inputs), torch.autograd.grad(3 * expected, inputs)
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
@@ -57,5 +57,5 @@ def test_under_autocast_the_loss_is_near_the_one_in_full_precision() -> None:
     queries, table = torch.randn(64, 32), torch.randn(100, 32)
     targets = torch.randint(0, 100, (64,))
     with torch.autocast("cpu", torch.bfloat16):
-        found = softmax_loss(queries, table, targets)
-    assert float(found) == pytest.approx(float(F.cross_entropy(queries @ table.T, targets)), rel=0.02)
+        actual = softmax_loss(queries, table, targets)
+    assert float(actual) == pytest.approx(float(F.cross_entropy(queries @ table.T, targets)), rel=0.02)

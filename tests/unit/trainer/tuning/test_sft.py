@@ -12,22 +12,22 @@ from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from registry.bundles.ranking import Ranking
 from tests.tiny_shop import SIZES, come_again, shop
 from trainer.generator.constrained import SidSet
-from trainer.generator.model import IGNORE
-from trainer.offline.quality import Quality, hr_ndcg
+from trainer.offline.quality import HeldOutQuality, hr_ndcg
 from trainer.offline.ranking import sid_scores
-from trainer.plots.curve import draw
-from trainer.sequences.batches import Pieces, collate
-from trainer.sequences.rows import catalogue, hold_out, interactions
-from trainer.tuning.checkpoint import Place
+from trainer.plots.training_curve import draw_training_curve
+from trainer.sequences.batches import IGNORE, SequenceBatch, pad_token_rows
+from trainer.sequences.held_out import hold_out_last_items
+from trainer.sequences.interactions import training_catalogue, user_sequences
+from trainer.tuning.checkpoint import TrainingState
 from trainer.tuning.next_item import sequence_loss, token_loss
-from trainer.tuning.sft import spells_better, train
+from trainer.tuning.sft import spells_more_real_sids, train
 
 
 @pytest.mark.learning
 def test_training_learns_which_item_follows() -> None:
-    made = shop(users=60, epochs=12)
-    model = made.model()
-    result = train(model, made.rows, made.sids, made.settings)
+    tiny = shop(users=60, epochs=12)
+    model = tiny.model()
+    result = train(model, tiny.rows, tiny.sids, tiny.settings)
     assert result.quality is not None
     assert result.quality.users == 10
     assert result.quality.hr10 == 1.0
@@ -36,79 +36,79 @@ def test_training_learns_which_item_follows() -> None:
 
 
 def test_a_resumed_run_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    made = shop(epochs=3, dropout=0.2)
-    whole, broken, anew = (made.model(dropout=0.2) for _ in range(3))
-    unbroken = train(whole, made.rows, made.sids, made.settings, folder=tmp_path / "whole")
+    tiny = shop(epochs=3, dropout=0.2)
+    whole, broken, anew = (tiny.model(dropout=0.2) for _ in range(3))
+    unbroken = train(whole, tiny.rows, tiny.sids, tiny.settings, folder=tmp_path / "whole")
     calls = iter(range(1000))
     cut = train(
-        broken, made.rows, made.sids, made.settings, folder=tmp_path / "broken",
+        broken, tiny.rows, tiny.sids, tiny.settings, folder=tmp_path / "broken",
         stop=lambda: next(calls) == unbroken.steps // 2,
     )  # fmt: skip
     assert cut.stopped == "interrupted"
     assert cut.steps == unbroken.steps // 2
     for parameter in anew.parameters():
         parameter.data.fill_(0.5)  # what it starts from must not matter
-    resumed = train(anew, made.rows, made.sids, made.settings, folder=tmp_path / "broken")
+    resumed = train(anew, tiny.rows, tiny.sids, tiny.settings, folder=tmp_path / "broken")
     assert resumed.steps == unbroken.steps
-    for (name, wanted), found in zip(whole.named_parameters(), anew.parameters(), strict=True):
-        assert torch.equal(wanted, found), name
+    for (name, expected), actual in zip(whole.named_parameters(), anew.parameters(), strict=True):
+        assert torch.equal(expected, actual), name
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
 
 
 def test_the_curve_has_a_point_for_each_epoch_also_over_an_interruption(tmp_path: Path) -> None:
-    made = shop(epochs=3)
-    whole = train(made.model(), made.rows, made.sids, made.settings)
+    tiny = shop(epochs=3)
+    whole = train(tiny.model(), tiny.rows, tiny.sids, tiny.settings)
     assert [point["epoch"] for point in whole.curve] == [1.0, 2.0, 3.0]
     assert whole.quality is not None
     assert whole.quality.ndcg10 == max(point["ndcg10"] for point in whole.curve)
     calls = iter(range(1000))
     train(
-        made.model(), made.rows, made.sids, made.settings, folder=tmp_path,
+        tiny.model(), tiny.rows, tiny.sids, tiny.settings, folder=tmp_path,
         stop=lambda: next(calls) == whole.steps // 2,
     )  # fmt: skip
-    resumed = train(made.model(), made.rows, made.sids, made.settings, folder=tmp_path)
+    resumed = train(tiny.model(), tiny.rows, tiny.sids, tiny.settings, folder=tmp_path)
     assert [point["step"] for point in resumed.curve] == [point["step"] for point in whole.curve]
-    assert draw("sft", whole.curve).startswith(b"\x89PNG")
+    assert draw_training_curve("sft", whole.curve).startswith(b"\x89PNG")
 
 
 def test_a_spent_time_budget_ends_the_run() -> None:
-    made = shop(epochs=1000, max_seconds=0.05)
-    result = train(made.model(), made.rows, made.sids, made.settings)
+    tiny = shop(epochs=1000, max_seconds=0.05)
+    result = train(tiny.model(), tiny.rows, tiny.sids, tiny.settings)
     assert result.stopped == "time budget spent"
     assert result.quality is not None
 
 
 def test_only_the_codes_of_new_items_are_learned_in_a_sequence() -> None:
-    made = shop()
-    items = made.log.items[:4].copy()
-    made.log.items[2] = items[1]  # the item right before: read, not learned
-    row = made.rows.sequence(0, 4)
-    codes = [made.known.codes[item].tolist() for item in (items[0], items[1], items[1], items[3])]
+    tiny = shop()
+    items = tiny.log.items[:4].copy()
+    tiny.log.items[2] = items[1]  # the item right before: read, not learned
+    row = tiny.rows.sequence_row(0, 4)
+    codes = [tiny.catalogue.codes[item].tolist() for item in (items[0], items[1], items[1], items[3])]
     assert row.ids.tolist() == [BOS, *(token for item in codes for token in item)]
     assert row.learned.tolist() == [False, *[True] * 6, *[False] * 3, *[True] * 3]
 
 
 def test_title_rows_learn_one_side_and_never_take_a_title_for_a_code() -> None:
-    made = shop()
-    there, back = made.rows.sid_to_title(5), made.rows.title_to_sid(5)
-    words = made.rows.titles[5]
-    codes = made.known.codes[5].tolist()
+    tiny = shop()
+    there, back = tiny.rows.sid_to_title_row(5), tiny.rows.title_to_sid_row(5)
+    words = tiny.rows.title_words[5]
+    codes = tiny.catalogue.codes[5].tolist()
     assert len(words) == 4
     assert there.ids.tolist() == [BOS, *codes, TITLE, *words, EOS]
     assert there.ids[there.learned].tolist() == [*words, EOS]
     assert back.ids.tolist() == [BOS, *words, ITEM, *codes]
     assert back.ids[back.learned].tolist() == codes
-    assert made.tokenizer.convert_ids_to_tokens(words)[:2] == ["red", "item"]
-    known = catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, made.prompt)
-    rows = type(made.rows)(made.log, made.split, known, made.tokenizer, made.prompt, made.settings)
-    assert rows.titles[0] == [UNK, words[0], UNK, UNK]
+    assert tiny.tokenizer.convert_ids_to_tokens(words)[:2] == ["red", "item"]
+    catalogue = training_catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, tiny.prompt)
+    rows = type(tiny.rows)(tiny.log, tiny.split, catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    assert rows.title_words[0] == [UNK, words[0], UNK, UNK]
 
 
 def test_the_loss_is_the_weighted_mean_over_learned_tokens() -> None:
-    made = shop()
-    model = made.model()
-    rows = [made.rows.sequence(0, 3), made.rows.sid_to_title(2)]
-    batch = collate(rows)
+    tiny = shop()
+    model = tiny.model()
+    rows = [tiny.rows.sequence_row(0, 3), tiny.rows.sid_to_title_row(2)]
+    batch = pad_token_rows(rows)
     assert (batch.labels != IGNORE).sum() == sum(int(row.learned.sum()) for row in rows)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -122,116 +122,118 @@ def test_the_loss_is_the_weighted_mean_over_learned_tokens() -> None:
 
 @pytest.mark.parametrize("purchase", [1.0, 4.0])
 def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float) -> None:
-    made = shop()
-    model = made.model(seed=2)
+    tiny = shop()
+    model = tiny.model(seed=2)
     base = model.model
     with torch.no_grad():
         base.items.own.normal_(0, 0.3)
-        base.items.again.normal_(0, 1)
+        base.items.repeat_vectors.normal_(0, 1)
     items = torch.tensor([[4, 7, 4, 4, 9], [3, 2, -1, -1, -1]])
     learned = torch.tensor([[True, True, True, False, True], [True, True, False, False, False]])
-    table = base.items.rows(torch.from_numpy(made.known.codes))
+    table = base.items.rows(torch.from_numpy(tiny.catalogue.codes))
     bought = torch.tensor([[False, True, False, True, False], [True, False, False, False, False]])
-    weights = made.settings.weights.model_copy(
+    weights = tiny.settings.weights.model_copy(
         update={"next_sid": 0.5, "next_item": 2.0, "purchase": purchase}
     )
     with torch.no_grad():
-        found = sequence_loss(model, Pieces(items, learned, bought=bought), table, weights)
+        actual = sequence_loss(model, SequenceBatch(items, learned, bought=bought), table, weights)
         spelled, scored = [], []
         for row in range(2):
             for at in torch.nonzero(learned[row]).flatten().tolist():
-                past, target = items[row, :at], int(items[row, at])
-                codes = torch.from_numpy(made.known.codes)
-                state = model.encode(codes[past][None] if at else codes[:1][None], torch.tensor([at]))
+                history, target = items[row, :at], int(items[row, at])
+                codes = torch.from_numpy(tiny.catalogue.codes)
+                state = model.encode(codes[history][None] if at else codes[:1][None], torch.tensor([at]))
                 spelled.append(-sid_scores(model, state, torch.tensor([0]), codes[target][None])[0])
                 query = base.queries(state)
                 logits = (query @ base.items.vectors(base.embed_tokens.weight).T)[0]
-                for item in set(past.tolist()):
-                    logits[table[item]] += come_again(model, query[0], past.tolist(), item)
+                for item in set(history.tolist()):
+                    logits[table[item]] += come_again(model, query[0], history.tolist(), item)
                 scored.append(-logits.log_softmax(-1)[table[target]])
     each = torch.where(bought[learned], purchase, 1.0)
-    wanted = ((0.5 * torch.stack(spelled) + 2.0 * torch.stack(scored)) * each).sum() / each.sum()
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    expected = ((0.5 * torch.stack(spelled) + 2.0 * torch.stack(scored)) * each).sum() / each.sum()
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_pieces_and_rows_hold_the_same_events() -> None:
-    made = shop(length=30)
+    tiny = shop(length=30)
     for number in (0, 1):
-        told = [row for row in made.rows.epoch(number) if row.weight == made.settings.weights.next_sid]
-        rows = sum((len(row.ids) - 1) // len(SIZES) for row in told)
-        pieces = made.rows.pieces(number)
+        sequence_rows = [
+            row for row in tiny.rows.epoch_rows(number) if row.weight == tiny.settings.weights.next_sid
+        ]
+        rows = sum((len(row.ids) - 1) // len(SIZES) for row in sequence_rows)
+        pieces = tiny.rows.sequence_batches(number)
         assert sum(int((piece.items >= 0).sum()) for piece in pieces) == rows
         assert sum(int(piece.learned.sum()) for piece in pieces) * len(SIZES) == sum(
-            int(row.learned.sum()) for row in told
+            int(row.learned.sum()) for row in sequence_rows
         )
         assert all(piece.items.numel() <= 64 for piece in pieces)
 
 
 def test_each_prefix_is_a_sample_that_learns_its_last_item_after_its_whole_past() -> None:
-    made = shop(length=30, samples="prefix", max_items=8)
-    told = []
-    for piece in made.rows.pieces(0):
+    tiny = shop(length=30, samples="prefix", max_items=8)
+    samples = []
+    for piece in tiny.rows.sequence_batches(0):
         for items, learned in zip(piece.items, piece.learned, strict=True):
             real = items[items >= 0].tolist()
             assert learned.nonzero().flatten().tolist() in ([len(real) - 1], [])
-            told.append(real)
-    wanted = [
-        made.log.items[max(begin, end - 9) : end].tolist()
-        for begin, stop in zip(made.log.starts[:-1], made.split.ends, strict=True)
+            samples.append(real)
+    expected = [
+        tiny.log.items[max(begin, end - 9) : end].tolist()
+        for begin, stop in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)
         for end in range(begin + 2, stop + 1)
     ]
-    assert sorted(told) == sorted(wanted)
+    assert sorted(samples) == sorted(expected)
 
 
 def test_held_out_items_are_not_trained_on() -> None:
-    made = shop()
-    assert len(made.split.held.targets) == 10
+    tiny = shop()
+    assert len(tiny.split.held_out.targets) == 10
     trained = 0
-    for row in made.rows.epoch(0):
-        if row.weight == made.settings.weights.next_sid:
+    for row in tiny.rows.epoch_rows(0):
+        if row.weight == tiny.settings.weights.next_sid:
             trained += (len(row.ids) - 1) // len(SIZES)
-    assert trained == len(made.log) - 10
+    assert trained == len(tiny.log) - 10
 
 
-def test_the_same_epoch_gives_the_same_rows_and_another_one_other_cuts() -> None:
-    made = shop(length=30)
-    first, again, other = (made.rows.batches(number) for number in (0, 0, 1))
-    flat = [[[row.ids.tolist() for row in batch] for batch in batches] for batches in (first, again, other)]
-    assert flat[0] == flat[1]
-    assert flat[0] != flat[2]
-    assert all(len(batch) * max(map(len, batch)) <= 64 * len(SIZES) for batch in flat[0])
+def test_the_same_epoch_gives_the_same_batches_and_another_one_other_cuts() -> None:
+    tiny = shop(length=30)
+    first, second, other = (
+        [batch.items.tolist() for batch in tiny.rows.sequence_batches(number)] for number in (0, 0, 1)
+    )
+    assert first == second
+    assert first != other
 
 
 def test_a_refresh_takes_sequences_with_new_events_and_a_share_of_older_ones() -> None:
-    made = shop(replay=0.25, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0})
-    made.log.fresh[:] = False
-    made.log.fresh[: made.log.starts[10]] = True  # the first ten users have new events
-    cuts = made.rows.crops(np.random.default_rng(0))
-    fresh = [low for low, _ in cuts if low < made.log.starts[10]]
-    assert sum(high - low for low, high in cuts if low < made.log.starts[10]) == made.split.ends[
+    tiny = shop(replay=0.25, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0})
+    tiny.log.fresh[:] = False
+    tiny.log.fresh[: tiny.log.starts[10]] = True  # the first ten users have new events
+    cuts = tiny.rows.crops(np.random.default_rng(0))
+    fresh = [low for low, _ in cuts if low < tiny.log.starts[10]]
+    assert sum(high - low for low, high in cuts if low < tiny.log.starts[10]) == tiny.split.training_ends[
         :10
-    ].sum() - sum(int(start) for start in made.log.starts[:10])
+    ].sum() - sum(int(start) for start in tiny.log.starts[:10])
     assert len(cuts) - len(fresh) == round(len(fresh) / 3)
 
 
 def test_sequences_are_in_event_time_and_keep_the_order_of_equal_times() -> None:
-    made = shop()
-    log = interactions(
+    tiny = shop()
+    log = user_sequences(
         ["b", "a", "a", "b", "a", "a"],
         [5, 9, 3, 5, 3, 4],
         ["i01", "i02", "i03", "i04", "i05", "gone"],
-        made.known,
+        tiny.catalogue,
     )
     assert log.users == ["a", "b"]
-    assert [made.known.items[item] for item in log.items] == ["i03", "i05", "i02", "i01", "i04"]
+    assert [tiny.catalogue.item_ids[item] for item in log.items] == ["i03", "i05", "i02", "i01", "i04"]
     assert log.starts.tolist() == [0, 3, 5]
 
 
 def test_nobody_is_held_out_where_histories_are_too_short() -> None:
-    made = shop(users=4, length=2)
-    split = hold_out(made.log, made.settings, np.random.default_rng(0))
-    assert len(split.held.targets) == 0
-    assert split.ends.tolist() == made.log.starts[1:].tolist()
+    tiny = shop(users=4, length=2)
+    split = hold_out_last_items(tiny.log, tiny.settings, np.random.default_rng(0))
+    assert len(split.held_out.targets) == 0
+    assert split.training_ends.tolist() == tiny.log.starts[1:].tolist()
 
 
 def test_hit_rate_and_ndcg_count_ranks_from_0() -> None:
@@ -241,34 +243,34 @@ def test_hit_rate_and_ndcg_count_ranks_from_0() -> None:
 
 
 def test_children_of_a_prefix_are_those_of_the_sids() -> None:
-    made = shop()
-    known = SidSet([(0, 1, 2), (0, 1, 4), (3, 0, 0)], made.prompt)
-    base = [made.prompt.code_base(level) for level in range(3)]
-    assert known.allowed([]) == [base[0], base[0] + 3]
-    assert known.allowed([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
-    assert known.allowed([base[0] + 1]) == []
-    assert known.allowed(made.prompt.tokens((0, 1, 2))) == []
+    tiny = shop()
+    sids = SidSet([(0, 1, 2), (0, 1, 4), (3, 0, 0)], tiny.prompt)
+    base = [tiny.prompt.code_base(level) for level in range(3)]
+    assert sids.allowed_tokens([]) == [base[0], base[0] + 3]
+    assert sids.allowed_tokens([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
+    assert sids.allowed_tokens([base[0] + 1]) == []
+    assert sids.allowed_tokens(tiny.prompt.tokens((0, 1, 2))) == []
 
 
 def test_without_item_vectors_codes_alone_are_learned() -> None:
-    made = shop(epochs=2, item_vectors=False)
-    model = made.model()
-    train(model, made.rows, made.sids, made.settings)
+    tiny = shop(epochs=2, item_vectors=False)
+    model = tiny.model()
+    train(model, tiny.rows, tiny.sids, tiny.settings)
     assert not model.model.items.own.any()
 
 
 def test_an_item_that_nobody_touched_is_not_pushed_away() -> None:
-    made = shop(users=6, length=3, epochs=3)
+    tiny = shop(users=6, length=3, epochs=3)
     touched = set(
         np.concatenate(
-            [made.log.items[a:b] for a, b in zip(made.log.starts[:-1], made.split.ends, strict=True)]
+            [tiny.log.items[a:b] for a, b in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)]
         ).tolist()
     )
-    new = [item for item in range(len(made.known.items)) if item not in touched]
+    new = [item for item in range(len(tiny.catalogue.item_ids)) if item not in touched]
     assert new
-    model = made.model()
-    train(model, made.rows, made.sids, made.settings)
-    own = model.model.items.own[model.model.items.rows(torch.from_numpy(made.known.codes))]
+    model = tiny.model()
+    train(model, tiny.rows, tiny.sids, tiny.settings)
+    own = model.model.items.own[model.model.items.rows(torch.from_numpy(tiny.catalogue.codes))]
     assert not own[new].any()
     assert own[sorted(touched)].any(-1).all()
 
@@ -288,18 +290,18 @@ def test_until_a_model_can_be_released_one_that_ranks_as_well_and_spells_more_is
 ) -> None:
     settings = shop().settings
     assert settings.min_validity == 0.7
-    measured = Quality(100, 0.5, ndcg, validity, Ranking())
-    assert spells_better(measured, Place(best_ndcg=0.5, validity=kept), settings) is better
+    measured = HeldOutQuality(100, 0.5, ndcg, validity, Ranking())
+    assert spells_more_real_sids(measured, TrainingState(best_ndcg=0.5, validity=kept), settings) is better
 
 
 @pytest.mark.learning
 def test_of_two_models_that_rank_alike_the_one_that_learned_longer_is_kept() -> None:
     # All walks are alike: the ranking of ten users is perfect after an epoch or two, the SIDs are not yet.
-    made = shop(users=60, epochs=12, patience=12)
-    model = made.model()
-    result = train(model, made.rows, made.sids, made.settings)
+    tiny = shop(users=60, epochs=12, patience=12)
+    model = tiny.model()
+    result = train(model, tiny.rows, tiny.sids, tiny.settings)
     assert [point["ndcg10"] for point in result.curve[-8:]] == [1.0] * 8
-    codes = torch.from_numpy(made.known.codes)
+    codes = torch.from_numpy(tiny.catalogue.codes)
     with torch.no_grad():
         state = model.encode(codes[[3, 4, 5]][None], torch.tensor([3]))
         spelled = sid_scores(model, state, torch.zeros(len(codes), dtype=torch.long), codes)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from trainer.tuning.losses import softmax_loss
-from trainer.tuning.soft_targets import Soft, code_tree, sibling_term, teacher_term
+from trainer.tuning.soft_targets import SoftTargets, code_tree, sibling_term, teacher_term
 
 SIZES = (4, 3, 3)
 FIRST = 5
@@ -31,7 +31,7 @@ def test_smoothing_along_the_tree_spreads_over_codes_that_real_items_have_below_
     codes, table = _codes(seed, items), torch.randn(FIRST + sum(SIZES), 6)
     rows = torch.randint(0, len(codes), (count,))
     vectors = [torch.randn(count, 6) for _ in SIZES]
-    share, wanted, weights = 0.2, torch.zeros(()), torch.rand(count) + 0.1
+    share, expected, weights = 0.2, torch.zeros(()), torch.rand(count) + 0.1
     for level, vector in enumerate(vectors):
         logs = (vector @ table.T).log_softmax(-1)
         for at, row in enumerate(rows.tolist()):
@@ -40,10 +40,10 @@ def test_smoothing_along_the_tree_spreads_over_codes_that_real_items_have_below_
             aim = torch.zeros(len(table))
             aim[siblings] = share / len(siblings)
             aim[codes[row, level]] += 1 - share
-            wanted = wanted - weights[at] * (aim * logs[at]).sum() / (weights.sum() * len(SIZES))
+            expected = expected - weights[at] * (aim * logs[at]).sum() / (weights.sum() * len(SIZES))
     hard = softmax_loss(torch.cat(vectors), table, codes[rows].T.reshape(-1), weights=weights.repeat(3))
-    found = hard + share * sibling_term(vectors, codes[rows], rows, code_tree(codes), table, weights)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    actual = hard + share * sibling_term(vectors, codes[rows], rows, code_tree(codes), table, weights)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,8 +58,8 @@ def test_a_teacher_takes_its_share_of_the_target(seed: int, share: float) -> Non
     aim = aim.scatter_add(1, named, share * probabilities)
     weights = torch.rand(9) + 0.1
     each = F.cross_entropy(queries @ every.T, aim, reduction="none")
-    wanted = (each * weights).sum() / weights.sum()
-    soft = Soft(named, probabilities, share)
+    expected = (each * weights).sum() / weights.sum()
+    soft = SoftTargets(named, probabilities, share)
     hard = softmax_loss(queries, every, targets, weights=weights)
-    found = hard + teacher_term(queries, every, targets, soft, weights)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    actual = hard + teacher_term(queries, every, targets, soft, weights)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

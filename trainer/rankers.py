@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from streams.errors import SidstreamError
-from trainer.evaluation.ranker import Ranker
+from trainer.evaluation.ranker import Head, Ranker
 from trainer.settings import Arithmetic
 
 
@@ -20,9 +20,6 @@ class Options(NamedTuple):
 
 
 Factory = Callable[[Options], Ranker]
-# What orders a list of the generator: the beam alone, the beam's items by the dense head, the dense head, or
-# both, mixed with the weight that validation chose.
-Head = Literal["beam", "reordered", "dense", "mixed"]
 # By which settings the generator is trained: those found for Amazon Beauty, the same of several that are
 # merged, the defaults, or the defaults without what is known of users.
 Kind = Literal["tuned", "merged", "default", "no-context"]
@@ -67,27 +64,27 @@ def _sasrec(samples: str) -> Factory:
 
 
 # The generator that was trained last: its heads are models of their own, and one training serves them all.
-_TRAINED: dict[tuple[Options, Kind], Any] = {}
+_TRAINED_GENERATORS: dict[tuple[Options, Kind], Any] = {}
 
 
-def _ours(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
+def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained, default_recipe, recipe
 
-        given = (options.max_seconds, options.epochs)
+        limits = (options.max_seconds, options.epochs)
 
-        def of(chosen: Recipe, first: Trained | None = None) -> Trained:
+        def untrained(chosen: Recipe, first: Trained | None = None) -> Trained:
             return Trained(chosen.under({"arithmetic": options.arithmetic}), first)
 
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED.setdefault((options, "tuned"), of(recipe(*given)))
-            made = of(recipe(*given, members=_MEMBERS), first)
+            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), untrained(recipe(*limits)))
+            generator = untrained(recipe(*limits, members=_MEMBERS), first)
         elif kind == "tuned":
-            made = of(recipe(*given))
+            generator = untrained(recipe(*limits))
         else:
-            made = of(default_recipe(*given, kind == "default"))
-        trained = _TRAINED.setdefault((options, kind), made)
+            generator = untrained(default_recipe(*limits, kind == "default"))
+        trained = _TRAINED_GENERATORS.setdefault((options, kind), generator)
         return Ours(f"sidstream-{variant}", trained, head)
 
     return make
@@ -101,24 +98,24 @@ MODELS: dict[str, Factory] = {
     "itemknn-forward": _itemknn(forward=True),
     "sasrec": _sasrec("position"),
     "sasrec-prefix": _sasrec("prefix"),
-    "sidstream-beam": _ours("beam", "beam"),
-    "sidstream-reordered": _ours("reordered", "reordered"),
-    "sidstream-dense": _ours("dense", "dense"),
-    "sidstream-mixed": _ours("mixed", "mixed"),
-    "sidstream-merged-beam": _ours("merged-beam", "beam", "merged"),
-    "sidstream-merged-dense": _ours("merged-dense", "dense", "merged"),
-    "sidstream-merged-mixed": _ours("merged-mixed", "mixed", "merged"),
-    "sidstream-default": _ours("default", "mixed", "default"),
-    "sidstream-default-no-context": _ours("default-no-context", "mixed", "no-context"),
+    "sidstream-beam": _generator("beam", "beam"),
+    "sidstream-reordered": _generator("reordered", "reordered"),
+    "sidstream-dense": _generator("dense", "dense"),
+    "sidstream-mixed": _generator("mixed", "mixed"),
+    "sidstream-merged-beam": _generator("merged-beam", "beam", "merged"),
+    "sidstream-merged-dense": _generator("merged-dense", "dense", "merged"),
+    "sidstream-merged-mixed": _generator("merged-mixed", "mixed", "merged"),
+    "sidstream-default": _generator("default", "mixed", "default"),
+    "sidstream-default-no-context": _generator("default-no-context", "mixed", "no-context"),
 }
 # What `sidstream evaluate` runs where nothing is named.
 DEFAULT = ("popularity", "itemknn", "sasrec", "sidstream-beam", "sidstream-mixed")
 
 
-def chosen(names: Sequence[str]) -> list[str]:
+def checked_names(names: Sequence[str]) -> list[str]:
     """The names, each once, in their order. Raises SidstreamError for one that is no model, or for none."""
     unknown = [name for name in names if name not in MODELS]
     if unknown or not names:
-        asked = f"there is no model {unknown[0]!r}" if unknown else "no model is named"
-        raise SidstreamError(f"{asked}: give one or more of {', '.join(MODELS)}")
+        problem = f"there is no model {unknown[0]!r}" if unknown else "no model is named"
+        raise SidstreamError(f"{problem}: give one or more of {', '.join(MODELS)}")
     return list(dict.fromkeys(names))
