@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import redis
 
-from agents.attribution.outcomes import OutcomeRules, store_rules
+from agents.attribution.outcome_stage import store_rules
+from agents.attribution.outcomes import OutcomeRules
 from harness.servers import wait_until
 from registry.experiment.outcomes import mature_until, read_all_outcomes, read_outcomes
 from registry.releases.lease import lease_key, promotion_lease
