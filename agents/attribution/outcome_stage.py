@@ -6,14 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import redis.asyncio
 
 from agents.attribution.event_time import PartitionClock
 from agents.attribution.outcomes import VERSION, OpenOutcomes, OutcomeRules
 from agents.attribution.window_stage import StateChange, WindowStage, unapplied_events
-from agents.attribution.window_states import WindowStates
-from streams.errors import SidstreamError
+from agents.attribution.window_states import StateCodec, WindowStates
 from streams.events import Click, Impression, Purchase, Recommendation
 from streams.state import keys
 from streams.wire.batch_stage import EVENT_COUNT, ReceivedEvent
@@ -54,30 +52,15 @@ class OutcomeStage(WindowStage[OpenOutcomes]):
         self, store: redis.asyncio.Redis, rules: OutcomeRules, clocks: Mapping[int, PartitionClock],
         incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
-        super().__init__(WindowStates(store, self.name), clocks, incarnations)
+        codec = StateCodec(OpenOutcomes, VERSION, "an outcome")
+        super().__init__(WindowStates(store, self.name), codec, clocks, incarnations)
         self._rules = rules
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(OpenOutcomes)
 
     def is_relevant(self, event: Any) -> bool:
         """True for answers of a trial, and for events that name a request."""
         if isinstance(event, Recommendation):
             return event.trial is not None
         return event.request_id is not None
-
-    def decode(self, body: bytes) -> OpenOutcomes:
-        """Read a stored state."""
-        state = self._decoder.decode(body)
-        if state.version != VERSION:
-            raise SidstreamError(
-                f"an outcome state has version {state.version}, this sidstream reads {VERSION}: "
-                "replay the topics into an empty Redis"
-            )
-        return state
-
-    def encode(self, state: OpenOutcomes) -> bytes:
-        """Bytes of a state."""
-        return self._encoder.encode(state)
 
     def add_events(
         self, state: OpenOutcomes | None, events: Sequence[ReceivedEvent], closed_until: int | None

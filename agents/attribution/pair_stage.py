@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import redis.asyncio
 from aiokafka import AIOKafkaProducer
 
@@ -14,9 +13,8 @@ from agents.assigned_sids import AssignedSids, sid_codes
 from agents.attribution.event_time import PartitionClock
 from agents.attribution.pairs import OpenPairWindows, PairDecision, PairRules, pair_id
 from agents.attribution.window_stage import StateChange, WindowRules, WindowStage, unapplied_events
-from agents.attribution.window_states import WindowStates
+from agents.attribution.window_states import StateCodec, WindowStates
 from agents.metrics import PAIRS
-from streams.errors import SidstreamError
 from streams.events import Click, Impression, PreferencePair, Purchase, Recommendation, encode
 from streams.state import keys
 from streams.state.history import HistoryEntry
@@ -38,14 +36,13 @@ class PairStage(WindowStage[OpenPairWindows]):
         windows: WindowRules, max_rejected: int, clocks: Mapping[int, PartitionClock],
         incarnations: Mapping[str, int],
     ) -> None:  # fmt: skip
-        super().__init__(WindowStates(store, self.name), clocks, incarnations)
+        codec = StateCodec(OpenPairWindows, VERSION, "a preference")
+        super().__init__(WindowStates(store, self.name), codec, clocks, incarnations)
         self._store = store
         self._producer = producer
         self._sids = sids
         self._rules = PairRules(windows, max_rejected, lambda item: sids.get(item) is not None)
         self._unpublished: list[tuple[str, PairDecision]] = []
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(OpenPairWindows)
 
     def is_relevant(self, event: Any) -> bool:
         """False for impressions without a request: they open no window."""
@@ -54,20 +51,6 @@ class PairStage(WindowStage[OpenPairWindows]):
     def can_close(self) -> bool:
         """Without a codebook no item has a SID: windows stay open until there is one."""
         return self._sids.complete_since_ms() is not None
-
-    def decode(self, body: bytes) -> OpenPairWindows:
-        """Read a stored state."""
-        state = self._decoder.decode(body)
-        if state.version != VERSION:
-            raise SidstreamError(
-                f"a preference state has version {state.version}, this sidstream reads {VERSION}: "
-                "replay the topics into an empty Redis"
-            )
-        return state
-
-    def encode(self, state: OpenPairWindows) -> bytes:
-        """Bytes of a state."""
-        return self._encoder.encode(state)
 
     def add_events(
         self, state: OpenPairWindows | None, events: Sequence[ReceivedEvent], closed_until: int | None

@@ -11,15 +11,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic
 
 from agents.attribution.event_time import PartitionClock
-from agents.attribution.window_states import DUE_USERS_PER_READ, StateWrite, SumChange, WindowStates
+from agents.attribution.window_states import (
+    DUE_USERS_PER_READ,
+    S,
+    StateCodec,
+    StateWrite,
+    SumChange,
+    WindowStates,
+)
 from agents.metrics import WATERMARK
 from streams.wire.batch_stage import ReceivedEvent
 from streams.wire.dead_letters import RefusedRecord
 
-S = TypeVar("S")
 # Topic -> (incarnation, next offset): everything below that offset is in the state.
 Fences = dict[str, tuple[int, int]]
 
@@ -78,9 +84,11 @@ class WindowStage(ABC, Generic[S]):
     topics: frozenset[str]
 
     def __init__(
-        self, states: WindowStates, clocks: Mapping[int, PartitionClock], incarnations: Mapping[str, int]
-    ) -> None:
+        self, states: WindowStates, codec: StateCodec[S], clocks: Mapping[int, PartitionClock],
+        incarnations: Mapping[str, int],
+    ) -> None:  # fmt: skip
         self._states = states
+        self._codec = codec
         self._clocks = clocks
         self._incarnations = incarnations
         # Both by partition, in ms of event time.
@@ -138,14 +146,14 @@ class WindowStage(ABC, Generic[S]):
             writes = []
             for user, (partition, events) in updates.items():
                 token, body = stored.get(user, (b"", None))
-                state = None if body is None else self.decode(body)
+                state = None if body is None else self._codec.decode(body)
                 if watermark is None:
                     change = self.add_events(state, events, self._closed_until.get(partition))
                     if change.state is None:
                         continue  # every event was too late to matter
                 else:
                     change = self.close_windows(user, state, watermark)
-                packed = None if change.state is None else self.encode(change.state)
+                packed = None if change.state is None else self._codec.encode(change.state)
                 writes.append(StateWrite(user, partition, token, packed, change.due_ms, change.sums))
             await self.publish_output()
             overtaken = await self._states.write(writes)
@@ -161,14 +169,6 @@ class WindowStage(ABC, Generic[S]):
     @abstractmethod
     def is_relevant(self, event: Any) -> bool:
         """True where the event can open or fill a window."""
-
-    @abstractmethod
-    def decode(self, body: bytes) -> S:
-        """Read a stored state."""
-
-    @abstractmethod
-    def encode(self, state: S) -> bytes:
-        """Bytes of a state."""
 
     @abstractmethod
     def add_events(

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
+import msgspec
 import redis.asyncio
 
+from streams.errors import SidstreamError
 from streams.state import keys
 from streams.state.redisdb import RedisScript, run_pipeline
 
@@ -70,6 +72,39 @@ class StateWrite:
     body: bytes | None
     due_ms: int | None
     sums: Sequence[SumChange] = ()
+
+
+class VersionedState(Protocol):
+    """What every stage's state has: the version of its layout."""
+
+    version: int
+
+
+S = TypeVar("S", bound=VersionedState)
+
+
+class StateCodec(Generic[S]):
+    """A stage's states as msgpack. `what` names a state in the error for one of another version."""
+
+    def __init__(self, kind: type[S], version: int, what: str) -> None:
+        self._version = version
+        self._what = what
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(kind)
+
+    def encode(self, state: S) -> bytes:
+        """Bytes of a state."""
+        return self._encoder.encode(state)
+
+    def decode(self, body: bytes) -> S:
+        """Read a stored state. Raises SidstreamError for one of another version."""
+        state = self._decoder.decode(body)
+        if state.version != self._version:
+            raise SidstreamError(
+                f"{self._what} state has version {state.version}, this sidstream reads {self._version}: "
+                "replay the topics into an empty Redis"
+            )
+        return state
 
 
 class WindowStates:
