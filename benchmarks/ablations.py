@@ -23,12 +23,12 @@ import numpy as np
 
 from benchmarks.ensembles import Ensemble, distilled
 from benchmarks.results import RESULTS, asks_for_data, line, put_table
-from trainer.evaluation.datasets import load
-from trainer.evaluation.metrics import accuracy, hit_ranks
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, tuned_recipe
+from trainer.evaluation.metrics import accuracy, target_ranks
 from trainer.evaluation.ranker import MASKS, Head, Mask
 from trainer.evaluation.sequences import Int64
-from trainer.evaluation.sidstream_ranker import Recipe, Trained, recipe
-from trainer.evaluation.splits import Queries, Split, leave_one_out
+from trainer.evaluation.splits import EvaluationSplit, Queries, leave_one_out
 from trainer.offline.ranking import DENSE_WEIGHTS
 
 BEGIN, END = "<!-- ablations -->\n", "<!-- end of ablations -->\n"
@@ -78,7 +78,7 @@ def main() -> None:
     if wrong:
         asked.error(f"there is no row {wrong[0]!r}: give some of {', '.join((*ROWS, *ENSEMBLES))}")
     given.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given, leave_one_out(load(given.dataset, given.data)))
+    bench = Bench(given, leave_one_out(load_dataset(given.dataset, given.data)))
     for row in sorted(rows, key=[*ROWS, *ENSEMBLES].index):
         bench.measure(row)
     if given.publish:
@@ -88,9 +88,9 @@ def main() -> None:
 class Bench:
     """Rows of one data set, seed and shape, each kept as a file of lines when it is done."""
 
-    def __init__(self, given: argparse.Namespace, split: Split) -> None:
+    def __init__(self, given: argparse.Namespace, split: EvaluationSplit) -> None:
         self.given, self.split = given, split
-        self._members: dict[str, Trained] = {}
+        self._members: dict[str, TrainedGenerator] = {}
         self.command = (
             f"python -m benchmarks.ablations {given.dataset} --epochs {given.epochs} --width {given.width} "
             f"--users {given.users}"
@@ -105,18 +105,18 @@ class Bench:
         done = [self._path(row) for row in (*ROWS, *ENSEMBLES)]
         return [json.loads(text) for path in done if path.exists() for text in path.read_text().splitlines()]
 
-    def recipe(self, row: str) -> Recipe:
+    def recipe_of(self, row: str) -> TrainingRecipe:
         """What a row trains."""
-        plain = recipe(epochs=self.given.epochs)
+        plain = tuned_recipe(epochs=self.given.epochs)
         _, trainer, codebook = ROWS[row]
         shape = {"width": self.given.width, "patience": 100}
-        return Recipe(plain.trainer | shape | trainer, plain.codebook | codebook, plain.candidates)
+        return TrainingRecipe(plain.trainer | shape | trainer, plain.codebook | codebook, plain.candidates)
 
-    def trained(self, row: str) -> Trained:
+    def trained(self, row: str) -> TrainedGenerator:
         """A row's model; those of the ensemble are kept for it."""
         if row in self._members:
             return self._members[row]
-        made = Trained(self.recipe(row))
+        made = TrainedGenerator(self.recipe_of(row))
         made.fit(self.split, self.given.seed, lambda text: _tell(f"{row}: {text}"))
         if row in MEMBERS:
             self._members[row] = made
@@ -139,7 +139,7 @@ class Bench:
                 words = f"{len(MEMBERS)} tokenisations, mean of log-probabilities"
             else:
                 made = distilled(
-                    ensemble, self.recipe("base"), self.split, self.given.seed,
+                    ensemble, self.recipe_of("base"), self.split, self.given.seed,
                     lambda text: _tell(f"{row}: {text}"),
                 )  # fmt: skip
                 figures, words = self._figures(made), "the ensemble, distilled into the first row"
@@ -165,7 +165,7 @@ class Bench:
         at = np.sort(np.random.default_rng(0).permutation(len(queries))[: self.given.users])
         return queries.take(at)
 
-    def _figures(self, made: Trained) -> Figures:
+    def _figures(self, made: TrainedGenerator) -> Figures:
         found: Figures = {}
         heads: tuple[Head, ...] = ("beam", "reordered", "dense")
         for part, queries in self._parts():
@@ -175,11 +175,11 @@ class Bench:
                     found[part, head, mask] = _counted(lists, queries.targets)
         return found
 
-    def _weights(self, made: Trained) -> list[dict[str, Any]]:
+    def _weights(self, made: TrainedGenerator) -> list[dict[str, Any]]:
         """The dense head's weight in the final score."""
         queries, lines = self._drawn(self.split.valid), []
         for weight in DENSE_WEIGHTS:
-            lists = made.mixed(queries.histories, 10, "seen", weight)
+            lists = made.rank_mixed(queries.histories, 10, "seen", weight)
             for metric, values in _counted(lists, queries.targets).items():
                 words = f"weight {weight} of the dense head"
                 lines.append(self._line(words, f"validation {metric}, mixed", "seen", values, "weights"))
@@ -204,7 +204,7 @@ def _of_ensemble(ensemble: Ensemble, part: str, queries: Queries) -> Figures:
 
 
 def _counted(lists: Int64, targets: Int64) -> dict[str, np.ndarray]:
-    found = accuracy(hit_ranks(lists, targets))
+    found = accuracy(target_ranks(lists, targets))
     return {name: found[name] for name in ("HR@10", "NDCG@10")}
 
 

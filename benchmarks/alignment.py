@@ -36,10 +36,10 @@ from streams.events import PreferencePair, Scheme
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
 from trainer.evaluation.bootstrap import intervals
-from trainer.evaluation.datasets import load
-from trainer.evaluation.metrics import accuracy, hit_ranks
-from trainer.evaluation.sidstream_ranker import Recipe, Trained, default_recipe
-from trainer.evaluation.splits import Queries, Split, by_time
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, default_recipe
+from trainer.evaluation.metrics import accuracy, target_ranks
+from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
 from trainer.offline.offline_check import held_out_probe
 from trainer.offline.quality import evaluate_held_out
 from trainer.offline.ranking import Candidates
@@ -81,33 +81,33 @@ class Figures:
         return self.hits[int(cut)][kept], self.users[kept]
 
 
-def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> Recipe:
+def shop_recipe(name: str, seconds: float | None, epochs: int | None) -> TrainingRecipe:
     """What is fine-tuned: the default model, with codes of collaboration alone where a log has no texts."""
     plain = default_recipe(seconds, epochs)
     if name != "tmall2014":
         return plain
     # So few users, each with hundreds of steps, are soon known by heart: dropout as for the Amazon sets.
     changes = {"text_inputs": False, "max_words": 0, "dropout": 0.5, "lr": 2e-3, "fit_strength": True}
-    return Recipe(plain.trainer | changes, {"collaborative": 1.0})
+    return TrainingRecipe(plain.trainer | changes, {"collaborative": 1.0})
 
 
-def measure(trained: Trained, queries: Queries, note: str) -> Figures:
+def measure(trained: TrainedGenerator, queries: Queries, note: str) -> Figures:
     """A model's figures on the test queries."""
     lists = trained.rank(queries.histories, 10, "none", "mixed")
     quality = evaluate_held_out(
-        trained.model, trained.held, trained.known, trained.set, trained.settings, trained.ranking
+        trained.model, trained.held_out, trained.catalogue, trained.sid_set, trained.settings, trained.ranking
     )
     return _figures(lists, queries, 1 - quality.validity, note)
 
 
-def by_rates(trained: Trained, split: Split, queries: Queries, invalid: float) -> Figures:
+def by_rates(trained: TrainedGenerator, split: EvaluationSplit, queries: Queries, invalid: float) -> Figures:
     """The fine-tuned model's candidates in the order of their score and the log of how often each is bought.
 
     What can be had without learning: a step on item i of the training part was bought in b_i of n_i cases,
     the score gets a log((b_i + PRIOR p) / (n_i + PRIOR)), p of all, a by the purchases of validation.
     """
     assert split.bought is not None, "the log has purchases"
-    steps, sold = np.zeros(split.data.size), np.zeros(split.data.size)
+    steps, sold = np.zeros(split.dataset.size), np.zeros(split.dataset.size)
     for items, bought in zip(split.train, split.bought, strict=True):
         np.add.at(steps, items, 1)
         np.add.at(sold, items, bought)
@@ -118,7 +118,7 @@ def by_rates(trained: Trained, split: Split, queries: Queries, invalid: float) -
     known = _candidates(trained, sales)
 
     def gain(factor: float) -> float:
-        ranks = hit_ranks(_moved(known, weight, moved, factor), sales.targets)
+        ranks = target_ranks(_moved(known, weight, moved, factor), sales.targets)
         return float(accuracy(ranks)["NDCG@10"].mean())
 
     best = max(FACTORS, key=gain)
@@ -126,7 +126,7 @@ def by_rates(trained: Trained, split: Split, queries: Queries, invalid: float) -
     return _figures(lists, queries, invalid, f"factor {best}")
 
 
-def _candidates(trained: Trained, queries: Queries) -> Candidates:
+def _candidates(trained: TrainedGenerator, queries: Queries) -> Candidates:
     return trained.ranker.candidates([row[-trained.settings.max_items :] for row in queries.histories])
 
 
@@ -139,7 +139,7 @@ def _moved(found: Candidates, weight: float, rate: torch.Tensor, factor: float) 
 
 def _figures(lists: Int64, queries: Queries, invalid: float, note: str) -> Figures:
     assert queries.bought is not None
-    ranks = hit_ranks(lists, queries.targets)
+    ranks = target_ranks(lists, queries.targets)
     hits = {cut: ((ranks >= 0) & (ranks < cut)).astype(np.float64) for cut in (1, 10)}
     return Figures(hits, queries.bought, queries.users, invalid, note)
 
@@ -166,7 +166,7 @@ def main() -> None:
     asked.add_argument("--set", action="append", default=[], help="of trainer.dpo, for example lr=0.0002")
     asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
     given = asked.parse_args()
-    split = by_time(load(given.dataset, given.data))
+    split = split_by_time(load_dataset(given.dataset, given.data))
     queries = drawn(split.test if given.part == "test" else split.valid, given.queries)
     done: dict[str, list[Figures]] = {}
     for seed in range(1, given.seeds + 1):
@@ -188,10 +188,10 @@ def main() -> None:
 
 
 def variants(
-    given: argparse.Namespace, split: Split, queries: Queries, seed: int
+    given: argparse.Namespace, split: EvaluationSplit, queries: Queries, seed: int
 ) -> Iterator[tuple[str, Figures]]:
     """The fine-tuned model of a seed, then everything that is aligned from it."""
-    tuned = Trained(shop_recipe(given.dataset, given.max_seconds, given.epochs))
+    tuned = TrainedGenerator(shop_recipe(given.dataset, given.max_seconds, given.epochs))
     tuned.fit(split, seed, lambda text: _tell(f"seed {seed}: {text}"))
     plain = measure(tuned, queries, "")
     yield "SFT", plain
@@ -214,20 +214,20 @@ def variants(
 
 
 def aligned_to(
-    tuned: Trained, pairs: list[PreferencePair], scheme: Scheme, changes: dict[str, Any]
-) -> tuple[Trained, str]:
+    tuned: TrainedGenerator, pairs: list[PreferencePair], scheme: Scheme, changes: dict[str, Any]
+) -> tuple[TrainedGenerator, str]:
     """What the trainer makes of a model and pairs, and what it says of it."""
     given = _ALL | {"schemes": [scheme]} | changes
     dpo = tuned.settings.dpo.model_validate(tuned.settings.dpo.model_dump() | given)
     settings = tuned.settings.model_copy(update={"dpo": dpo})
-    rows = preference_rows(pairs, "evaluation", tuned.set.prompt, dpo)
-    probe = held_out_probe(tuned.held, tuned.known, tuned.set, settings, tuned.ranking)
+    rows = preference_rows(pairs, "evaluation", tuned.sid_set.prompt, dpo)
+    probe = held_out_probe(tuned.held_out, tuned.catalogue, tuned.sid_set, settings, tuned.ranking)
     with tempfile.TemporaryDirectory() as folder:
         model, result = align(
             tuned.model, tuned.tokenizer, rows, settings, Path(folder), sequences=tuned.rows, probe=probe
         )
     other = copy.copy(tuned)
-    other.use(model)
+    other.rank_with(model)
     return other, (
         f"{len(rows)} rows, {result.steps} steps, margin {result.margin:.3f}, drop {result.drop:.2f}, "
         f"{result.stopped}"

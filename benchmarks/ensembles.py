@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe
 from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import Int64
-from trainer.evaluation.sidstream_ranker import Recipe, Trained
-from trainer.evaluation.splits import Split
+from trainer.evaluation.splits import EvaluationSplit
 from trainer.offline.ranking import item_logits, sid_scores
 from trainer.sequences.batches import SequenceBatch, pad_items
 from trainer.tuning.next_item import ScoredItems, past_items, states_before_targets
@@ -25,18 +25,18 @@ _NAMED, _SHARE = 20, 0.5
 class Ensemble:
     """Mean log-probabilities of members that have an order of items in common, and nothing else."""
 
-    def __init__(self, members: Sequence[Trained]) -> None:
+    def __init__(self, members: Sequence[TrainedGenerator]) -> None:
         self.members = members
 
     @torch.no_grad()
-    def _parts(self, member: Trained, histories: Sequence[Int64]) -> tuple[Tensor, Tensor]:
+    def _parts(self, member: TrainedGenerator, histories: Sequence[Int64]) -> tuple[Tensor, Tensor]:
         """A member's states (B, D), and its dense log-probabilities (B, I) in the order of the catalogue."""
         model = member.model
         items, lengths = pad_items(
-            [row[-member.settings.max_items :] for row in histories], member.known.codes
+            [row[-member.settings.max_items :] for row in histories], member.catalogue.codes
         )
         state = model.encode(items, lengths)
-        rows = model.model.items.rows(torch.from_numpy(member.known.codes))
+        rows = model.model.items.rows(torch.from_numpy(member.catalogue.codes))
         logits, _, _ = item_logits(model, state, items, lengths)
         return state, logits.log_softmax(-1)[:, rows]
 
@@ -57,7 +57,7 @@ class Ensemble:
                 owner = torch.arange(len(items)).repeat_interleave(items.shape[1])
                 flat = items.clamp(min=0).flatten()
                 spelled = torch.stack([
-                    sid_scores(member.model, state, owner, torch.from_numpy(member.known.codes)[flat])
+                    sid_scores(member.model, state, owner, torch.from_numpy(member.catalogue.codes)[flat])
                     for member, (state, _) in zip(self.members, found, strict=True)
                 ]).mean(0).view(items.shape)  # fmt: skip
                 scores = torch.full_like(found[0][1], -torch.inf)
@@ -70,17 +70,19 @@ class Ensemble:
         return np.concatenate(made)
 
 
-def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progress: Progress) -> Trained:
+def distilled(
+    ensemble: Ensemble, recipe: TrainingRecipe, split: EvaluationSplit, seed: int, progress: Progress
+) -> TrainedGenerator:
     """A model that learns half from what happened and half from what the ensemble finds likely."""
-    made = Trained(recipe)
+    made = TrainedGenerator(recipe)
     student: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def teacher(pieces: SequenceBatch, among: ScoredItems | None) -> SoftTargets:
-        total = torch.zeros(int(pieces.learned.sum()), data.data.size)
+        total = torch.zeros(int(pieces.learned.sum()), split.dataset.size)
         for member in ensemble.members:
             model = member.model.eval()
-            rows = model.model.items.rows(torch.from_numpy(member.known.codes))
+            rows = model.model.items.rows(torch.from_numpy(member.catalogue.codes))
             every, at, state = states_before_targets(model, pieces, rows)
             (query, past), when = past_items(at, pieces.learned)
             asked = model.model.queries(state)
@@ -89,14 +91,14 @@ def distilled(ensemble: Ensemble, recipe: Recipe, data: Split, seed: int, progre
             logits = logits.index_put((query, past), more, accumulate=True)
             total += logits.log_softmax(-1)[:, rows]
         if "rows" not in student:
-            student["rows"] = made.model.model.items.rows(torch.from_numpy(made.known.codes))
+            student["rows"] = made.model.model.items.rows(torch.from_numpy(made.catalogue.codes))
         total /= len(ensemble.members)
         if among is not None:
             # The student's softmax has no place for what nobody touched.
             total[:, ~among.is_scored[student["rows"]]] = -torch.inf
-        best = total.topk(min(_NAMED, data.data.size), dim=1)
+        best = total.topk(min(_NAMED, split.dataset.size), dim=1)
         items = student["rows"][best.indices]
         return SoftTargets(items if among is None else among.position[items], best.values.softmax(-1), _SHARE)
 
-    made.fit(data, seed, progress, teacher)
+    made.fit(split, seed, progress, teacher)
     return made

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.results import asks_for_data
-from trainer.evaluation.datasets import load
-from trainer.evaluation.run import evaluate
-from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained
-from trainer.evaluation.splits import Split, by_time
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import GeneratorRanker, TrainedGenerator, TrainingRecipe
+from trainer.evaluation.run import evaluate_ranker
+from trainer.evaluation.splits import EvaluationSplit, split_by_time
 
 # What is compared: (name, changes of the settings `trainer.pretrain`).
 VARIANTS: tuple[tuple[str, dict[str, float]], ...] = (
@@ -30,19 +30,21 @@ VARIANTS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def measure(split: Split, name: str, pretrain: dict[str, float], epochs: int, seed: int) -> dict[str, Any]:
+def measure(
+    split: EvaluationSplit, name: str, pretrain: dict[str, float], epochs: int, seed: int
+) -> dict[str, Any]:
     """One variant's figures with one seed."""
-    trained = Trained(Recipe({"epochs": epochs, "max_seconds": None, "pretrain": pretrain}))
-    ours = Ours(name, trained, "mixed")
+    trained = TrainedGenerator(TrainingRecipe({"epochs": epochs, "max_seconds": None, "pretrain": pretrain}))
+    ours = GeneratorRanker(name, trained, "mixed")
 
     def told(text: str) -> None:
         print(f"{name}, seed {seed}: {text}", file=sys.stderr)
 
-    found = evaluate(split, ours, seed, ["none"], told)[0]
+    found = evaluate_ranker(split, ours, seed, ["none"], told)[0]
     stages = [stage for stage in (trained.result.pretraining, trained.result) if stage]
     return {
-        "claim": "not shown to be better", "dataset": split.data.name, "model": name, "seed": seed,
-        "HR@10": float(found.rows["HR@10"].mean()), "NDCG@10": float(found.rows["NDCG@10"].mean()),
+        "claim": "not shown to be better", "dataset": split.dataset.name, "model": name, "seed": seed,
+        "HR@10": float(found.target_metrics["HR@10"].mean()), "NDCG@10": float(found.target_metrics["NDCG@10"].mean()),
         "validation NDCG@10": [stage.quality.ndcg10 for stage in stages if stage.quality],
         "passes": [stage.epochs for stage in stages], "steps": [stage.steps for stage in stages],
         "seconds": sum(stage.seconds for stage in stages),
@@ -63,7 +65,7 @@ def main() -> None:
     asked.add_argument("--epochs", type=int, default=6)
     asked.add_argument("--variant", action="append", help="only this one; may be given again")
     given = asked.parse_args()
-    split = by_time(load(given.dataset, given.data))
+    split = split_by_time(load_dataset(given.dataset, given.data))
     for seed in range(1, given.seeds + 1):
         for name, changes in variants(given.variant):
             print(json.dumps(measure(split, name, changes, given.epochs, seed)), flush=True)

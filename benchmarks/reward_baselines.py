@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streams.events import Reward
+from trainer.evaluation.generator_ranker import TrainedGenerator
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.sidstream_ranker import Trained
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import pad_items
 from trainer.tuning.losses import softmax_loss
@@ -42,15 +42,15 @@ class Lesson:
     likely: Int64  # (N, C) the reference's best items
 
 
-def lesson(made: Trained, histories: list[Int64], targets: Int64) -> Lesson:
+def lesson(made: TrainedGenerator, histories: list[Int64], targets: Int64) -> Lesson:
     """Interactions with the twenty items that the model finds likely before each."""
     newest = [row[-made.settings.max_items :] for row in histories]
     return Lesson(newest, targets, made.ranker.best_items(newest, made.ranker.states(newest), 20).numpy())
 
 
 def modpo(
-    made: Trained, seen: Lesson, rewards: Mapping[str, Float64], weights: Mapping[Reward, float], seed: int,
-    next_item: float = 0.0,
+    made: TrainedGenerator, seen: Lesson, rewards: Mapping[str, Float64], weights: Mapping[Reward, float],
+    seed: int, next_item: float = 0.0,
 ) -> GeneratorForCausalLM:  # fmt: skip
     """One model for one preference: -log sigmoid(1/w_0 (beta margin - w . (r_chosen - r_rejected))).
 
@@ -60,7 +60,7 @@ def modpo(
     """
     total = sum(weights.values()) or 1.0
     gain = sum((1 - RELEVANCE) * weight / total * rewards[name] for name, weight in weights.items())
-    worth = torch.tensor(np.broadcast_to(gain, (len(made.known.codes),)).copy(), dtype=torch.float32)
+    worth = torch.tensor(np.broadcast_to(gain, (len(made.catalogue.codes),)).copy(), dtype=torch.float32)
     reference = made.model
 
     def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
@@ -75,20 +75,20 @@ def modpo(
         pulled = -F.logsigmoid(push / RELEVANCE)[chosen != rejected].mean()
         if not next_item:
             return pulled
-        target = made.model.model.items.rows(torch.from_numpy(made.known.codes[seen.targets[rows]]))
+        target = made.model.model.items.rows(torch.from_numpy(made.catalogue.codes[seen.targets[rows]]))
         return pulled + next_item * softmax_loss(query, every, target, 0.0, past, more)
 
     return _trained(made.model, loss, len(seen.targets), seed)
 
 
-def soup_parts(made: Trained, seen: Lesson, rewards: Mapping[str, Float64], seed: int
+def soup_parts(made: TrainedGenerator, seen: Lesson, rewards: Mapping[str, Float64], seed: int
                ) -> dict[str, GeneratorForCausalLM]:  # fmt: skip
     """The model that goes on as it is ("") and one a reward, whose interactions weigh e^(SHARP r)."""
 
     def part(values: Float64 | None) -> GeneratorForCausalLM:
         def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
             _, query, every, places = _logits(made, policy, seen, rows, whole=False)
-            target = made.model.model.items.rows(torch.from_numpy(made.known.codes[seen.targets[rows]]))
+            target = made.model.model.items.rows(torch.from_numpy(made.catalogue.codes[seen.targets[rows]]))
             heavy = None
             if values is not None:
                 heavy = torch.tensor(np.exp(SHARP * values[seen.targets[rows]]), dtype=torch.float32)
@@ -129,10 +129,10 @@ def _trained(
 
 
 def _logits(
-    made: Trained, model: GeneratorForCausalLM, seen: Lesson, rows: Int64, whole: bool = True
+    made: TrainedGenerator, model: GeneratorForCausalLM, seen: Lesson, rows: Int64, whole: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], Tensor]]:
     """The dense head's logits (B, I) in the order of the catalogue; what they are made of, by table row."""
-    codes, lengths = pad_items([seen.histories[row] for row in rows.tolist()], made.known.codes)
+    codes, lengths = pad_items([seen.histories[row] for row in rows.tolist()], made.catalogue.codes)
     query = model.model.queries(model.encode(codes, lengths))
     every = model.model.items.vectors(model.model.embed_tokens.weight)
     batch, past, more = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
@@ -140,4 +140,4 @@ def _logits(
     if not whole:
         return query, query, every, places
     logits = (query @ every.T).index_put((batch, past), more, accumulate=True)
-    return logits[:, model.model.items.rows(torch.from_numpy(made.known.codes))], query, every, places
+    return logits[:, model.model.items.rows(torch.from_numpy(made.catalogue.codes))], query, every, places

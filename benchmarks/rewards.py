@@ -40,11 +40,11 @@ from benchmarks.reward_baselines import NEXT_ITEM, lesson, modpo, soup, soup_par
 from registry.bundles.rewards import COMMISSION, PRICE, Rewards, said
 from streams.events import Reward
 from trainer.evaluation.bootstrap import differences, intervals
-from trainer.evaluation.datasets import load
-from trainer.evaluation.metrics import hit_ranks
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, default_recipe
+from trainer.evaluation.metrics import target_ranks
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.sidstream_ranker import Recipe, Trained, default_recipe
-from trainer.evaluation.splits import Queries, Split, by_time
+from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import Candidates
 from trainer.plots.png import png
@@ -83,7 +83,7 @@ def main() -> None:
         "--publish", action="store_true", help="put lines, table and picture into docs/results"
     )
     given = asked.parse_args()
-    split = by_time(load(given.dataset))
+    split = split_by_time(load_dataset(given.dataset))
     command = f"python -m benchmarks.rewards --epochs {given.epochs} --seeds {given.seeds}"
     recipe = default_recipe(epochs=given.epochs)
     lines: list[dict[str, object]] = []
@@ -108,19 +108,23 @@ Line = tuple[str, str, str, float, float | None, float | None]
 class Bench:
     """The two models of one seed, and the requests that both are asked with."""
 
-    def __init__(self, split: Split, recipe: Recipe, seed: int, targets: int, histories: int) -> None:
+    def __init__(
+        self, split: EvaluationSplit, recipe: TrainingRecipe, seed: int, targets: int, histories: int
+    ) -> None:
         self.models, self.split, self.seed = {}, split, seed
         for name, enabled in (("sidstream-rewards", True), ("sidstream-no-rewards", False)):
             rewards = recipe.trainer.get("rewards", {}) | {"enabled": enabled}
-            made = Trained(replace(recipe, trainer=recipe.trainer | {"rewards": rewards}))
+            made = TrainedGenerator(replace(recipe, trainer=recipe.trainer | {"rewards": rewards}))
             made.fit(split, seed, partial(_tell, name))
             self.models[name] = made
         self.with_, self.without = self.models.values()
         if self.with_.rewards is None:
             raise ValueError("the items of this data set have no prices: there is nothing to ask for")
         self.rewards: Rewards = self.with_.rewards
-        assert split.data.offers is not None, "a catalogue with bins has prices"
-        self.bins = {name: item_bins(self.rewards, name, split.data.offers) for name in (PRICE, COMMISSION)}
+        assert split.dataset.offers is not None, "a catalogue with bins has prices"
+        self.bins = {
+            name: item_bins(self.rewards, name, split.dataset.offers) for name in (PRICE, COMMISSION)
+        }
         self.top = max(len(edges) for edges in self.rewards.edges[PRICE].values())
         self.queries = drawn(split.test, targets)
         self.few = drawn(self.queries, histories, seed=1)
@@ -129,9 +133,9 @@ class Bench:
         self.fronts: dict[str, list[Point]] = {}
         self.online = self._online()
 
-    def _online(self) -> Trained:
+    def _online(self) -> TrainedGenerator:
         """The model with rewards after a round of answers of its own, kept whatever it costs."""
-        first, offers = self.with_, self.split.data.offers or []
+        first, offers = self.with_, self.split.dataset.offers or []
         rewards = first.settings.rewards
         online = rewards.online.model_copy(update={"rounds": 1, "max_fall": 1.0})
         chosen = {"rewards": rewards.model_copy(update={"online": online})}
@@ -140,10 +144,10 @@ class Bench:
         worth = RewardEvidence(self.rewards, first.context, offers, purchase_labels(rows.log, 0))
         model = copy.deepcopy(first.model)
         result = learn_from_own_answers(
-            model, rows, first.set, worth, first.result.quality, partial(_tell, "online")
+            model, rows, first.sid_set, worth, first.result.quality, partial(_tell, "online")
         )
         _tell("online", result.summary())
-        made.use(model)
+        made.rank_with(model)
         return made
 
     def figures(self, baselines: bool = True) -> Iterator[Line]:
@@ -180,9 +184,9 @@ class Bench:
             found = differences(hits[name], hits["sidstream-no-rewards"], self.queries.users)[0]
             yield claim, name, f"HR@{K} less that without rewards", *found
 
-    def _hits(self, made: Trained) -> Float64:
+    def _hits(self, made: TrainedGenerator) -> Float64:
         lists = made.rank(self.queries.histories, K, "none", "mixed", self.queries.users)
-        return (hit_ranks(lists, self.queries.targets) >= 0).astype(np.float64)[:, None]
+        return (target_ranks(lists, self.queries.targets) >= 0).astype(np.float64)[:, None]
 
     def front(self, baselines: bool) -> Iterator[Line]:
         """Answers under several preferences, by conditions and by scores made anew."""
@@ -227,12 +231,12 @@ class Bench:
 
     def _of(self, model: GeneratorForCausalLM) -> Point:
         other = copy.copy(self.without)
-        other.use(model)
+        other.rank_with(model)
         order = candidates(other, self.few, other.profiles[self.few.users]).order(other.ranking.dense_weight)
         return self._point(order[:, :K].numpy())
 
     def asked(
-        self, conditions: Mapping[str, int], made: Trained | None = None, of: Queries | None = None
+        self, conditions: Mapping[str, int], made: TrainedGenerator | None = None, of: Queries | None = None
     ) -> Int64:
         """(B, K) items for the few histories, or those of other queries, under conditions, of a model."""
         made, of = made or self.with_, of or self.few
@@ -243,10 +247,10 @@ class Bench:
 
     def _point(self, lists: Int64) -> Point:
         price, commission = (float(self.bins[name][lists].mean()) / self.top for name in (PRICE, COMMISSION))
-        return Point(float((hit_ranks(lists, self.few.targets) >= 0).mean()), price, commission)
+        return Point(float((target_ranks(lists, self.few.targets) >= 0).mean()), price, commission)
 
 
-def candidates(made: Trained, queries: Queries, contexts: np.ndarray) -> Candidates:
+def candidates(made: TrainedGenerator, queries: Queries, contexts: np.ndarray) -> Candidates:
     """What both heads of a model propose for the queries under contexts (B, C)."""
     newest = [row[-made.settings.max_items :] for row in queries.histories]
     with torch.no_grad():

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import RESULTS, asks_for_data, line, put_table
-from trainer.evaluation.datasets import load
-from trainer.evaluation.metrics import hit_ranks
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe
+from trainer.evaluation.metrics import target_ranks
 from trainer.evaluation.sequences import Float64
-from trainer.evaluation.sidstream_ranker import Recipe, Trained
-from trainer.evaluation.splits import Queries, Split, by_time
-from trainer.evaluation.tasks import say, spell
+from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
+from trainer.evaluation.tasks import predict_words, search_items
 from trainer.sequences.tasks import search_prompt, summary_prompt
 
 BEGIN, END = "<!-- tasks -->\n", "<!-- end of tasks -->\n"
@@ -57,7 +57,7 @@ def weights(row: str) -> dict[str, float]:
     return made
 
 
-def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
+def figures(made: TrainedGenerator, queries: Queries) -> dict[str, Float64]:
     """Column -> what each query, or each history, gets (N,). What a data set does not tell is left out.
 
     A search has the history and 1 to 3 words of the target's title, the same ones for every row of the table.
@@ -65,13 +65,13 @@ def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
     said as there are.
     """
     lists = made.rank(queries.histories, K, "none", "mixed", queries.users)
-    found = {"next item HR@10": (hit_ranks(lists, queries.targets) >= 0).astype(float)}
+    found = {"next item HR@10": (target_ranks(lists, queries.targets) >= 0).astype(float)}
     if queries.bought is not None:
         found["bought HR@10"] = found["next item HR@10"][queries.bought]
     titles, words, codes, limits = (
         made.rows.title_words,
         made.rows.words,
-        made.known.codes,
+        made.catalogue.codes,
         made.settings.tasks,
     )
     rng = np.random.default_rng(0)
@@ -85,9 +85,9 @@ def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
         if typical:
             heard.append(summary_prompt(history))
             wanted.append(typical)
-    spelled = spell(made.model, searches, made.set, made.known, K)
-    found["search HR@10"] = (hit_ranks(spelled, np.array(targets, np.int64)) >= 0).astype(float)
-    said = say(made.model, heard, [len(row) for row in wanted], made.rows.prompt.first_word)
+    spelled = search_items(made.model, searches, made.sid_set, made.catalogue, K)
+    found["search HR@10"] = (target_ranks(spelled, np.array(targets, np.int64)) >= 0).astype(float)
+    said = predict_words(made.model, heard, [len(row) for row in wanted], made.rows.prompt.first_word)
     found["summary words"] = np.array(
         [len({*one} & {*other}) / len(other) for one, other in zip(said, wanted, strict=True)]
     )
@@ -97,7 +97,7 @@ def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
 class Bench:
     """Rows of one data set and seed, each kept as a file of lines when it is done."""
 
-    def __init__(self, given: argparse.Namespace, split: Split) -> None:
+    def __init__(self, given: argparse.Namespace, split: EvaluationSplit) -> None:
         self.given, self.split = given, split
         at = np.sort(np.random.default_rng(0).permutation(len(split.test))[: given.queries])
         # What was bought is rare: none of it is left out.
@@ -109,7 +109,7 @@ class Bench:
 
     def rows(self) -> list[str]:
         """The rows that this data set can have: without clicks, all is bought."""
-        return [row for row in ROWS if row != "no-purchase" or self.split.data.bought is not None]
+        return [row for row in ROWS if row != "no-purchase" or self.split.dataset.bought is not None]
 
     def _path(self, row: str) -> Path:
         about = f"{self.command} --queries {self.given.queries} --seed {self.given.seed}"
@@ -126,7 +126,7 @@ class Bench:
             return
         began = time.monotonic()
         settings = {"epochs": self.given.epochs, "max_seconds": self.given.max_seconds}
-        made = Trained(Recipe(settings | {"weights": weights(row)}))
+        made = TrainedGenerator(TrainingRecipe(settings | {"weights": weights(row)}))
         made.fit(self.split, self.given.seed, lambda text: _tell(f"{row}: {text}"))
         lines = [self._line(row, name, values) for name, values in figures(made, self.queries).items()]
         self._path(row).write_text("".join(json.dumps(one) + "\n" for one in lines))
@@ -185,7 +185,7 @@ def main() -> None:
     asked.add_argument("--work", type=Path, default=Path("tasks"), help="folder of what is done")
     asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
     given = asked.parse_args()
-    bench = Bench(given, by_time(load(given.dataset, given.data)))
+    bench = Bench(given, split_by_time(load_dataset(given.dataset, given.data)))
     rows = given.rows.split(",") if given.rows else bench.rows()
     wrong = [row for row in rows if row not in bench.rows()]
     if wrong:

@@ -67,19 +67,24 @@ _TRAINED_GENERATORS: dict[tuple[Options, Kind], Any] = {}
 
 def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
-        from trainer.evaluation.sidstream_ranker import Ours, Trained, default_recipe, recipe
+        from trainer.evaluation.generator_ranker import (
+            GeneratorRanker,
+            TrainedGenerator,
+            default_recipe,
+            tuned_recipe,
+        )
 
         given = (options.max_seconds, options.epochs)
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), Trained(recipe(*given)))
-            made = Trained(recipe(*given, members=_MEMBERS), first)
+            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), TrainedGenerator(tuned_recipe(*given)))
+            made = TrainedGenerator(tuned_recipe(*given, members=_MEMBERS), first)
         elif kind == "tuned":
-            made = Trained(recipe(*given))
+            made = TrainedGenerator(tuned_recipe(*given))
         else:
-            made = Trained(default_recipe(*given, kind == "default"))
+            made = TrainedGenerator(default_recipe(*given, kind == "default"))
         trained = _TRAINED_GENERATORS.setdefault((options, kind), made)
-        return Ours(f"sidstream-{variant}", trained, head)
+        return GeneratorRanker(f"sidstream-{variant}", trained, head)
 
     return make
 

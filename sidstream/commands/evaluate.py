@@ -15,9 +15,9 @@ from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
     from trainer.evaluation.ranker import Mask
-    from trainer.evaluation.run import Measured
-    from trainer.evaluation.sequences import Sequences
-    from trainer.evaluation.splits import Split
+    from trainer.evaluation.run import MeasuredRun
+    from trainer.evaluation.sequences import SequenceDataset
+    from trainer.evaluation.splits import EvaluationSplit
     from trainer.rankers import Options
 
 
@@ -67,11 +67,11 @@ def evaluate(
         raise SidstreamError(
             f"--against is {against!r}, but the models are {', '.join(names)}: name one of them"
         )
-    kind = split or datasets.known(dataset).splits[0]
+    kind = split or datasets.dataset_source(dataset).splits[0]
     cut = _cut(kind)
     commit()
     with status(f"reading {dataset}") as show:
-        prepared = cut(datasets.load(dataset, data))
+        prepared = cut(datasets.load_dataset(dataset, data))
         measured = _measured(names, prepared, seeds, masks, shards, Options(max_seconds), show)
     protocol = f"{kind}, {shards} shards" if shards else kind
     command = f"sidstream evaluate {dataset} --models {','.join(names)} --seeds {seeds} --mask {mask}"
@@ -87,7 +87,7 @@ def evaluate(
         out.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *differences]))
     if publish:
         report.publish([*lines, *differences], RESULTS)
-    about = f"{dataset}, {protocol}: {len(prepared.test):,} targets among {prepared.data.size:,} items"
+    about = f"{dataset}, {protocol}: {len(prepared.test):,} targets among {prepared.dataset.size:,} items"
     text = [about, report.as_text(shown), *_told(differences)]
     emit(
         {"dataset": dataset, "protocol": protocol, "lines": [*lines, *differences]}, as_json, "\n".join(text)
@@ -104,26 +104,28 @@ def _masks(named: str) -> list[Mask]:
     return masks
 
 
-def _cut(kind: str) -> Callable[[Sequences], Split]:
+def _cut(kind: str) -> Callable[[SequenceDataset], EvaluationSplit]:
     """The split that --split names."""
-    from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME, by_time, leave_one_out
+    from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME, leave_one_out, split_by_time
 
-    cuts: dict[str, Callable[[Sequences], Split]] = {LEAVE_ONE_OUT: leave_one_out, TIME: by_time}
+    cuts: dict[str, Callable[[SequenceDataset], EvaluationSplit]] = {
+        LEAVE_ONE_OUT: leave_one_out,
+        TIME: split_by_time,
+    }
     if kind not in cuts:
         raise SidstreamError(f"--split is {kind!r}: give {' or '.join(cuts)}")
     return cuts[kind]
 
 
 def _measured(
-    names: Sequence[str], split: Split, seeds: int, masks: Sequence[Mask], shards: int, options: Options,
-    show: Callable[[str], None],
-) -> list[Measured]:  # fmt: skip
+    names: Sequence[str], split: EvaluationSplit, seeds: int, masks: Sequence[Mask], shards: int,
+    options: Options, show: Callable[[str], None],
+) -> list[MeasuredRun]:  # fmt: skip
     """Every model's runs; a seed's models together, so that models which share a training do."""
-    from trainer.evaluation.run import evaluate as run
-    from trainer.evaluation.run import with_means
+    from trainer.evaluation.run import evaluate_ranker, with_means
     from trainer.rankers import MODELS
 
-    found: list[Measured] = []
+    found: list[MeasuredRun] = []
     for seed in range(1, seeds + 1):
         for name in names:
             started = time.monotonic()
@@ -135,7 +137,7 @@ def _measured(
                 ranker = MODELS[name](options)
                 if seed > 1 and not getattr(ranker, "seeded", True):
                     continue
-                found += run(split, ranker, seed, masks, progress, shards)
+                found += evaluate_ranker(split, ranker, seed, masks, progress, shards)
             except ModuleNotFoundError as error:
                 raise SidstreamError(f"{name} needs {error.name}: pip install 'sidstream[train]'") from error
             err.print(f"{name}, seed {seed}: measured in {time.monotonic() - started:.0f} s", markup=False)

@@ -1,4 +1,4 @@
-"""What an evaluation says: a line a figure, a table for the screen, and the page of results."""
+"""Reports of an evaluation: a line of JSON a figure, a table for the screen, and the page of results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.evaluation.bootstrap import Interval, differences, intervals
 from trainer.evaluation.results import line, put_table
-from trainer.evaluation.run import BY_SID, NEW_ITEMS, Measured
+from trainer.evaluation.run import BY_SID, NEW_ITEMS, MeasuredRun
 from trainer.evaluation.sequences import Float64
 
 Line = dict[str, Any]
@@ -28,7 +28,7 @@ _WITH_INTERVAL = ("HR@10", "NDCG@10", f"HR@10{NEW_ITEMS}")
 _HEADINGS = ("model", "ordered by", "mask", "seed", *(column[0] for column in _COLUMNS))
 
 
-def lines(measured: Sequence[Measured], dataset: str, protocol: str, command: str) -> list[Line]:
+def lines(measured: Sequence[MeasuredRun], dataset: str, protocol: str, command: str) -> list[Line]:
     """Every figure of the runs; `protocol`: the split, and the shards where there are any."""
     return [
         _line(run, dataset, protocol, command, metric, value)
@@ -38,7 +38,7 @@ def lines(measured: Sequence[Measured], dataset: str, protocol: str, command: st
 
 
 def compared(
-    measured: Sequence[Measured], against: str, dataset: str, protocol: str, command: str
+    measured: Sequence[MeasuredRun], against: str, dataset: str, protocol: str, command: str
 ) -> list[Line]:
     """The differences of every model's accuracy to that of `against`, over the same users.
 
@@ -51,9 +51,11 @@ def compared(
         if model == against:
             continue
         shared = [
-            metric for metric in run.rows if metric in base.rows and not np.isnan(run.rows[metric]).any()
+            metric
+            for metric in run.target_metrics
+            if metric in base.target_metrics and not np.isnan(run.target_metrics[metric]).any()
         ]
-        ours, theirs = (np.stack([one.rows[metric] for metric in shared], 1) for one in (run, base))
+        ours, theirs = (np.stack([one.target_metrics[metric] for metric in shared], 1) for one in (run, base))
         made += [
             _line(run, dataset, protocol, command, f"{metric} minus {against}", value)
             for metric, value in zip(shared, differences(ours, theirs, run.users), strict=True)
@@ -62,7 +64,7 @@ def compared(
 
 
 def _line(
-    run: Measured, dataset: str, protocol: str, command: str, metric: str, value: Interval | float
+    run: MeasuredRun, dataset: str, protocol: str, command: str, metric: str, value: Interval | float
 ) -> Line:
     low = high = None
     if isinstance(value, Interval):
@@ -74,18 +76,18 @@ def _line(
     return made | {"head": run.head}
 
 
-def _figures(run: Measured) -> Iterator[tuple[str, Interval | float]]:
+def _figures(run: MeasuredRun) -> Iterator[tuple[str, Interval | float]]:
     """Every figure of a run: those of targets with intervals, by the rows that they are of."""
     groups: dict[bytes, list[str]] = {}
-    for metric, values in run.rows.items():
+    for metric, values in run.target_metrics.items():
         groups.setdefault(np.isnan(values).tobytes(), []).append(metric)
     for metrics in groups.values():
-        kept = ~np.isnan(run.rows[metrics[0]])
-        figures: Float64 = np.stack([run.rows[metric][kept] for metric in metrics], axis=1)
+        kept = ~np.isnan(run.target_metrics[metrics[0]])
+        figures: Float64 = np.stack([run.target_metrics[metric][kept] for metric in metrics], axis=1)
         yield from zip(metrics, intervals(figures, run.users[kept]), strict=True)
         rest = metrics[0].partition(",")[2].strip()
         yield f"targets, {rest}" if rest else "targets", float(kept.sum())
-    yield from run.totals.items()
+    yield from run.run_metrics.items()
 
 
 def table(rows: Sequence[Line]) -> list[list[str]]:
@@ -97,16 +99,16 @@ def table(rows: Sequence[Line]) -> list[list[str]]:
     cells = [list(_HEADINGS)]
     for (model, head, mask), by_seed in runs.items():
         seed = None if None in by_seed else next(iter(by_seed))
-        shown = str(seed) if seed is not None else f"mean of {len(by_seed) - 1}"
+        seed_text = str(seed) if seed is not None else f"mean of {len(by_seed) - 1}"
         # What was measured with one seed only, such as a cost, stands beside the means of the others.
-        found = next(iter(by_seed.values())) | by_seed[seed]
+        shown_lines = next(iter(by_seed.values())) | by_seed[seed]
         cells.append(
             [
                 model,
                 head,
                 mask or "",
-                shown,
-                *(_cell(found.get(metric), form) for _, metric, form in _COLUMNS),
+                seed_text,
+                *(_cell(shown_lines.get(metric), form) for _, metric, form in _COLUMNS),
             ]
         )
     kept = [n for n, heading in enumerate(_HEADINGS) if n < 4 or any(row[n] for row in cells[1:])]
@@ -116,10 +118,10 @@ def table(rows: Sequence[Line]) -> list[list[str]]:
 def _cell(row: Line | None, form: str) -> str:
     if row is None or row["value"] is None or math.isnan(row["value"]):
         return ""
-    said = format(row["value"], form)
+    text = format(row["value"], form)
     if row["low"] is not None and row["metric"] in _WITH_INTERVAL:
-        said += f" ({format(row['low'], form)} to {format(row['high'], form)})"
-    return said
+        text += f" ({format(row['low'], form)} to {format(row['high'], form)})"
+    return text
 
 
 def as_text(cells: Sequence[Sequence[str]]) -> str:

@@ -10,8 +10,8 @@ from benchmarks.ensembles import Ensemble, distilled
 from registry.settings import CodebookSettings
 from tests.tiny_sequences import chains
 from trainer.evaluation import splits
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, tuned_recipe
 from trainer.evaluation.ranker import Mask
-from trainer.evaluation.sidstream_ranker import Recipe, Trained, recipe
 from trainer.settings import TrainerSettings
 
 SPLIT = splits.leave_one_out(chains())
@@ -22,14 +22,14 @@ def quiet(text: str) -> None:
     pass
 
 
-def small(levels: int) -> Recipe:
+def small(levels: int) -> TrainingRecipe:
     shape = {"width": 16, "heads": 2, "layers": 1, "epochs": 1, "max_words": 0, "max_seconds": None}
-    return Recipe(shape, {"levels": levels, "size": 8, "collaborative": 0.5}, 8)
+    return TrainingRecipe(shape, {"levels": levels, "size": 8, "collaborative": 0.5}, 8)
 
 
 @pytest.fixture(scope="module")
-def members() -> list[Trained]:
-    made = [Trained(small(levels)) for levels in (2, 3)]
+def members() -> list[TrainedGenerator]:
+    made = [TrainedGenerator(small(levels)) for levels in (2, 3)]
     for one in made:
         one.fit(SPLIT, 1, quiet)
     return made
@@ -37,7 +37,7 @@ def members() -> list[Trained]:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_is_settings_that_exist(row: str) -> None:
-    plain, (_, trainer, codebook) = recipe(), ROWS[row]
+    plain, (_, trainer, codebook) = tuned_recipe(), ROWS[row]
     TrainerSettings.model_validate(plain.trainer | trainer)
     CodebookSettings.model_validate(plain.codebook | codebook)
 
@@ -56,7 +56,7 @@ def test_the_table_has_a_line_a_row_and_leaves_open_what_was_not_measured() -> N
 
 
 @pytest.mark.parametrize("mask", ["none", "seen"])
-def test_an_ensemble_of_one_ranks_as_its_member_does(members: list[Trained], mask: Mask) -> None:
+def test_an_ensemble_of_one_ranks_as_its_member_does(members: list[TrainedGenerator], mask: Mask) -> None:
     for member in members:
         alone = Ensemble([member])
         assert alone.rank(HISTORIES, 5, mask, "dense").tolist() == (
@@ -67,7 +67,7 @@ def test_an_ensemble_of_one_ranks_as_its_member_does(members: list[Trained], mas
         )
 
 
-def test_an_ensemble_has_no_order_of_its_members(members: list[Trained]) -> None:
+def test_an_ensemble_has_no_order_of_its_members(members: list[TrainedGenerator]) -> None:
     for head in ("dense", "beam"):
         one, other = Ensemble(members), Ensemble(members[::-1])
         assert (
@@ -75,9 +75,9 @@ def test_an_ensemble_has_no_order_of_its_members(members: list[Trained]) -> None
         )
 
 
-def test_a_model_learns_from_an_ensemble_what_it_would_not_alone(members: list[Trained]) -> None:
+def test_a_model_learns_from_an_ensemble_what_it_would_not_alone(members: list[TrainedGenerator]) -> None:
     ensemble = Ensemble(members)
-    alone = Trained(small(2))
+    alone = TrainedGenerator(small(2))
     alone.fit(SPLIT, 2, quiet)
     taught = distilled(ensemble, small(2), SPLIT, 2, quiet)
     assert not np.array_equal(

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.alignment_pairs import WINDOWS_MS, shown_pairs
 from tests.tiny_sequences import sequences
-from trainer.evaluation.splits import by_time
+from trainer.evaluation.splits import split_by_time
 
 WINDOW = WINDOWS_MS["rees46"]
 
@@ -25,9 +25,10 @@ def asked(scheme: Any, most: int = 4000) -> list[Any]:
     slate = np.tile(np.arange(5), (9, 1))
     trained: Any = SimpleNamespace(
         rank=lambda histories, k, mask, head: slate[: len(histories)],
-        known=SimpleNamespace(sids=[(item, 0) for item in range(10)]), settings=SimpleNamespace(max_items=20),
+        catalogue=SimpleNamespace(sids=[(item, 0) for item in range(10)]),
+        settings=SimpleNamespace(max_items=20),
     )  # fmt: skip
-    split = replace(by_time(data), starts=(50 * far, 60 * far))
+    split = replace(split_by_time(data), part_starts=(50 * far, 60 * far))
     return sorted(shown_pairs(split, trained, scheme, 1, most), key=lambda pair: (pair.user_id, pair.ts))
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from benchmarks.rewards import Bench, Point, hypervolume, picture, table
 from registry.bundles.rewards import Offer
 from tests.tiny_sequences import chains
-from trainer.evaluation.sidstream_ranker import Recipe
-from trainer.evaluation.splits import by_time
+from trainer.evaluation.generator_ranker import TrainingRecipe
+from trainer.evaluation.splits import split_by_time
 
 POINTS = st.lists(st.builds(Point, *[st.floats(0, 1)] * 3), max_size=5)
 
@@ -46,8 +46,8 @@ def test_every_figure_is_made_of_both_models() -> None:
         "width": 16, "heads": 2, "layers": 1, "epochs": 1, "max_words": 0, "max_seconds": None,
         "text_inputs": False, "rewards": {"min_count": 1},
     }  # fmt: skip
-    recipe = Recipe(shape, {"levels": 2, "size": 8, "collaborative": 0.5}, 8)
-    bench = Bench(by_time(replace(data, offers=offers)), recipe, 1, 20, 10)
+    recipe = TrainingRecipe(shape, {"levels": 2, "size": 8, "collaborative": 0.5}, 8)
+    bench = Bench(split_by_time(replace(data, offers=offers)), recipe, 1, 20, 10)
     made = list(bench.figures())
     assert bench.without.rewards is None
     found = {(model, metric): value for _, model, metric, value, _, _ in made}

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.tasks import BEGIN, END, ROWS, figures, publish, table, weights
 from tests.tiny_sequences import sequences
 from trainer.evaluation import splits
-from trainer.evaluation.sidstream_ranker import Recipe, Trained, default_recipe
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, default_recipe
 from trainer.settings import TaskWeights
 
 
@@ -58,9 +58,9 @@ def test_the_table_has_a_row_each_training_and_the_columns_that_were_measured(tm
 def test_figures_are_of_every_target_of_the_bought_ones_of_searches_and_of_summaries() -> None:
     rows = [[(user + at) % 12 for at in range(6)] for user in range(30)]
     when = [[at if at == 5 and user % 3 == 0 else -1 for at in range(6)] for user in range(30)]
-    split = splits.by_time(sequences(*rows, ts=[range(6)] * 30, bought_ts=when), 4, 5)
+    split = splits.split_by_time(sequences(*rows, ts=[range(6)] * 30, bought_ts=when), 4, 5)
     shape = {"width": 16, "heads": 2, "layers": 1, "epochs": 1, "max_seconds": None}
-    made = Trained(Recipe(shape | {"weights": weights("all")}, {"levels": 2, "size": 8}, 12))
+    made = TrainedGenerator(TrainingRecipe(shape | {"weights": weights("all")}, {"levels": 2, "size": 8}, 12))
     made.fit(split, 1, lambda text: None)
     found = figures(made, split.test)
     again = figures(made, split.test)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, Shop, shop
-from trainer.evaluation.tasks import prompt_states, say, spell
+from trainer.evaluation.tasks import predict_words, prompt_states, search_items
 from trainer.sequences.batches import pad_token_rows
 from trainer.sequences.interactions import user_sequences
 from trainer.sequences.rows import TrainingRows
@@ -219,15 +219,15 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
     titles = made.rows.title_words
     none = made.catalogue.codes[:0]
     asked = [search_prompt(none, [titles[item][1]]) for item in range(24)]
-    best = spell(model, asked, made.sids, made.catalogue, 2)
+    best = search_items(model, asked, made.sids, made.catalogue, 2)
     # The word names a pair of items: no other one is better.
     assert np.mean([item // 2 == at // 2 for at, row in enumerate(best) for item in row.tolist()]) > 0.8
     # After the item before, the word is of one item: the next.
     told = [search_prompt(made.catalogue.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)]
-    first = spell(model, told, made.sids, made.catalogue, 1)[:, 0]
+    first = search_items(model, told, made.sids, made.catalogue, 1)[:, 0]
     assert np.mean(first == np.arange(1, 24)) > 0.8
     heard = [summary_prompt(made.catalogue.codes[[item]]) for item in range(24)]
-    said = say(model, heard, [2] * 24, made.prompt.first_word)
+    said = predict_words(model, heard, [2] * 24, made.prompt.first_word)
     assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(said)]) > 0.7
 
 
@@ -235,7 +235,7 @@ def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
     made = pair_shop()
     model = made.model(seed=1)
     prompts = [search_prompt(made.catalogue.codes[[3, 5]], [made.prompt.first_word]), [BOS, ITEM]]
-    actual = spell(model, prompts, made.sids, made.catalogue, 24)
+    actual = search_items(model, prompts, made.sids, made.catalogue, 24)
     for prompt, best in zip(prompts, actual, strict=True):
         scores = []
         for codes in made.catalogue.codes.tolist():
