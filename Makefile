@@ -7,13 +7,21 @@ TORCH  ?=
 STAMP  := $(VENV)/.installed-$(or $(TORCH),default)
 UV     := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 
-.PHONY: demo test lint format up down install
+.PHONY: demo check test learning lint format hooks up down install
 
 demo: install
 	@$(BIN)/sidstream demo
 
+# Two processes of one thread each: on two cores a test that trains gains nothing from more.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 tests/unit
+
 test: lint
 	$(BIN)/pytest
+
+# What is learned must hold in the arithmetic of a processor without AVX-512 and bfloat16, too.
+learning: install
+	SIDSTREAM_TRAINER__ARITHMETIC=float32 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m learning tests/unit
 
 lint: install
 	$(BIN)/ruff check .
@@ -24,6 +32,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+hooks: install
+	$(BIN)/pre-commit install
 
 up: install
 	@$(BIN)/sidstream up

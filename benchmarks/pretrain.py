@@ -44,7 +44,8 @@ def measure(
     stages = [stage for stage in (trained.result.pretraining, trained.result) if stage]
     return {
         "claim": "not shown to be better", "dataset": split.dataset.name, "model": name, "seed": seed,
-        "HR@10": float(found.target_metrics["HR@10"].mean()), "NDCG@10": float(found.target_metrics["NDCG@10"].mean()),
+        "HR@10": float(found.target_metrics["HR@10"].mean()),
+        "NDCG@10": float(found.target_metrics["NDCG@10"].mean()),
         "validation NDCG@10": [stage.quality.ndcg10 for stage in stages if stage.quality],
         "passes": [stage.epochs for stage in stages], "steps": [stage.steps for stage in stages],
         "seconds": sum(stage.seconds for stage in stages),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -15,6 +16,16 @@ from streams.wire.admin import create_topics, delete_topics
 from tests import support
 
 FreshStack = Callable[[], tuple[KafkaSettings, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def arithmetic() -> Iterator[None]:
+    """SIDSTREAM_TRAINER__ARITHMETIC holds for settings that tests build themselves, too."""
+    chosen = os.environ.get("SIDSTREAM_TRAINER__ARITHMETIC", "auto")
+    with pytest.MonkeyPatch.context() as patch:
+        if chosen != "auto":
+            patch.setattr("trainer.tuning.devices.fast_bf16", lambda where: chosen == "bfloat16")
+        yield
 
 
 @pytest.fixture(scope="session")

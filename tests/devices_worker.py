@@ -22,11 +22,12 @@ from tests.tiny_shop import shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.tuning import broadcast
 from trainer.tuning.checkpoint import snapshot
-from trainer.tuning.devices import Devices, launched
+from trainer.tuning.devices import Devices, launched_devices
 from trainer.tuning.pretrain import pretrain_and_tune
 
 # Nobody is held out: the kept weights are those of the last step, in every process.
 SHOP: dict[str, Any] = {
+    "arithmetic": "float32",
     "validation_users": 0, "epochs": 3, "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0},
 }  # fmt: skip
 # Two stages, and dropout that must not depend on which process has a batch.
@@ -41,7 +42,7 @@ def averaged(devices: Devices) -> list[list[float] | None]:
         loss = None if own is None else own * model.weight.sum()
         if loss is not None:
             loss.backward()
-        shown = devices.average(model, None if own is None else torch.tensor(own))
+        shown = devices.average_gradients(model, None if own is None else torch.tensor(own))
         assert model.weight.grad is not None
         made += [model.weight.grad.flatten().tolist(), [shown]]
         made.append(None if model.bias.grad is None else model.bias.grad.tolist())
@@ -83,18 +84,18 @@ def lead(devices: Devices, folder: Path) -> None:
     cuts = [run("cut", folder / "c", 0.2, STAGES, until) for until in (3, 3, steps - 8)]
     run("resumed", folder / "c", 0.2, STAGES)
     devices.leave()
-    seen = {
+    environment = {
         "steps": steps, "cuts": cuts, "left": sorted(set(os.environ) & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}),
         "processes": accelerate.PartialState().num_processes, "joined": torch.distributed.is_initialized(),
     }  # fmt: skip
-    (folder / "seen.json").write_text(json.dumps(seen))
+    (folder / "seen.json").write_text(json.dumps(environment))
 
 
 def main() -> None:
     """Lead or follow; `lost` names a folder that is not there."""
     folder, what = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    devices = launched()
+    devices = launched_devices()
     rank = devices.rank
     if what == "train":
         (folder / f"averaged-{rank}.json").write_text(json.dumps(averaged(devices)))

@@ -29,7 +29,7 @@ def explore(
     named = {sid_of(item): item for item in range(ITEMS)}
     sids = SidSet(list(named), prompt)
     starts, lengths = random.integers(0, ITEMS, count), random.integers(1, 5, count)
-    made: list[tuple[Exploration, bool]] = []
+    explorations: list[tuple[Exploration, bool]] = []
     # One encoding for all: a walk is known by its start and its length.
     answers: dict[tuple[int, int], tuple[list[list[int]], list[float]]] = {}
     for at, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
@@ -49,16 +49,40 @@ def explore(
             chosen=chosen, propensity=float(chances[chosen]), candidates=best_codes, scores=log_probs,
             temperature=temperature, prompt=[list(sid) for sid in walk], codebook=codebook,
         )  # fmt: skip
-        made.append((event, clicked))
-    return made
+        explorations.append((event, clicked))
+    return explorations
+
+
+def explore_evenly(
+    count: int, *, candidates: int = 8, since: int = T0, codebook: str = "c" * 16, seed: int = 0
+) -> list[tuple[Exploration, bool]]:
+    """`count` explorations after one item n, each of a user of its own, and if they were clicked.
+
+    Items n + 1, n + 5 and others by chance are candidates in any order, each as likely to be drawn; no model
+    draws them. A shopper clicks item n + 1 and nothing else. One millisecond lies between two.
+    """
+    random = np.random.default_rng(seed)
+    explorations: list[tuple[Exploration, bool]] = []
+    for at in range(count):
+        item = int(random.integers(ITEMS))
+        others = random.permutation(np.setdiff1d(np.arange(ITEMS), (1, 5)))[: candidates - 2]
+        shown = (item + random.permutation([1, 5, *others])) % ITEMS
+        chosen = int(random.integers(candidates))
+        event = exploration(
+            at, ts=since + at, user_id=f"e{at}", item_id=f"i{shown[chosen]:02}", chosen=chosen,
+            propensity=1 / candidates, candidates=[list(sid_of(int(one))) for one in shown],
+            scores=[-1.0] * candidates, temperature=1.0, prompt=[list(sid_of(item))], codebook=codebook,
+        )  # fmt: skip
+        explorations.append((event, bool(shown[chosen] == (item + 1) % ITEMS)))
+    return explorations
 
 
 def exploration(number: int, **fields: Any) -> Exploration:
     """One exploration of user u, of two candidates in the tiny shop."""
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "event_id": f"e{number}", "request_id": f"r{number}", "ts": T0, "user_id": "u", "item_id": "i00",
         "propensity": 0.5, "chosen": 0, "candidates": [list(sid_of(0)), list(sid_of(1))],
         "scores": [-1.0, -1.0], "temperature": 1.0, "prompt": [list(sid_of(2))], "codebook": "c" * 16,
         "bundle": "b", "arm": "champion", "trial": "t",
     }  # fmt: skip
-    return Exploration.new(**given | fields)
+    return Exploration.new(**defaults | fields)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from streams.events import Event, Exploration, encode
 from tests.tiny_explorations import T0
-from trainer.log.log import INTERACTIONS, VALUES, Log
+from trainer.log.log import INTERACTIONS, VALUES, InteractionLog
 from trainer.log.window import TOPICS, Window
 
 
@@ -17,7 +17,7 @@ class Logged:
     """A log that grows, without a broker: one partition, offsets in the order of adding."""
 
     def __init__(self, folder: Path) -> None:
-        self.log = Log.open(folder)
+        self.log = InteractionLog.open(folder)
         self.ends = dict.fromkeys(TOPICS, 0)
         self.since = dict(self.ends)
 
@@ -37,25 +37,25 @@ class Logged:
         ]
         self._append("clicks", rows, INTERACTIONS)
 
-    def purchases(self, *bought: tuple[str, str, int]) -> None:
+    def purchases(self, *purchases: tuple[str, str, int]) -> None:
         """(user_id, item_id, milliseconds after T0) each."""
         rows = [
             (f"p{self.ends['purchases'] + at}", user, item, T0 + ts, "purchase", None, None)
-            for at, (user, item, ts) in enumerate(bought)
+            for at, (user, item, ts) in enumerate(purchases)
         ]
         self._append("purchases", rows, INTERACTIONS)
 
-    def events(self, *made: Event) -> None:
+    def events(self, *events: Event) -> None:
         """Events of the topics that keep their bytes."""
-        for event in made:
+        for event in events:
             self._append(event.topic, [(event.key, encode(event))], VALUES)
 
     def tombstone(self, topic: str, key: str) -> None:
         """The record that deletes a key."""
         self._append(topic, [(key.encode(), None)], VALUES)
 
-    def explorations(self, *made: Exploration) -> None:
-        self.events(*made)
+    def explorations(self, *explorations: Exploration) -> None:
+        self.events(*explorations)
 
     def window(self) -> Window:
         """From where the last window ended."""

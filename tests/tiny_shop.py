@@ -41,31 +41,36 @@ class Shop:
     def model(self, seed: int = 0, **shape: Any) -> GeneratorForCausalLM:
         """A generator of width 32 with fresh weights."""
         torch.manual_seed(seed)
-        given = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "depth_size": 32}
-        given["item_vectors"] = self.settings.item_vectors
-        made = new_generator(
+        default_shape = {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "depth_size": 32,
+        }
+        default_shape["item_vectors"] = self.settings.item_vectors
+        generator = new_generator(
             SIZES, self.prompt.code_base(0), len(self.tokenizer) + self.context.size,
             max_items=self.prompt.max_items, num_context=self.context.size,
-            **given | {"dropout": 0.0} | shape,
+            **default_shape | {"dropout": 0.0} | shape,
         ).eval()  # fmt: skip
-        if not made.config.text_size:
-            made.set_items(torch.from_numpy(self.catalogue.codes))
-        return made
+        if not generator.config.text_size:
+            generator.set_items(torch.from_numpy(self.catalogue.codes))
+        return generator
 
     def outspoken(self, seed: int = 0) -> GeneratorForCausalLM:
         """A generator whose two heads rank otherwise, and to which it matters where an item's past is."""
-        made = self.model(seed)
+        generator = self.model(seed)
         with torch.no_grad():
-            made.model.items.own.normal_(0, 0.5)
-            made.model.items.query_proj.weight.normal_(0, 0.3)
-            made.model.items.repeat_vectors.normal_(0, 1)
-        return made
+            generator.model.items.own.normal_(0, 0.5)
+            generator.model.items.query_proj.weight.normal_(0, 0.3)
+            generator.model.items.repeat_vectors.normal_(0, 1)
+        return generator
 
 
-def come_again(model: GeneratorForCausalLM, query: Tensor, past: list[int], item: int) -> float:
+def come_again(model: GeneratorForCausalLM, query: Tensor, history: list[int], item: int) -> float:
     """What the dense head adds to an item of a past (oldest first) under a query (D,), said by hand."""
     rows = model.model.items.repeat_vectors
-    distance, count = past[::-1].index(item) + 1, past.count(item)
+    distance, count = history[::-1].index(item) + 1, history.count(item)
     near = next(at for at in range(8) if distance <= 2**at or at == 7)
     often = next(at for at in range(5) if count <= 2**at or at == 4)
     return float(query @ rows[near] + query @ rows[8 + often])
@@ -98,7 +103,9 @@ def shop(
     )
     prompt = Prompt(SIZES, chosen.max_items)
     titles = {f"i{item:02}": f"red item number {item % 4}" for item in range(ITEMS)}
-    known = training_catalogue({f"i{item:02}": sid_of(item) for item in range(ITEMS)}, titles, prompt)
+    items_with_sid = training_catalogue(
+        {f"i{item:02}": sid_of(item) for item in range(ITEMS)}, titles, prompt
+    )
     rng = np.random.default_rng(3)
     names, stamps, items, places = [], [], [], []
     for user in range(users):
@@ -111,10 +118,20 @@ def shop(
             item = start + 7 * (at % 2) if back else item
             items.append(f"i{item % ITEMS:02}")
             places.append("up" if up[at] else "down")
-    tokenizer = build_tokenizer(prompt, known.titles, chosen.max_words)
+    tokenizer = build_tokenizer(prompt, items_with_sid.titles, chosen.max_words)
     counts = {"scene": {"up": 2, "down": 1}} if scenes else {}
     context = vocabulary(counts, len(tokenizer), 1, 64, 8)
-    log = user_sequences(names, stamps, items, known, context=context.rows(places, names, {}))
+    log = user_sequences(names, stamps, items, items_with_sid, context=context.rows(places, names, {}))
     split = hold_out_last_items(log, chosen, np.random.default_rng(chosen.seed))
-    rows = TrainingRows(log, split, known, tokenizer, prompt, chosen)
-    return Shop(chosen, prompt, known, log, split, tokenizer, SidSet(known.sids, prompt), rows, context)
+    rows = TrainingRows(log, split, items_with_sid, tokenizer, prompt, chosen)
+    return Shop(
+        chosen,
+        prompt,
+        items_with_sid,
+        log,
+        split,
+        tokenizer,
+        SidSet(items_with_sid.sids, prompt),
+        rows,
+        context,
+    )

@@ -187,7 +187,7 @@ class UpdateCycle:
             return None
         model, _ = load_model(inputs.start_bundle.model)
         text_vectors = None if inputs.text_vectors is None else torch.from_numpy(inputs.text_vectors)
-        model.know(torch.from_numpy(inputs.catalogue.codes), text_vectors)
+        model.set_items(torch.from_numpy(inputs.catalogue.codes), text_vectors)
         if len(inputs.split.held_out.targets):
             quality = evaluate_held_out(
                 model, inputs.split.held_out, inputs.catalogue, inputs.sids, self._refresh_settings(),

@@ -25,6 +25,7 @@ from trainer.settings import TrainerSettings
 _PARITY_HISTORIES = 32
 _LOGGED_SETTINGS = (
     "seed", "members", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay",
+    "arithmetic",
 )  # fmt: skip
 
 

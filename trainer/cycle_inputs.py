@@ -25,7 +25,7 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
 from trainer.generator.constrained import SidSet
-from trainer.log.log import Log
+from trainer.log.log import InteractionLog
 from trainer.log.window import Window, read_window
 from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
 from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
@@ -157,7 +157,7 @@ def _read_new_window(
         if reading:
             reading(total)
 
-    log = Log.open(settings.home / "log")
+    log = InteractionLog.open(settings.home / "log")
     return read_window(kafka, log, parent.manifest.window if parent else None, advance)
 
 

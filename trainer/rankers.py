@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from streams.errors import SidstreamError
 from trainer.evaluation.ranker import Head, Ranker
+from trainer.settings import Arithmetic
 
 
 class Options(NamedTuple):
@@ -15,6 +16,7 @@ class Options(NamedTuple):
 
     max_seconds: float | None = None  # time budget of one `fit`; None: until it stops by itself
     epochs: int | None = None  # passes over the training part, at most; None: the model's own
+    arithmetic: Arithmetic = "auto"  # of matrix products in training
 
 
 Factory = Callable[[Options], Ranker]
@@ -55,7 +57,7 @@ def _sasrec(samples: str) -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.baselines.sasrec import SasRec, SasRecSettings
 
-        own = SasRecSettings(samples=samples, max_seconds=options.max_seconds)
+        own = SasRecSettings(samples=samples, max_seconds=options.max_seconds, arithmetic=options.arithmetic)
         return SasRec(own if options.epochs is None else replace(own, epochs=options.epochs))
 
     return make
@@ -70,20 +72,31 @@ def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
         from trainer.evaluation.generator_ranker import (
             GeneratorRanker,
             TrainedGenerator,
+            TrainingRecipe,
             default_recipe,
             tuned_recipe,
         )
 
-        given = (options.max_seconds, options.epochs)
+        limits = (options.max_seconds, options.epochs)
+
+        def untrained(
+            recipe: TrainingRecipe, first_member: TrainedGenerator | None = None
+        ) -> TrainedGenerator:
+            return TrainedGenerator(
+                recipe.with_trainer_settings({"arithmetic": options.arithmetic}), first_member
+            )
+
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), TrainedGenerator(tuned_recipe(*given)))
-            made = TrainedGenerator(tuned_recipe(*given, members=_MEMBERS), first)
+            first_member = _TRAINED_GENERATORS.setdefault(
+                (options, "tuned"), untrained(tuned_recipe(*limits))
+            )
+            generator = untrained(tuned_recipe(*limits, members=_MEMBERS), first_member)
         elif kind == "tuned":
-            made = TrainedGenerator(tuned_recipe(*given))
+            generator = untrained(tuned_recipe(*limits))
         else:
-            made = TrainedGenerator(default_recipe(*given, kind == "default"))
-        trained = _TRAINED_GENERATORS.setdefault((options, kind), made)
+            generator = untrained(default_recipe(*limits, kind == "default"))
+        trained = _TRAINED_GENERATORS.setdefault((options, kind), generator)
         return GeneratorRanker(f"sidstream-{variant}", trained, head)
 
     return make

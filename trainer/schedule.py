@@ -1,4 +1,4 @@
-"""`sidstream trainer`: an update cycle every so often, one at a time, until SIGTERM."""
+"""`sidstream trainer`: periodic update cycles, one at a time, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def run_periodically(
     on_result: Callable[[CycleResult | SidstreamError], None],
     ended: threading.Event | None = None,
 ) -> None:
-    """Call `cycle(stop)` now and then, until `ended` is set (by SIGTERM and SIGINT where it is not given).
+    """Call `cycle(stop)` periodically, until `ended` is set (by SIGTERM and SIGINT where it is not given).
 
-    Starts that fall into a running cycle, or that were missed while the machine slept, become one. `told`
-    gets each result, or the error that ended a cycle: the next one starts all the same. On the way out the
-    running cycle is asked to stop, writes its checkpoint, and is waited for.
+    Starts that fall into a running cycle, or that were missed while the machine slept, become one.
+    `on_result` gets each result, or the error that ended a cycle: the next one starts all the same. On the
+    way out the running cycle is asked to stop, writes its checkpoint, and is waited for.
     """
     finish = ended or on_signal()
 

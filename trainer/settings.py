@@ -11,6 +11,9 @@ from pydantic import Field
 from streams.events import Scheme
 from streams.settings import Section
 
+# Of the matrix products of training; trainer.tuning.devices says what "auto" is on a processor.
+Arithmetic = Literal["auto", "float32", "bfloat16"]
+
 
 class TaskWeights(Section):
     """How much each task of SFT counts in the loss."""
@@ -243,6 +246,12 @@ class TrainerSettings(Section):
     home: Path = Field(default_factory=_home, description="folder of the interaction log and of checkpoints")
     seed: int = Field(17, ge=0, description="of weights, order and dropout")
     threads: int | None = Field(None, ge=1, description="threads of torch; empty: one a physical core")
+    arithmetic: Arithmetic = Field(
+        "auto",
+        description="type of the matrix products of training; auto: bfloat16 where the processor has "
+        "instructions for it, else float32. A fixed one makes trainings on different processors comparable; "
+        "bfloat16 without such instructions works, and is slow",
+    )
     width: int = Field(128, ge=8, description="size of a state; a multiple of twice the heads")
     layers: int = Field(2, ge=1, le=24, description="layers of the backbone")
     heads: int = Field(4, ge=1, description="attention heads of a layer")

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.sequences import SequenceDataset
     from trainer.evaluation.splits import EvaluationSplit
     from trainer.rankers import Options
+    from trainer.settings import Arithmetic
 
 
 def evaluate(
@@ -43,6 +44,12 @@ def evaluate(
         str | None, typer.Option(help="also the difference of every model to this one")
     ] = None,
     max_seconds: Annotated[float | None, typer.Option(help="time budget of one training, in seconds")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            help="of every training of the table: auto, float32 or bfloat16; default: trainer.arithmetic"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write one line of JSON a figure to this file")] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="put the figures into docs/results of this checkout")
@@ -63,6 +70,7 @@ def evaluate(
 
     names = checked_names(models.split(",") if models else DEFAULT)
     masks = _masks(mask)
+    computed = _arithmetic(arithmetic)
     if against is not None and against not in names:
         raise SidstreamError(
             f"--against is {against!r}, but the models are {', '.join(names)}: name one of them"
@@ -72,7 +80,9 @@ def evaluate(
     commit()
     with status(f"reading {dataset}") as show:
         prepared = cut(datasets.load_dataset(dataset, data))
-        measured = _measured(names, prepared, seeds, masks, shards, Options(max_seconds), show)
+        measured = _measured(
+            names, prepared, seeds, masks, shards, Options(max_seconds, arithmetic=computed), show
+        )
     protocol = f"{kind}, {shards} shards" if shards else kind
     command = f"sidstream evaluate {dataset} --models {','.join(names)} --seeds {seeds} --mask {mask}"
     command += f" --split {kind}"
@@ -80,9 +90,11 @@ def evaluate(
         command += f" --shards {shards}"
     if max_seconds:
         command += f" --max-seconds {max_seconds:g}"
-    lines = report.lines(measured, dataset, protocol, command)
+    if computed != "auto":
+        command += f" --arithmetic {computed}"
+    lines = report.lines(measured, dataset, protocol, command, computed)
     shown = report.table(lines)
-    differences = report.compared(measured, against, dataset, protocol, command) if against else []
+    differences = report.compared(measured, against, dataset, protocol, command, computed) if against else []
     if out:
         out.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *differences]))
     if publish:
@@ -102,6 +114,19 @@ def _masks(named: str) -> list[Mask]:
     if not masks:
         raise SidstreamError(f"--mask is {named!r}: give none, seen or both")
     return masks
+
+
+def _arithmetic(named: str | None) -> Arithmetic:
+    """What --arithmetic names; None: the setting."""
+    from sidstream.settings import read
+    from trainer.settings import Arithmetic
+
+    if named is None:
+        return read().trainer.arithmetic
+    for one in get_args(Arithmetic):
+        if named == one:
+            return cast("Arithmetic", one)
+    raise SidstreamError(f"--arithmetic is {named!r}: give {', '.join(get_args(Arithmetic))}")
 
 
 def _cut(kind: str) -> Callable[[SequenceDataset], EvaluationSplit]:

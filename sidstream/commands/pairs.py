@@ -54,10 +54,10 @@ def report(
 
 def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> FilteredPairs | None:
     """What the trainer's log contradicts; None where none was written on this machine."""
-    from trainer.log.log import Log
+    from trainer.log.log import InteractionLog
     from trainer.log.pair_filter import withdraw_contradicted
 
-    log = Log.open(settings.trainer.home / "log")
+    log = InteractionLog.open(settings.trainer.home / "log")
     if not {"purchases", "clicks"} & {file.topic for file in log.files}:
         return None
     purchases, clicks = (log.read(topic, {}, 0)[0] for topic in ("purchases", "clicks"))

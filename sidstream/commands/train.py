@@ -40,9 +40,9 @@ def train(
     from sidstream.settings import load
 
     prepare()
-    from trainer.tuning.devices import launched
+    from trainer.tuning.devices import launched_devices
 
-    devices = launched()
+    devices = launched_devices()
     if not devices.main:
         from trainer.tuning.broadcast import follow_main_process
 

@@ -102,7 +102,8 @@ def pairs_report(
 ) -> PairsReport:
     """Measure the pairs as they were written; a repeated event_id counts once.
 
-    `withdrawal` is what `trainer.log.pair_filter.withdraw` made of them. Raises SidstreamError for no pairs.
+    `withdrawal` is what `trainer.log.pair_filter.withdraw_contradicted` made of them. Raises SidstreamError
+    where there are no pairs.
     """
     distinct_pairs = list({pair.event_id: pair for pair in pairs}.values())
     if not distinct_pairs:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from trainer.evaluation.ranker import CHUNK, Mask, Progress, rank_in_chunks
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import EvaluationSplit, Queries
-from trainer.tuning.devices import device, fast_bf16
+from trainer.settings import Arithmetic
+from trainer.tuning.devices import device, training_arithmetic
 from trainer.tuning.losses import softmax_loss
 
 # Of more validation targets than this, as many are drawn: NDCG@10 then has a standard error near .002.
@@ -46,6 +47,7 @@ class SasRecSettings:
     epochs: int = 200
     patience: int = 10  # epochs without a better NDCG@10 before it stops
     max_seconds: float | None = None
+    arithmetic: Arithmetic = "auto"  # of matrix products
 
 
 class _Layer(nn.Module):
@@ -113,7 +115,6 @@ class SasRec:
         """Train until validation stops it, `epochs` are over or `max_seconds` are spent."""
         settings, target_device = self.settings, device()
         torch.manual_seed(seed)
-        self._mixed = fast_bf16(target_device)
         self._popular = split.train_counts()
         self._network = Network(split.dataset.size, settings).to(target_device)
         self.parameters = sum(part.numel() for part in self._network.parameters())
@@ -124,7 +125,7 @@ class SasRec:
             total = torch.zeros((), device=target_device)
             batches = 0
             for rows, targets in training_batches(split.train, settings, seed, epoch):
-                with torch.autocast(target_device.type, torch.bfloat16, enabled=self._mixed):
+                with training_arithmetic(settings.arithmetic, target_device):
                     states = self._network(rows.to(target_device))
                     has_target = targets >= 0
                     loss = softmax_loss(
@@ -180,11 +181,10 @@ class SasRec:
         for row, history in enumerate(histories):
             newest = history[-self.settings.length :]
             rows[row, : len(newest)] = torch.from_numpy(newest)
-        with torch.autocast(target_device.type, torch.bfloat16, enabled=self._mixed):
-            states = self._network(rows.to(target_device))[
-                torch.arange(len(rows)), lengths.to(target_device) - 1
-            ]
-        return states.float() @ self._network.items.weight.T
+        with training_arithmetic(self.settings.arithmetic, target_device):
+            states = self._network(rows.to(target_device))
+            newest_states = states[torch.arange(len(rows)), lengths.to(target_device) - 1]
+        return newest_states.float() @ self._network.items.weight.T
 
     def ndcg(self, queries: Queries) -> float:
         """NDCG@10 over all items; of a fixed draw where there are many targets. 0 without any."""

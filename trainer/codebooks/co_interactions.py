@@ -1,4 +1,4 @@
-"""What users touched, read from Kafka before there is any SID, in order of event time."""
+"""The items that each user clicked and bought, read from Kafka before any SID exists, oldest first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from streams.settings import KafkaSettings
-from trainer.log.log import Log
+from trainer.log.log import InteractionLog
 from trainer.log.window import read_window
 from trainer.sequences.interactions import TrainingCatalogue
 
@@ -23,8 +23,8 @@ def read_item_sequences(
     Raises SidstreamError when the broker does not answer or a topic is missing.
     """
     catalogue = TrainingCatalogue(items, [], np.zeros((len(items), 0), dtype=np.int64), [""] * len(items))
-    # The trainer's own log is its cycle's, which may be running.
+    # A temporary log: the trainer's own log belongs to the update cycle, which may be running.
     with tempfile.TemporaryDirectory() as folder:
-        log = read_window(kafka, Log.open(Path(folder)), advance=advance).user_sequences(catalogue)
+        log = read_window(kafka, InteractionLog.open(Path(folder)), advance=advance).user_sequences(catalogue)
     rows = log.items.tolist()
     return [[items[row] for row in rows[begin:end]] for begin, end in pairwise(log.starts.tolist())]

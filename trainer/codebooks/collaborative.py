@@ -1,4 +1,4 @@
-"""Vectors of items from what users did with them, and their fusion with the vectors of texts."""
+"""Collaborative vectors of items from user sequences, and their fusion with text vectors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from scipy.sparse.linalg import svds
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
-# Items of a user's sequence that count as seen together, to either side.
+# Two items of a user's sequence co-occur where they are at most so many places apart.
 # On Amazon Beauty's training part the nearest ten held the next item of 7.7 % of users; with 50, of 5.6 %.
 WINDOW = 5
-# What counts as more than chance; of no great effect (7.4 % with 1).
+# Subtracted, as its logarithm, from the pointwise mutual information; of little effect (7.4 % with 1).
 SHIFT = 5.0
-# Items of a catalogue whose matrix is decomposed as a whole, which takes a second at most.
+# Up to so many items the whole matrix is decomposed, which takes a second at most.
 _MAX_ITEMS_FULL_SVD = 1000
 
 
 def collaborative_vectors(
     sequences: Sequence[Int64], items: int, dim: int, *, window: int = WINDOW, shift: float = SHIFT
 ) -> Float32:
-    """Unit rows, float32 (items, dim), near where users touched items soon after each other.
+    """Unit rows, float32 (items, dim), near each other where users interact with the items close together.
 
     Truncated SVD of the shifted positive pointwise mutual information, max(0, log(P(i, j) / (P(i) P(j))) -
     log(shift)), rows scaled by the square root of the singular values (Levy and Goldberg 2014, "Neural word
@@ -47,11 +47,11 @@ def collaborative_vectors(
     )
     rank = min(dim, items - 1)
     if items <= _MAX_ITEMS_FULL_SVD:
-        # With nearly as many vectors as items ARPACK runs out of directions, and goes on from drawn ones.
+        # With nearly as many vectors as items ARPACK runs out of directions and continues from random ones.
         left, values, _ = np.linalg.svd(matrix.toarray())
         left, values = left[:, :rank], values[:rank]
     else:
-        # A fixed start: the default one is drawn anew in every process.
+        # A fixed start vector: the default one is random in every process.
         left, values, _ = svds(matrix, k=rank, v0=np.full(items, items**-0.5))
     order = np.argsort(-values, kind="stable")
     rows = left[:, order] * np.sqrt(values[order])
@@ -62,7 +62,7 @@ def collaborative_vectors(
 
 
 def cooccurrence(sequences: Sequence[Int64], items: int, window: int) -> sparse.csr_matrix:
-    """How often items stood near each other, symmetric (items, items), 1 / distance a pair; no diagonal."""
+    """Co-occurrence counts of items, symmetric (items, items), 1 / distance for each pair; zero diagonal."""
     rows, columns, weights = [], [], []
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     items_in_order = np.concatenate([np.zeros(0, np.int64), *sequences])
@@ -84,7 +84,7 @@ def fuse_vectors(texts: Float32, collaborative: Float32, weight: float) -> Float
     """Unit rows, float32 (N, D + d): texts (N, D) beside collaborative rows (N, d).
 
     `weight`: the share of a row's squared length that is collaborative. A row without a collaborative part is
-    its text's row and zeros: what an item is quantised by that nobody touched yet.
+    its text's row and zeros, as for a new item without interactions.
     """
     has_interactions = np.linalg.norm(collaborative, axis=1, keepdims=True) > 0
     share = np.where(has_interactions, weight, 0.0)

@@ -1,4 +1,4 @@
-"""What turns texts into vectors at a fit: the embedder that the settings name, exported for the agents."""
+"""The text embedder that the settings name, exported as ONNX for the agents where it needs torch."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _OPSET = 18
 
 
 def open_embedder(name: str, cache: Path) -> CachedEmbedder:
-    """The embedder that SIDSTREAM_CODEBOOK__EMBEDDER names, with its vectors kept below `cache`.
+    """The embedder with the name of SIDSTREAM_CODEBOOK__EMBEDDER; its vectors are cached below `cache`.
 
-    A sentence encoder is exported there as well.
+    A sentence encoder is exported there, too.
     Raises SidstreamError for another name, or for a model that cannot be loaded or exported.
     """
     if name == "wordllama":
@@ -44,7 +44,7 @@ def open_embedder(name: str, cache: Path) -> CachedEmbedder:
 
 
 def encoder_folder(embedder: CachedEmbedder) -> Path | None:
-    """Where the exported encoder is, which agents need; None where they have the embedder themselves."""
+    """The folder of the exported encoder for the agents; None where the embedder is one of their own."""
     return embedder.embedder.folder if isinstance(embedder.embedder, SentenceEmbedder) else None
 
 
@@ -66,7 +66,8 @@ def export_encoder(source: str, folder: Path) -> Path:
     """The folder below `folder` with the ONNX graph of a sentence-transformers folder or model id.
 
     Its name is a hash of the weights, the tokenizer and the modules, so the same model is exported once. The
-    graph is held against torch. Raises SidstreamError where the model cannot be loaded, or the graph differs.
+    graph's outputs are compared with torch's. Raises SidstreamError where the model cannot be loaded, or the
+    graph differs.
     """
     model = _load(source)
     id = f"{PREFIX}{_dim(model)}-{_content(model)}"
@@ -83,7 +84,7 @@ def export_encoder(source: str, folder: Path) -> Path:
         _export(model, export_folder / GRAPH)
         write_about(export_folder, id, _dim(model), int(model.max_seq_length))
         _check(model, SentenceEmbedder(export_folder))
-        # Another process may have been faster; the folder's name says that the content is the same.
+        # Another process may have been faster: the same folder name means the same content.
         with contextlib.suppress(OSError):
             export_folder.rename(encoder)
             export_folder.mkdir()

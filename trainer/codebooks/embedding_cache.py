@@ -1,7 +1,7 @@
-"""Vectors that were made once: kept on disk by the hash of the embedder's name and the text.
+"""A cache of text vectors on disk, by the hash of the embedder's name and the text.
 
-Files are only added, each written beside and renamed, so processes may use one folder at the same time.
-Nobody needs the cache: a file that is missing or damaged means that its texts are embedded again.
+Files are only added, each written under a temporary name and renamed, so several processes may use one
+folder. The texts of a missing or damaged file are embedded again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from registry.bundles.embedder import Embedder
 
 Float32 = npt.NDArray[np.float32]
 
-# Above so many files they are put together into one.
+# Above so many files their rows are merged into one file.
 MAX_FILES = 16
 _SUFFIX = ".safetensors"
 
 
 class CachedEmbedder:
-    """An embedder that asks another one only for texts that it was never asked for."""
+    """An embedder that passes only texts without a cached vector to another embedder."""
 
     def __init__(self, embedder: Embedder, folder: Path) -> None:
-        """`folder`: of any embedders; each gets its own folder in it."""
+        """`folder` may be shared: each embedder has its own folder in it."""
         self.embedder = embedder
         self.id, self.dim = embedder.id, embedder.dim
         self._folder = folder / self.id
@@ -66,7 +66,7 @@ class CachedEmbedder:
         return cached
 
     def _write_rows(self, rows: dict[bytes, Float32]) -> Path:
-        """Write one file, named by its keys: whoever writes the same rows writes the same file."""
+        """Write one file, named by a hash of its keys, so that the same rows have the same file name."""
         self._folder.mkdir(parents=True, exist_ok=True)
         ordered = sorted(rows)
         final = self._folder / f"{hashlib.sha256(b''.join(ordered)).hexdigest()[:16]}{_SUFFIX}"

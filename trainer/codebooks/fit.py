@@ -4,8 +4,8 @@ The last level is sized from the fullest prefix, because a prefix holds no more 
 codes; head-room lets later items in below their own prefix.
 
 A codebook that replaces another begins at the means of the old codes, and an item whose first code stays
-what it was keeps its whole SID (the rule of DACT, SIGIR 2026): what was learned of the old SIDs stays mostly
-true.
+what it was keeps its whole SID (the rule of DACT, SIGIR 2026), so that weights trained on the old SIDs stay
+mostly valid.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FittedCodebook:
     sids: list[Sid]
 
     def unchanged_sids(self, old: ReplacedCodebook) -> int:
-        """Items that have the SID that they had."""
+        """The number of items whose SID is the same as under `old`."""
         return sum(old.sids.get(item) == sid for item, sid in zip(self.items, self.sids, strict=True))
 
 
@@ -70,10 +70,10 @@ def fit_codebook(
     """The codebook of a catalogue and a SID for each of its items.
 
     `sequences`: item_ids of each user in order of time, for the collaborative part. An `old` codebook with
-    another number of levels leaves no trace. `progress(1)` is called once a level. Raises SidstreamError for
+    another number of levels is ignored. `progress(1)` is called once a level. Raises SidstreamError for
     an empty catalogue.
     """
-    # Slots are given in this order: the same catalogue gives the same SIDs, however its records were read.
+    # SIDs are assigned in this order, so that they do not depend on the order of the records.
     ordered = sorted({item.item_id: item for item in items}.values(), key=lambda item: item.item_id)
     if not ordered:
         raise SidstreamError(
@@ -109,10 +109,10 @@ def fit_codebook_to_vectors(
 ) -> Codebook:
     """The codebook of vectors (N, D), whose last `collaborative` columns later items may lack.
 
-    `old`: the codebook that it replaces, of as many levels, under which the vectors had `sids`.
+    `old`: the codebook that it replaces, with the same number of levels; `sids`: the vectors' SIDs under it.
     """
     seed, last_level = settings.seed, settings.levels - 1
-    # Never fewer codes than before: SIDs that are kept must fit.
+    # No level has fewer codes than before, since SIDs of the old codebook are kept.
     min_sizes = old.sizes if old else (1,) * settings.levels
     sizes = [max(settings.size, size) for size in min_sizes]
     codes = None
@@ -145,11 +145,11 @@ def _rqvae_codebook(
     vectors: Float32, embedder: str, sizes: Sequence[int], seed: int, collaborative: int,
     old: Codebook | None, codes: Int64 | None,
 ) -> Codebook:  # fmt: skip
-    """An RQ-VAE's codebook. Where the one that is replaced has an encoder for such vectors, that one stays.
+    """An RQ-VAE's codebook. The encoder of the replaced codebook stays where it fits these vectors.
 
     A new encoder, or the old one trained further, would give many items other codes (of 320 toy items 289
     kept their SID with the encoder as it was, 184 after 20 steps of a tenth of the usual rate). The axes of
-    collaborative vectors turn from fit to fit: an encoder of the old ones means nothing for the new.
+    collaborative vectors differ between fits, so an encoder of the old vectors does not fit the new ones.
     """
     stays = old and old.encoder and old.embedder == embedder
     if old and codes is not None and stays and not collaborative and not old.collaborative:
@@ -165,7 +165,7 @@ def _rqvae_codebook(
 def _update_centroids(
     old: Codebook, vectors: Float32, sizes: Sequence[int], seed: int, codes: Int64
 ) -> tuple[Float32, ...]:
-    """Centroids at the means of what the items with each old code are now, level by level."""
+    """Centroids at the means of the current residuals of the items with each old code, level by level."""
     residual, old_codes, levels = old.encode(vectors), codes, []
     for level, size in enumerate(sizes):
         centroids = code_means(residual, old_codes[:, level], size, seed + level)
@@ -177,9 +177,9 @@ def _update_centroids(
 
 
 def assign_keeping(codebook: Codebook, vectors: Float32, old: Sequence[Sid | None]) -> list[Sid]:
-    """One SID a vector (N, D): the `old` one where its first code is the nearest still, else a free slot.
+    """A SID for each vector (N, D): the `old` one where its first code is still the nearest, else a free one.
 
-    SIDs that are kept are reserved before any other is given.
+    Kept SIDs are reserved before any other is assigned.
     """
     codes, _ = codebook.quantise(vectors)
     unchanged = [

@@ -1,4 +1,4 @@
-"""Residual k-means: level by level the centroids of what the levels before left over.
+"""Residual k-means: each level's centroids are fitted to the residuals of the levels before.
 
 Residual quantisation with k-means at each level (RQ-KMeans). Scikit-learn's greedy k-means++ ends nearer
 than Faiss's random first rows do: on 12,101 product titles 256 centroids leave .594 and .593 of the squared
@@ -33,10 +33,10 @@ def residual_kmeans(
 ) -> tuple[list[Float32], Float64, Int64]:
     """Centroids of each level, float32 (sizes[l], D), for rows (N, D).
 
-    Also what the last of them leaves over, scaled to unit length, float64 (N, D), and the codes, int64
-    (N, len(sizes)). `old`: the codes (N, >= len(sizes)) that the rows had, -1 for rows that had none; each
-    level begins at the means of its old codes, so that a code goes on to mean what it meant. `progress(1)` is
-    called once a level.
+    Also the residuals after the last level, scaled to unit length, float64 (N, D), and the codes, int64
+    (N, len(sizes)). `old`: the rows' codes (N, >= len(sizes)) in the codebook before, -1 for new rows; each
+    level starts at the means of its old codes, so that a code keeps its meaning. `progress(1)` is called once
+    a level.
     """
     residual = np.asarray(rows, dtype=np.float64)
     levels: list[Float32] = []
@@ -58,8 +58,8 @@ def residual_kmeans(
 def kmeans(rows: Float64, size: int, seed: int, start: Float32 | None = None) -> Float32:
     """`size` centroids of rows (N, D), float32 (size, D); `start`: the centroids to begin from.
 
-    Where there are not more distinct rows than that: `start`, or the rows themselves and spare centroids
-    spread like them, which later items take.
+    With at most `size` distinct rows: `start`, or the rows themselves and random centroids with half their
+    spread, which later items can take.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -69,16 +69,16 @@ def kmeans(rows: Float64, size: int, seed: int, start: Float32 | None = None) ->
         return _draw_centroids(distinct, size, seed) if start is None else start
     begin = "k-means++" if start is None else start.astype(np.float64)
     with warnings.catch_warnings():
-        # Duplicate titles may leave a cluster empty: that costs a code, it is no error.
+        # Duplicate titles may leave a cluster empty, which wastes a code but is no error.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = KMeans(size, init=begin, n_init=N_INIT, random_state=seed).fit(rows)
     return np.asarray(fitted.cluster_centers_, dtype=np.float32)
 
 
 def code_means(rows: Float64, codes: Int64, size: int, seed: int) -> Float32:
-    """The mean of the rows (N, D) of each code, float32 (size, D); codes (N,), -1 counts for none.
+    """The mean of the rows (N, D) of each code, float32 (size, D); codes (N,), -1 for rows without a code.
 
-    A code that no row has gets a row that was drawn.
+    A code without rows gets a random row.
     """
     counted = codes >= 0
     counts = np.bincount(codes[counted], minlength=size)
@@ -91,8 +91,10 @@ def code_means(rows: Float64, codes: Int64, size: int, seed: int) -> Float32:
 
 
 def mask_changed_codes(old: Int64, codes: Int64, level: int) -> Int64:
-    """`old` (N, L) with -1 in the rows whose code at `level` became another than codes (N,): what is left of
-    them below it is left of something else."""
+    """`old` (N, L) with -1 in the rows whose old code at `level` differs from codes (N,).
+
+    Below a changed code a row's residual is another one, so its old codes have no meaning there.
+    """
     return np.where((old[:, level] == codes)[:, None], old, -1)
 
 
@@ -102,12 +104,12 @@ def nearest_centroids(rows: Float64, centroids: Float32) -> Int64:
 
 
 def _draw_centroids(distinct: Float32, size: int, seed: int) -> Float32:
-    """`size` rows that were drawn, or all of them and spare ones spread like them."""
+    """`size` random rows; with fewer rows all of them, and random ones near them."""
     random = np.random.default_rng(seed)
     if len(distinct) > size:
         return distinct[random.permutation(len(distinct))[:size]]
     spare = distinct[random.integers(len(distinct), size=size - len(distinct))].astype(np.float64)
-    # Half a typical spread away: near real items, yet not on them.
+    # Half the standard deviation away: near real items, but not equal to them.
     scale = 0.5 * max(float(distinct.std()), 1e-3)
     spare = spare + random.normal(0.0, scale, size=spare.shape)
     return np.concatenate([distinct, spare]).astype(np.float32)

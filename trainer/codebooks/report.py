@@ -32,10 +32,10 @@ class NearestCodes:
 
     collision_rate: float  # (N - U) / N
     collided: float  # share of items whose SID another item has too
-    largest_group: int  # items of the most shared SID
+    largest_group: int  # items of the SID that most items share
     p99_group: float  # 99th percentile of items a SID
     error: float  # mean squared distance to what the codes stand for, over that to the mean of all items
-    moved: float  # share of items whose own SID is another
+    moved: float  # share of items whose own SID is not the nearest codes
     moved_error: float  # the error of the SIDs that items have
 
 
@@ -57,7 +57,7 @@ class SharedPrefixes:
     first: float
     two: float
     chance: float  # share of pairs of any two items that have the same first code
-    items: int  # items that were asked about
+    items: int  # items that were compared with a neighbour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CodebookReport:
     headroom: float  # codes of the last level over that
     greedy: NearestCodes | None
     neighbours: SharedPrefixes | None  # the nearest in the space of vectors
-    together: SharedPrefixes | None  # the item that was most often touched next to it
+    together: SharedPrefixes | None  # the item that most often stands next to it in user sequences
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, rounded to four places, for JSON."""
@@ -88,7 +88,7 @@ def codebook_report(
     vectors: Float32 | None = None,
     sequences: Sequence[Int64] = (),
 ) -> CodebookReport:
-    """Measure the SIDs of N >= 1 items; `vectors` (N, D) as it was fitted to, `sequences` of rows."""
+    """Measure the SIDs of N >= 1 items; `vectors` (N, D) of the fit, `sequences` of rows of each user."""
     codes = np.array(sids, dtype=np.int64)
     prefixes = Counter(map(tuple, codes[:, :-1].tolist()))
     largest = max(prefixes.values())
@@ -126,9 +126,9 @@ def nearest_codes(codebook: Codebook, vectors: Float32, own_codes: Int64) -> Nea
 
 
 def _squared_errors(codebook: Codebook, latent: Float64, codes: Int64) -> Float64:
-    """Squared distances (N,) of what is quantised (N, d) to what codes (N, L) stand for.
+    """Squared distances (N,) of quantised vectors (N, d) to the reconstructions of codes (N, L).
 
-    A residual that is scaled takes its length along: the last distance is scaled back by all of them.
+    Where residuals are scaled to unit length, the last distance is scaled back by all the lengths.
     """
     residual, length = latent, np.ones((len(latent), 1))
     for level, centroids in enumerate(codebook.centroids):

@@ -1,4 +1,4 @@
-"""RQ-VAE: an encoder whose output is quantised level by level, trained to give the vector back.
+"""RQ-VAE: an encoder whose output is quantised level by level, trained to reconstruct the vector.
 
 With r_0 = Enc(x): c_l = argmin_k |r_{l-1} - e_{l,k}|^2, r_l = r_{l-1} - e_{l,c_l}, z = sum_l e_{l,c_l},
 L = |x - Dec(z)|^2 + sum_l (|sg[r_{l-1}] - e_{l,c_l}|^2 + beta |r_{l-1} - sg[e_{l,c_l}]|^2),
@@ -34,7 +34,7 @@ EPOCHS = 100
 
 @dataclass(frozen=True)
 class FittedRqvae:
-    """What training leaves: the layers of the encoder, and centroids (K, CODE_DIM) a level."""
+    """The trained layers of the encoder, and the centroids (K, CODE_DIM) of each level."""
 
     encoder: tuple[Layer, ...]
     centroids: tuple[Float32, ...]
@@ -66,7 +66,7 @@ class RQVAE(nn.Module):
         return latent + (total - latent).detach(), loss, torch.stack(chosen, dim=1)
 
     def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss () of giving `targets` (B, D) back from `rows` (B, D), and the codes (B, L)."""
+        """The loss () of reconstructing `targets` (B, D) from `rows` (B, D), and the codes (B, L)."""
         quantised, loss, codes = self.quantise(self.encoder(rows))
         return (self.decoder(quantised) - targets).pow(2).sum(1).mean() + loss, codes
 
@@ -82,9 +82,9 @@ def fit_rqvae(
 ) -> FittedRqvae:
     """Train on rows (N, D), sizes[l] codes at level l. `progress(1)` is called once an epoch.
 
-    `optional`: how many columns, the last ones, later items may lack; a quarter of the rows of a batch are
-    encoded without them. `old`: the codes (N, >= len(sizes)) that the rows had, -1 for rows that had none:
-    training begins at their means, so that a code goes on to mean what it meant.
+    `optional`: the number of last columns that later items may lack; a quarter of the rows of a batch are
+    encoded without them. `old`: the rows' codes (N, >= len(sizes)) in the codebook before, -1 for new rows:
+    training starts at their means, so that a code keeps its meaning.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -108,7 +108,7 @@ def fit_rqvae(
             optimiser.step()
             for level, column in zip(used_codes, codes.T, strict=True):
                 level[column] = True
-        # The last fifth settles: a code that moves then would find no time to.
+        # No restarts in the last fifth of the epochs: a code would have no time to converge.
         if epoch < 0.8 * EPOCHS:
             _restart_unused_codes(model, data, used_codes, generator)
         if progress:
@@ -132,13 +132,13 @@ def _linears(mlp: nn.Sequential) -> list[nn.Linear]:
 
 @torch.no_grad()
 def _initialise_codes(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) -> None:
-    """Codes by k-means on what the untrained encoder makes of the rows, or the old codes' means."""
+    """Set the codes by k-means on the untrained encoder's outputs, or to the means of the old codes."""
     residual = model.encoder(data).double().numpy()
     for number, level in enumerate(model.codes):
         if old is None:
             centroids = kmeans(residual, len(level), seed + number)
         else:
-            # Iterations of k-means would lead away from where training had put the codes.
+            # Without k-means iterations, which would move the codes away from the trained ones.
             centroids = code_means(residual, old[:, number], len(level), seed + number)
         level.copy_(torch.from_numpy(centroids))
         codes = nearest_centroids(residual, centroids)
@@ -151,7 +151,7 @@ def _initialise_codes(model: RQVAE, data: Tensor, seed: int, old: Int64 | None) 
 def _restart_unused_codes(
     model: RQVAE, data: Tensor, used_codes: Sequence[Tensor], generator: torch.Generator
 ) -> None:
-    """Codes that no row took in an epoch begin again at what is left of rows that were drawn."""
+    """Codes without a row in an epoch restart at the residuals of random rows."""
     if all(bool(level.all()) for level in used_codes):
         return
     sample = data[torch.randint(len(data), (BATCH,), generator=generator)]

@@ -36,7 +36,7 @@ from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
 from trainer.settings import TrainerSettings
 from trainer.tuning.ensemble import train_ensemble
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.sft import SftResult, train
 
 Float32 = npt.NDArray[np.float32]
@@ -49,6 +49,10 @@ class TrainingRecipe:
     trainer: dict[str, Any] = field(default_factory=dict)
     codebook: dict[str, Any] = field(default_factory=dict)
     candidates: int = 50  # of each head
+
+    def with_trainer_settings(self, trainer: dict[str, Any]) -> TrainingRecipe:
+        """The same recipe with other settings of the trainer."""
+        return replace(self, trainer=self.trainer | trainer)
 
 
 def tuned_recipe(
@@ -95,7 +99,7 @@ class TrainedGenerator:
         self._candidates: dict[int, Candidates] = {}
 
     def fit(
-        self, split: EvaluationSplit, seed: int, progress: Progress, teacher: Teacher | None = None
+        self, split: EvaluationSplit, seed: int, progress: Progress, teacher: TeacherTargets | None = None
     ) -> None:
         """Codebook, SIDs and generator of a split; once for all heads of one seed. `teacher`: see `train`."""
         if self._seed == seed and self._split is split:
@@ -178,7 +182,7 @@ class TrainedGenerator:
         return TrainingRows(log, parts, self.catalogue, self.tokenizer, self.sid_set.prompt, self.settings)
 
     def _train_generator(
-        self, text_vectors: Float32 | None, progress: Progress, teacher: Teacher | None
+        self, text_vectors: Float32 | None, progress: Progress, teacher: TeacherTargets | None
     ) -> None:
         input_vectors = text_vectors if self.settings.text_inputs else None
 

@@ -14,6 +14,7 @@ from trainer.evaluation.bootstrap import Interval, differences, intervals
 from trainer.evaluation.results import line, put_table
 from trainer.evaluation.run import BY_SID, NEW_ITEMS, MeasuredRun
 from trainer.evaluation.sequences import Float64
+from trainer.settings import Arithmetic
 
 Line = dict[str, Any]
 BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
@@ -28,18 +29,25 @@ _WITH_INTERVAL = ("HR@10", "NDCG@10", f"HR@10{NEW_ITEMS}")
 _HEADINGS = ("model", "ordered by", "mask", "seed", *(column[0] for column in _COLUMNS))
 
 
-def lines(measured: Sequence[MeasuredRun], dataset: str, protocol: str, command: str) -> list[Line]:
-    """Every figure of the runs; `protocol`: the split, and the shards where there are any."""
+def lines(
+    measured: Sequence[MeasuredRun], dataset: str, protocol: str, command: str,
+    arithmetic: Arithmetic = "auto",
+) -> list[Line]:  # fmt: skip
+    """Every figure of the runs; `protocol`: the split, and the shards where there are any.
+
+    `arithmetic`: the setting that the models were trained under.
+    """
     return [
-        _line(run, dataset, protocol, command, metric, value)
+        _line(run, dataset, protocol, command, metric, value, arithmetic)
         for run in measured
         for metric, value in _figures(run)
     ]
 
 
 def compared(
-    measured: Sequence[MeasuredRun], against: str, dataset: str, protocol: str, command: str
-) -> list[Line]:
+    measured: Sequence[MeasuredRun], against: str, dataset: str, protocol: str, command: str,
+    arithmetic: Arithmetic = "auto",
+) -> list[Line]:  # fmt: skip
     """The differences of every model's accuracy to that of `against`, over the same users.
 
     The mean over seeds where there are several; else the one run.
@@ -57,22 +65,23 @@ def compared(
         ]
         ours, theirs = (np.stack([one.target_metrics[metric] for metric in shared], 1) for one in (run, base))
         made += [
-            _line(run, dataset, protocol, command, f"{metric} minus {against}", value)
+            _line(run, dataset, protocol, command, f"{metric} minus {against}", value, arithmetic)
             for metric, value in zip(shared, differences(ours, theirs, run.users), strict=True)
         ]
     return made
 
 
 def _line(
-    run: MeasuredRun, dataset: str, protocol: str, command: str, metric: str, value: Interval | float
-) -> Line:
+    run: MeasuredRun, dataset: str, protocol: str, command: str, metric: str, value: Interval | float,
+    arithmetic: Arithmetic,
+) -> Line:  # fmt: skip
     low = high = None
     if isinstance(value, Interval):
         value, low, high = value
     fields = {"value": value, "low": low, "high": high}
     rounded = {name: None if part is None else float(f"{part:.5g}") for name, part in fields.items()}
     made = line(f"accuracy, {protocol}", dataset, run.model, metric, seed=run.seed, command=command,
-                mask=run.mask, **rounded)  # fmt: skip
+                mask=run.mask, arithmetic=arithmetic, **rounded)  # fmt: skip
     return made | {"head": run.head}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streams.errors import SidstreamError
+from trainer.settings import Arithmetic
 
 # Only a checkout has it; an installed package has no pages.
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -31,15 +33,47 @@ def commit() -> str:
     return asked.stdout.strip() or "none"
 
 
+@cache
+def _processor() -> str:
+    """The processor's own name; the kind of machine where it tells none."""
+    try:
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        told = []
+    names = [text.partition(":")[2].strip() for text in told if text.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+def machine(arithmetic: Arithmetic = "auto") -> str:
+    """What a figure was measured on: processor, cores, and how torch computes there, where it is installed.
+
+    That is the GPU where there is one, the widest vector instructions, the threads, and the type of matrix
+    products in training under that setting. All of them change what is learned in its last digits.
+    """
+    about = [_processor(), f"{os.cpu_count()} cores"]
+    try:
+        import torch
+
+        from trainer.tuning.devices import device, resolved_arithmetic
+    except ModuleNotFoundError:
+        return ", ".join(about)
+    where = device()
+    if where.type == "cuda":
+        about.append(torch.cuda.get_device_name())
+    about += [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    return ", ".join([*about, resolved_arithmetic(arithmetic, where)])
+
+
 def line(
     claim: str, dataset: str, model: str, metric: str, value: Any, seed: int | None, command: str,
     low: float | None = None, high: float | None = None, mask: str | None = None,
+    arithmetic: Arithmetic = "auto",
 ) -> dict[str, Any]:  # fmt: skip
-    """One figure, with the commit, the day and the machine."""
+    """One figure, with the commit, the day and the machine; `arithmetic`: the setting of its trainings."""
     return {
         "claim": claim, "dataset": dataset, "model": model, "metric": metric, "value": value, "low": low,
         "high": high, "seed": seed, "mask": mask, "command": command, "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": f"{os.cpu_count()} cores",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine(arithmetic),
     }  # fmt: skip
 
 

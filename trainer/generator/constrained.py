@@ -1,8 +1,12 @@
-"""Decoding that can only spell known SIDs: the constraint of `generate`, the beam of the offline check."""
+"""Decoding that can only spell existing SIDs: the set of SIDs, and the beam search of the offline check.
+
+It is the exact reference in torch: `serving.decoding.beam` does the same without torch over its index, and
+`SidSet.allowed_tokens` is the constraint of Hugging Face's `generate` for a language model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ class SidSet:
     def __init__(self, sids: Sequence[Sid], prompt: Prompt) -> None:
         self.prompt = prompt
         codes = np.unique(np.asarray(sids, dtype=np.int64).reshape(-1, len(prompt.sizes)), axis=0)
-        # keys[l] are the sorted keys `parent node * K_l + code` of level l; a node is its place among them.
+        # keys[l]: the sorted keys `parent node * K_l + code` of level l; a node is the index of its key.
         self.keys: list[Tensor] = []
         node = np.zeros(len(codes), dtype=np.int64)
         for level, size in enumerate(prompt.sizes):
@@ -52,18 +56,6 @@ class SidSet:
         child_keys = nodes[:, None] * self.prompt.sizes[level] + codes
         child = torch.searchsorted(keys, child_keys).clamp(max=len(keys) - 1)
         return child, keys[child] == child_keys
-
-
-def allowed_tokens_function(sids: SidSet, prompt_length: int, end: int) -> Callable[[int, Tensor], list[int]]:
-    """`prefix_allowed_tokens_fn` of `generate`: one SID after a left-padded prompt of `prompt_length` tokens.
-
-    After a whole SID only `end` is allowed.
-    """
-
-    def allowed(row: int, tokens: Tensor) -> list[int]:
-        return sids.allowed_tokens(tokens[prompt_length:].tolist()) or [end]
-
-    return allowed
 
 
 @torch.no_grad()

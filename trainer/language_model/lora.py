@@ -124,7 +124,7 @@ class VocabularyTranslation:
         )  # fmt: skip
 
 
-def _pad(rows: Sequence[TokenRow], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pad_rows(rows: Sequence[TokenRow], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORE)
@@ -137,7 +137,7 @@ def _pad(rows: Sequence[TokenRow], pad: int) -> tuple[Tensor, Tensor, Tensor, Te
     return ids, labels, mask, torch.tensor([row.weight for row in rows])
 
 
-def _adapted(model: Any, settings: TrainerSettings) -> Any:
+def _with_adapters(model: Any, settings: TrainerSettings) -> Any:
     # The new rows of both embeddings are trained, so both are saved in full. A tied head gets its own copy
     # first: adapters saved over tied weights come apart, or not, by the architecture.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -146,10 +146,10 @@ def _adapted(model: Any, settings: TrainerSettings) -> Any:
         model.config.tie_word_embeddings = False
     names = {id(module): name for name, module in model.named_modules()}
     saved = [names[id(module)].rsplit(".", 1)[-1] for module in (embedding, head)]
-    return get_peft_model(model, _adapters(model, settings, saved))
+    return get_peft_model(model, _adapter_config(model, settings, saved))
 
 
-def _adapters(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
+def _adapter_config(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
     return LoraConfig(
         r=settings.lora.rank, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout,
         target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM",
@@ -183,12 +183,12 @@ def tune_lora(
     torch.manual_seed(settings.seed)
     model.resize_token_embeddings(max(len(foreign_tokenizer), model.get_input_embeddings().num_embeddings))
     where = device()
-    model = _adapted(model, settings).to(where)
+    model = _with_adapters(model, settings).to(where)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = ClippedAdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
 
     def loss_of(batch: list[TokenRow]) -> Tensor:
-        ids, labels, mask, weight = (part.to(where) for part in _pad(batch, translation.pad))
+        ids, labels, mask, weight = (part.to(where) for part in _pad_rows(batch, translation.pad))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         learned = labels[:, 1:] != IGNORE
         losses = F.cross_entropy(logits[learned].float(), labels[:, 1:][learned], reduction="none")
@@ -206,19 +206,19 @@ def tune_lora(
     batches = (
         batch
         for epoch in range(settings.epochs)
-        for batch in _batches(rows.epoch_rows(epoch), translation, settings, epoch)
+        for batch in _translated_batches(rows.epoch_rows(epoch), translation, settings, epoch)
     )
     steps, loss = train_on_batches(optimizer, batches, loss_of, stop=out_of_time, progress=report)
     seconds = time.monotonic() - began
     merged = model.merge_and_unload().eval()
-    quality = evaluate_held_out(merged, translation, rows, sids, settings)
+    quality = evaluate_language_model(merged, translation, rows, sids, settings)
     folder.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(folder)
     foreign_tokenizer.save_pretrained(folder)
     return LoraResult(str(folder), steps, seconds, loss, quality)
 
 
-def _batches(
+def _translated_batches(
     rows: list[TokenRow], translation: VocabularyTranslation, settings: TrainerSettings, epoch: int
 ) -> list[list[TokenRow]]:
     rng = np.random.default_rng((settings.seed, epoch, 2))
@@ -232,7 +232,7 @@ def _batches(
 
 
 @torch.no_grad()
-def evaluate_held_out(
+def evaluate_language_model(
     model: Any,
     translation: VocabularyTranslation,
     rows: TrainingRows,
@@ -240,13 +240,13 @@ def evaluate_held_out(
     settings: TrainerSettings,
 ) -> HeldOutQuality:
     """HR@10 and NDCG@10 of held-out items by constrained `generate`; validity of free answers."""
-    rank, valid = held_out_ranks(model, translation, rows, sids, settings)
+    rank, valid = language_model_ranks(model, translation, rows, sids, settings)
     hr, ndcg = hr_ndcg(torch.from_numpy(rank))
     return HeldOutQuality(len(rank), hr, ndcg, float(valid.mean()) if len(rank) else 0.0, Ranking())
 
 
 @torch.no_grad()
-def held_out_ranks(
+def language_model_ranks(
     model: Any,
     translation: VocabularyTranslation,
     rows: TrainingRows,
@@ -303,10 +303,10 @@ def align_lora(
     settings: TrainerSettings,
     progress: Callable[[str], None] | None = None,
 ) -> LoraResult:
-    """Align what `tune` made to preference rows of our token ids, by fresh adapters; kept beside it.
+    """Align the model of `tune_lora` to preference rows of our token ids, by fresh adapters; saved beside it.
 
-    The embeddings stay: the codes were learned in tuning. Whether they are tied to the head is all one. What
-    a stop rule turned away is not kept: `aligned` stays None, and `dpo.stopped` says why.
+    The embeddings stay: the codes were learned in tuning. A model that a stop rule refuses is not saved:
+    `aligned` stays None, and `dpo.stopped` says why.
     """
     from trainer.alignment.dpo import align_language_model
 
@@ -316,14 +316,14 @@ def align_lora(
     few = rows.with_fewer_held_out(settings.dpo.probe_users)
 
     def probe(policy: Any) -> ProbeOutcome:
-        rank, valid = held_out_ranks(policy.eval(), translation, few, sids, settings)
+        rank, valid = language_model_ranks(policy.eval(), translation, few, sids, settings)
         return ProbeOutcome(rank < 10, valid)
 
     folder = Path(f"{tuned.folder}-dpo")
     aligned_model, result = align_language_model(
         model, foreign_tokenizer, [translation.translate_preference(row) for row in pairs], settings,
         folder / "run",
-        _adapters(model, settings), probe=probe if len(few.split.held_out.targets) else None,
+        _adapter_config(model, settings), probe=probe if len(few.split.held_out.targets) else None,
         progress=progress,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
@@ -331,7 +331,7 @@ def align_lora(
         return replace(tuned, dpo=result)
     aligned_model.save_pretrained(folder)
     foreign_tokenizer.save_pretrained(folder)
-    quality = evaluate_held_out(aligned_model.to(device()), translation, rows, sids, settings)
+    quality = evaluate_language_model(aligned_model.to(device()), translation, rows, sids, settings)
     return replace(tuned, aligned=str(folder), dpo=result, aligned_quality=quality)
 
 

@@ -51,14 +51,14 @@ class _Manifest(msgspec.Struct, kw_only=True):
 
 
 @dataclass
-class Log:
+class InteractionLog:
     """The folder `<home>/log`. One process writes it at a time (the trainer's own lock)."""
 
     folder: Path
     files: list[LogFile] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path) -> Log:
+    def open(cls, folder: Path) -> InteractionLog:
         """Read the manifest, or begin an empty log. Raises SidstreamError for a damaged manifest."""
         path = folder / MANIFEST
         if not path.exists():

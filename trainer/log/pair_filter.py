@@ -1,8 +1,8 @@
-"""Which preference pairs still hold once late purchases and clicks are known.
+"""Which preference pairs still hold, after late purchases and clicks.
 
-The agents decide when an attribution window has closed and the allowed lateness is over. What reaches the log
-later than that may contradict a pair; it is withdrawn here, when the pair is about to be learned from. How
-many are learned from is said here, too.
+The agents decide when an attribution window has closed and the allowed lateness is over. An event that
+reaches the log later may contradict a pair: its rejected item is withdrawn here, before the pair is learned
+from. Here, too, a limit on pairs is shared out among their schemes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FilteredPairs:
     clicked: int  # rejected items of clicked_over_shown that were clicked, and not bought
     equal_to_chosen: int  # rejected items that are the chosen one, or have its SID
     without_rejected: int  # pairs of which no rejected item is left, or whose items and SIDs are not as many
-    of_other_schemes: int = 0  # records of the codebook's pairs whose scheme was not asked for
+    of_other_schemes: int = 0  # records of the codebook's pairs of a scheme that the settings leave out
 
     def summary(self) -> str:
         """What was withdrawn, in a few words; empty where nothing was."""
@@ -51,7 +51,7 @@ class FilteredPairs:
 
 
 def newest_of_each_scheme(pairs: Iterable[PreferencePair], max_pairs: int) -> list[PreferencePair]:
-    """The newest `most` pairs, as many of each scheme as of any other where it has them; oldest first.
+    """The newest `max_pairs` pairs, as many of each scheme as of any other where it has them; oldest first.
 
     Clicks are far more frequent than purchases: without shares nearly all of the newest pairs are about
     them, and conversion hardly moves (docs/decisions/0010).
@@ -64,11 +64,11 @@ def newest_of_each_scheme(pairs: Iterable[PreferencePair], max_pairs: int) -> li
     rarest = sorted(by_scheme, key=lambda scheme: (len(by_scheme[scheme]), scheme))
     for schemes_done, scheme in enumerate(rarest):
         share = (max_pairs - len(chosen)) // (len(rarest) - schemes_done)
-        chosen += sorted(by_scheme[scheme], key=_age, reverse=True)[:share]
-    return sorted(chosen, key=_age)
+        chosen += sorted(by_scheme[scheme], key=_age_order, reverse=True)[:share]
+    return sorted(chosen, key=_age_order)
 
 
-def _age(pair: PreferencePair) -> tuple[int, str]:
+def _age_order(pair: PreferencePair) -> tuple[int, str]:
     return pair.ts, pair.event_id
 
 
@@ -80,24 +80,24 @@ def withdraw_contradicted(
     `purchases` needs columns user_id, item_id (string) and ts (int64, ms), `clicks` also request_id; both may
     hold the whole log. A rejected item leaves if the same user bought it within `window_ms` of the pair's
     `ts`, before or after. That reaches further than the agents' rule, because a pair does not say when its
-    window was opened: what is bought so near to a decision is no item to be held against. In a pair of
+    window was opened: an item that is bought so near to a decision was not rejected. In a pair of
     clicked_over_shown it leaves as well if it was clicked under the pair's request in that time. The chosen
     item and its SID are never among the rejected. `event_id` stays: the decision is the same.
     """
     by_id = {pair.event_id: pair for pair in pairs}
     complete = [pair for pair in by_id.values() if len(pair.rejected_items) == len(pair.rejected)]
-    rejected = _rejected(complete)
+    rejected = _rejected_table(complete)
     equal_to_chosen = rejected["same"].to_numpy(zero_copy_only=False)
-    bought = ~equal_to_chosen & _near(rejected, purchases, ("user_id", "item_id"), window_ms)
+    bought = ~equal_to_chosen & _has_event_near(rejected, purchases, ("user_id", "item_id"), window_ms)
     may_be_clicked = rejected["by_click"].to_numpy(zero_copy_only=False) & ~equal_to_chosen & ~bought
     clicked = np.zeros(len(may_be_clicked), dtype=np.bool_)
-    clicked[may_be_clicked] = _near(
+    clicked[may_be_clicked] = _has_event_near(
         rejected.filter(pa.array(may_be_clicked)), clicks, ("request_id", "user_id", "item_id"), window_ms
     )
     withdrawn = equal_to_chosen | bought | clicked
     starts = np.cumsum([0, *(len(pair.rejected) for pair in complete)]).tolist()
     reduced = [
-        _without(pair, withdrawn[begin:end])
+        _without_withdrawn(pair, withdrawn[begin:end])
         for pair, (begin, end) in zip(complete, pairwise(starts), strict=True)
     ]
     pairs_left = [pair for pair in reduced if pair is not None]
@@ -107,7 +107,7 @@ def withdraw_contradicted(
     )  # fmt: skip
 
 
-def _rejected(pairs: Sequence[PreferencePair]) -> pa.Table:
+def _rejected_table(pairs: Sequence[PreferencePair]) -> pa.Table:
     """A row for each rejected item of each pair, in order."""
     columns: list[list[object]] = [[] for _ in _REJECTED]
     for at, pair in enumerate(pairs):
@@ -121,7 +121,7 @@ def _rejected(pairs: Sequence[PreferencePair]) -> pa.Table:
     return pa.table(arrays, schema=_REJECTED)
 
 
-def _without(pair: PreferencePair, withdrawn: Mask) -> PreferencePair | None:
+def _without_withdrawn(pair: PreferencePair, withdrawn: Mask) -> PreferencePair | None:
     if not withdrawn.any():
         return pair
     if withdrawn.all():
@@ -134,8 +134,8 @@ def _without(pair: PreferencePair, withdrawn: Mask) -> PreferencePair | None:
     )
 
 
-def _near(questions: pa.Table, events: pa.Table, columns: Sequence[str], window_ms: int) -> Mask:
-    """For each row of `asked`: is there an event with the same `columns`, at most `window_ms` from its ts?"""
+def _has_event_near(questions: pa.Table, events: pa.Table, columns: Sequence[str], window_ms: int) -> Mask:
+    """For each row of `questions`: has an event the same `columns`, and a ts at most `window_ms` away?"""
     if not questions.num_rows or not events.num_rows:
         return np.zeros(questions.num_rows, dtype=np.bool_)
     # Codes of the columns together; after each column only events are left that somebody asks about.
@@ -156,11 +156,11 @@ def _near(questions: pa.Table, events: pa.Table, columns: Sequence[str], window_
         same = distinct[at] == codes
         events, codes = events.filter(pa.array(same)), at[same]
     ts = questions["ts"].to_numpy()
-    return _within(question_codes, ts - window_ms, ts + window_ms, codes, events["ts"].to_numpy())
+    return _has_event_within(question_codes, ts - window_ms, ts + window_ms, codes, events["ts"].to_numpy())
 
 
-def _within(question_codes: Int64, first: Int64, last: Int64, codes: Int64, ts: Int64) -> Mask:
-    """For each asked code (Q,): has an event (E,) of that code its `ts` in [first, last]?
+def _has_event_within(question_codes: Int64, first: Int64, last: Int64, codes: Int64, ts: Int64) -> Mask:
+    """For each code of a question (Q,): has an event (E,) of that code its `ts` in [first, last]?
 
     Questions and events are sorted together by code and time, a question before an event of its moment: the
     next event after a question is the first that can answer it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,21 +23,21 @@ from streams.settings import KafkaSettings
 from streams.state import profile
 from streams.wire.admin import incarnations, missing, spans, unreachable
 from streams.wire.connect import client_options
-from trainer.log.log import INTERACTIONS, VALUES, Log, Offsets, Ranges
+from trainer.log.log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
 from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
 # Compacted topics: a record without a value removes its key.
 _KEYED = ("catalog", "users", "sids")
-# Rows held before a file is written: a year of a shop is one file, a large backlog does not fill the memory.
+# Rows in memory before a file is written: a year of a shop is one file, and a large backlog still fits.
 _FILE_ROWS = 1_000_000
 _FETCH_BYTES = 8 * 1024 * 1024
 # Without a record for so long the broker counts as gone.
 _SILENCE_S = 30.0
 
 
-class _When(msgspec.Struct):
+class _EventTime(msgspec.Struct):
     ts: int
 
 
@@ -44,7 +45,7 @@ class _When(msgspec.Struct):
 class Window:
     """What one cycle trains on: everything that was logged, and which part of it is new."""
 
-    log: Log
+    log: InteractionLog
     ranges: Ranges  # {topic: {partition: (from, to)}}, from where the parent's window ended
     incarnations: dict[str, int]
 
@@ -77,12 +78,7 @@ class Window:
         # At one millisecond a purchase follows the click that led to it.
         for topic in ("clicks", "purchases"):
             table, new = self._read(topic)
-            event_ids: set[str] = set()
-            first_records = []
-            for at, event_id in enumerate(table["event_id"].to_pylist()):
-                if event_id not in event_ids:
-                    event_ids.add(event_id)
-                    first_records.append(at)
+            first_records = _first_of_each_event(table)
             if len(first_records) < table.num_rows:
                 table, new = table.take(pa.array(first_records, pa.int64())), new[first_records]
             users += table["user_id"].to_pylist()
@@ -107,13 +103,13 @@ class Window:
             newest_record = newest.get(record.user_id)
             if newest_record is None or profile.order(record) >= profile.order(newest_record):
                 newest[record.user_id] = record
-        return {user: one.attributes for user, one in newest.items()}
+        return {user: profile_record.attributes for user, profile_record in newest.items()}
 
     def context_counts(self, profiles: Mapping[str, Attributes]) -> Counts:
-        """How often each scene was clicked in, and how many users who did something have each attribute."""
+        """How many clicks each scene has, and how many users with an event have each attribute."""
         clicks, _ = self._read("clicks")
         purchases, _ = self._read("purchases")
-        scenes = {one["values"]: one["counts"] for one in clicks["scene"].value_counts().to_pylist()}
+        scenes = {group["values"]: group["counts"] for group in clicks["scene"].value_counts().to_pylist()}
         scenes.pop(None, None)
         users = {user for table in (clicks, purchases) for user in table["user_id"].unique().to_pylist()}
         return counted(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
@@ -121,18 +117,13 @@ class Window:
     def purchase_counts(self) -> dict[str, int]:
         """Purchases of each item over all that was logged."""
         table, _ = self._read("purchases")
-        event_ids: set[str] = set()
-        counts: dict[str, int] = {}
-        for event_id, item in zip(table["event_id"].to_pylist(), table["item_id"].to_pylist(), strict=True):
-            if event_id not in event_ids:
-                event_ids.add(event_id)
-                counts[item] = counts.get(item, 0) + 1
-        return counts
+        items = table["item_id"].to_pylist()
+        return Counter(items[row] for row in _first_of_each_event(table))
 
     def preference_pairs(
         self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int
     ) -> FilteredPairs:
-        """The newest `most` preference pairs of a codebook, shared out among `schemes`; older windows' too.
+        """The newest `max_pairs` pairs of a codebook, from old windows too, in equal shares of `schemes`.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
         window that the agents made them with.
@@ -142,7 +133,7 @@ class Window:
         decoded = (decoder.decode(value) for value in table["value"].to_pylist())
         of_codebook = [pair for pair in decoded if pair.codebook == codebook]
         of_schemes = [pair for pair in of_codebook if pair.scheme in schemes]
-        # What repeats or is withdrawn makes room for nothing older: as many more would be one more rule.
+        # A pair that repeats or is withdrawn is not replaced by an older one: that would be one more rule.
         filtered = withdraw_contradicted(
             newest_of_each_scheme(of_schemes, max_pairs),
             self._read("purchases")[0],
@@ -162,7 +153,7 @@ class Window:
         stamps = clicks["ts"].to_numpy()
         newest_click, newest_earlier_click = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
         table, fresh = self._read("explorations")
-        time_decoder, decoder = msgspec.json.Decoder(_When), msgspec.json.Decoder(events.Exploration)
+        time_decoder, decoder = msgspec.json.Decoder(_EventTime), msgspec.json.Decoder(events.Exploration)
         closed: dict[str, events.Exploration] = {}
         for value, is_new in zip(table["value"].to_pylist(), fresh.tolist(), strict=True):
             closes = time_decoder.decode(value).ts + horizon_ms
@@ -184,7 +175,7 @@ class Window:
                 exploration.item_id,
             ) and ts <= exploration.ts + horizon_ms:
                 clicked.add(request)
-        return [(one, request in clicked) for request, one in closed.items()]
+        return [(exploration, request in clicked) for request, exploration in closed.items()]
 
     def catalogue_records(self) -> dict[str, events.CatalogItem]:
         """The newest record of each item."""
@@ -214,7 +205,15 @@ class Window:
         return newest
 
 
-class _Buffer:
+def _first_of_each_event(table: pa.Table) -> list[int]:
+    """Rows of the first record of each event_id, ascending: an event may be sent more than once."""
+    first: dict[str, int] = {}
+    for row, event_id in enumerate(table["event_id"].to_pylist()):
+        first.setdefault(event_id, row)
+    return list(first.values())
+
+
+class _TopicBuffer:
     """Records of one topic on their way into a file."""
 
     def __init__(self, topic: str, incarnation: int, begin: Offsets) -> None:
@@ -247,7 +246,7 @@ class _Buffer:
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
-    def flush(self, log: Log) -> None:
+    def flush(self, log: InteractionLog) -> None:
         window = {number: (self.begin[number], self.end[number]) for number in self.begin}
         if all(begin == end for begin, end in window.values()):
             return
@@ -258,8 +257,9 @@ class _Buffer:
         self.refused = 0
 
 
-async def _drain(
-    kafka: KafkaSettings, log: Log, buffers: dict[str, _Buffer], ends: dict[TopicPartition, int],
+async def _read_to_ends(
+    kafka: KafkaSettings, log: InteractionLog, buffers: dict[str, _TopicBuffer], ends: dict[TopicPartition,
+    int],
     advance: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
     consumer = AIOKafkaConsumer(
@@ -311,7 +311,7 @@ async def _drain(
 
 def read_window(
     kafka: KafkaSettings,
-    log: Log,
+    log: InteractionLog,
     parent: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Window:
@@ -323,7 +323,7 @@ def read_window(
     """
     now = spans(kafka)
     lives = incarnations(kafka)
-    buffers: dict[str, _Buffer] = {}
+    buffers: dict[str, _TopicBuffer] = {}
     ends: dict[TopicPartition, int] = {}
     ranges: Ranges = {}
     for topic in TOPICS:
@@ -331,7 +331,7 @@ def read_window(
             raise missing(topic)
         logged = log.ends(topic, lives[topic])
         begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
-        buffers[topic] = _Buffer(topic, lives[topic], begin)
+        buffers[topic] = _TopicBuffer(topic, lives[topic], begin)
         for number, span in now[topic].items():
             if begin[number] < span.end:
                 ends[TopicPartition(topic, number)] = span.end
@@ -341,5 +341,5 @@ def read_window(
             old = before.get(number, (0, 0))[1]
             ranges[topic][number] = (old if old <= span.end else 0, span.end)
     if ends:
-        asyncio.run(_drain(kafka, log, buffers, ends, advance))
+        asyncio.run(_read_to_ends(kafka, log, buffers, ends, advance))
     return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})

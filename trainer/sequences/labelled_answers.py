@@ -1,9 +1,9 @@
 """Single answers to learn from: an item that a user was shown, after its own history, with what it brought.
 
-A log has what users did. These rows stand beside it in training (registry.bundles.rewards): what was shown
-and ignored, and what a model answered when it was asked for rewards (trainer.rewards.online). They teach what
-an item with such rewards looks like, and never what comes next: a row whose rewards are not told is not
-learned.
+A log has what users did. These rows are learned beside it: items that were shown and not clicked
+(trainer.rewards.negative_feedback), and items that a model answered with when a request named rewards
+(trainer.rewards.online). They teach which items bring such rewards, and never what comes next: a row whose
+rewards are all hidden is not learned.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the main process reads once and the others of a training need: written to a folder, read from it.
+"""The inputs of a training, which the main process reads once: written to a folder for the other processes.
 
 Arrays are safetensors, words are JSON, the model and its tokenizer are as in a bundle. Held-out events,
 users and SIDs are the main process's alone. The folder has to be one that every process can read.
@@ -35,7 +35,7 @@ def write_training_inputs(
     run: Path, model: GeneratorForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: TrainingRows,
     settings: TrainerSettings,
 ) -> None:  # fmt: skip
-    """Put what the others need below a run's folder, in place of what lies there."""
+    """Put the inputs that the other processes need below a run's folder, in place of older ones."""
     folder = run / _NAME
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -61,7 +61,7 @@ def write_training_inputs(
 
 
 def read_training_inputs(run: Path) -> tuple[GeneratorForCausalLM, TrainingRows, TrainerSettings]:
-    """What `write` left there. Raises SidstreamError where this process does not find it."""
+    """What `write_training_inputs` left there. Raises SidstreamError where this process does not find it."""
     folder = run / _NAME
     try:
         about = json.loads((folder / "about.json").read_text())
@@ -77,20 +77,20 @@ def read_training_inputs(run: Path) -> tuple[GeneratorForCausalLM, TrainingRows,
     catalogue = TrainingCatalogue([], [], arrays["codes"], about["titles"])
     names = ("starts", "items", "ts", "fresh", "bought", "context", "rewards")
     log = Interactions([], *(arrays[name] for name in names))
-    nobody = HeldOut([], np.zeros(0, dtype=np.int64), [], [])
-    split = TrainingSplit(arrays["ends"], nobody)
+    no_held_out = HeldOut([], np.zeros(0, dtype=np.int64), [], [])
+    split = TrainingSplit(arrays["ends"], no_held_out)
     answer_arrays = {
-        name.removeprefix(_ANSWERS): one for name, one in arrays.items() if name.startswith(_ANSWERS)
+        name.removeprefix(_ANSWERS): array for name, array in arrays.items() if name.startswith(_ANSWERS)
     }
     answers = LabelledAnswers(**answer_arrays) if answer_arrays else None
     return model, TrainingRows(log, split, catalogue, tokenizer, prompt, settings, answers), settings
 
 
 def follow_main_process(devices: Devices) -> None:
-    """What every process but the main one does: take part in each training that it is told of, then leave."""
+    """All processes but the main one: take part in each training that the main one sends, then leave."""
     while (run := devices.receive()) is not None:
         model, rows, settings = read_training_inputs(run)
         torch.set_num_threads(settings.threads or torch.get_num_threads())
-        # Validation is the main process's: no SID is asked for here.
+        # Only the main process validates: no SID is needed here.
         pretrain_and_tune(model, rows, SidSet([], rows.prompt), settings, folder=run, devices=devices)
     devices.leave()

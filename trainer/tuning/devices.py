@@ -1,4 +1,4 @@
-"""The processes that train one model together, one a device, and what they tell one another.
+"""The processes that train one model together, one a device, and what they send one another.
 
 A launcher (`torchrun`, `accelerate launch`) starts them and says in the environment how many they are. The
 process of rank 0 is the main one: it alone reads Kafka, validates, writes and speaks.
@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from streams.errors import SidstreamError
+from trainer.settings import Arithmetic
 
 # The others wait while the main process reads the window and validates. A process that ends is noticed by
 # the launcher at once, which ends the others: this is not how an error is found.
@@ -32,15 +34,33 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fast_bf16(where: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 here (they keep float32 weights)."""
-    if where.type == "cuda":
+def fast_bf16(processor: torch.device) -> bool:
+    """Whether the processor has instructions for matrix products in bfloat16, which make them the faster."""
+    if processor.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def resolved_arithmetic(arithmetic: Arithmetic, processor: torch.device) -> Literal["float32", "bfloat16"]:
+    """The type of matrix products in training on this device: "auto" is the faster one there.
+
+    Weights, gradients and the optimizer are float32 in both cases. A processor without instructions for
+    bfloat16 computes it in more time, with the same rounding.
+    """
+    if arithmetic == "auto":
+        return "bfloat16" if fast_bf16(processor) else "float32"
+    return arithmetic
+
+
+def training_arithmetic(arithmetic: Arithmetic, processor: torch.device) -> torch.autocast:
+    """The context in which training computes its losses, and a baseline its states."""
+    return torch.autocast(
+        processor.type, torch.bfloat16, enabled=resolved_arithmetic(arithmetic, processor) == "bfloat16"
+    )
+
+
 class Devices:
-    """The processes of a training. Made without a group it is one process, and no method asks anybody."""
+    """The processes of a training. This class is a single process: no method sends anything."""
 
     rank = 0
     count = 1
@@ -54,10 +74,10 @@ class Devices:
         """The main process's numbers, in every process."""
         return list(numbers)
 
-    def spread(self, model: nn.Module) -> None:
+    def broadcast_weights(self, model: nn.Module) -> None:
         """Give every process the main one's weights; all have come here when this returns."""
 
-    def average(self, model: nn.Module, loss: Tensor | None) -> float:
+    def average_gradients(self, model: nn.Module, loss: Tensor | None) -> float:
         """Put the mean gradient over batches in place of each process's own, and return the mean loss.
 
         A process that has no batch in this step gives None. A parameter that no batch reached keeps no
@@ -77,7 +97,7 @@ class Devices:
         """Let the others go: this process works alone from here on. Again it does nothing."""
 
 
-class Group(Devices):
+class ProcessGroup(Devices):
     """The processes that a launcher started, joined by NCCL where there are GPUs, else by Gloo.
 
     Raises SidstreamError where another process is gone.
@@ -97,10 +117,10 @@ class Group(Devices):
 
         with _together():
             sent = torch.tensor(numbers, dtype=torch.float64, device=self._state.device)
-            made: list[float] = broadcast(sent).tolist()
-        return made
+            main_numbers: list[float] = broadcast(sent).tolist()
+        return main_numbers
 
-    def spread(self, model: nn.Module) -> None:
+    def broadcast_weights(self, model: nn.Module) -> None:
         from accelerate.utils import broadcast
 
         with _together(), torch.no_grad():
@@ -108,7 +128,7 @@ class Group(Devices):
             nn.utils.vector_to_parameters(broadcast(flat), model.parameters())
             self._state.wait_for_everyone()
 
-    def average(self, model: nn.Module, loss: Tensor | None) -> float:
+    def average_gradients(self, model: nn.Module, loss: Tensor | None) -> float:
         from accelerate.utils import reduce
 
         parameters = list(model.parameters())
@@ -128,10 +148,10 @@ class Group(Devices):
         return value / batches
 
     def send(self, folder: Path) -> None:
-        self._text(str(folder.absolute()))
+        self._broadcast_text(str(folder.absolute()))
 
     def receive(self) -> Path | None:
-        named = self._text("")
+        named = self._broadcast_text("")
         return Path(named) if named else None
 
     def leave(self) -> None:
@@ -140,7 +160,7 @@ class Group(Devices):
         if self.count == 1:
             return
         if self.main:
-            self._text("")
+            self._broadcast_text("")
         with _together():
             self._state.wait_for_everyone()
             self._state.destroy_process_group()
@@ -148,7 +168,7 @@ class Group(Devices):
         _forget_launcher()
         self.rank, self.count = 0, 1
 
-    def _text(self, text: str) -> str:
+    def _broadcast_text(self, text: str) -> str:
         """The main process's text, in every process."""
         size = int(self.broadcast([float(len(text.encode()))])[0])
         data = list(text.encode()) if self.main else [0] * size
@@ -173,9 +193,9 @@ def _forget_launcher() -> None:
             del os.environ[name]
 
 
-def launched() -> Devices:
+def launched_devices() -> Devices:
     """The processes that the launcher started; one where there is no launcher, or it started one."""
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return Group()
+        return ProcessGroup()
     _forget_launcher()
     return Devices()

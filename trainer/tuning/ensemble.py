@@ -11,13 +11,13 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.pretrain import pretrain_and_tune
 from trainer.tuning.sft import Progress, SftResult, validate
 
 # From a member's seed to the next one's: stages and refreshes count on from `seed` by ones.
 _APART = 1000
-# A generator to begin from, of a member's settings, rows and folder.
+# Makes the generator that a member starts from, of its settings, rows and folder.
 MakeGenerator = Callable[[TrainerSettings, TrainingRows, Path | None], GeneratorForCausalLM]
 
 
@@ -25,15 +25,15 @@ def train_ensemble(
     make_generator: MakeGenerator, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
     folder: Path | None = None, *,
     progress: Progress | None = None, stop: Callable[[], bool] | None = None,
-    devices: Devices | None = None, teacher: Teacher | None = None,
+    devices: Devices | None = None, teacher: TeacherTargets | None = None,
     first_member: tuple[GeneratorForCausalLM, SftResult] | None = None,
 ) -> tuple[GeneratorForCausalLM, SftResult]:  # fmt: skip
-    """`trainer.pretrain.learn` for each of `settings.members`, and one generator of all of them.
+    """`trainer.tuning.pretrain.pretrain_and_tune` for each of `settings.members`, and their merged generator.
 
-    Members differ in their weights at first, the order of their rows and their dropout, and are held against
-    the same held-out events. Each has its part of `max_seconds` and, below `folder`, its own checkpoint: a
-    broken run goes on in its member. An interrupted member is the result itself. `first`: the first member
-    and its result, where it has learned already.
+    Members differ in their initial weights, the order of their rows and their dropout, and are measured
+    on the same held-out events. Each has its part of `max_seconds` and, below `folder`, its own checkpoint: a
+    resumed run goes on in its member. An interrupted member is the result itself. `first_member`: that member
+    and its result, where it is trained already.
     """
     count, members = settings.members, []
     for number, own_settings in enumerate(member_settings(settings)):
@@ -66,8 +66,9 @@ def train_ensemble(
     results = [result for _, result in members]
     merged_generator = merge_generators([model for model, _ in members])
     return merged_generator, SftResult(
-        steps=sum(one.steps for one in results), epochs=sum(one.epochs for one in results),
-        seconds=sum(one.seconds for one in results), loss=sum(one.loss for one in results) / count,
+        steps=sum(member.steps for member in results), epochs=sum(member.epochs for member in results),
+        seconds=sum(member.seconds for member in results),
+        loss=sum(member.loss for member in results) / count,
         quality=validate(merged_generator, rows, sids, settings), stopped=f"{count} members are one",
         members=results,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import IGNORE, SequenceBatch, TokenBatch, TokenRow, pad_token_rows
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TaskWeights, TrainerSettings
-from trainer.tuning.devices import fast_bf16
+from trainer.tuning.devices import training_arithmetic
 from trainer.tuning.losses import softmax_loss
 from trainer.tuning.soft_targets import CodeTreeLevel, SoftTargets, sibling_term, teacher_term
 
@@ -41,7 +41,7 @@ class ScoredItems(NamedTuple):
 
 
 # What is likely at the learned positions of a batch, in rows of what the dense head scores.
-Teacher = Callable[[SequenceBatch, ScoredItems | None], SoftTargets]
+TeacherTargets = Callable[[SequenceBatch, ScoredItems | None], SoftTargets]
 
 
 def scored_items(table: Tensor, trained: Tensor) -> ScoredItems | None:
@@ -146,21 +146,23 @@ def past_items(rows: Tensor, learned: Tensor) -> tuple[tuple[Tensor, Tensor], Pa
         & learned[..., None]
     )
     query_number = (learned.flatten().cumsum(0) - 1).view(learned.shape)
-    row, place, past = visible.nonzero(as_tuple=True)
+    row, place, past_place = visible.nonzero(as_tuple=True)
     count = (same & (at[:, None] >= at)).sum(-1)
-    return (query_number[row, place], rows[row, past]), PastOccurrences(place - past, count[row, past])
+    return (query_number[row, place], rows[row, past_place]), PastOccurrences(
+        place - past_place, count[row, past_place]
+    )
 
 
 def batch_loss(
     model: GeneratorForCausalLM, batch: SequenceBatch, texts: list[TokenRow], table: Tensor,
     scored: ScoredItems | None,
-    settings: TrainerSettings, code_tree: Sequence[CodeTreeLevel] = (), teacher: Teacher | None = None,
+    settings: TrainerSettings, code_tree: Sequence[CodeTreeLevel] = (), teacher: TeacherTargets | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of one batch: its sequences, and the texts that go with it."""
     device = table.device
     batch = batch.to(device)
     soft_targets = teacher(batch, scored) if teacher else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+    with training_arithmetic(settings.arithmetic, device):
         loss = sequence_loss(
             model, batch, table, settings.weights, settings.smoothing, scored, code_tree, soft_targets
         )
@@ -176,7 +178,7 @@ def catalogue_table_rows(
     codes = torch.from_numpy(rows.catalogue.codes).to(model.device)
     table = model.model.items.rows(codes)
     if bool((table < 0).any()):
-        raise ValueError("every item of the catalogue must be in the model's table: call know() first")
+        raise ValueError("every item of the catalogue must be in the model's table: call set_items() first")
     return table, scored_items(table, torch.from_numpy(rows.trained_items).to(model.device))
 
 

@@ -51,7 +51,7 @@ def train_on_batches(
     stop: Callable[[], bool] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[int, float]:
-    """A step for each batch until `stop()`, asked before each -> how many steps, and the last one's loss.
+    """A step for each batch until `stop()`, called before each -> how many steps, and the last one's loss.
 
     The loss is NaN where there was no step. `progress(step, loss)` is called after each step. SFT has a loop
     of its own (trainer.tuning.sft): it shares its steps with other processes, and goes on from checkpoints.

@@ -12,7 +12,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
-from trainer.tuning.next_item import Teacher
+from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.sft import Progress, SftResult, train
 
 
@@ -26,7 +26,7 @@ def pretrain_and_tune(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     devices: Devices | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherTargets | None = None,
 ) -> SftResult:
     """`trainer.tuning.sft.train`, after a stage of pretraining where `settings.pretrain` has a share for it.
 

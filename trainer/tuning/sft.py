@@ -21,7 +21,7 @@ from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.checkpoint import Checkpoint, TrainingState, restore, snapshot
 from trainer.tuning.devices import Devices, device
-from trainer.tuning.next_item import Teacher, batch_loss, catalogue_table_rows
+from trainer.tuning.next_item import TeacherTargets, batch_loss, catalogue_table_rows
 from trainer.tuning.optimization import ClippedAdamW
 from trainer.tuning.soft_targets import code_tree
 
@@ -63,7 +63,7 @@ def train(
     folder: Path | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherTargets | None = None,
     devices: Devices | None = None,
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
@@ -87,7 +87,7 @@ class _TrainingRun:
 
     progress: Progress | None = None
     stop: Callable[[], bool] | None = None
-    teacher: Teacher | None = None
+    teacher: TeacherTargets | None = None
 
     def __init__(
         self, model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
@@ -102,7 +102,7 @@ class _TrainingRun:
         loaded = checkpoint.load(model, self.optimizer.optimizer) if checkpoint else None
         self.state = loaded or TrainingState()
         self.best_weights = checkpoint.best if checkpoint else None
-        devices.spread(model)
+        devices.broadcast_weights(model)
         self.quality: HeldOutQuality | None = None  # of the newest validation
         self.running_loss = math.nan if self.state.loss is None else self.state.loss
         self.table, self.scored = catalogue_table_rows(model, rows)
@@ -172,7 +172,7 @@ class _TrainingRun:
                 self.model, batch, texts, self.table, self.scored, self.settings, self.code_tree, self.teacher
             )
             loss.backward()
-        mean_loss = self.devices.average(self.model, loss)
+        mean_loss = self.devices.average_gradients(self.model, loss)
         own_vectors = self.model.model.items.own.grad
         if self.scored is not None and own_vectors is not None:
             # Titles reach them too: a new item stays its codes and its text.
@@ -246,7 +246,8 @@ class _TrainingRun:
 def validate(
     model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings
 ) -> HeldOutQuality | None:
-    """How the model ranks what is held out, its strength fitted where that is asked; None: nothing is."""
+    """The quality on held-out items, the strength of the repeat bias fitted first where the settings say so;
+    None: nothing is held out."""
     if not len(rows.split.held_out.targets):
         return None
     if settings.fit_strength:

@@ -25,7 +25,7 @@ from streams.events import CatalogItem, Click, Event, PreferencePair, Purchase, 
 from streams.settings import KafkaSettings
 from streams.wire.client import Client
 from tests.conftest import FreshStack
-from tests.tiny_explorations import explore
+from tests.tiny_explorations import explore, explore_evenly
 from tests.tiny_shop import ITEMS, SIZES, sid_of
 from tests.unit.trainer.language_model.test_lora import foreign
 from trainer.cycle import UpdateCycle
@@ -75,16 +75,18 @@ class World:
         with Client(self.kafka) as client:
             client.publish_all(events)
 
-    def walk(self, users: range, length: int, kind: type[Click] | type[Purchase], since: int) -> None:
+    def walk(
+        self, users: range, length: int, kind: type[Click] | type[Purchase], since: int, step: int = 1
+    ) -> None:
         random = np.random.default_rng(since)
-        made: list[Event] = []
+        events: list[Event] = []
         for user in users:
             start = int(random.integers(ITEMS))
             for at in range(length):
                 fields: dict[str, Any] = {"price": 1.0} if kind is Purchase else {}
-                item = f"i{(start + at) % ITEMS:02}"
-                made.append(kind.new(user_id=f"u{user}", item_id=item, ts=T0 + since + at, **fields))
-        self.publish(made)
+                item = f"i{(start + step * at) % ITEMS:02}"
+                events.append(kind.new(user_id=f"u{user}", item_id=item, ts=T0 + since + at, **fields))
+        self.publish(events)
 
     def prefer(self, count: int) -> None:
         """Pairs of long after what their users bought: no purchase contradicts them."""
@@ -116,15 +118,17 @@ class World:
 @pytest.fixture
 def world(fresh_stack: FreshStack, mlflow: str, tmp_path: Path) -> World:
     kafka, _ = fresh_stack()
-    made = World(kafka, mlflow, tmp_path)
-    made.registry.publish_codebook(made.codebook)
+    new_world = World(kafka, mlflow, tmp_path)
+    new_world.registry.publish_codebook(new_world.codebook)
     shop: list[Event] = []
     for item in range(ITEMS):
         name = f"i{item:02}"
         shop.append(CatalogItem.new(item_id=name, title=f"red item number {item % 4}", ts=T0))
-        shop.append(SidAssignment.new(item_id=name, sid=list(sid_of(item)), codebook=made.codebook.id, ts=T0))
-    made.publish(shop)
-    return made
+        shop.append(
+            SidAssignment.new(item_id=name, sid=list(sid_of(item)), codebook=new_world.codebook.id, ts=T0)
+        )
+    new_world.publish(shop)
+    return new_world
 
 
 def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
@@ -203,12 +207,12 @@ def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
         world.settings.model_dump()
         | {"hf_model": name, "epochs": 2, "max_items": 5, "lora": {"batch_tokens": 256, "rank": 4}}
     )
-    told: list[str] = []
+    lines: list[str] = []
     result = tune_window(
         chosen, world.kafka, world.registry, horizon_ms=HORIZON, window_ms=HORIZON // 2,
-        progress=lambda stage, text, last: told.append(stage) if last else None,
+        progress=lambda stage, text, last: lines.append(stage) if last else None,
     )  # fmt: skip
-    assert told == ["lora", "dpo"]
+    assert lines == ["lora", "dpo"]
     assert result.dpo is not None
     assert (result.dpo.pairs, result.quality.users) == (48, 10)
     # Its answers are trainer files: nothing is in service, and the window is there for the next cycle.
@@ -259,10 +263,10 @@ def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_fro
     world.walk(range(40), 10, Purchase, 0)
     first = world.cycle()
     champion = world.registry.fetch("champion")
-    made = read_rewards(champion.path)
-    assert made is not None
+    first_rewards = read_rewards(champion.path)
+    assert first_rewards is not None
     # All was bought, and nothing that was shown is known: neither can be asked for yet.
-    assert list(made.mass) == ["price"]
+    assert list(first_rewards.mass) == ["price"]
     assert "rewards" in [stage for stage, _ in world.lines]
 
     model, _ = load_model(champion.model)
@@ -280,10 +284,10 @@ def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_fro
     world.publish([Click.new(user_id="late", item_id="i00", ts=since + 300 + 3 * HORIZON)])
     world.lines.clear()
     second = world.cycle()
-    told = read_rewards(world.registry.fetch("challenger-sft").path)
-    assert told is not None
-    assert set(told.mass) == {"click", "purchase", "price"}
-    assert told.wanted({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
+    second_rewards = read_rewards(world.registry.fetch("challenger-sft").path)
+    assert second_rewards is not None
+    assert set(second_rewards.mass) == {"click", "purchase", "price"}
+    assert second_rewards.wanted({"click": 1, "purchase": 1}) == {"click": 1, "purchase": 1}
     assert read_context(world.registry.fetch("challenger-sft").path) == read_context(champion.path)
     assert first.rewards is not None
     assert second.rewards is not None
@@ -293,78 +297,75 @@ def test_what_explorations_say_of_clicks_can_be_asked_for_and_a_model_learns_fro
     assert second.metrics["rewards/hr10"] == second.sft.quality.hr10  # type: ignore[union-attr]
 
 
+@pytest.mark.learning
 def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -> None:
-    world.settings = world.settings.model_copy(update={"epochs": 40, "lr": 2e-2})
+    """Of eight candidates, all as likely to be drawn, shoppers click the item after the last one alone.
+
+    So the logged rate is 1/8, that of a model which knows the shop near 1, and that of a model which learned
+    the opposite near 0: both lie far from the bound of a veto, whatever the rounding of a training.
+    """
+    sane = world.settings.model_copy(update={"epochs": 20, "lr": 1e-2, "patience": 20})
+    world.settings = sane
     world.walk(range(60), 10, Purchase, 0)
     first = world.cycle()
-    champion = world.registry.fetch("champion")
-    model, _ = load_model(champion.model)
     since = T0 + 100_000
-    actual = explore(
-        model,
-        champion.prompt,
-        1500,
-        since=since,
-        codebook=world.codebook.id,
-        candidates=8,
-        users=150,
-        temperature=1.0,
-    )
-    made: list[Event] = [event for event, _ in actual]
-    made += [
+    explorations = explore_evenly(1500, since=since, codebook=world.codebook.id)
+    events: list[Event] = [event for event, _ in explorations]
+    events += [
         Click.new(user_id=event.user_id, item_id=event.item_id, ts=event.ts + 5, request_id=event.request_id)
-        for event, clicked in actual
+        for event, clicked in explorations
         if clicked
     ]
     # Their windows are closed by a click; and pairs to align to.
-    made.append(Click.new(user_id="late", item_id="i00", ts=since + 1500 + HORIZON))
-    made += [
+    events.append(Click.new(user_id="late", item_id="i00", ts=since + 1500 + HORIZON))
+    events += [
         PreferencePair.new(
             user_id=f"u{n}", ts=T0 + HORIZON + n, scheme="purchased_over_clicked", codebook=world.codebook.id,
             chosen_item=f"i{(n + 5) % ITEMS:02}", chosen=list(sid_of((n + 5) % ITEMS)),
             rejected_items=[f"i{(n + 1) % ITEMS:02}"], rejected=[list(sid_of((n + 1) % ITEMS))],
             history=[list(sid_of(n % ITEMS))],
         )
-        for n in range(200)
+        for n in range(240)
     ]  # fmt: skip
-    world.publish(made)
-    # A model turned round leaves few of the answers that were drawn any weight: five of 1,500 in one run.
-    sane, explored = world.settings, OffPolicySettings.model_validate({"min_ess": 2})
+    world.publish(events)
+    # Newcomers who walk the other way.
+    world.walk(range(100, 160), 10, Click, 1000, step=-1)
+    # A draw in eight is what a certain model would have answered: 190 effective samples of 1,500.
+    explored = OffPolicySettings.model_validate({"min_ess": 50})
+    # Nobody is held out: the weights of the last step are kept, and only explored answers can refuse them.
+    sane = sane.model_copy(update={"validation_users": 0, "offpolicy": explored})
 
-    # A refresh whose steps are far too large: it passes the loose checks of these tests, and nothing else.
-    # It is worse by a fifth, which 1,500 requests show to be more than 2 %, not to be more than 10 %.
-    strict = OffPolicySettings.model_validate({"min_ess": 10, "margin": 0.02})
-    world.settings = sane.model_copy(
-        update={"refresh_lr": 0.1, "max_fall": 0.999, "epochs": 1, "offpolicy": strict}
-    )
+    # A refresh that learns from the newcomers alone passes the loose checks of these tests.
+    world.settings = sane.model_copy(update={"refresh_lr": 1e-2, "replay": 0.0})
     with pytest.raises(
-        SidstreamError, match=r"failed its offline check and was not registered: veto: CTR 0\.\d"
+        SidstreamError, match=r"failed its offline check and was not registered: veto: CTR -?0\.0"
     ):
         world.cycle()
     assert [version.version for version in world.registry.versions()] == [first.versions["base"]]
     assert world.registry.alias("challenger-sft") is None
 
-    # Alignment that was told the opposite of what shoppers do, and as strongly.
+    # A refresh that stays what it was, and alignment that learns the opposite of what shoppers do by both of
+    # its losses.
     world.lines.clear()
     dpo = DpoSettings.model_validate({
-        "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 5, "sft_weight": 0.0, "max_drop": 1000.0,
+        "min_pairs": 20, "batch": 16, "lr": 1e-2, "epochs": 8, "sft_weight": 1.0, "max_drop": 1000.0,
         "replay_weight": 0.0, "probe_users": 0, "schemes": ["purchased_over_clicked"],
     })  # fmt: skip
-    world.settings = sane.model_copy(update={"epochs": 1, "dpo": dpo, "offpolicy": explored})
+    world.settings = sane.model_copy(update={"refresh_lr": 1e-6, "epochs": 1, "dpo": dpo})
     second = world.cycle()
     assert [stage for stage, _ in world.lines] == [
         "window", "sft", "sft-offpolicy", "dpo", "dpo-offpolicy", "export", "register",
     ]  # fmt: skip
     assert set(second.versions) == {"sft"}
     assert second.no_dpo is not None
-    assert second.no_dpo.startswith("it failed its offline check: veto: CTR 0.")
+    assert second.no_dpo.startswith("it failed its offline check: veto: CTR ")
     sft, aligned = second.offpolicy["sft"], second.offpolicy["dpo"]
     assert (sft.n, sft.vetoed, aligned.vetoed) == (1500, False, True)
     assert sft.logged is not None
-    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in actual]))
+    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in explorations]))
     version = next(one for one in world.registry.versions() if one.version == second.versions["sft"])
     assert version.metrics["sft/ope_n"] == 1500
-    assert version.metrics["sft/ope_dr"] > 1.3 * version.metrics["dpo/ope_dr"]
+    assert version.metrics["sft/ope_dr"] > 5 * version.metrics["dpo/ope_dr"]
 
 
 def test_a_model_that_fails_its_check_is_not_registered(world: World) -> None:

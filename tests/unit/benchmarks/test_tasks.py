@@ -55,6 +55,7 @@ def test_the_table_has_a_row_each_training_and_the_columns_that_were_measured(tm
     assert table(lines) == wanted
 
 
+@pytest.mark.learning
 def test_figures_are_of_every_target_of_the_bought_ones_of_searches_and_of_summaries() -> None:
     rows = [[(user + at) % 12 for at in range(6)] for user in range(30)]
     when = [[at if at == 5 and user % 3 == 0 else -1 for at in range(6)] for user in range(30)]

@@ -53,6 +53,7 @@ def first(tiny: Shop, model: GeneratorForCausalLM, scene: str | None, item: int)
     return int(ranker.candidates(history, ranker.states(history, row)).order(1.0)[0, 0])
 
 
+@pytest.mark.learning
 def test_the_same_history_is_answered_by_the_scene(tiny: Shop, model: GeneratorForCausalLM) -> None:
     right = [
         (first(tiny, model, "up", at) == at + 1, first(tiny, model, "down", at) == at - 1)
@@ -62,13 +63,14 @@ def test_the_same_history_is_answered_by_the_scene(tiny: Shop, model: GeneratorF
     assert first(tiny, model, "nowhere", 7) == first(tiny, model, None, 7)
 
 
+@pytest.mark.learning
 def test_held_out_events_are_judged_under_their_own_context(tiny: Shop, model: GeneratorForCausalLM) -> None:
     held_out = tiny.split.held_out
-    told = evaluate_held_out(model, held_out, tiny.catalogue, tiny.sids, tiny.settings)
-    untold = evaluate_held_out(
+    with_context = evaluate_held_out(model, held_out, tiny.catalogue, tiny.sids, tiny.settings)
+    without_context = evaluate_held_out(
         model, held_out._replace(contexts=None), tiny.catalogue, tiny.sids, tiny.settings
     )
-    assert told.ndcg10 > 0.9 > untold.ndcg10
+    assert with_context.ndcg10 > 0.9 > without_context.ndcg10
     # Each target has the scene of its own event, which says where it lies.
     step = (
         np.array(
@@ -81,6 +83,7 @@ def test_held_out_events_are_judged_under_their_own_context(tiny: Shop, model: G
     assert [(token == up) for token in held_out.contexts[:, 0].tolist()] == (step == 1).tolist()
 
 
+@pytest.mark.learning
 def test_the_loss_of_a_sequence_is_under_each_targets_own_context(
     tiny: Shop, model: GeneratorForCausalLM
 ) -> None:
@@ -101,10 +104,10 @@ def test_the_loss_of_a_sequence_is_under_each_targets_own_context(
     assert other[1] > base[1] + 1
     assert other[2] == base[2]
     with torch.no_grad():
-        told = sequence_loss(
+        with_context = sequence_loss(
             model, SequenceBatch(items, learned, torch.tensor([[[0], up, down]])), table, weights
         )
-    assert float(told) == pytest.approx(np.mean(base), rel=1e-4)
+    assert float(with_context) == pytest.approx(np.mean(base), rel=1e-4)
 
 
 def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> None:
@@ -119,15 +122,15 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
         there = piece.items >= 0
         assert not piece.context[~there].any()
         for items, tokens, real in zip(piece.items, piece.context[..., 0], there, strict=True):
-            some = tokens[real]
+            event_tokens = tokens[real]
             total += 1
-            if not some.any():
+            if not event_tokens.any():
                 gone += 1
                 continue
             # All or nothing; and the scene of a target says the step that led to it.
-            assert bool(some.all())
+            assert bool(event_tokens.all())
             steps = (items[real][1:] - items[real][:-1]) % 24
-            up = some[1:] == tiny.context.row({"scene": "up"})[0]
+            up = event_tokens[1:] == tiny.context.row({"scene": "up"})[0]
             assert torch.equal(steps == 1, up)
     assert 0.2 < gone / total < 0.4
     second = [piece.context for piece in tiny.rows.sequence_batches(0)]
@@ -140,6 +143,7 @@ def test_pieces_have_each_events_own_context_and_a_share_is_without_any() -> Non
     assert all(piece.context is None for piece in shop().rows.sequence_batches(0))
 
 
+@pytest.mark.learning
 def test_graphs_follow_the_context_as_torch_does(
     tiny: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
@@ -173,18 +177,19 @@ def answered(
     index = SidIndex.build(np.array(tiny.catalogue.sids), tiny.catalogue.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(1.0, 1, 1.0))
     change = history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(sid_of(7))))
-    past, _, _ = history.apply(
+    stored_history, _, _ = history.apply(
         None, [change], codebook=BOOK, levels=3, incarnations={"clicks": 1, "purchases": 1},
         bounds=HistorySettings(),
     )  # fmt: skip
     about = profile.pack(UserProfile.new(user_id="u", attributes=attributes))
     trigger = Trigger.new(request_id="r", user_id="u", k=5, scene=scene)
-    (answer,) = ask.recommend([Request(trigger, past, about)], Service(rollout, {"b0": bundle}))
+    (answer,) = ask.recommend([Request(trigger, stored_history, about)], Service(rollout, {"b0": bundle}))
     assert answer.exploration is not None
     items = answer.recommendation.items
     return [one.item_id for one in items], [one.score for one in items], answer.exploration.context
 
 
+@pytest.mark.learning
 def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none(
     tiny: Shop, model: GeneratorForCausalLM, tmp_path: Path
 ) -> None:
@@ -204,13 +209,14 @@ def test_the_scene_of_a_request_changes_its_answer_and_an_unknown_one_is_as_none
     assert answered(tiny, served, about, "up", {"mood": "up"})[2] == {"profile.mood": "up"}
 
 
+@pytest.mark.learning
 def test_explored_answers_are_judged_under_the_context_that_they_were_given_in(
     tiny: Shop, model: GeneratorForCausalLM
 ) -> None:
-    given = {"prompt": [list(sid_of(7))], "candidates": [list(sid_of(8)), list(sid_of(6))]}
+    fields = {"prompt": [list(sid_of(7))], "candidates": [list(sid_of(8)), list(sid_of(6))]}
     contexts = [{"scene": "up"}, {"scene": "down"}, {}, {"scene": "nowhere"}]
     actual = [
-        (exploration(at, ts=1_600_000_000_000 + at, context=context, **given), False)
+        (exploration(at, ts=1_600_000_000_000 + at, context=context, **fields), False)
         for at, context in enumerate(contexts)
     ]
     logged = logged_explorations(actual, "c" * 16, tiny.prompt, tiny.settings.offpolicy, tiny.context)

@@ -54,9 +54,9 @@ def test_a_users_newest_profile_counts_until_it_is_deleted(logged: Logged) -> No
 def test_in_any_order_the_same_profile_counts(
     tmp_path_factory: pytest.TempPathFactory, times: list[tuple[int, int]]
 ) -> None:
-    some = [about("u", at, number, when=f"{at} {number}") for at, number in times]
+    profiles = [about("u", at, number, when=f"{at} {number}") for at, number in times]
     actual = []
-    for order in itertools.islice(itertools.permutations(some), 6):
+    for order in itertools.islice(itertools.permutations(profiles), 6):
         logged = Logged(tmp_path_factory.mktemp("log"))
         logged.events(*order, order[0])
         actual.append(logged.window().profiles()["u"])
@@ -76,18 +76,18 @@ def test_only_users_who_did_something_and_scenes_of_clicks_are_counted(logged: L
 
 
 def test_each_event_has_its_own_scene_and_its_users_profile(logged: Logged) -> None:
-    known = training_catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
+    catalogue = training_catalogue({f"i{n:02}": sid_of(n) for n in range(4)}, {}, Prompt(SIZES, 8))
     context = Context(50, {"scene": ["home", "cart"], "profile.country": ["Peru"]})
     logged.clicks((None, "u", "i00", 1), (None, "v", "i00", 5), scene="cart")
     logged.clicks((None, "u", "i01", 3))
     logged.clicks((None, "u", "i03", 4), scene="attic")
     logged.purchases(("u", "i02", 2))
-    made = logged.window().user_sequences(
-        known, context, {"u": {"country": "Peru"}, "v": {"country": "Mars"}}
+    sequences = logged.window().user_sequences(
+        catalogue, context, {"u": {"country": "Peru"}, "v": {"country": "Mars"}}
     )
-    assert made.users == ["u", "v"]
-    assert made.context.tolist() == [[51, 52], [0, 52], [0, 52], [0, 52], [51, 0]]
-    assert logged.window().user_sequences(known).context.shape == (5, 0)
+    assert sequences.users == ["u", "v"]
+    assert sequences.context.tolist() == [[51, 52], [0, 52], [0, 52], [0, 52], [51, 0]]
+    assert logged.window().user_sequences(catalogue).context.shape == (5, 0)
 
 
 def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) -> None:
@@ -99,8 +99,8 @@ def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) 
     logged.clicks((None, "u", "i01", 9), scene="home")
     window = logged.window()
     assert window.context_counts({}) == {"scene": {"home": 1}}
-    known = training_catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
-    assert window.user_sequences(known, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
+    catalogue = training_catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
+    assert window.user_sequences(catalogue, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
 
 
 def read(

@@ -16,7 +16,7 @@ SOON = ScheduleSettings.model_validate({"every_minutes": 0.2 / 60, "misfire_minu
 def test_cycles_follow_each_other_one_at_a_time_and_an_error_is_told() -> None:
     ended = threading.Event()
     running = threading.Lock()
-    told: list[CycleResult | SidstreamError] = []
+    results: list[CycleResult | SidstreamError] = []
     overlaps: list[int] = []
 
     def cycle(stop: Callable[[], bool]) -> CycleResult:
@@ -24,7 +24,7 @@ def test_cycles_follow_each_other_one_at_a_time_and_an_error_is_told() -> None:
             overlaps.append(1)
             return CycleResult()
         try:
-            if len(told) == 1:
+            if len(results) == 1:
                 raise SidstreamError("the broker does not answer")
             # Longer than the interval: the next start must wait.
             threading.Event().wait(0.5)
@@ -33,15 +33,15 @@ def test_cycles_follow_each_other_one_at_a_time_and_an_error_is_told() -> None:
             running.release()
 
     def tell(outcome: CycleResult | SidstreamError) -> None:
-        told.append(outcome)
-        if len(told) == 3:
+        results.append(outcome)
+        if len(results) == 3:
             ended.set()
 
     run_periodically(cycle, SOON, tell, ended)
     assert not overlaps
-    assert isinstance(told[0], CycleResult)
-    assert isinstance(told[1], SidstreamError)
-    assert isinstance(told[2], CycleResult)
+    assert isinstance(results[0], CycleResult)
+    assert isinstance(results[1], SidstreamError)
+    assert isinstance(results[2], CycleResult)
 
 
 def test_the_end_asks_the_running_cycle_to_stop_and_waits_for_it() -> None:

@@ -37,15 +37,15 @@ def pair(
 
 
 def test_a_pair_counts_once_in_its_scheme_and_codebook() -> None:
-    some = [pair("a", "bc", user="v"), pair("a", "d", 5), pair("e", "d", 9, scheme="clicked_over_shown")]
-    found = pairs_report([*some, some[0], some[0]], T0 + 10)
-    assert (found.pairs, found.repeats, found.users) == (3, 2, 2)
-    assert [(one.scheme, one.codebook, one.pairs, one.users) for one in found.groups] == [
+    pairs = [pair("a", "bc", user="v"), pair("a", "d", 5), pair("e", "d", 9, scheme="clicked_over_shown")]
+    report = pairs_report([*pairs, pairs[0], pairs[0]], T0 + 10)
+    assert (report.pairs, report.repeats, report.users) == (3, 2, 2)
+    assert [(group.scheme, group.codebook, group.pairs, group.users) for group in report.groups] == [
         ("purchased_over_clicked", "book", 2, 2),
         ("clicked_over_shown", "book", 1, 1),
     ]
-    assert (found.age_ms.newest, found.age_ms.median, found.age_ms.oldest) == (1, 5, 10)
-    counts = found.timeline.counts
+    assert (report.age_ms.newest, report.age_ms.median, report.age_ms.oldest) == (1, 5, 10)
+    counts = report.timeline.counts
     assert {scheme: sum(spans) for scheme, spans in counts.items()} == {
         "purchased_over_clicked": 2, "clicked_over_shown": 1,
     }  # fmt: skip
@@ -53,18 +53,18 @@ def test_a_pair_counts_once_in_its_scheme_and_codebook() -> None:
 
 
 def test_shared_prefixes_are_shares_of_rejected_sids() -> None:
-    (one,) = pairs_report([pair("a", "bcd"), pair("a", "b", 1)], T0).groups
+    (group,) = pairs_report([pair("a", "bcd"), pair("a", "b", 1)], T0).groups
     # Of b, c, d and b, against a: three share the first code, two also the second, none all.
-    assert one.shared == (0.75, 0.5, 0.0)
-    assert (one.rejected.mean, one.rejected.median, one.rejected.most) == (2, 2, 3)
+    assert group.shared == (0.75, 0.5, 0.0)
+    assert (group.rejected.mean, group.rejected.median, group.rejected.most) == (2, 2, 3)
 
 
 def test_items_on_both_sides_are_told_from_either() -> None:
-    found = pairs_report([pair("a", "bc"), pair("b", "d", 1), pair("a", "d", 2), pair("e", "d", 3)], T0)
-    assert (found.chosen_items, found.rejected_items) == (3, 3)
-    assert (found.chosen_also_rejected, found.rejected_also_chosen) == (pytest.approx(1 / 3),) * 2
-    assert found.top == (("a", 2), ("b", 1), ("e", 1))
-    assert found.gini == pytest.approx(1 / 6)  # of 1, 1 and 2
+    report = pairs_report([pair("a", "bc"), pair("b", "d", 1), pair("a", "d", 2), pair("e", "d", 3)], T0)
+    assert (report.chosen_items, report.rejected_items) == (3, 3)
+    assert (report.chosen_also_rejected, report.rejected_also_chosen) == (pytest.approx(1 / 3),) * 2
+    assert report.top == (("a", 2), ("b", 1), ("e", 1))
+    assert report.gini == pytest.approx(1 / 6)  # of 1, 1 and 2
 
 
 items = st.sampled_from("abcde")
@@ -75,19 +75,19 @@ pairs = st.builds(
 )  # fmt: skip
 
 
-@given(some=st.lists(pairs, min_size=1, max_size=12), data=st.data())
+@given(drawn_pairs=st.lists(pairs, min_size=1, max_size=12), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_order_and_repeats_change_nothing_but_their_number(some: Any, data: Any) -> None:
-    once = list({one.event_id: one for one in some}.values())
-    again = data.draw(st.permutations([*once, *data.draw(st.lists(st.sampled_from(once), max_size=5))]))
-    first, second = (pairs_report(of, T0 + 100).as_dict() for of in (once, again))
-    assert (first.pop("repeats"), second.pop("repeats")) == (0, len(again) - len(once))
+def test_order_and_repeats_change_nothing_but_their_number(drawn_pairs: Any, data: Any) -> None:
+    once = list({entry.event_id: entry for entry in drawn_pairs}.values())
+    repeated = data.draw(st.permutations([*once, *data.draw(st.lists(st.sampled_from(once), max_size=5))]))
+    first, second = (pairs_report(of, T0 + 100).as_dict() for of in (once, repeated))
+    assert (first.pop("repeats"), second.pop("repeats")) == (0, len(repeated) - len(once))
     assert first == second
-    assert sum(one["pairs"] for one in first["groups"]) == first["pairs"] == len(once)
-    for one in first["groups"]:
-        assert one["shared"] == sorted(one["shared"], reverse=True)
-        assert all(0 <= share <= 1 for share in one["shared"])
-        assert one["rejected"]["median"] <= one["rejected"]["p90"] <= one["rejected"]["most"]
+    assert sum(entry["pairs"] for entry in first["groups"]) == first["pairs"] == len(once)
+    for entry in first["groups"]:
+        assert entry["shared"] == sorted(entry["shared"], reverse=True)
+        assert all(0 <= share <= 1 for share in entry["shared"])
+        assert entry["rejected"]["median"] <= entry["rejected"]["p90"] <= entry["rejected"]["most"]
     assert 0 <= first["gini"] < 1
 
 
@@ -97,8 +97,8 @@ def test_no_pairs_are_an_error_that_says_where_pairs_come_from() -> None:
 
 
 def test_pictures_are_drawn_of_few_pairs_and_of_several_schemes() -> None:
-    for some in ([pair("a", "b")], [pair("a", "bc"), pair("d", "e", 50, scheme="clicked_over_shown")]):
-        drawn = draw_pairs_report(pairs_report(some, T0 + 100))
+    for pairs in ([pair("a", "b")], [pair("a", "bc"), pair("d", "e", 50, scheme="clicked_over_shown")]):
+        drawn = draw_pairs_report(pairs_report(pairs, T0 + 100))
         assert set(drawn) == {"pairs-over-time.png", "shared-prefixes.png", "ages.png"}
         assert all(content.startswith(b"\x89PNG") for content in drawn.values())
 
@@ -106,9 +106,9 @@ def test_pictures_are_drawn_of_few_pairs_and_of_several_schemes() -> None:
 def test_the_command_tells_draws_and_withdraws_by_the_trainers_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = [pair("a", "bc"), pair("d", "e", 50), pair("d", "e", 50)]
+    pairs = [pair("a", "bc"), pair("d", "e", 50), pair("d", "e", 50)]
     monkeypatch.setattr(
-        "registry.releases.current.read_all", lambda kafka, kind: [("u", one) for one in some]
+        "registry.releases.current.read_all", lambda kafka, kind: [("u", event) for event in pairs]
     )
     monkeypatch.setenv("SIDSTREAM_TRAINER__HOME", str(tmp_path))
     text = CliRunner().invoke(app, ["pairs", "report"]).stdout
@@ -118,9 +118,9 @@ def test_the_command_tells_draws_and_withdraws_by_the_trainers_log(
     arguments = ["pairs", "report", "--json", "--plots", str(tmp_path / "plots")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["withdrawn"] == {"bought": 1, "clicked": 0, "same": 0, "gone": 1}
-    assert "timeline" not in found
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["withdrawn"] == {"bought": 1, "clicked": 0, "same": 0, "gone": 1}
+    assert "timeline" not in report
     assert len(list((tmp_path / "plots").glob("*.png"))) == 3
     text = CliRunner().invoke(app, arguments[:2]).stdout
     assert "withdrawn by the trainer's log: 1 rejected items that were bought" in text
@@ -131,9 +131,9 @@ def test_the_command_tells_draws_and_withdraws_by_the_trainers_log(
 
 
 def test_what_was_withdrawn_is_in_the_report_where_it_was_measured() -> None:
-    some = [pair("a", "b")]
-    assert pairs_report(some, T0).as_dict()["withdrawn"] is None
-    gone = FilteredPairs([], repeats=0, bought=1, clicked=2, equal_to_chosen=3, without_rejected=4)
-    assert pairs_report(some, T0, gone).as_dict()["withdrawn"] == {
+    pairs = [pair("a", "b")]
+    assert pairs_report(pairs, T0).as_dict()["withdrawn"] is None
+    filtered = FilteredPairs([], repeats=0, bought=1, clicked=2, equal_to_chosen=3, without_rejected=4)
+    assert pairs_report(pairs, T0, filtered).as_dict()["withdrawn"] == {
         "bought": 1, "clicked": 2, "same": 3, "gone": 4,
     }  # fmt: skip

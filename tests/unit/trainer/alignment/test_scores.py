@@ -25,37 +25,41 @@ CHOSEN, REJECTED = [5, 0, 2, 5], [[6], [11, 1], [3, 9, 14], [2, 6]]
 
 
 @pytest.fixture(scope="module")
-def made() -> Shop:
+def tiny_shop() -> Shop:
     return shop(scenes=True)
 
 
 @pytest.fixture(scope="module")
-def model(made: Shop) -> GeneratorForCausalLM:
-    policy = made.outspoken(seed=1)
+def model(tiny_shop: Shop) -> GeneratorForCausalLM:
+    policy = tiny_shop.outspoken(seed=1)
     with torch.no_grad():
-        policy.model.embed_tokens.weight[made.context.first :].normal_(0, 1)
+        policy.model.embed_tokens.weight[tiny_shop.context.first :].normal_(0, 1)
         for parameter in policy.model.modulation.parameters():
             parameter.normal_(0, 0.2)
     return policy
 
 
-def told(made: Shop, said: list[int]) -> list[int]:
-    return [made.context.first + at for at in said]
+def context_token_ids(tiny_shop: Shop, context_tokens: list[int]) -> list[int]:
+    return [tiny_shop.context.first + at for at in context_tokens]
 
 
-def row(made: Shop, at: int) -> PreferenceRow:
+def row(tiny_shop: Shop, at: int) -> PreferenceRow:
     def tokens(item: int) -> list[int]:
-        codes: list[int] = made.catalogue.codes[item].tolist()
+        codes: list[int] = tiny_shop.catalogue.codes[item].tolist()
         return codes
 
-    prompt = [BOS, *(token for item in HISTORIES[at] for token in tokens(item)), *told(made, SAID[at])]
+    prompt = [
+        BOS,
+        *(token for item in HISTORIES[at] for token in tokens(item)),
+        *context_token_ids(tiny_shop, SAID[at]),
+    ]
     return PreferenceRow(
         prompt_ids=prompt, chosen_ids=tokens(CHOSEN[at]), rejected_ids=[tokens(i) for i in REJECTED[at]]
     )
 
 
-def batch_of(made: Shop) -> dict[str, Tensor]:
-    return collate_preferences([row(made, at) for at in range(len(HISTORIES))], PAD)
+def batch_of(tiny_shop: Shop) -> dict[str, Tensor]:
+    return collate_preferences([row(tiny_shop, at) for at in range(len(HISTORIES))], PAD)
 
 
 def spelled(model: GeneratorForCausalLM, prompt: list[int], answer: list[int]) -> float:
@@ -64,13 +68,15 @@ def spelled(model: GeneratorForCausalLM, prompt: list[int], answer: list[int]) -
     return sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(answer))
 
 
-def liked(model: GeneratorForCausalLM, made: Shop, at: int) -> Tensor:
+def liked(model: GeneratorForCausalLM, tiny_shop: Shop, at: int) -> Tensor:
     """Log-probabilities of all items by the dense head, in the order of the catalogue."""
     history = HISTORIES[at]
-    codes = torch.from_numpy(made.catalogue.codes)
+    codes = torch.from_numpy(tiny_shop.catalogue.codes)
     padded = codes[history][None] if history else codes[:1][None]
     state = model.encode(
-        padded, torch.tensor([len(history)]), context=torch.tensor([told(made, SAID[at]) or [0]])
+        padded,
+        torch.tensor([len(history)]),
+        context=torch.tensor([context_token_ids(tiny_shop, SAID[at]) or [0]]),
     )
     query = model.model.queries(state)
     logits = (query @ model.model.embed_items(codes).T)[0]
@@ -79,59 +85,59 @@ def liked(model: GeneratorForCausalLM, made: Shop, at: int) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def test_a_batch_is_all_chosen_answers_then_all_first_rejected_ones(made: Shop) -> None:
-    batch = batch_of(made)
+def test_a_batch_is_all_chosen_answers_then_all_first_rejected_ones(tiny_shop: Shop) -> None:
+    batch = batch_of(tiny_shop)
     assert batch["input_ids"].shape[0] == 4 * 4
     assert batch["real"].tolist() == [
         [True, False, False], [True, True, False], [True, True, True], [True, True, False]
     ]  # fmt: skip
     for k in range(4):
         for at in range(4):
-            one, place = row(made, at), 4 * k + at
-            answers = [one["chosen_ids"], *one["rejected_ids"]]
-            answer = answers[k] if k < len(answers) else one["chosen_ids"]
+            preference, place = row(tiny_shop, at), 4 * k + at
+            answers = [preference["chosen_ids"], *preference["rejected_ids"]]
+            answer = answers[k] if k < len(answers) else preference["chosen_ids"]
             inside = batch["attention_mask"][place].bool()
-            assert batch["input_ids"][place][inside].tolist() == one["prompt_ids"] + answer
+            assert batch["input_ids"][place][inside].tolist() == preference["prompt_ids"] + answer
             marked = batch["completion_mask"][place].bool()
             assert batch["input_ids"][place][marked].tolist() == answer
             assert bool((batch["input_ids"][place][~inside] == PAD).all())
 
 
 @torch.no_grad()
-def test_the_sids_head_says_what_the_flat_model_says(made: Shop, model: GeneratorForCausalLM) -> None:
-    head = score_answers(model, batch_of(made))[0]
+def test_the_sids_head_says_what_the_flat_model_says(tiny_shop: Shop, model: GeneratorForCausalLM) -> None:
+    head = score_answers(model, batch_of(tiny_shop))[0]
     losses = []
     for at in range(4):
-        one = row(made, at)
-        for k, answer in enumerate([one["chosen_ids"], *one["rejected_ids"]]):
-            wanted = spelled(model, one["prompt_ids"], answer)
-            assert float(head.scores[k, at]) == pytest.approx(wanted, abs=1e-4)
-        losses.append(-spelled(model, one["prompt_ids"], one["chosen_ids"]) / 3)
+        preference = row(tiny_shop, at)
+        for k, answer in enumerate([preference["chosen_ids"], *preference["rejected_ids"]]):
+            expected = spelled(model, preference["prompt_ids"], answer)
+            assert float(head.scores[k, at]) == pytest.approx(expected, abs=1e-4)
+        losses.append(-spelled(model, preference["prompt_ids"], preference["chosen_ids"]) / 3)
     assert float(head.nll) == pytest.approx(sum(losses) / 4, abs=1e-4)
 
 
 @torch.no_grad()
 def test_the_dense_head_says_log_probabilities_of_items_less_one_number_a_prompt(
-    made: Shop, model: GeneratorForCausalLM
+    tiny_shop: Shop, model: GeneratorForCausalLM
 ) -> None:
-    head = score_answers(model, batch_of(made))[1]
+    head = score_answers(model, batch_of(tiny_shop))[1]
     losses = []
     for at in range(4):
-        logs = liked(model, made, at)
+        logs = liked(model, tiny_shop, at)
         losses.append(-float(logs[CHOSEN[at]]))
         for k, item in enumerate(REJECTED[at], 1):
-            wanted = float(logs[CHOSEN[at]] - logs[item])
-            assert float(head.scores[0, at] - head.scores[k, at]) == pytest.approx(wanted, abs=1e-4)
+            expected = float(logs[CHOSEN[at]] - logs[item])
+            assert float(head.scores[0, at] - head.scores[k, at]) == pytest.approx(expected, abs=1e-4)
     assert float(head.nll) == pytest.approx(sum(losses) / 4, abs=1e-4)
 
 
 def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
-    made: Shop, model: GeneratorForCausalLM
+    tiny_shop: Shop, model: GeneratorForCausalLM
 ) -> None:
     few = copy.deepcopy(model)
-    kept = [item for item in range(len(made.catalogue.codes)) if item not in (0, 9)]
-    few.set_items(torch.from_numpy(made.catalogue.codes[kept]))
-    batch = batch_of(made)
+    table_items = [item for item in range(len(tiny_shop.catalogue.codes)) if item not in (0, 9)]
+    few.set_items(torch.from_numpy(tiny_shop.catalogue.codes[table_items]))
+    batch = batch_of(tiny_shop)
     # Item 0 is chosen in the second row, item 9 rejected in the third.
     assert score_answers(few, batch)[1].real.tolist() == [
         [True, False, False], [False, False, False], [True, False, True], [True, True, False]
@@ -141,16 +147,16 @@ def test_items_that_are_not_known_by_themselves_leave_the_dense_head_out(
 
 
 def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
-    made: Shop, model: GeneratorForCausalLM
+    tiny_shop: Shop, model: GeneratorForCausalLM
 ) -> None:
     # Items 0 and 12 of the shop differ in their last code alone.
-    codes = made.catalogue.codes
+    codes = tiny_shop.catalogue.codes
     assert codes[0, :2].tolist() == codes[12, :2].tolist()
-    one = PreferenceRow(
+    preference = PreferenceRow(
         prompt_ids=[BOS, *codes[3].tolist()], chosen_ids=codes[0].tolist(), rejected_ids=[codes[12].tolist()]
     )
     policy = copy.deepcopy(model)
-    head = score_answers(policy, collate_preferences([one], PAD))[0]
+    head = score_answers(policy, collate_preferences([preference], PAD))[0]
     margin = head.scores[0] - head.scores[1]
     margin.sum().backward()
     for level in (0, 1):
@@ -165,8 +171,8 @@ def test_codes_that_chosen_and_rejected_share_cancel_in_value_and_in_gradient(
         state = policy.encode(torch.from_numpy(codes[3][None, None]), torch.tensor([1]))
         last = policy.step(2, state, torch.from_numpy(codes[0][None, :2]))[0]
     first = policy.config.code_range(2)[0]
-    wanted = float(last[codes[0, 2] - first] - last[codes[12, 2] - first])
-    assert float(margin.detach()) == pytest.approx(wanted, abs=1e-5)
+    expected = float(last[codes[0, 2] - first] - last[codes[12, 2] - first])
+    assert float(margin.detach()) == pytest.approx(expected, abs=1e-5)
 
 
 ITEM = st.integers(0, ITEMS - 1)
@@ -176,25 +182,25 @@ ITEM = st.integers(0, ITEMS - 1)
 @given(st.lists(ITEM, max_size=4), ITEM, ITEM)
 @torch.no_grad()
 def test_under_any_prompt_a_margin_is_that_of_the_codes_after_the_shared_prefix(
-    made: Shop, model: GeneratorForCausalLM, history: list[int], chosen: int, rejected: int
+    tiny_shop: Shop, model: GeneratorForCausalLM, history: list[int], chosen: int, rejected: int
 ) -> None:
-    codes = made.catalogue.codes
-    one = PreferenceRow(
+    codes = tiny_shop.catalogue.codes
+    preference = PreferenceRow(
         prompt_ids=[BOS, *codes[history].flatten().tolist()], chosen_ids=codes[chosen].tolist(),
         rejected_ids=[codes[rejected].tolist()],
     )  # fmt: skip
-    batch = collate_preferences([one], PAD)
+    batch = collate_preferences([preference], PAD)
     other = _Uniform(int(codes.max()) + 1)
     same = next((at for at in range(3) if codes[chosen, at] != codes[rejected, at]), 3)
-    for asked in (model, other):
-        wanted = 0.0
+    for scored_model in (model, other):
+        expected = 0.0
         for sign, item in ((1, chosen), (-1, rejected)):
-            ids = torch.tensor([one["prompt_ids"] + codes[item].tolist()])
-            logs = asked(ids, torch.ones_like(ids), use_cache=False).logits[0].log_softmax(-1)
-            begin = len(one["prompt_ids"]) - 1
-            wanted += sign * sum(float(logs[begin + at, codes[item, at]]) for at in range(same, 3))
-        head = score_answers(asked, batch)[0]
-        assert float(head.scores[0] - head.scores[1]) == pytest.approx(wanted, abs=1e-4)
+            ids = torch.tensor([preference["prompt_ids"] + codes[item].tolist()])
+            logs = scored_model(ids, torch.ones_like(ids), use_cache=False).logits[0].log_softmax(-1)
+            begin = len(preference["prompt_ids"]) - 1
+            expected += sign * sum(float(logs[begin + at, codes[item, at]]) for at in range(same, 3))
+        head = score_answers(scored_model, batch)[0]
+        assert float(head.scores[0] - head.scores[1]) == pytest.approx(expected, abs=1e-4)
 
 
 class _Uniform(nn.Module):
@@ -208,14 +214,14 @@ class _Uniform(nn.Module):
         return type("Out", (), {"logits": self.table[input_ids]})()
 
 
-def test_another_language_model_is_asked_for_its_answers_tokens(made: Shop) -> None:
-    tokens = int(batch_of(made)["input_ids"].max()) + 1
+def test_another_language_model_is_asked_for_its_answers_tokens(tiny_shop: Shop) -> None:
+    tokens = int(batch_of(tiny_shop)["input_ids"].max()) + 1
     other = _Uniform(tokens)
-    (head,) = score_answers(other, batch_of(made))
+    (head,) = score_answers(other, batch_of(tiny_shop))
     logs = other.table.detach().log_softmax(-1)
     for at in range(4):
-        one = row(made, at)
-        for k, answer in enumerate([one["chosen_ids"], *one["rejected_ids"]]):
-            path = [one["prompt_ids"][-1], *answer]
-            wanted = sum(float(logs[a, b]) for a, b in pairwise(path))
-            assert float(head.scores[k, at].detach()) == pytest.approx(wanted, abs=1e-4)
+        preference = row(tiny_shop, at)
+        for k, answer in enumerate([preference["chosen_ids"], *preference["rejected_ids"]]):
+            path = [preference["prompt_ids"][-1], *answer]
+            expected = sum(float(logs[a, b]) for a, b in pairwise(path))
+            assert float(head.scores[k, at].detach()) == pytest.approx(expected, abs=1e-4)

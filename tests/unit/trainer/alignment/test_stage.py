@@ -24,11 +24,11 @@ def test_a_window_withdraws_pairs_by_the_whole_log_and_keeps_the_newest(tmp_path
     logged.window()
     logged.events(pair("bd", name="new"), pair("c", scheme="clicked_over_shown", request="r", name="gone"))
     window = logged.window()
-    found = window.preference_pairs(W, "book", BOTH, 9)
-    assert {one.event_id: one.rejected_items for one in found.pairs} == {"new": ["d"]}
-    assert (found.bought, found.clicked, found.without_rejected) == (2, 1, 2)
+    filtered = window.preference_pairs(W, "book", BOTH, 9)
+    assert {pair.event_id: pair.rejected_items for pair in filtered.pairs} == {"new": ["d"]}
+    assert (filtered.bought, filtered.clicked, filtered.without_rejected) == (2, 1, 2)
     assert window.preference_pairs(W, "another", BOTH, 9).pairs == []
-    assert found.of_other_schemes == 0
+    assert filtered.of_other_schemes == 0
     other = window.preference_pairs(W, "book", ("purchased_over_shown",), 9)
     assert (other.pairs, other.of_other_schemes) == ([], 3)
     assert window.preference_pairs(W, "another", ("purchased_over_shown",), 9).of_other_schemes == 0
@@ -39,8 +39,8 @@ def test_the_newest_pairs_are_taken_from_all_windows(tmp_path: Path) -> None:
     logged.events(*(pair("d", name=f"p{n}", ts=n) for n in range(4)))
     logged.window()
     logged.events(pair("d", name="p4", ts=4))
-    found = logged.window().preference_pairs(W, "book", BOTH, 3)
-    assert sorted(one.event_id for one in found.pairs) == ["p2", "p3", "p4"]
+    filtered = logged.window().preference_pairs(W, "book", BOTH, 3)
+    assert sorted(pair.event_id for pair in filtered.pairs) == ["p2", "p3", "p4"]
 
 
 def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path) -> None:
@@ -50,24 +50,24 @@ def test_the_stage_tells_what_was_withdrawn_and_does_not_count_it(tmp_path: Path
     material: Any = SimpleNamespace(
         window=logged.window(), codebook=SimpleNamespace(id="book"), prompt=Prompt((2, 2), 4),
         context=Context(), profiles={}, log=SimpleNamespace(users=[]),
-        known=SimpleNamespace(sids=[(0, 0), (0, 1), (1, 0)]),
+        catalogue=SimpleNamespace(sids=[(0, 0), (0, 1), (1, 0)]),
     )  # fmt: skip
     none: Any = None
     both = {"min_pairs": 2, "schemes": BOTH}
     trainer = TrainerSettings.model_validate({"dpo": both})
-    made = align_to_window(
+    alignment = align_to_window(
         material, trainer, W, none, None, tmp_path, sequences=none, report_progress=lambda _: None
     )
-    assert (made.model, made.pairs, made.withdrawn) == (None, 1, 1)
-    assert made.refused == "1 preference pairs, at least 2 are needed"
-    assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in made.summary
+    assert (alignment.model, alignment.pairs, alignment.withdrawn) == (None, 1, 1)
+    assert alignment.refused == "1 preference pairs, at least 2 are needed"
+    assert "withdrawn: 1 rejected items (1 bought, 0 clicked), 1 whole pairs" in alignment.summary
 
     # Pairs that are there, and are not asked for, are the first thing to know.
-    one = TrainerSettings.model_validate({"dpo": both | {"schemes": ["clicked_over_shown"]}})
-    made = align_to_window(
-        material, one, W, none, None, tmp_path, sequences=none, report_progress=lambda _: None
+    single_scheme = TrainerSettings.model_validate({"dpo": both | {"schemes": ["clicked_over_shown"]}})
+    alignment = align_to_window(
+        material, single_scheme, W, none, None, tmp_path, sequences=none, report_progress=lambda _: None
     )
-    assert made.refused == (
+    assert alignment.refused == (
         "0 preference pairs, at least 2 are needed "
         "(2 are of schemes that SIDSTREAM_TRAINER__DPO__SCHEMES leaves out)"
     )

@@ -56,12 +56,12 @@ def test_rows_are_those_of_the_library_alone_and_in_any_company(source, exported
     from sentence_transformers import SentenceTransformer
 
     texts = ["white metal lantern", "mug", "tea towel box heart " * 9, "", "mug"]
-    wanted = SentenceTransformer(str(source), device="cpu").encode(texts, normalize_embeddings=True)
+    expected = SentenceTransformer(str(source), device="cpu").encode(texts, normalize_embeddings=True)
     embedder = SentenceEmbedder(exported)
-    made = embedder.embed(texts)
-    assert made.dtype == np.float32
-    assert np.abs(made - wanted).max() < 1e-5
-    assert np.allclose(embedder.embed(["mug"])[0], made[1], atol=1e-6)
+    rows = embedder.embed(texts)
+    assert rows.dtype == np.float32
+    assert np.abs(rows - expected).max() < 1e-5
+    assert np.allclose(embedder.embed(["mug"])[0], rows[1], atol=1e-6)
     assert embedder.embed([]).shape == (0, 16)
 
 
@@ -74,10 +74,10 @@ def test_the_same_model_is_exported_once_and_another_has_another_name(source, ex
 
 @pytest.mark.parametrize("name", [GRAPH, TOKENIZER, ABOUT])
 def test_a_folder_that_is_not_whole_is_refused_and_exported_anew(source, tmp_path, name):
-    made = export_encoder(str(source), tmp_path)
-    (made / name).write_bytes(b"{}")
+    exported = export_encoder(str(source), tmp_path)
+    (exported / name).write_bytes(b"{}")
     with pytest.raises(SidstreamError):
-        SentenceEmbedder(made)
+        SentenceEmbedder(exported)
     assert SentenceEmbedder(export_encoder(str(source), tmp_path)).dim == 16
 
 

@@ -25,20 +25,20 @@ class Counting:
 
 
 @settings(max_examples=20, deadline=None)
-@given(asked=st.lists(st.lists(st.text(max_size=3), max_size=6), max_size=5))
-def test_no_text_is_embedded_twice_and_every_row_is_what_it_would_be(asked, tmp_path_factory):
+@given(requests=st.lists(st.lists(st.text(max_size=3), max_size=6), max_size=5))
+def test_no_text_is_embedded_twice_and_every_row_is_what_it_would_be(requests, tmp_path_factory):
     folder, inner = tmp_path_factory.mktemp("cache"), Counting()
-    for texts in asked:
-        made = CachedEmbedder(inner, folder).embed(texts)
-        assert made.dtype == np.float32
-        assert np.array_equal(made, Counting().embed(texts))
-    assert len(inner.asked) == len(set(inner.asked)) == len({text for texts in asked for text in texts})
+    for texts in requests:
+        rows = CachedEmbedder(inner, folder).embed(texts)
+        assert rows.dtype == np.float32
+        assert np.array_equal(rows, Counting().embed(texts))
+    assert len(inner.asked) == len(set(inner.asked)) == len({text for texts in requests for text in texts})
 
 
 def test_another_embedder_has_its_own_rows(tmp_path):
-    one, two = Counting("one"), Counting("two")
+    first, second = Counting("one"), Counting("two")
     assert not np.allclose(
-        CachedEmbedder(one, tmp_path).embed(["a"]), CachedEmbedder(two, tmp_path).embed(["a"])
+        CachedEmbedder(first, tmp_path).embed(["a"]), CachedEmbedder(second, tmp_path).embed(["a"])
     )
 
 
@@ -50,9 +50,9 @@ def test_a_damaged_or_missing_file_means_that_its_texts_are_embedded_again(tmp_p
         file.unlink()
     else:
         file.write_bytes(harm)
-    again = Counting()
-    assert np.array_equal(CachedEmbedder(again, tmp_path).embed(["a", "b"]), Counting().embed(["a", "b"]))
-    assert again.asked == ["a", "b"]
+    second = Counting()
+    assert np.array_equal(CachedEmbedder(second, tmp_path).embed(["a", "b"]), Counting().embed(["a", "b"]))
+    assert second.asked == ["a", "b"]
 
 
 def test_many_files_become_one_and_nothing_is_lost(tmp_path):

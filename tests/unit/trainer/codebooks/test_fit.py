@@ -34,9 +34,13 @@ def items(count, distinct=None, seed=0):
     return [CatalogItem.new(item_id=f"i{n:05}", title=titles[n % len(titles)]) for n in range(count)]
 
 
-def fitted(catalogue, old=None, sequences=(), **wanted):
+def fitted(catalogue, old=None, sequences=(), **codebook_settings):
     return fit_codebook(
-        catalogue, Letters(), CodebookSettings(**{"size": 8, **wanted}), sequences=sequences, old=old
+        catalogue,
+        Letters(),
+        CodebookSettings(**{"size": 8, **codebook_settings}),
+        sequences=sequences,
+        old=old,
     )
 
 
@@ -48,13 +52,13 @@ def unit_rows(count, dim=6, seed=0):
 @pytest.mark.parametrize("method", ["kmeans", "rqvae"])
 def test_every_item_has_a_sid_of_its_own(method):
     catalogue = items(300)
-    seen = []
-    fit = fit_codebook(catalogue, Letters(), CodebookSettings(size=8, method=method), seen.append)
+    steps = []
+    fit = fit_codebook(catalogue, Letters(), CodebookSettings(size=8, method=method), steps.append)
     assert fit.items == sorted(item.item_id for item in catalogue)
     assert len(set(fit.sids)) == 300
     sizes = fit.codebook.sizes
     assert all(0 <= code < size for sid in fit.sids for code, size in zip(sid, sizes, strict=True))
-    assert sum(seen) == 3
+    assert sum(steps) == 3
     assert fit.codebook.embedder == "letters"
 
 
@@ -83,10 +87,10 @@ def test_a_prefix_beyond_any_code_is_an_error_with_a_remedy():
 @pytest.mark.parametrize("method", ["kmeans", "rqvae"])
 def test_the_order_and_repetition_of_catalogue_records_do_not_matter(method):
     catalogue = items(200)
-    one = fitted(catalogue, method=method)
+    first = fitted(catalogue, method=method)
     two = fitted([*catalogue[::-1], catalogue[3]], method=method)
-    assert one.codebook.id == two.codebook.id
-    assert one.sids == two.sids
+    assert first.codebook.id == two.codebook.id
+    assert first.sids == two.sids
 
 
 @pytest.mark.parametrize("method", ["kmeans", "rqvae"])
@@ -95,9 +99,9 @@ def test_a_tiny_catalogue_gets_a_codebook_with_room(count, method):
     fit = fitted(items(count), method=method)
     assert len(set(fit.sids)) == count
     assert fit.codebook.sizes == (8, 8, 16)
-    taken = set(fit.sids)
-    later = fit.codebook.assign(Letters().embed([item.title for item in items(60)]), taken)
-    assert not taken & set(later)
+    taken_sids = set(fit.sids)
+    later = fit.codebook.assign(Letters().embed([item.title for item in items(60)]), taken_sids)
+    assert not taken_sids & set(later)
 
 
 def test_an_empty_catalogue_is_an_error_with_a_remedy():
@@ -117,30 +121,31 @@ def test_centroids_are_the_means_of_the_rows_that_are_nearest_to_them():
 
 def test_a_code_starts_at_the_mean_of_the_rows_that_had_it():
     rows = unit_rows(6).astype(np.float64)
-    made = code_means(rows, np.array([0, 0, 2, 2, -1, 2]), 4, seed=0)
-    assert np.allclose(made[0], rows[:2].mean(axis=0), atol=1e-6)
-    assert np.allclose(made[2], rows[[2, 3, 5]].mean(axis=0), atol=1e-6)
-    assert all(np.abs(rows - made[code]).sum(axis=1).min() < 1e-6 for code in (1, 3))
+    centroids = code_means(rows, np.array([0, 0, 2, 2, -1, 2]), 4, seed=0)
+    assert np.allclose(centroids[0], rows[:2].mean(axis=0), atol=1e-6)
+    assert np.allclose(centroids[2], rows[[2, 3, 5]].mean(axis=0), atol=1e-6)
+    assert all(np.abs(rows - centroids[code]).sum(axis=1).min() < 1e-6 for code in (1, 3))
 
 
 def test_codes_keep_their_meaning_when_a_level_is_fitted_again():
     rows = unit_rows(400)
     before, _, codes = residual_kmeans(rows, [16, 16], seed=1)
-    after, _, again = residual_kmeans(rows, [16, 16], seed=99, old=codes)
-    assert (again[:, 0] == codes[:, 0]).mean() > 0.95
+    after, _, refitted_codes = residual_kmeans(rows, [16, 16], seed=99, old=codes)
+    assert (refitted_codes[:, 0] == codes[:, 0]).mean() > 0.95
     assert np.abs(after[0] - before[0]).max() < 0.2
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(("method", "share"), [("kmeans", 0.8), ("rqvae", 0.6)])
 def test_most_items_keep_their_sid_when_the_catalogue_grows(method, share):
     catalogue = items(400)
     first = fitted(catalogue[:320], method=method)
     old = ReplacedCodebook(first.codebook, dict(zip(first.items, first.sids, strict=True)))
-    grown = fitted(catalogue, old, method=method)
+    extended_fit = fitted(catalogue, old, method=method)
     fresh = fitted(catalogue, method=method, seed=11)
-    assert len(set(grown.sids)) == 400
-    assert all(new >= was for new, was in zip(grown.codebook.sizes, first.codebook.sizes, strict=True))
-    assert grown.unchanged_sids(old) > share * 320
+    assert len(set(extended_fit.sids)) == 400
+    assert all(new >= was for new, was in zip(extended_fit.codebook.sizes, first.codebook.sizes, strict=True))
+    assert extended_fit.unchanged_sids(old) > share * 320
     assert fresh.unchanged_sids(old) < 0.1 * 320
 
 
@@ -153,9 +158,9 @@ def test_sizes_never_shrink_below_those_of_the_codebook_that_is_replaced():
 def test_a_codebook_of_another_length_begins_anew():
     first = fitted(items(100))
     old = ReplacedCodebook(first.codebook, dict(zip(first.items, first.sids, strict=True)))
-    again = fitted(items(100), old, levels=4)
-    assert again.unchanged_sids(old) == 0
-    assert again.codebook.id == fitted(items(100), levels=4).codebook.id
+    longer = fitted(items(100), old, levels=4)
+    assert longer.unchanged_sids(old) == 0
+    assert longer.codebook.id == fitted(items(100), levels=4).codebook.id
 
 
 @settings(max_examples=40, deadline=None)
@@ -167,8 +172,8 @@ def test_an_item_keeps_its_whole_sid_exactly_where_its_first_code_stays(data):
     vectors = unit_rows(count, seed=data.draw(st.integers(0, 50)))
     every = data.draw(st.permutations(range(60)))
     slots = [(n // 15, n // 5 % 3, n % 5) for n in every]
-    held = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    old = [slots[row] if had else None for row, had in enumerate(held)]
+    has_old_sid = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    old = [slots[row] if had else None for row, had in enumerate(has_old_sid)]
     given_sids = assign_keeping(codebook, vectors, old)
     assert len(set(given_sids)) == count
     first = codebook.quantise(vectors)[0][:, 0]

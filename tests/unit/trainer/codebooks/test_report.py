@@ -26,39 +26,43 @@ def book():
 def test_collisions_are_told_in_all_three_ways():
     vectors = np.array([[4, 1]] * 3 + [[4, -1]] * 2 + [[-4, 1]], np.float32)
     own = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [0, 0], [1, 0]])
-    found = nearest_codes(book(), vectors, own)
-    assert found.collision_rate == pytest.approx(3 / 6)
-    assert found.collided == pytest.approx(5 / 6)
-    assert found.largest_group == 3
-    assert found.p99_group == pytest.approx(2.98)
-    assert found.moved == pytest.approx(4 / 6)
+    figures = nearest_codes(book(), vectors, own)
+    assert figures.collision_rate == pytest.approx(3 / 6)
+    assert figures.collided == pytest.approx(5 / 6)
+    assert figures.largest_group == 3
+    assert figures.p99_group == pytest.approx(2.98)
+    assert figures.moved == pytest.approx(4 / 6)
 
 
 def test_the_error_is_the_squared_distance_over_the_spread():
     vectors = np.array([[4, 2], [-4, -1]], np.float32)
-    found = nearest_codes(book(), vectors, np.array([[0, 1], [1, 1]]))
+    figures = nearest_codes(book(), vectors, np.array([[0, 1], [1, 1]]))
     # One vector is 1 away from its code, the other not at all; each is half of (8, 3) from their mean.
-    assert found.error == pytest.approx(0.5 / (73 / 4))
+    assert figures.error == pytest.approx(0.5 / (73 / 4))
     # With its own slot the first is 3 away.
-    assert found.moved_error == pytest.approx((9 / 2) / (73 / 4))
+    assert figures.moved_error == pytest.approx((9 / 2) / (73 / 4))
 
 
 def test_a_scaled_residual_takes_its_length_along():
     scaled = Codebook("test", book().centroids)
     vectors = np.array([[4, 0.5], [-4, -0.5]], np.float32)
     # (0, .5) is scaled to (0, 1), which the second code is: nothing is left.
-    found = nearest_codes(scaled, vectors, np.array([[0, 1], [1, 0]]))
-    assert found.error == pytest.approx(0)
+    figures = nearest_codes(scaled, vectors, np.array([[0, 1], [1, 0]]))
+    assert figures.error == pytest.approx(0)
     # The other code is 2 away from (0, 1), which is half as long in truth.
-    assert found.moved_error == pytest.approx(1 / 16.25)
+    assert figures.moved_error == pytest.approx(1 / 16.25)
     assert nearest_codes(book(), vectors, np.array([[0, 0], [1, 1]])).error == pytest.approx(0.25 / 16.25)
 
 
 def test_evenness_at_its_two_ends():
     even = code_spread(np.arange(8), 8)
     assert (even.used, even.gini, even.perplexity) == (8, pytest.approx(0), pytest.approx(8))
-    one = code_spread(np.zeros(5, np.int64), 8)
-    assert (one.used, one.gini, one.perplexity) == (1, pytest.approx(7 / 8), pytest.approx(1))
+    single_code = code_spread(np.zeros(5, np.int64), 8)
+    assert (single_code.used, single_code.gini, single_code.perplexity) == (
+        1,
+        pytest.approx(7 / 8),
+        pytest.approx(1),
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -66,28 +70,28 @@ def test_evenness_at_its_two_ends():
 def test_gini_is_the_mean_difference_of_two_codes_over_twice_the_mean(codes):
     counts = np.bincount(codes, minlength=7).astype(float)
     pairs = np.abs(counts[:, None] - counts[None]).mean() / (2 * counts.mean())
-    found = code_spread(np.array(codes), 7)
-    assert found.gini == pytest.approx(pairs)
+    level_spread = code_spread(np.array(codes), 7)
+    assert level_spread.gini == pytest.approx(pairs)
     share = counts[counts > 0] / counts.sum()
-    assert math.log(found.perplexity) == pytest.approx(-(share * np.log(share)).sum())
+    assert math.log(level_spread.perplexity) == pytest.approx(-(share * np.log(share)).sum())
 
 
 def test_neighbours_and_items_touched_together_are_held_against_chance():
     vectors = np.array([[1, 0], [0.99, 0.01], [0, 1], [0.01, 0.99]], np.float32)
     sids = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    found = codebook_report(book(), sids, vectors, [np.array([0, 2]), np.array([1, 3]), np.array([0, 1])])
-    assert (found.neighbours.first, found.neighbours.two, found.neighbours.chance) == (1, 0, 0.5)
+    report = codebook_report(book(), sids, vectors, [np.array([0, 2]), np.array([1, 3]), np.array([0, 1])])
+    assert (report.neighbours.first, report.neighbours.two, report.neighbours.chance) == (1, 0, 0.5)
     # 0 was next to 2 and 1 equally often (2 is not of its code), 2 to 0, 3 to 1.
-    assert found.together.items == 4
-    assert found.together.first <= 0.5
+    assert report.together.items == 4
+    assert report.together.first <= 0.5
     assert codebook_report(book(), sids, vectors).together is None
     assert codebook_report(book(), sids).greedy is None
 
 
 def test_room_is_the_last_level_over_the_fullest_prefix():
     axes = np.eye(3, dtype=np.float32)
-    found = codebook_report(Codebook("test", (axes[:2], axes)), [(0, 0), (0, 2), (1, 0)])
-    assert (found.prefixes, found.largest_prefix, found.headroom) == (2, 2, 1.5)
+    report = codebook_report(Codebook("test", (axes[:2], axes)), [(0, 0), (0, 2), (1, 0)])
+    assert (report.prefixes, report.largest_prefix, report.headroom) == (2, 2, 1.5)
 
 
 def test_the_command_measures_a_file_of_items_and_draws(tmp_path, monkeypatch):
@@ -104,27 +108,27 @@ def test_the_command_measures_a_file_of_items_and_draws(tmp_path, monkeypatch):
     arguments = ["sids", "report", "--catalogue", str(items), "--json", "--plot", str(tmp_path / "sids.png")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["items"], [level["size"] for level in found["levels"]]) == (20, [4, 4, 16])
-    assert 0 < found["greedy"]["error"] < found["greedy"]["moved_error"] + 1e-9 < 1
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["items"], [level["size"] for level in report["levels"]]) == (20, [4, 4, 16])
+    assert 0 < report["greedy"]["error"] < report["greedy"]["moved_error"] + 1e-9 < 1
     assert (tmp_path / "sids.png").read_bytes().startswith(b"\x89PNG")
     text = CliRunner().invoke(app, arguments[:4]).stdout
-    assert found["codebook"] in text
+    assert report["codebook"] in text
     assert "20 items" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--codebook", __file__], "--catalogue"),
         (["--dataset", "amazon14-beauty", "--catalogue", __file__], "give one of them"),
         (["--catalogue", "absent.jsonl"], "absent.jsonl"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_one_sentence(arguments, said):
+def test_what_cannot_be_measured_is_said_in_one_sentence(arguments, message):
     done = CliRunner().invoke(app, ["sids", "report", *arguments])
     assert isinstance(done.exception, SidstreamError)
-    assert said in str(done.exception)
+    assert message in str(done.exception)
 
 
 def test_a_picture_shows_shares_only_where_they_were_measured():

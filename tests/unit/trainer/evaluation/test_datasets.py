@@ -3,8 +3,7 @@
 import numpy as np
 
 from tests.tiny_sequences import sequences
-from trainer.evaluation import datasets, splits
-from trainer.evaluation import generator_ranker
+from trainer.evaluation import datasets, generator_ranker, splits
 
 REES46 = """event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session
 2019-10-01 00:00:00 UTC,view,1,77,electronics.smartphone,samsung,131.5,u1,s

@@ -76,6 +76,7 @@ def test_no_histories_are_no_lists(ranker):
     assert ranker.rank([], 4, "none").shape == (0, 4)
 
 
+@pytest.mark.learning
 def test_an_answer_does_not_depend_on_the_others_in_its_batch(ranker):
     together = ranker.rank(HISTORIES, 4, "seen")
     alone = np.concatenate([ranker.rank([history], 4, "seen") for history in HISTORIES])
@@ -88,6 +89,7 @@ def test_histories_are_left_as_they_were(ranker):
     assert all((a == b).all() for a, b in zip(before, HISTORIES, strict=True))
 
 
+@pytest.mark.learning
 def test_the_same_seed_gives_the_same_lists(ranker):
     refitted = fitted(ranker.name)
     assert refitted.rank(HISTORIES, 6, "none").tolist() == ranker.rank(HISTORIES, 6, "none").tolist()
@@ -101,6 +103,7 @@ def test_a_model_that_no_seed_changes_says_so_truly(ranker):
     assert other.rank(HISTORIES, 6, "none").tolist() == ranker.rank(HISTORIES, 6, "none").tolist()
 
 
+@pytest.mark.learning
 def test_what_is_learned_later_equals_what_is_learned_at_once(ranker):
     if not isinstance(ranker, UpdatableRanker):
         pytest.skip(f"{ranker.name} does not learn after fit")
@@ -118,6 +121,7 @@ def test_what_is_learned_later_equals_what_is_learned_at_once(ranker):
     assert before != whole.rank(HISTORIES, SIZE, "none").tolist()
 
 
+@pytest.mark.learning
 def test_a_trained_model_learns_a_shard_once_for_all_of_its_heads_and_forgets_it_for_the_next():
     data = chains()
     split, shard = splits.split_by_time(data, 300, 600), splits.shard_between(data, 300, 600)

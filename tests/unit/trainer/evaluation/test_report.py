@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sidstream.cli import app
@@ -14,6 +15,7 @@ from tests.tiny_sequences import chains, sequences
 from trainer.baselines.popularity import Popularity
 from trainer.evaluation import datasets, report, results, splits
 from trainer.evaluation.run import evaluate_ranker, with_means
+from trainer.rankers import MODELS
 
 
 def quiet(text):
@@ -149,7 +151,8 @@ def amazon(tmp_path):
     return tmp_path
 
 
-def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path):
+def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path, monkeypatch):
+    monkeypatch.delenv("SIDSTREAM_TRAINER__ARITHMETIC", raising=False)
     words = ["evaluate", "amazon14-beauty", "--models", "popularity,itemknn", "--data", str(amazon)]
     table = CliRunner().invoke(app, words)
     assert table.exit_code == 0
@@ -171,6 +174,29 @@ def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path)
     }
 
 
+@pytest.mark.parametrize("switch", [True, False])
+def test_the_arithmetic_of_a_table_is_in_its_command_and_with_every_figure(amazon, monkeypatch, switch):
+    used = []
+    monkeypatch.setitem(MODELS, "sasrec", lambda options: used.append(options.arithmetic) or Popularity())
+    words = ["evaluate", "amazon14-beauty", "--models", "sasrec", "--data", str(amazon), "--json"]
+    # The switch wins over the setting.
+    monkeypatch.setenv("SIDSTREAM_TRAINER__ARITHMETIC", "bfloat16" if switch else "float32")
+    result = CliRunner().invoke(app, [*words, "--arithmetic", "float32"] if switch else words)
+    lines = json.loads(result.stdout.splitlines()[-1])["lines"]
+    assert used == ["float32"]
+    assert all(line["command"].endswith(" --arithmetic float32") for line in lines)
+    assert {line["machine"] for line in lines} == {results.machine("float32")}
+
+
+def test_a_figure_names_its_processor_and_how_it_computes():
+    parts = results.machine("bfloat16").split(", ")
+    assert parts[0]
+    assert parts[-3:] == [
+        torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads", "bfloat16",
+    ]  # fmt: skip
+    assert results.machine("float32").endswith(", float32")
+
+
 @pytest.mark.parametrize(
     ("words", "expected_text"),
     [
@@ -181,6 +207,7 @@ def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path)
         (["nowhere"], "there is no data set 'nowhere': give one of amazon14-beauty"),
         (["amazon14-beauty", "--models", "x"], "there is no model 'x': give one or more of popularity"),
         (["amazon14-beauty", "--mask", "all"], "--mask is 'all': give none, seen or both"),
+        (["amazon14-beauty", "--arithmetic", "int8"], "--arithmetic is 'int8': give auto, float32, bfloat16"),
         (["amazon14-beauty", "--split", "half"], "--split is 'half': give leave-one-out or time"),
         (["amazon14-beauty", "--split", "time"], "has no times: give --split leave-one-out"),
         (["amazon14-beauty", "--against", "sasrec", "--models", "itemknn"], "--against is 'sasrec'"),

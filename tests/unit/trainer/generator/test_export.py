@@ -17,10 +17,13 @@ from trainer.generator.export import TOLERANCE, check_parity, export_generator
 def test_graphs_equal_torch_and_have_the_shapes_of_the_contract(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = shop()
-    model = made.model(dropout=0.5)
+    tiny_shop = shop()
+    model = tiny_shop.model(dropout=0.5)
     export_generator(model, tmp_path)
-    assert check_parity(model, tmp_path, [made.catalogue.sids[:5], made.catalogue.sids[:20]]) < TOLERANCE
+    assert (
+        check_parity(model, tmp_path, [tiny_shop.catalogue.sids[:5], tiny_shop.catalogue.sids[:20]])
+        < TOLERANCE
+    )
     assert capfd.readouterr() == ("", "")
     encode = onnx.load(tmp_path / "encode.onnx")
     assert [port.name for port in encode.graph.input] == ["codes", "lengths", "extras"]
@@ -35,15 +38,15 @@ def test_graphs_equal_torch_and_have_the_shapes_of_the_contract(
 
 
 def test_graphs_of_other_weights_fail_the_parity_check(tmp_path: Path) -> None:
-    made = shop()
-    export_generator(made.model(seed=1), tmp_path)
+    tiny_shop = shop()
+    export_generator(tiny_shop.model(seed=1), tmp_path)
     with pytest.raises(SidstreamError, match="differ from torch"):
-        check_parity(made.model(seed=2), tmp_path, [])
+        check_parity(tiny_shop.model(seed=2), tmp_path, [])
 
 
 def test_a_step_keeps_the_mass_of_other_tokens(tmp_path: Path) -> None:
-    made = shop()
-    model = made.model()
+    tiny_shop = shop()
+    model = tiny_shop.model()
     with torch.no_grad():
         logs = model.step(0, torch.zeros(2, 32), None)
     assert np.all(logs.exp().sum(-1).numpy() < 0.999)

@@ -22,8 +22,8 @@ def generator(text: int = 0) -> GeneratorForCausalLM:
     ).eval()  # fmt: skip
 
 
-def tokens(some: list[tuple[int, ...]]) -> torch.Tensor:
-    return torch.tensor([PROMPT.tokens(sid) for sid in some]).reshape(-1, 3)
+def tokens(sids: list[tuple[int, ...]]) -> torch.Tensor:
+    return torch.tensor([PROMPT.tokens(sid) for sid in sids]).reshape(-1, 3)
 
 
 @settings(max_examples=40, deadline=None)
@@ -35,30 +35,30 @@ def test_what_was_learned_of_an_item_is_kept_when_the_catalogue_changes(first: l
     assert table.rows(tokens(first)).tolist() == rows.tolist()
     with torch.no_grad():
         table.own.copy_(torch.randn(table.own.shape))
-    learned = {sid: table.own[row].tolist() for sid, row in zip(first, rows.tolist(), strict=True)}
+    own_vectors = {sid: table.own[row].tolist() for sid, row in zip(first, rows.tolist(), strict=True)}
     after = model.set_items(tokens(second))
     assert model.config.num_items == len(second)
     for sid, row in zip(second, after.tolist(), strict=True):
-        assert table.own[row].tolist() == learned.get(sid, [0.0] * 8)
+        assert table.own[row].tolist() == own_vectors.get(sid, [0.0] * 8)
     unknown = [sid for sid in first if sid not in second]
     assert table.rows(tokens(unknown)).tolist() == [-1] * len(unknown)
 
 
 def test_an_items_vector_is_its_codes_its_own_part_and_its_text() -> None:
     model = generator(text=5)
-    some = [(3, 2, 4), (0, 1, 2)]
+    sids = [(3, 2, 4), (0, 1, 2)]
     text = torch.randn(2, 5)
-    rows = model.set_items(tokens(some), text)
+    rows = model.set_items(tokens(sids), text)
     base = model.model
     with torch.no_grad():
         base.items.own.copy_(torch.randn(2, 8))
         every = base.items.vectors(base.embed_tokens.weight)
         assert base.items.text_proj is not None
         for at, row in enumerate(rows.tolist()):
-            wanted = base.embed_tokens(tokens(some)[at]).sum(0) + base.items.own[row]
-            wanted = wanted + base.items.text_proj(text[at])
-            torch.testing.assert_close(every[row], wanted)
-            torch.testing.assert_close(base.embed_items(tokens(some)[at][None, None])[0, 0], wanted)
+            expected = base.embed_tokens(tokens(sids)[at]).sum(0) + base.items.own[row]
+            expected = expected + base.items.text_proj(text[at])
+            torch.testing.assert_close(every[row], expected)
+            torch.testing.assert_close(base.embed_items(tokens(sids)[at][None, None])[0, 0], expected)
         # An item that nobody told of is its codes.
         other = tokens([(1, 1, 1)])
         torch.testing.assert_close(base.embed_items(other[None])[0, 0], base.embed_tokens(other[0]).sum(0))

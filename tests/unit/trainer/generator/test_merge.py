@@ -27,18 +27,18 @@ ITEMS = torch.tensor([PROMPT.tokens(sid) for sid in product(*map(range, SIZES))]
 @cache
 def member(seed: int, text: int = 5, **shape: int) -> GeneratorForCausalLM:
     """A generator whose every weight is drawn: none is where fresh ones stand."""
-    given = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "depth_size": 12}
+    default_shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "depth_size": 12}
     torch.manual_seed(seed)
-    made = new_generator(
+    generator = new_generator(
         SIZES, PROMPT.code_base(0), VOCABULARY, max_items=8, num_context=SAID, text_size=text, dropout=0.3,
-        **(given | shape),
+        **(default_shape | shape),
     )  # fmt: skip
     texts = torch.randn(len(ITEMS), text, generator=torch.Generator().manual_seed(0))
-    made.set_items(ITEMS, texts if text else None)
+    generator.set_items(ITEMS, texts if text else None)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in generator.parameters():
             parameter.normal_(0, 0.5)
-    return made.eval()
+    return generator.eval()
 
 
 histories = st.lists(st.lists(st.integers(0, len(ITEMS) - 1), max_size=6), min_size=1, max_size=4)
@@ -59,14 +59,14 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_dense_head_scores_items_with_the_mean(rows, count, text):
     members = [member(seed, text) for seed in range(count)]
     codes, lengths = padded(rows)
-    said = torch.full((len(rows), 1), VOCABULARY - 1)
+    context = torch.full((len(rows), 1), VOCABULARY - 1)
 
     def logits(model: GeneratorForCausalLM) -> torch.Tensor:
-        found, _, _ = item_logits(model, model.encode(codes, lengths, context=said), codes, lengths)
-        return found
+        item_scores, _, _ = item_logits(model, model.encode(codes, lengths, context=context), codes, lengths)
+        return item_scores
 
-    wanted = torch.stack([logits(one) for one in members]).mean(0)
-    torch.testing.assert_close(logits(merge_generators(members)), wanted, atol=1e-4, rtol=1e-4)
+    expected = torch.stack([logits(member_model) for member_model in members]).mean(0)
+    torch.testing.assert_close(logits(merge_generators(members)), expected, atol=1e-4, rtol=1e-4)
 
 
 @given(histories, counts)
@@ -79,9 +79,11 @@ def test_codes_and_words_are_predicted_with_the_mean(rows, count):
         flat = [BOS, VOCABULARY - 2, *ITEMS[row].flatten().tolist()]
         ids[at, : len(flat)] = torch.tensor(flat)
     mask = (ids != 0).long()
-    wanted = torch.stack([one(ids, attention_mask=mask).logits for one in members]).mean(0)
-    found = merge_generators(members)(ids, attention_mask=mask).logits
-    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+    expected = torch.stack([member_model(ids, attention_mask=mask).logits for member_model in members]).mean(
+        0
+    )
+    merged_logits = merge_generators(members)(ids, attention_mask=mask).logits
+    torch.testing.assert_close(merged_logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -92,18 +94,20 @@ def test_merging_what_is_merged_is_a_mean_of_means():
     halves = merge_generators([merge_generators(members[:2]), merge_generators(members[2:])])
     for level in range(len(SIZES)):
         prefix = ITEMS[:3, :level] if level else None
-        one, other = (model.step(level, model.encode(codes, lengths), prefix) for model in (whole, halves))
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        whole_logs, halves_logs = (
+            model.step(level, model.encode(codes, lengths), prefix) for model in (whole, halves)
+        )
+        torch.testing.assert_close(whole_logs, halves_logs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_merged_generator_is_saved_read_and_exported_as_any_other(tmp_path):
-    made = merge_generators([member(seed) for seed in range(2)])
-    made.save_pretrained(tmp_path / "model")
-    again = GeneratorForCausalLM.from_pretrained(tmp_path / "model").eval()
+    merged = merge_generators([member(seed) for seed in range(2)])
+    merged.save_pretrained(tmp_path / "model")
+    loaded = GeneratorForCausalLM.from_pretrained(tmp_path / "model").eval()
     codes, lengths = padded([[1, 2, 3]])
-    torch.testing.assert_close(again.encode(codes, lengths), made.encode(codes, lengths))
-    export_generator(again, tmp_path)
-    assert check_parity(again, tmp_path, [[(0, 0, 0)], []]) < 1e-4
+    torch.testing.assert_close(loaded.encode(codes, lengths), merged.encode(codes, lengths))
+    export_generator(loaded, tmp_path)
+    assert check_parity(loaded, tmp_path, [[(0, 0, 0)], []]) < 1e-4
 
 
 @pytest.mark.parametrize("other", [member(1, hidden_size=16), member(1, text=0)])

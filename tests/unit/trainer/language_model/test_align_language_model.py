@@ -45,6 +45,7 @@ def margins(model: Any, row: PreferenceRow) -> list[float]:
     return [chosen - log_prob(model, row["prompt_ids"], answer) for answer in row["rejected_ids"]]
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -92,6 +93,7 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
         assert margins(model, rows[3]) == pytest.approx(then)
 
 
+@pytest.mark.learning
 def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path) -> None:
     tiny = shop(
         users=20, epochs=1, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0}, max_items=5,
@@ -111,6 +113,7 @@ def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path)
     json.dumps(result.as_dict())
 
 
+@pytest.mark.learning
 def test_a_tuned_model_is_aligned_beside_it_and_ranked_under_the_same_constraint(tmp_path: Path) -> None:
     tiny = shop(
         users=60, epochs=4, weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0}, max_items=5,

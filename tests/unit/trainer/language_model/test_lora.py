@@ -48,11 +48,13 @@ def foreign(folder: Path, kind: str) -> str:
     return str(folder)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: Path, kind: str) -> None:
     tiny = shop(
         users=60,
-        epochs=25,
+        epochs=60,
+        patience=60,
         weights={"next_sid": 1.0, "sid_to_title": 0.0, "title_to_sid": 0.0},
         max_items=5,
         lora={"lr": 0.003, "batch_tokens": 256, "rank": 8, "dropout": 0.0},

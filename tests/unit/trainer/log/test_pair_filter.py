@@ -48,17 +48,17 @@ SCHEMES: tuple[Scheme, ...] = ("purchased_over_clicked", "purchased_over_shown",
     st.integers(1, 20), st.randoms(use_true_random=False),
 )  # fmt: skip
 def test_schemes_share_what_is_learned_and_each_gives_its_newest(
-    made: list[tuple[Scheme, int]], most: int, random: Any
+    scheme_times: list[tuple[Scheme, int]], most: int, random: Any
 ) -> None:
-    pairs = [pair("b", ts, scheme=scheme, name=f"{at:02}") for at, (scheme, ts) in enumerate(made)]
+    pairs = [pair("b", ts, scheme=scheme, name=f"{at:02}") for at, (scheme, ts) in enumerate(scheme_times)]
     random.shuffle(pairs)
-    kept = newest_of_each_scheme(pairs, most)
-    assert len(kept) == min(most, len(pairs))
-    assert kept == sorted(kept, key=lambda one: (one.ts, one.event_id))
-    count = {scheme: sum(one.scheme == scheme for one in kept) for scheme in SCHEMES}
+    newest = newest_of_each_scheme(pairs, most)
+    assert len(newest) == min(most, len(pairs))
+    assert newest == sorted(newest, key=lambda one: (one.ts, one.event_id))
+    count = {scheme: sum(one.scheme == scheme for one in newest) for scheme in SCHEMES}
     for scheme in SCHEMES:
         there = sorted((one for one in pairs if one.scheme == scheme), key=lambda one: (one.ts, one.event_id))
-        assert [one for one in kept if one.scheme == scheme] == there[len(there) - count[scheme] :]
+        assert [one for one in newest if one.scheme == scheme] == there[len(there) - count[scheme] :]
         # Who has fewer than another by more than the one that is left over has nothing more to give.
         assert count[scheme] == len(there) or count[scheme] >= max(count.values()) - 1
 

@@ -19,9 +19,9 @@ HORIZON = 1000
 
 def judged(window: Window) -> dict[str, bool]:
     actual = window.explorations(HORIZON)
-    made = {event.request_id: clicked for event, clicked in actual}
-    assert len(made) == len(actual)
-    return made
+    explorations = {event.request_id: clicked for event, clicked in actual}
+    assert len(explorations) == len(actual)
+    return explorations
 
 
 @pytest.fixture

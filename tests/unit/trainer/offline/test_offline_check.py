@@ -33,21 +33,27 @@ def quality(hr10: float = 0.2, validity: float = 1.0) -> HeldOutQuality:
 
 
 def test_alignment_is_watched_on_clicks_unless_most_of_what_is_held_out_was_bought() -> None:
-    made = shop()
-    held, users = made.split.held_out, len(made.split.held_out.targets)
+    tiny_shop = shop()
+    held_out, users = tiny_shop.split.held_out, len(tiny_shop.split.held_out.targets)
     few, most = np.arange(users) < 3, np.arange(users) >= 3
 
-    def asked(paid: np.ndarray | None, count: int = 500) -> int:
-        chosen = made.settings.model_copy(
-            update={"dpo": made.settings.dpo.model_copy(update={"probe_users": count})}
+    def probed_users(paid: np.ndarray | None, count: int = 500) -> int:
+        chosen = tiny_shop.settings.model_copy(
+            update={"dpo": tiny_shop.settings.dpo.model_copy(update={"probe_users": count})}
         )
         probe = held_out_probe(
-            held._replace(target_bought=paid), made.catalogue, made.sids, chosen, Ranking()
+            held_out._replace(target_bought=paid), tiny_shop.catalogue, tiny_shop.sids, chosen, Ranking()
         )
-        return len(probe(made.model()).hits) if probe else 0
+        return len(probe(tiny_shop.model()).hits) if probe else 0
 
     assert users == 10
-    assert [asked(None), asked(few), asked(most), asked(few, 5), asked(few, 0)] == [10, 7, 10, 5, 0]
+    assert [
+        probed_users(None),
+        probed_users(few),
+        probed_users(most),
+        probed_users(few, 5),
+        probed_users(few, 0),
+    ] == [10, 7, 10, 5, 0]
 
 
 def test_a_change_is_told_of_clicks_and_of_purchases_with_what_users_leave_open() -> None:
@@ -57,17 +63,17 @@ def test_a_change_is_told_of_clicks_and_of_purchases_with_what_users_leave_open(
     def of(hits: np.ndarray, paid: np.ndarray) -> HeldOutQuality:
         return replace(quality(), hits=hits, paid=paid)
 
-    told = describe_change(of(before, paid), of(np.where(paid, now, before), paid))
+    description = describe_change(of(before, paid), of(np.where(paid, now, before), paid))
     # 20 of 80 users more are hit: the mean difference .25, its error sqrt(.25 * .75 / 80), over .25.
     spread = 1.96 * math.sqrt(0.25 * 0.75 / 80) / 0.25
-    assert told == (
+    assert description == (
         "HR@10 of what was clicked 0.250 -> 0.250 (+0.0%, +0.0% to +0.0%), "
         f"of what was bought 0.250 -> 0.500 (+100.0%, {1 - spread:+.1%} to {1 + spread:+.1%})"
     )
     assert "bought" not in describe_change(of(before, ~before & before), of(now, paid))
     assert describe_change(of(before & ~before, paid), of(now, paid)) == ""
-    said = for_json(CycleResult(sft=SftResult(1, 1.0, 1.0, 1.0, of(before, paid), "done")))
-    assert json.loads(json.dumps(said))["sft"]["quality"]["hr10"] == 0.2
+    json_fields = for_json(CycleResult(sft=SftResult(1, 1.0, 1.0, 1.0, of(before, paid), "done")))
+    assert json.loads(json.dumps(json_fields))["sft"]["quality"]["hr10"] == 0.2
 
 
 def test_a_model_that_spells_too_few_sids_is_turned_away_first_or_not() -> None:

@@ -16,19 +16,19 @@ from trainer.tuning.sft import train
 
 
 @pytest.fixture(scope="module")
-def made() -> Shop:
+def tiny_shop() -> Shop:
     return shop()
 
 
-def held(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut:
+def held_out_events(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut:
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
     return HeldOut(histories, targets, none, [row.astype(bool) for row in none])
 
 
-def liking(made: Shop) -> GeneratorForCausalLM:
+def liking(tiny_shop: Shop) -> GeneratorForCausalLM:
     """A generator that adds something to all items of the past, and too little of it."""
-    model = made.outspoken(seed=3)
-    codes = torch.from_numpy(made.catalogue.codes)[None, :1]
+    model = tiny_shop.outspoken(seed=3)
+    codes = torch.from_numpy(tiny_shop.catalogue.codes)[None, :1]
     with torch.no_grad():
         base = model.model
         base.items.repeat_vectors[:] = 0.05 * base.queries(model.encode(codes, torch.tensor([1])))[0]
@@ -39,73 +39,86 @@ def histories(rng: np.random.Generator, rows: int = 400) -> list[np.ndarray]:
     return [rng.permutation(ITEMS)[:6] for _ in range(rows)]
 
 
-def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(made: Shop) -> None:
+def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(tiny_shop: Shop) -> None:
     pasts = histories(np.random.default_rng(0))
-    model = liking(made)
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
+    model = liking(tiny_shop)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     before = model.model.items.repeat_vectors.clone()
     # Only of those whose past is liked at all: the direction is one state's.
     query = model.model.queries(ranker.states(pasts))
-    back = [row for row, one in zip(pasts, (query @ before[0]).tolist(), strict=True) if one > 0]
-    factor = fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back]), back))
+    back = [row for row, bias in zip(pasts, (query @ before[0]).tolist(), strict=True) if bias > 0]
+    factor = fit_repeat_strength(model, ranker, held_out_events(np.array([row[2] for row in back]), back))
     assert factor == max(STRENGTHS)
     assert torch.equal(model.model.items.repeat_vectors, before)
     assert float(model.model.items.repeat_strength) == pytest.approx(factor)
     # Too few tell nothing.
-    assert fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back[:99]]), back[:99])) == 1.0
+    assert (
+        fit_repeat_strength(
+            model, ranker, held_out_events(np.array([row[2] for row in back[:99]]), back[:99])
+        )
+        == 1.0
+    )
     # Fitted anew, not on top.
-    assert fit_repeat_strength(model, ranker, held(np.array([row[2] for row in back]), back)) == factor
+    assert (
+        fit_repeat_strength(model, ranker, held_out_events(np.array([row[2] for row in back]), back))
+        == factor
+    )
 
 
-def test_what_chance_alone_would_show_changes_nothing(made: Shop) -> None:
+def test_what_chance_alone_would_show_changes_nothing(tiny_shop: Shop) -> None:
     rng = np.random.default_rng(1)
-    model = made.outspoken(seed=3)
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
+    model = tiny_shop.outspoken(seed=3)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     factors = [
-        fit_repeat_strength(model, ranker, held(rng.integers(ITEMS, size=100), histories(rng, 100)))
+        fit_repeat_strength(
+            model, ranker, held_out_events(rng.integers(ITEMS, size=100), histories(rng, 100))
+        )
         for _ in range(10)
     ]
     assert factors.count(1.0) >= 7
-    assert fit_repeat_strength(model, ranker, held(np.zeros(0, dtype=np.int64), [])) == 1.0
+    assert fit_repeat_strength(model, ranker, held_out_events(np.zeros(0, dtype=np.int64), [])) == 1.0
     assert float(model.model.items.repeat_strength) == 1.0
 
 
-def test_a_target_ranks_by_hand_as_it_does_in_the_fit(made: Shop) -> None:
-    model = made.outspoken(seed=3)
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS)
+def test_a_target_ranks_by_hand_as_it_does_in_the_fit(tiny_shop: Shop) -> None:
+    model = tiny_shop.outspoken(seed=3)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS)
     pasts = histories(np.random.default_rng(2), 20)
-    some = held(np.array([row[0] for row in pasts]), pasts)
-    (targets, logits, (batch, past, more)), *rest = ranker.dense_logits(some)
+    held_out = held_out_events(np.array([row[0] for row in pasts]), pasts)
+    (targets, logits, (batch, history_items, bias)), *rest = ranker.dense_logits(held_out)
     assert not rest
-    whole = logits.index_put((batch, past), more, accumulate=True)
+    whole = logits.index_put((batch, history_items), bias, accumulate=True)
     best = ranker.best_items(pasts, ranker.states(pasts), ITEMS)
-    by_hand = [row.tolist().index(int(target)) for row, target in zip(best, some.targets, strict=True)]
+    by_hand = [row.tolist().index(int(target)) for row, target in zip(best, held_out.targets, strict=True)]
     assert (whole > whole[torch.arange(20), targets][:, None]).sum(1).tolist() == by_hand
 
 
+@pytest.mark.learning
 def test_users_who_come_back_teach_that_items_come_back() -> None:
     """Forty users who go to and fro between two items: what comes next is the one before the last."""
-    made = shop(length=16, back=True, epochs=30, patience=30, lr=3e-3)
-    model = made.model(seed=1)
-    train(model, made.rows, made.sids, made.settings)
+    tiny_shop = shop(length=16, back=True, epochs=30, patience=30, lr=3e-3)
+    model = tiny_shop.model(seed=1)
+    train(model, tiny_shop.rows, tiny_shop.sids, tiny_shop.settings)
     strange = [np.array([3, 14, 3, 14]), np.array([20, 5, 20, 5]), np.array([10, 8, 10, 8])]
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     best = ranker.best_items(strange, ranker.states(strange), 1)[:, 0]
     assert best.tolist() == [3, 20, 10]
 
 
-def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(made: Shop) -> None:
-    model = made.outspoken(seed=3)
-    pieces = made.rows.sequence_batches(0)[0]
-    table = model.model.items.rows(torch.from_numpy(made.catalogue.codes))
+def test_what_is_ranked_has_the_strength_and_what_is_learned_has_not(tiny_shop: Shop) -> None:
+    model = tiny_shop.outspoken(seed=3)
+    pieces = tiny_shop.rows.sequence_batches(0)[0]
+    table = model.model.items.rows(torch.from_numpy(tiny_shop.catalogue.codes))
     history, targets = [np.array([3, 14, 3, 5])], np.array([14])
-    found = []
+    figures = []
     for strength in (1.0, 3.0):
         with torch.no_grad():
             model.model.items.repeat_strength.fill_(strength)
-            ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, ITEMS)
+            ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS)
             ranked = ranker.scores(history, ranker.states(history), targets, 1.0)
-            found.append((float(ranked), float(sequence_loss(model, pieces, table, made.settings.weights))))
-    (before, loss), (after, same) = found
+            figures.append(
+                (float(ranked), float(sequence_loss(model, pieces, table, tiny_shop.settings.weights)))
+            )
+    (before, loss), (after, same) = figures
     assert before != after
     assert loss == same

@@ -18,27 +18,27 @@ def test_chances_are_calibrated_where_they_were_not_fitted() -> None:
     often = RNG.beta(2, 5, 50)
     bought = (RNG.random(20_000) < often[items]).astype(np.int64)
     half = slice(None, 10_000)
-    known = purchase_rates(items[half], bought[half], 50)
-    made = calibrate_chances(
-        known, (scores[half], clicked[half]), (items[half], scores[half], bought[half]), min_outcomes=100
+    item_rates = purchase_rates(items[half], bought[half], 50)
+    chances = calibrate_chances(
+        item_rates, (scores[half], clicked[half]), (items[half], scores[half], bought[half]), min_outcomes=100
     )
     rest = slice(10_000, None)
-    for found, outcome in (
-        (made.click(scores[rest]), clicked[rest]),
-        (made.purchase(items[rest], scores[rest]), bought[rest]),
+    for predicted, outcome in (
+        (chances.click(scores[rest]), clicked[rest]),
+        (chances.purchase(items[rest], scores[rest]), bought[rest]),
     ):
-        assert found is not None
+        assert predicted is not None
         # In each fifth of what was said, as often as was said; the fifths lie apart.
-        parts = np.array_split(np.argsort(found), 5)
-        said = np.array([found[part].mean() for part in parts])
-        np.testing.assert_allclose(said, [outcome[part].mean() for part in parts], atol=0.03)
-        assert said[-1] - said[0] > 0.3
+        parts = np.array_split(np.argsort(predicted), 5)
+        mean_predictions = np.array([predicted[part].mean() for part in parts])
+        np.testing.assert_allclose(mean_predictions, [outcome[part].mean() for part in parts], atol=0.03)
+        assert mean_predictions[-1] - mean_predictions[0] > 0.3
 
 
 def test_an_outcome_is_taken_out_of_the_rate_that_is_to_tell_it() -> None:
     items, bought = np.array([0, 0, 0, 1, 1, 1, 1]), np.array([1, 0, 0, 0, 0, 0, 1])
-    known = purchase_rates(items, bought, 3)
-    own = known.logit(items, bought)
+    item_rates = purchase_rates(items, bought, 3)
+    own = item_rates.logit(items, bought)
     for at in range(len(items)):
         left = np.arange(len(items)) != at
         others = (
@@ -48,7 +48,7 @@ def test_an_outcome_is_taken_out_of_the_rate_that_is_to_tell_it() -> None:
         rate = (others[1].sum() + 10 * 3 / 9) / (others[0] + 10)
         assert own[at] == pytest.approx(np.log(rate / (1 - rate)))
     # Nobody clicked the third one: its chance is that of all.
-    assert known.logit(np.array([2]))[0] == pytest.approx(np.log((3 / 9) / (6 / 9)))
+    assert item_rates.logit(np.array([2]))[0] == pytest.approx(np.log((3 / 9) / (6 / 9)))
 
 
 def test_nothing_is_said_where_too_little_happened() -> None:

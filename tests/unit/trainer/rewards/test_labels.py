@@ -55,15 +55,15 @@ def test_a_click_led_to_a_purchase_did_not_or_may_still() -> None:
         ("u", 2, 89, False), ("u", 3, 90, False), ("v", 0, 5, False), ("v", 1, 92, False), ("v", 1, 92, True),
         ("w", 2, 100, False),
     )  # fmt: skip
-    found = dict(zip(zip(log.items.tolist(), log.ts.tolist(), log.bought.tolist(), strict=True),
+    labels = dict(zip(zip(log.items.tolist(), log.ts.tolist(), log.bought.tolist(), strict=True),
                      purchase_labels(log, 10).tolist(), strict=True))  # fmt: skip
     # Bought at the end of its window; just after it.
-    assert (found[0, 0, False], found[1, 0, False]) == (1, 0)
+    assert (labels[0, 0, False], labels[1, 0, False]) == (1, 0)
     # The newest event is of 100: a window from 89 is closed, one from 90 on is open.
-    assert (found[2, 89, False], found[3, 90, False], found[2, 100, False]) == (0, UNKNOWN, UNKNOWN)
+    assert (labels[2, 89, False], labels[3, 90, False], labels[2, 100, False]) == (0, UNKNOWN, UNKNOWN)
     # Somebody else's purchase; at the same moment; purchases themselves.
-    assert (found[0, 5, False], found[1, 92, False]) == (0, 1)
-    assert all(value == 1 for (_, _, bought), value in found.items() if bought)
+    assert (labels[0, 5, False], labels[1, 92, False]) == (0, 1)
+    assert all(value == 1 for (_, _, bought), value in labels.items() if bought)
 
 
 EVENTS = st.lists(
@@ -92,11 +92,11 @@ def test_a_field_is_there_where_enough_is_known_of_it() -> None:
     log = log_of(*((f"u{n}", n % 4, n, n % 3 == 0) for n in range(60)))
     bought = purchase_labels(log, 1)
     priced = [Offer("", 1.0), Offer("", 2.0), None, None]
-    made = learn_rewards(priced, log, bought, 0, chosen())
-    assert made is not None
-    assert sorted(made.mass) == ["price", "purchase"]
-    assert made.mass["purchase"] == {"0": 0.0, "1": 1.0}
-    assert sum(made.mass["price"].values()) == pytest.approx(1)
+    rewards = learn_rewards(priced, log, bought, 0, chosen())
+    assert rewards is not None
+    assert sorted(rewards.mass) == ["price", "purchase"]
+    assert rewards.mass["purchase"] == {"0": 0.0, "1": 1.0}
+    assert sum(rewards.mass["price"].values()) == pytest.approx(1)
     nothing = learn_rewards(priced, log, bought, 0, chosen(min_share=0.6, min_count=50))
     assert nothing is not None
     assert nothing.mass == {}
@@ -110,112 +110,117 @@ def test_a_field_is_there_where_enough_is_known_of_it() -> None:
     assert (values[log.items == 3][:, 2:] == UNKNOWN).all()
 
 
-def rewarded(**given: object) -> tuple[Shop, Rewards]:
+def rewarded(**shop_options: object) -> tuple[Shop, Rewards]:
     """A shop where the next item is one of four, of four prices: only the reward says which.
 
     Users go on by 1 to 4 items at a time, so that every price is among what may come next.
     """
-    plain = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | given)
+    plain = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | shop_options)
     steps = np.random.default_rng(5).integers(1, 5, size=len(plain.log.items))
     walks = np.split(steps, plain.log.starts[1:-1])
     items = np.concatenate([np.cumsum(walk) % ITEMS for walk in walks])
     log = replace(plain.log, items=items)
     bought = purchase_labels(log, 0)
-    made = learn_rewards(OFFERS, log, bought, 0, chosen())
-    assert made is not None
-    context = with_rewards(plain.context, made)
-    log = with_reward_labels(log, OFFERS, bought, made, context)
+    rewards = learn_rewards(OFFERS, log, bought, 0, chosen())
+    assert rewards is not None
+    context = with_rewards(plain.context, rewards)
+    log = with_reward_labels(log, OFFERS, bought, rewards, context)
     last = plain.split.training_ends[plain.split.training_ends < log.starts[1:]]
     split = replace(plain.split, held_out=held_out_rows(log, last, plain.settings.max_items))
     rows = TrainingRows(log, split, plain.catalogue, plain.tokenizer, plain.prompt, plain.settings)
-    return replace(plain, log=log, split=split, rows=rows, context=context), made
+    return replace(plain, log=log, split=split, rows=rows, context=context), rewards
 
 
 def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
-    made, rewards = rewarded(users=150, rewards={"dropout": 0.25, "unconditioned": 0.4, "bins": 4})
-    assert list(made.context.fields) == ["reward.click", "reward.purchase", "reward.price"]
-    price = reward_values(rewards, OFFERS, made.log.items, purchase_labels(made.log, 0))[
+    tiny_shop, rewards = rewarded(users=150, rewards={"dropout": 0.25, "unconditioned": 0.4, "bins": 4})
+    assert list(tiny_shop.context.fields) == ["reward.click", "reward.purchase", "reward.price"]
+    price = reward_values(rewards, OFFERS, tiny_shop.log.items, purchase_labels(tiny_shop.log, 0))[
         :, NAMES.index("price")
     ]
     # Every event of this log is a click: neither it nor a purchase says anything.
-    assert made.log.rewards.tolist() == [
-        [0, 0, made.context.row(said({"price": int(value)}))[2]] for value in price
+    assert tiny_shop.log.rewards.tolist() == [
+        [0, 0, tiny_shop.context.row(said({"price": int(value)}))[2]] for value in price
     ]
-    total = kept = 0
-    for piece in made.rows.sequence_batches(0):
+    total = labelled_count = 0
+    for piece in tiny_shop.rows.sequence_batches(0):
         assert piece.context is not None
         there = piece.items >= 0
         assert not piece.context[~there].any()
         bins = torch.tensor([rewards.bin_of("price", offer) or 0 for offer in OFFERS])
-        own = made.log.rewards[:, 2].min() + bins[piece.items.clamp(min=0)]
-        known = piece.context[..., 2] != 0
-        assert bool((piece.context[..., 2] == own)[known].all())
-        total, kept = total + int(there.sum()), kept + int(known.sum())
+        own = tiny_shop.log.rewards[:, 2].min() + bins[piece.items.clamp(min=0)]
+        has_reward = piece.context[..., 2] != 0
+        assert bool((piece.context[..., 2] == own)[has_reward].all())
+        total, labelled_count = total + int(there.sum()), labelled_count + int(has_reward.sum())
     # Of events, not of sequences: .6 of them with rewards, and of those .75 with this one.
-    assert kept / total == pytest.approx(0.45, abs=0.05)
-    first, again = made.rows.sequence_batches(0), made.rows.sequence_batches(0)
-    assert all(torch.equal(a.context, b.context) for a, b in zip(first, again, strict=True))  # type: ignore[arg-type]
+    assert labelled_count / total == pytest.approx(0.45, abs=0.05)
+    first, repeated = tiny_shop.rows.sequence_batches(0), tiny_shop.rows.sequence_batches(0)
+    assert all(torch.equal(a.context, b.context) for a, b in zip(first, repeated, strict=True))  # type: ignore[arg-type]
 
 
 def test_other_processes_get_the_same_rewards(tmp_path: Path) -> None:
-    made, _ = rewarded(users=20)
-    write_training_inputs(tmp_path, made.model(), made.tokenizer, made.rows, made.settings)
+    tiny_shop, _ = rewarded(users=20)
+    write_training_inputs(
+        tmp_path, tiny_shop.model(), tiny_shop.tokenizer, tiny_shop.rows, tiny_shop.settings
+    )
     _, rows, _ = read_training_inputs(tmp_path)
-    np.testing.assert_array_equal(rows.log.rewards, made.log.rewards)
+    np.testing.assert_array_equal(rows.log.rewards, tiny_shop.log.rewards)
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[Shop, Rewards, GeneratorForCausalLM]:
-    made, rewards = rewarded(
+    tiny_shop, rewards = rewarded(
         users=220, validation_users=70, epochs=25, batch_positions=256, lr=1e-2, patience=100
     )
-    model = made.model()
-    train(model, made.rows, made.sids, made.settings)
-    return made, rewards, model.eval()
+    model = tiny_shop.model()
+    train(model, tiny_shop.rows, tiny_shop.sids, tiny_shop.settings)
+    return tiny_shop, rewards, model.eval()
 
 
+@pytest.mark.learning
 def test_the_model_follows_the_price_that_is_asked_for(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
-    made, rewards, model = trained
-    asked = [(item, value) for item in range(ITEMS) for value in range(4)]
-    past = [np.array([item]) for item, _ in asked]
-    rows = np.array([made.context.row(said({"price": value})) for _, value in asked], dtype=np.int32)
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
-    best = ranker.candidates(past, ranker.states(past, rows)).order(1.0)[:, 0].tolist()
+    tiny_shop, rewards, model = trained
+    requests = [(item, value) for item in range(ITEMS) for value in range(4)]
+    histories = [np.array([item]) for item, _ in requests]
+    rows = np.array([tiny_shop.context.row(said({"price": value})) for _, value in requests], dtype=np.int32)
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
+    best = ranker.candidates(histories, ranker.states(histories, rows)).order(1.0)[:, 0].tolist()
     right = [
-        (found - item - 1) % ITEMS < 4 and rewards.bin_of("price", OFFERS[found]) == value
-        for found, (item, value) in zip(best, asked, strict=True)
+        (best_item - item - 1) % ITEMS < 4 and rewards.bin_of("price", OFFERS[best_item]) == value
+        for best_item, (item, value) in zip(best, requests, strict=True)
     ]
     assert np.mean(right) > 0.9
 
 
+@pytest.mark.learning
 def test_validation_is_of_requests_that_ask_for_nothing(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM],
 ) -> None:
-    made, _, model = trained
-    asked = made.split.held_out
-    assert asked.contexts is not None
-    assert asked.contexts.shape == (len(asked.targets), 0)
-    quality = evaluate_held_out(model, asked, made.catalogue, made.sids, made.settings)
+    tiny_shop, _, model = trained
+    held_out = tiny_shop.split.held_out
+    assert held_out.contexts is not None
+    assert held_out.contexts.shape == (len(held_out.targets), 0)
+    quality = evaluate_held_out(model, held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings)
     # One of four may come next, and nothing says which: told the price, it would be nearly always the first.
     assert quality.ndcg10 < 0.85
     assert quality.hr10 > 0.9
 
 
+@pytest.mark.learning
 def test_preferences_are_answered_from_the_exported_graphs(
     trained: tuple[Shop, Rewards, GeneratorForCausalLM], tmp_path: Path
 ) -> None:
-    made, rewards, model = trained
+    tiny_shop, rewards, model = trained
     export_generator(model, tmp_path)
     served = OnnxGenerator(tmp_path, SIZES, 8)
     bundle = LoadedBundle(
-        "b0", BOOK, 8, (), served, served.items, Ranking(dense_weight=1.0), made.context, rewards
+        "b0", BOOK, 8, (), served, served.items, Ranking(dense_weight=1.0), tiny_shop.context, rewards
     )
     rollout = Rollout.new(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
-    index = SidIndex.build(np.array(made.catalogue.sids), made.catalogue.item_ids)
+    index = SidIndex.build(np.array(tiny_shop.catalogue.sids), tiny_shop.catalogue.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:
@@ -232,4 +237,6 @@ def test_preferences_are_answered_from_the_exported_graphs(
     assert high.conditions["price"] >= 2
     assert answered().conditions is None
     assert answered(click=1).conditions is None
-    assert [one.score for one in answered(click=1).items] == [one.score for one in answered().items]
+    assert [answer.score for answer in answered(click=1).items] == [
+        answer.score for answer in answered().items
+    ]

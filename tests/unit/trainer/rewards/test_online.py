@@ -38,20 +38,22 @@ EIGHT = {str(value): 0.125 for value in range(8)}
 def test_requests_ask_for_the_most_of_everything_but_one(fields: set[str], count: int, seed: int) -> None:
     mass = {name: SURE if name in ("click", "purchase") else EIGHT for name in fields}
     rewards = Rewards({}, mass)
-    asked = reward_requests(rewards, count, np.random.default_rng(seed))
+    requests = reward_requests(rewards, count, np.random.default_rng(seed))
     high = np.array([rewards.wanted({name: 1.0})[name] if name in fields else UNKNOWN for name in NAMES])
-    assert asked.shape == (count, 4)
-    assert (asked[:, high == UNKNOWN] == UNKNOWN).all()
-    assert ((asked != high).sum(1) <= 1).all()
+    assert requests.shape == (count, 4)
+    assert (requests[:, high == UNKNOWN] == UNKNOWN).all()
+    assert ((requests != high).sum(1) <= 1).all()
     if fields != {"click"}:
-        assert (asked[:, 0] == high[0]).all()
+        assert (requests[:, 0] == high[0]).all()
 
 
 def test_every_supported_value_is_asked_for() -> None:
     rare = EIGHT | {"7": 0.0, "0": 0.25}
-    asked = reward_requests(Rewards({}, {"price": rare, "commission": EIGHT}), 2000, np.random.default_rng(0))
-    assert sorted(set(asked[:, 2].tolist())) == list(range(7))
-    assert sorted(set(asked[:, 3].tolist())) == list(range(8))
+    requests = reward_requests(
+        Rewards({}, {"price": rare, "commission": EIGHT}), 2000, np.random.default_rng(0)
+    )
+    assert sorted(set(requests[:, 2].tolist())) == list(range(7))
+    assert sorted(set(requests[:, 3].tolist())) == list(range(8))
 
 
 def test_an_answer_is_kept_for_any_reward_but_only_where_it_is_likely() -> None:
@@ -68,73 +70,88 @@ def test_an_answer_is_kept_for_any_reward_but_only_where_it_is_likely() -> None:
 @pytest.fixture(scope="module")
 def begun() -> tuple[Shop, RewardEvidence, GeneratorForCausalLM]:
     """A shop where the next item is one of four, of four prices, and a model that follows a price so so."""
-    made, rewards = rewarded(users=150, epochs=8, batch_positions=256, lr=1e-2, patience=100,
+    tiny_shop, rewards = rewarded(users=150, epochs=8, batch_positions=256, lr=1e-2, patience=100,
                              rewards={"min_count": 5, "unconditioned": 0.5, "online": ONLINE})  # fmt: skip
-    model = made.model()
-    train(model, made.rows, made.sids, made.settings)
-    return made, RewardEvidence(rewards, made.context, OFFERS, purchase_labels(made.log, 0)), model.eval()
+    model = tiny_shop.model()
+    train(model, tiny_shop.rows, tiny_shop.sids, tiny_shop.settings)
+    return (
+        tiny_shop,
+        RewardEvidence(rewards, tiny_shop.context, OFFERS, purchase_labels(tiny_shop.log, 0)),
+        model.eval(),
+    )
 
 
-def with_online(made: Shop, **values: object) -> Shop:
-    online = made.settings.rewards.online.model_copy(update=values)
-    rewards = made.settings.rewards.model_copy(update={"online": online})
-    settings = made.settings.model_copy(update={"rewards": rewards})
-    rows = type(made.rows)(made.log, made.split, made.catalogue, made.tokenizer, made.prompt, settings)
-    return replace(made, settings=settings, rows=rows)
+def with_online(tiny_shop: Shop, **values: object) -> Shop:
+    online = tiny_shop.settings.rewards.online.model_copy(update=values)
+    rewards = tiny_shop.settings.rewards.model_copy(update={"online": online})
+    settings = tiny_shop.settings.model_copy(update={"rewards": rewards})
+    rows = type(tiny_shop.rows)(
+        tiny_shop.log, tiny_shop.split, tiny_shop.catalogue, tiny_shop.tokenizer, tiny_shop.prompt, settings
+    )
+    return replace(tiny_shop, settings=settings, rows=rows)
 
 
-def copied(model: GeneratorForCausalLM, made: Shop) -> GeneratorForCausalLM:
-    again = made.model()
-    again.load_state_dict(model.state_dict())
-    return again
+def copied(model: GeneratorForCausalLM, tiny_shop: Shop) -> GeneratorForCausalLM:
+    copy = tiny_shop.model()
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
+@pytest.mark.learning
 def test_a_rounds_answers_are_told_with_what_they_bring(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
-    made, worth, model = begun
-    stage = OnlineStage(model, made.rows, made.sids, worth, dense_weight=0.5)
-    told, lessons = stage.collect_answers(0)
-    assert (told.asked, told.kept) == (800, len(lessons))
-    assert 0 < told.kept <= told.likely <= 800
-    assert 0.25 < told.followed <= 1
-    column = list(made.context.fields).index("reward.price")
-    token = made.context.row({"reward.price": "0"})[column]
-    bins = np.array([worth.rewards.bin_of("price", offer) for offer in OFFERS])
+    tiny_shop, evidence, model = begun
+    stage = OnlineStage(model, tiny_shop.rows, tiny_shop.sids, evidence, dense_weight=0.5)
+    outcome, lessons = stage.collect_answers(0)
+    assert (outcome.asked, outcome.kept) == (800, len(lessons))
+    assert 0 < outcome.kept <= outcome.likely <= 800
+    assert 0.25 < outcome.followed <= 1
+    column = list(tiny_shop.context.fields).index("reward.price")
+    token = tiny_shop.context.row({"reward.price": "0"})[column]
+    bins = np.array([evidence.rewards.bin_of("price", offer) for offer in OFFERS])
     assert (lessons.rewards[:, column] == token + bins[lessons.targets]).all()
     # Without clicks and purchases to tell their chances from, nothing is said of either.
     assert not lessons.rewards[:, :column].any()
     # No answer is the page's own item, and the histories are those of the log.
     pages = lessons.items[lessons.starts[1:] - 1]
     assert (lessons.targets != pages).all()
-    again, same = stage.collect_answers(0)
-    assert again == told
-    assert (same.targets == lessons.targets).all()
+    repeated, repeated_lessons = stage.collect_answers(0)
+    assert repeated == outcome
+    assert (repeated_lessons.targets == lessons.targets).all()
 
 
+@pytest.mark.learning
 def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
-    made, worth, model = begun
-    before = evaluate_held_out(model, made.split.held_out, made.catalogue, made.sids, made.settings)
-    learned = copied(model, made)
-    chosen = with_online(made, rounds=3, lr=2e-3, max_fall=0.05)
-    said: list[str] = []
-    result = learn_from_own_answers(learned, chosen.rows, made.sids, worth, before, said.append)
+    tiny_shop, evidence, model = begun
+    before = evaluate_held_out(
+        model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings
+    )
+    trained_model = copied(model, tiny_shop)
+    chosen = with_online(tiny_shop, rounds=3, lr=2e-3, max_fall=0.05)
+    progress_lines: list[str] = []
+    result = learn_from_own_answers(
+        trained_model, chosen.rows, tiny_shop.sids, evidence, before, progress_lines.append
+    )
     assert result.refused is None
     assert result.steps == 180
-    assert len(said) == len(result.rounds) == 3
+    assert len(progress_lines) == len(result.rounds) == 3
     assert result.rounds[-1].followed > result.rounds[0].followed + 0.03
     assert result.quality is not None
     assert result.quality.hr10 >= 0.95 * before.hr10
 
 
+@pytest.mark.learning
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
-    made, worth, model = begun
-    before = evaluate_held_out(model, made.split.held_out, made.catalogue, made.sids, made.settings)
-    spoiled = copied(model, made)
+    tiny_shop, evidence, model = begun
+    before = evaluate_held_out(
+        model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings
+    )
+    spoiled = copied(model, tiny_shop)
     result = learn_from_own_answers(
-        spoiled, with_online(made, lr=0.5).rows, made.sids, worth, before, lambda _: None
+        spoiled, with_online(tiny_shop, lr=0.5).rows, tiny_shop.sids, evidence, before, lambda _: None
     )
     assert result.refused is not None
     assert "HR@10 fell from" in result.refused
@@ -143,36 +160,37 @@ def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, Ge
 
 
 def test_an_interrupted_stage_stops(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
-    made, worth, model = begun
+    tiny_shop, evidence, model = begun
     result = learn_from_own_answers(
-        copied(model, made), made.rows, made.sids, worth, None, lambda _: None, lambda: True
+        copied(model, tiny_shop), tiny_shop.rows, tiny_shop.sids, evidence, None, lambda _: None, lambda: True
     )
     assert (result.steps, result.quality) == (0, None)
 
 
+@pytest.mark.learning
 def test_clicks_and_purchases_are_drawn_with_their_chances(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     """Every second item is bought when it is clicked, and four of ten explored answers are clicked."""
-    made, worth, model = begun
+    tiny_shop, evidence, model = begun
     rng = np.random.default_rng(0)
-    clicks = made.log.items % 2
-    found = [
+    clicks = tiny_shop.log.items % 2
+    explorations = [
         (exploration(at, prompt=[list(sid_of(int(item)))], candidates=[list(sid_of(int(item + 1) % ITEMS))],
                      scores=[-1.0]), bool(rng.random() < 0.4))
         for at, item in enumerate(rng.integers(0, ITEMS, 400))
     ]  # fmt: skip
     logged = logged_explorations(
-        found, "c" * 16, made.prompt, OffPolicySettings.model_validate({}), made.context
+        explorations, "c" * 16, tiny_shop.prompt, OffPolicySettings.model_validate({}), tiny_shop.context
     )
-    rewards = replace(worth.rewards, mass=dict(worth.rewards.mass) | {"click": SURE, "purchase": SURE})
-    full = RewardEvidence(rewards, worth.context, OFFERS, clicks, logged)
-    _, lessons = OnlineStage(model, made.rows, made.sids, full, dense_weight=0.5).collect_answers(1)
+    rewards = replace(evidence.rewards, mass=dict(evidence.rewards.mass) | {"click": SURE, "purchase": SURE})
+    full = RewardEvidence(rewards, evidence.context, OFFERS, clicks, logged)
+    _, lessons = OnlineStage(model, tiny_shop.rows, tiny_shop.sids, full, dense_weight=0.5).collect_answers(1)
     click, purchase, price = lessons.rewards.T
     assert bool((price > 0).all())
-    clicked = click == made.context.row({"reward.click": "1"})[0]
+    clicked = click == tiny_shop.context.row({"reward.click": "1"})[0]
     assert clicked.mean() == pytest.approx(0.4, abs=0.1)
-    bought = purchase == made.context.row({"reward.purchase": "1"})[1]
+    bought = purchase == tiny_shop.context.row({"reward.purchase": "1"})[1]
     # Bought is only what is clicked, and of that nearly always the odd ones.
     assert not bought[~clicked].any()
     odd = lessons.targets % 2 == 1
@@ -182,15 +200,16 @@ def test_clicks_and_purchases_are_drawn_with_their_chances(
     assert (lessons.always_visible[:, 0] == ~clicked).all()
 
 
+@pytest.mark.learning
 def test_the_score_of_an_item_is_that_of_the_candidates(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
-    made, _, model = begun
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
+    tiny_shop, _, model = begun
+    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     histories = [np.arange(size) for size in (1, 3, 8, 2)]
     states = ranker.states(histories)
-    found = ranker.candidates(histories, states)
+    ranked = ranker.candidates(histories, states)
     for weight in (0.0, 0.3, 1.0):
         for column in (0, 3):
-            scores = ranker.scores(histories, states, found.items[:, column].numpy(), weight)
-            torch.testing.assert_close(scores, found.score(weight)[:, column], atol=1e-4, rtol=1e-4)
+            scores = ranker.scores(histories, states, ranked.items[:, column].numpy(), weight)
+            torch.testing.assert_close(scores, ranked.score(weight)[:, column], atol=1e-4, rtol=1e-4)

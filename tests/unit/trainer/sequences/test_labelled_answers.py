@@ -28,9 +28,9 @@ BINS = Rewards({}, {"click": SURE, "price": {"0": 0.5, "1": 0.5}})
 ANY = [None] * ITEMS
 
 
-def clicking(**given: object) -> Shop:
+def clicking(**settings: object) -> Shop:
     """A shop whose events are told with their click."""
-    tiny = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | given)
+    tiny = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | settings)
     context = with_rewards(tiny.context, BINS)
     token = context.row(said({"click": 1}))
     log = replace(tiny.log, rewards=np.array([token] * len(tiny.log), dtype=np.int32))
@@ -52,43 +52,45 @@ def seen(tiny: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> Lo
 
 
 def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> None:
-    made = clicking(users=5)
-    logged = seen(made, ([1, 2], 9), ([3], 3), ([40], 7), ([5], 41))
-    actual = unclicked_answers(logged, made.catalogue, ANY, BINS, made.context, 0)
+    tiny = clicking(users=5)
+    logged = seen(tiny, ([1, 2], 9), ([3], 3), ([40], 7), ([5], 41))
+    actual = unclicked_answers(logged, tiny.catalogue, ANY, BINS, tiny.context, 0)
     assert actual is not None
     # The page's own item and one that is not in the catalogue are no answers; of a past, what is known stays.
     assert actual.targets.tolist() == [9, 7]
     assert actual.starts.tolist() == [0, 2, 2]
     assert actual.items.tolist() == [1, 2]
-    refused = made.context.row(said({"click": 0}))
+    refused = tiny.context.row(said({"click": 0}))
     assert actual.rewards.tolist() == [refused, refused]
     assert actual.always_visible.tolist() == [[token > 0 for token in refused]] * 2
     assert (
-        unclicked_answers(seen(made, ([1], 2), clicked=True), made.catalogue, ANY, BINS, made.context, 0)
+        unclicked_answers(seen(tiny, ([1], 2), clicked=True), tiny.catalogue, ANY, BINS, tiny.context, 0)
         is not None
     )
     assert (
         len(
-            unclicked_answers(seen(made, ([1], 2), clicked=True), made.catalogue, ANY, BINS, made.context, 0)
+            unclicked_answers(seen(tiny, ([1], 2), clicked=True), tiny.catalogue, ANY, BINS, tiny.context, 0)
             or ()
         )
         == 0
     )
-    assert unclicked_answers(logged, made.catalogue, ANY, Rewards({}, {}), made.context, 0) is None
-    assert unclicked_answers(None, made.catalogue, ANY, BINS, made.context, 0) is None
+    assert unclicked_answers(logged, tiny.catalogue, ANY, Rewards({}, {}), tiny.context, 0) is None
+    assert unclicked_answers(None, tiny.catalogue, ANY, BINS, tiny.context, 0) is None
 
 
 def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
-    made = clicking(users=5, rewards={"dropout": 0.5}, batch_positions=40)
+    tiny = clicking(users=5, rewards={"dropout": 0.5}, batch_positions=40)
     rng = np.random.default_rng(0)
     histories = [rng.integers(0, ITEMS, int(size)) for size in rng.integers(0, 8, 400)]
     values = np.full((400, 4), -1)
     values[:, 0], values[:, 2] = np.arange(400) % 2, 1
     targets = np.arange(400) % ITEMS
-    given = answers_with_rewards(histories, targets, np.zeros((400, 0), np.int32), values, BINS, made.context)
-    click, _, price = made.context.row(said({"click": 0, "price": 1}))
-    told = {(0, price): 0, (click, 0): 0, (click, price): 0, (click + 1, 0): 0, (click + 1, price): 0}
-    for piece in given.sequence_batches(made.settings, 0):
+    answers = answers_with_rewards(
+        histories, targets, np.zeros((400, 0), np.int32), values, BINS, tiny.context
+    )
+    click, _, price = tiny.context.row(said({"click": 0, "price": 1}))
+    counts = {(0, price): 0, (click, 0): 0, (click, price): 0, (click + 1, 0): 0, (click + 1, price): 0}
+    for piece in answers.sequence_batches(tiny.settings, 0):
         assert piece.context is not None
         assert piece.items.numel() <= 40
         assert piece.learned.sum(1).tolist() == [1] * len(piece.items)
@@ -97,38 +99,38 @@ def test_only_the_answer_is_learned_and_a_refusal_is_told_each_time() -> None:
                      (piece.items >= 0)).all())  # fmt: skip
         assert not piece.context[~piece.learned].any()
         for row in piece.context[piece.learned].tolist():
-            told[row[0], row[2]] += 1
+            counts[row[0], row[2]] += 1
     # 200 refusals, all told; of the 200 clicks the quarter of which nothing is left is not there.
-    assert told[click, 0] + told[click, price] == 200
-    assert told[click, 0] == pytest.approx(100, abs=30)
-    assert told[0, price] + told[click + 1, 0] + told[click + 1, price] == pytest.approx(150, abs=25)
-    few = given.sequence_batches(made.settings, 0, 30)
+    assert counts[click, 0] + counts[click, price] == 200
+    assert counts[click, 0] == pytest.approx(100, abs=30)
+    assert counts[0, price] + counts[click + 1, 0] + counts[click + 1, price] == pytest.approx(150, abs=25)
+    few = answers.sequence_batches(tiny.settings, 0, 30)
     assert sum(len(piece.items) for piece in few) == 30
-    first, second, other = (given.sequence_batches(made.settings, number) for number in (0, 0, 1))
+    first, second, other = (answers.sequence_batches(tiny.settings, number) for number in (0, 0, 1))
     assert all(torch.equal(a.items, b.items) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a.items, b.items) for a, b in zip(first, other, strict=False))
 
 
 def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_process(tmp_path: Path) -> None:
-    made = clicking(users=1, length=5)
+    tiny = clicking(users=1, length=5)
     items = np.arange(ITEMS)
     none = np.zeros((ITEMS, 0), dtype=np.int32)
-    told = np.ones((ITEMS, 3), dtype=np.int32)
-    given = join_answers([items[:at] for at in range(ITEMS)], items, none, told, told > 0)
-    all_of_them = made.settings.rewards.model_copy(update={"ignored_share": 1.0})
-    chosen = made.settings.model_copy(update={"rewards": all_of_them})
-    rows = TrainingRows(made.log, made.split, made.catalogue, made.tokenizer, made.prompt, chosen, given)
+    rewards = np.ones((ITEMS, 3), dtype=np.int32)
+    answers = join_answers([items[:at] for at in range(ITEMS)], items, none, rewards, rewards > 0)
+    all_of_them = tiny.settings.rewards.model_copy(update={"ignored_share": 1.0})
+    chosen = tiny.settings.model_copy(update={"rewards": all_of_them})
+    rows = TrainingRows(tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, chosen, answers)
     assert isinstance(rows.labelled_answers, LabelledAnswers)
     assert (
         rows.labelled_answers.targets.tolist()
-        == sorted(set(made.log.items.tolist()))
+        == sorted(set(tiny.log.items.tolist()))
         == rows.trained_items.tolist()
     )
     for at, target in enumerate(rows.labelled_answers.targets):
         assert rows.labelled_answers.items[
             rows.labelled_answers.starts[at] : rows.labelled_answers.starts[at + 1]
         ].tolist() == list(range(target))
-    write_training_inputs(tmp_path, made.model(), made.tokenizer, rows, chosen)
+    write_training_inputs(tmp_path, tiny.model(), tiny.tokenizer, rows, chosen)
     _, handed, _ = read_training_inputs(tmp_path)
     for ours, theirs in zip(rows.sequence_batches(1), handed.sequence_batches(1), strict=True):
         assert torch.equal(ours.items, theirs.items)
@@ -137,13 +139,13 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
 
 @pytest.mark.parametrize("share", [0.0, 0.1])
 def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
-    made = clicking(users=20, rewards={"ignored_share": share})
+    tiny = clicking(users=20, rewards={"ignored_share": share})
     shown = [([at % ITEMS], (at + 5) % ITEMS) for at in range(300)]
-    given = unclicked_answers(seen(made, *shown), made.catalogue, ANY, BINS, made.context, 0)
+    answers = unclicked_answers(seen(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0)
     rows = TrainingRows(
-        made.log, made.split, made.catalogue, made.tokenizer, made.prompt, made.settings, given
+        tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers
     )
-    alone = sum(int(piece.learned.sum()) for piece in made.rows.sequence_batches(0))
+    alone = sum(int(piece.learned.sum()) for piece in tiny.rows.sequence_batches(0))
     both = sum(int(piece.learned.sum()) for piece in rows.sequence_batches(0))
     assert both - alone == round(share * alone)
 
@@ -151,27 +153,28 @@ def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
 @pytest.fixture(scope="module")
 def taught() -> tuple[Shop, GeneratorForCausalLM]:
     """A shop where item n + 1 follows item n, and n + 5 was shown and ignored."""
-    made = clicking(users=80, epochs=25, batch_positions=256, lr=1e-2, patience=100)
+    tiny = clicking(users=80, epochs=25, batch_positions=256, lr=1e-2, patience=100)
     rng = np.random.default_rng(1)
     begins, sizes = rng.integers(0, ITEMS, 240), rng.integers(1, 9, 240)
     walks = [(begin + np.arange(size)) % ITEMS for begin, size in zip(begins, sizes, strict=True)]
     shown = [(walk.tolist(), int(walk[-1] + 5) % ITEMS) for walk in walks]
-    given = unclicked_answers(seen(made, *shown), made.catalogue, ANY, BINS, made.context, 0)
+    answers = unclicked_answers(seen(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0)
     rows = TrainingRows(
-        made.log, made.split, made.catalogue, made.tokenizer, made.prompt, made.settings, given
+        tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers
     )
-    model = made.model()
-    train(model, rows, made.sids, made.settings)
-    return made, model.eval()
+    model = tiny.model()
+    train(model, rows, tiny.sids, tiny.settings)
+    return tiny, model.eval()
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(("conditions", "after"), [({}, 1), ({"click": 1}, 1), ({"click": 0}, 5)])
 def test_what_was_ignored_is_likely_only_where_that_is_asked_for(
     taught: tuple[Shop, GeneratorForCausalLM], conditions: dict[str, int], after: int
 ) -> None:
-    made, model = taught
-    past = [np.arange(item, item + 4) % ITEMS for item in range(ITEMS)]
-    rows = np.array([made.context.row(said(conditions))] * ITEMS, dtype=np.int32)
-    ranker = CatalogueRanker(model, made.catalogue.codes, made.sids, 10)
-    best = ranker.candidates(past, ranker.states(past, rows)).order(0.5)[:, 0].numpy()
+    tiny, model = taught
+    histories = [np.arange(item, item + 4) % ITEMS for item in range(ITEMS)]
+    rows = np.array([tiny.context.row(said(conditions))] * ITEMS, dtype=np.int32)
+    ranker = CatalogueRanker(model, tiny.catalogue.codes, tiny.sids, 10)
+    best = ranker.candidates(histories, ranker.states(histories, rows)).order(0.5)[:, 0].numpy()
     assert ((best - np.arange(ITEMS) - 3) % ITEMS == after).mean() > 0.9

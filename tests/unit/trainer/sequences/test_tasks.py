@@ -30,10 +30,10 @@ def pair_shop(**more: Any) -> Shop:
     """A shop where every two items have a title of their own: `thing` and a word that no others have."""
     tiny = shop(**{"weights": TEXTS} | more)
     titles = [f"thing {chr(97 + item // 2) * 3}" for item in range(24)]
-    known = replace(tiny.catalogue, titles=titles)
+    catalogue = replace(tiny.catalogue, titles=titles)
     tokenizer = type(tiny.tokenizer)(tokenizer_object=_words(tiny, titles), unk_token="<unk>")
-    rows = TrainingRows(tiny.log, tiny.split, known, tokenizer, tiny.prompt, tiny.settings)
-    return replace(tiny, known=known, tokenizer=tokenizer, rows=rows)
+    rows = TrainingRows(tiny.log, tiny.split, catalogue, tokenizer, tiny.prompt, tiny.settings)
+    return replace(tiny, catalogue=catalogue, tokenizer=tokenizer, rows=rows)
 
 
 def _words(tiny: Shop, titles: list[str]) -> Any:
@@ -52,21 +52,21 @@ def parts(tiny: Shop, ids: list[int]) -> tuple[list[int], list[int], int, list[i
 
 
 def test_a_search_has_words_of_the_item_that_a_user_went_to_after_that_history() -> None:
-    made = pair_shop(length=30, tasks={"history": 4, "bare": 0.25})
-    actual = made.rows.search_rows(3)
+    tiny = pair_shop(length=30, tasks={"history": 4, "bare": 0.25})
+    actual = tiny.rows.search_rows(3)
     assert len(actual) == 24
     bare, lengths = 0, set()
     trained = [
-        made.log.items[low:high].tolist()
-        for low, high in zip(made.log.starts[:-1], made.split.training_ends, strict=True)
+        tiny.log.items[low:high].tolist()
+        for low, high in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)
     ]
-    for row in [row for number in range(10) for row in made.rows.search_rows(number)]:
-        history, words, mark, target = parts(made, row.ids.tolist())
+    for row in [row for number in range(10) for row in tiny.rows.search_rows(number)]:
+        history, words, mark, target = parts(tiny, row.ids.tolist())
         assert (row.ids[0], mark, row.weight) == (BOS, ITEM, 0.5)
         assert row.ids[row.learned].tolist() == target
-        item = made.catalogue.codes.tolist().index(target)
+        item = tiny.catalogue.codes.tolist().index(target)
         lengths.add(len(words))
-        assert {*words} <= {*made.rows.title_words[item]}
+        assert {*words} <= {*tiny.rows.title_words[item]}
         assert len({*words}) == len(words)
         bare += not history
         expected = [*history, item]
@@ -104,29 +104,29 @@ def test_without_weights_or_words_there_is_no_such_row() -> None:
 
 
 def test_no_text_looks_at_what_is_held_out() -> None:
-    made = pair_shop(users=12, length=3)
-    held_out = made.split.training_ends < made.log.starts[1:]
+    tiny = pair_shop(users=12, length=3)
+    held_out = tiny.split.training_ends < tiny.log.starts[1:]
     assert held_out.any()
-    made.log.items[:] = 0
-    made.log.items[made.log.starts[1:] - 1] = 1
-    made.log.items[made.log.starts[1:] - 2] = 2
-    made.log.items[made.split.training_ends[held_out]] = 23
-    codes = made.catalogue.codes[23].tolist()
+    tiny.log.items[:] = 0
+    tiny.log.items[tiny.log.starts[1:] - 1] = 1
+    tiny.log.items[tiny.log.starts[1:] - 2] = 2
+    tiny.log.items[tiny.split.training_ends[held_out]] = 23
+    codes = tiny.catalogue.codes[23].tolist()
     for number in range(5):
-        for row in made.rows.text_rows(number):
+        for row in tiny.rows.text_rows(number):
             flat = row.ids.tolist()
             assert not any(flat[at : at + LEVELS] == codes for at in range(len(flat)))
 
 
 def test_a_summary_has_the_words_most_typical_of_the_history() -> None:
-    made = pair_shop()
-    row = made.rows.summary_row(np.array([4, 9, 5]))
-    history, words, mark, said = parts(made, row.ids.tolist())
+    tiny = pair_shop()
+    row = tiny.rows.summary_row(np.array([4, 9, 5]))
+    history, words, mark, words = parts(tiny, row.ids.tolist())
     assert (history, words, mark) == ([4, 9, 5], [], TITLE)
-    two, one, thing = made.rows.title_words[4][1], made.rows.title_words[9][1], made.rows.title_words[4][0]
+    two, one, thing = tiny.rows.title_words[4][1], tiny.rows.title_words[9][1], tiny.rows.title_words[4][0]
     # `thing` is in all three, but in every title; items 4 and 5 share a word that no other has.
-    assert said == [two, one, thing, EOS]
-    assert row.ids[row.learned].tolist() == said
+    assert words == [two, one, thing, EOS]
+    assert row.ids[row.learned].tolist() == words
     assert row.weight == 0.25
 
 
@@ -157,8 +157,8 @@ def test_typical_words_are_those_of_the_highest_tf_idf(
 def test_rare_words_are_asked_for_more_often() -> None:
     words = TitleWords([[90, 91], [90, 92], [90, 93], [90, 94]])
     rng = np.random.default_rng(0)
-    asked = [words.draw_query([90, 91], 1, rng)[0] for _ in range(2000)]
-    assert asked.count(91) / 2000 == pytest.approx(math.log(5) / math.log(10), abs=0.03)
+    drawn_words = [words.draw_query([90, 91], 1, rng)[0] for _ in range(2000)]
+    assert drawn_words.count(91) / 2000 == pytest.approx(math.log(5) / math.log(10), abs=0.03)
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
@@ -174,10 +174,10 @@ def test_rare_words_are_asked_for_more_often() -> None:
 def test_a_target_is_bought_where_its_user_buys_it_in_time(
     events: list[tuple[int, int, int, bool]], within: int, held_out: int
 ) -> None:
-    known = shop().catalogue
+    catalogue = shop().catalogue
     users, items, ts, paid = zip(*events, strict=True)
     log = user_sequences(
-        [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], known, bought=paid
+        [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], catalogue, bought=paid
     )
     ends = np.maximum(log.starts[1:] - held_out, log.starts[:-1])
     # Of one moment, a purchase follows the click that led to it, whichever of them the log has first.
@@ -208,37 +208,40 @@ def test_pieces_say_what_was_bought() -> None:
     assert actual == [int(tiny.log.items[tiny.log.starts[3] + 2])]
 
 
+@pytest.mark.learning
 def test_the_model_learns_to_search_and_to_sum_up() -> None:
-    made = pair_shop(tasks={"bare": 0.5})
-    model = made.model()
+    tiny = pair_shop(tasks={"bare": 0.5})
+    model = tiny.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for number in range(800):
         optimizer.zero_grad()
-        token_loss(model, pad_token_rows(made.rows.text_rows(number))).backward()
+        token_loss(model, pad_token_rows(tiny.rows.text_rows(number))).backward()
         optimizer.step()
-    titles = made.rows.title_words
-    none = made.catalogue.codes[:0]
-    asked = [search_prompt(none, [titles[item][1]]) for item in range(24)]
-    best = search_items(model, asked, made.sids, made.catalogue, 2)
+    titles = tiny.rows.title_words
+    none = tiny.catalogue.codes[:0]
+    bare_prompts = [search_prompt(none, [titles[item][1]]) for item in range(24)]
+    best = search_items(model, bare_prompts, tiny.sids, tiny.catalogue, 2)
     # The word names a pair of items: no other one is better.
     assert np.mean([item // 2 == at // 2 for at, row in enumerate(best) for item in row.tolist()]) > 0.8
     # After the item before, the word is of one item: the next.
-    told = [search_prompt(made.catalogue.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)]
-    first = search_items(model, told, made.sids, made.catalogue, 1)[:, 0]
+    prompts_with_history = [
+        search_prompt(tiny.catalogue.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)
+    ]
+    first = search_items(model, prompts_with_history, tiny.sids, tiny.catalogue, 1)[:, 0]
     assert np.mean(first == np.arange(1, 24)) > 0.8
-    heard = [summary_prompt(made.catalogue.codes[[item]]) for item in range(24)]
-    said = predict_words(model, heard, [2] * 24, made.prompt.first_word)
-    assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(said)]) > 0.7
+    summary_prompts = [summary_prompt(tiny.catalogue.codes[[item]]) for item in range(24)]
+    summaries = predict_words(model, summary_prompts, [2] * 24, tiny.prompt.first_word)
+    assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(summaries)]) > 0.7
 
 
 def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
-    made = pair_shop()
-    model = made.model(seed=1)
-    prompts = [search_prompt(made.catalogue.codes[[3, 5]], [made.prompt.first_word]), [BOS, ITEM]]
-    actual = search_items(model, prompts, made.sids, made.catalogue, 24)
+    tiny = pair_shop()
+    model = tiny.model(seed=1)
+    prompts = [search_prompt(tiny.catalogue.codes[[3, 5]], [tiny.prompt.first_word]), [BOS, ITEM]]
+    actual = search_items(model, prompts, tiny.sids, tiny.catalogue, 24)
     for prompt, best in zip(prompts, actual, strict=True):
         scores = []
-        for codes in made.catalogue.codes.tolist():
+        for codes in tiny.catalogue.codes.tolist():
             with torch.no_grad():
                 logs = model(torch.tensor([[*prompt, *codes]])).logits[0].log_softmax(-1)
             scores.append(sum(float(logs[len(prompt) - 1 + at, code]) for at, code in enumerate(codes)))
@@ -247,6 +250,6 @@ def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
 
 
 def test_texts_of_every_task_are_one_batch() -> None:
-    made = pair_shop()
-    batch = pad_token_rows(made.rows.text_rows(0))
-    assert torch.isfinite(token_loss(made.model(), batch))
+    tiny = pair_shop()
+    batch = pad_token_rows(tiny.rows.text_rows(0))
+    assert torch.isfinite(token_loss(tiny.model(), batch))

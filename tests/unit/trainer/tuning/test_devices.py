@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from tests.devices_worker import GAPS, SHOP
 from tests.tiny_shop import Shop, shop
 from trainer.alignment.losses import DynamicBeta
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.settings import Arithmetic
+from trainer.tuning import devices
 from trainer.tuning.broadcast import read_training_inputs, write_training_inputs
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import batch_loss
-from trainer.tuning.sft import learning_rate_share
+from trainer.tuning.sft import learning_rate_share, train
 
 # Two processes import torch at the same time, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -39,15 +42,15 @@ def launch(
         ],
         cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
-    said = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
-    return done, said
+    outputs = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
+    return done, outputs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("devices")
-    done, said = launch(folder / "logs", "tests.devices_worker", str(folder), "train")
-    assert done.returncode == 0, (done.stderr, said)
+    done, outputs = launch(folder / "logs", "tests.devices_worker", str(folder), "train")
+    assert done.returncode == 0, (done.stderr, outputs)
     return folder
 
 
@@ -57,8 +60,8 @@ def test_a_dynamic_beta_follows_the_gaps_of_all_processes_as_of_one_batch(traine
         actual = alone(torch.tensor([gap for part in step for gap in part]), training=True)
         expected += [alone.mean, alone.deviation, actual.beta]
     for rank in (0, 1):
-        seen = json.loads((trained / f"followed-{rank}.json").read_text())
-        assert [number for step in seen for number in step] == pytest.approx(expected)
+        betas = json.loads((trained / f"followed-{rank}.json").read_text())
+        assert [number for step in betas for number in step] == pytest.approx(expected)
 
 
 def weights(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
@@ -104,10 +107,10 @@ def test_two_processes_end_in_the_weights_of_one_that_takes_the_batches_of_both(
 
 
 def test_two_processes_go_on_in_their_stage_and_end_as_if_unbroken(trained: Path) -> None:
-    seen = json.loads((trained / "seen.json").read_text())
+    environment = json.loads((trained / "seen.json").read_text())
     # Twice in pretraining, then in the stage after it.
-    assert seen["cuts"][0] == 3
-    assert seen["cuts"][1] == 6
+    assert environment["cuts"][0] == 3
+    assert environment["cuts"][1] == 6
     whole = weights(trained, "two", 0)
     for name in ("two", "resumed"):
         for rank in (0, 1):
@@ -116,25 +119,25 @@ def test_two_processes_go_on_in_their_stage_and_end_as_if_unbroken(trained: Path
 
 
 def test_after_the_shared_part_the_main_process_stands_alone(trained: Path) -> None:
-    seen = json.loads((trained / "seen.json").read_text())
-    assert (seen["left"], seen["processes"], seen["joined"]) == ([], 1, False)
+    environment = json.loads((trained / "seen.json").read_text())
+    assert (environment["left"], environment["processes"], environment["joined"]) == ([], 1, False)
 
 
 def test_an_error_of_the_main_process_ends_all_with_one_line(tmp_path: Path) -> None:
-    done, said = launch(tmp_path / "logs", "sidstream", "train", SIDSTREAM_TRAINER__LR="-1")
+    done, outputs = launch(tmp_path / "logs", "sidstream", "train", SIDSTREAM_TRAINER__LR="-1")
     assert done.returncode != 0
-    lines = [line for line in said[0].splitlines() if line.strip()]
+    lines = [line for line in outputs[0].splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("error: ")] == [lines[0]]
     assert "trainer.lr is '-1'" in lines[0]
-    assert not any("Traceback" in text for text in said.values())
+    assert not any("Traceback" in text for text in outputs.values())
 
 
 def test_an_error_of_another_process_ends_all_with_its_line(tmp_path: Path) -> None:
-    done, said = launch(tmp_path / "logs", "tests.devices_worker", str(tmp_path), "lost")
+    done, outputs = launch(tmp_path / "logs", "tests.devices_worker", str(tmp_path), "lost")
     assert done.returncode != 0
-    assert "nowhere" in said[1]
-    assert "SIDSTREAM_TRAINER__HOME" in said[1]
-    assert not any("Traceback" in text for text in said.values())
+    assert "nowhere" in outputs[1]
+    assert "SIDSTREAM_TRAINER__HOME" in outputs[1]
+    assert not any("Traceback" in text for text in outputs.values())
 
 
 def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
@@ -150,6 +153,36 @@ def test_what_is_handed_over_gives_the_same_batches(tmp_path: Path) -> None:
     for name, value in tiny.model().named_parameters():
         assert torch.equal(value, model.get_parameter(name))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_the_faster_arithmetic_and_a_fixed_one_is_taken_on_every_processor(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "fast_bf16", lambda where: fast)
+    where, ones = torch.device("cpu"), torch.ones(2, 2)
+    product_types = {}
+    for arithmetic in get_args(Arithmetic):
+        with devices.training_arithmetic(arithmetic, where):
+            product_types[arithmetic] = (ones @ ones).dtype
+    assert product_types == {
+        "auto": torch.bfloat16 if fast else torch.float32, "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }  # fmt: skip
+
+
+def test_a_training_rounds_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(arithmetic: str, fast: bool) -> torch.Tensor:
+        monkeypatch.setattr(devices, "fast_bf16", lambda where: fast)
+        tiny = shop(epochs=1, arithmetic=arithmetic)
+        model = tiny.model()
+        train(model, tiny.rows, tiny.sids, tiny.settings)
+        return model.model.embed_tokens.weight.detach()
+
+    exact, rounded = trained("float32", True), trained("bfloat16", False)
+    assert torch.equal(exact, trained("auto", False))
+    assert torch.equal(rounded, trained("auto", True))
+    assert not torch.equal(exact, rounded)
 
 
 def test_one_process_needs_no_launcher() -> None:

@@ -23,6 +23,7 @@ from trainer.tuning.next_item import sequence_loss, token_loss
 from trainer.tuning.sft import spells_more_real_sids, train
 
 
+@pytest.mark.learning
 def test_training_learns_which_item_follows() -> None:
     tiny = shop(users=60, epochs=12)
     model = tiny.model()
@@ -98,8 +99,8 @@ def test_title_rows_learn_one_side_and_never_take_a_title_for_a_code() -> None:
     assert back.ids.tolist() == [BOS, *words, ITEM, *codes]
     assert back.ids[back.learned].tolist() == codes
     assert tiny.tokenizer.convert_ids_to_tokens(words)[:2] == ["red", "item"]
-    known = training_catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, tiny.prompt)
-    rows = type(tiny.rows)(tiny.log, tiny.split, known, tiny.tokenizer, tiny.prompt, tiny.settings)
+    catalogue = training_catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, tiny.prompt)
+    rows = type(tiny.rows)(tiny.log, tiny.split, catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
     assert rows.title_words[0] == [UNK, words[0], UNK, UNK]
 
 
@@ -139,14 +140,14 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float)
         spelled, scored = [], []
         for row in range(2):
             for at in torch.nonzero(learned[row]).flatten().tolist():
-                past, target = items[row, :at], int(items[row, at])
+                history, target = items[row, :at], int(items[row, at])
                 codes = torch.from_numpy(tiny.catalogue.codes)
-                state = model.encode(codes[past][None] if at else codes[:1][None], torch.tensor([at]))
+                state = model.encode(codes[history][None] if at else codes[:1][None], torch.tensor([at]))
                 spelled.append(-sid_scores(model, state, torch.tensor([0]), codes[target][None])[0])
                 query = base.queries(state)
                 logits = (query @ base.items.vectors(base.embed_tokens.weight).T)[0]
-                for item in set(past.tolist()):
-                    logits[table[item]] += come_again(model, query[0], past.tolist(), item)
+                for item in set(history.tolist()):
+                    logits[table[item]] += come_again(model, query[0], history.tolist(), item)
                 scored.append(-logits.log_softmax(-1)[table[target]])
     each = torch.where(bought[learned], purchase, 1.0)
     expected = ((0.5 * torch.stack(spelled) + 2.0 * torch.stack(scored)) * each).sum() / each.sum()
@@ -156,30 +157,32 @@ def test_the_loss_of_a_sequence_is_that_of_its_items_one_by_one(purchase: float)
 def test_pieces_and_rows_hold_the_same_events() -> None:
     tiny = shop(length=30)
     for number in (0, 1):
-        told = [row for row in tiny.rows.epoch_rows(number) if row.weight == tiny.settings.weights.next_sid]
-        rows = sum((len(row.ids) - 1) // len(SIZES) for row in told)
+        sequence_rows = [
+            row for row in tiny.rows.epoch_rows(number) if row.weight == tiny.settings.weights.next_sid
+        ]
+        rows = sum((len(row.ids) - 1) // len(SIZES) for row in sequence_rows)
         pieces = tiny.rows.sequence_batches(number)
         assert sum(int((piece.items >= 0).sum()) for piece in pieces) == rows
         assert sum(int(piece.learned.sum()) for piece in pieces) * len(SIZES) == sum(
-            int(row.learned.sum()) for row in told
+            int(row.learned.sum()) for row in sequence_rows
         )
         assert all(piece.items.numel() <= 64 for piece in pieces)
 
 
 def test_each_prefix_is_a_sample_that_learns_its_last_item_after_its_whole_past() -> None:
     tiny = shop(length=30, samples="prefix", max_items=8)
-    told = []
+    samples = []
     for piece in tiny.rows.sequence_batches(0):
         for items, learned in zip(piece.items, piece.learned, strict=True):
             real = items[items >= 0].tolist()
             assert learned.nonzero().flatten().tolist() in ([len(real) - 1], [])
-            told.append(real)
+            samples.append(real)
     expected = [
         tiny.log.items[max(begin, end - 9) : end].tolist()
         for begin, stop in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)
         for end in range(begin + 2, stop + 1)
     ]
-    assert sorted(told) == sorted(expected)
+    assert sorted(samples) == sorted(expected)
 
 
 def test_held_out_items_are_not_trained_on() -> None:
@@ -241,12 +244,12 @@ def test_hit_rate_and_ndcg_count_ranks_from_0() -> None:
 
 def test_children_of_a_prefix_are_those_of_the_sids() -> None:
     tiny = shop()
-    known = SidSet([(0, 1, 2), (0, 1, 4), (3, 0, 0)], tiny.prompt)
+    sids = SidSet([(0, 1, 2), (0, 1, 4), (3, 0, 0)], tiny.prompt)
     base = [tiny.prompt.code_base(level) for level in range(3)]
-    assert known.allowed_tokens([]) == [base[0], base[0] + 3]
-    assert known.allowed_tokens([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
-    assert known.allowed_tokens([base[0] + 1]) == []
-    assert known.allowed_tokens(tiny.prompt.tokens((0, 1, 2))) == []
+    assert sids.allowed_tokens([]) == [base[0], base[0] + 3]
+    assert sids.allowed_tokens([base[0], base[1] + 1]) == [base[2] + 2, base[2] + 4]
+    assert sids.allowed_tokens([base[0] + 1]) == []
+    assert sids.allowed_tokens(tiny.prompt.tokens((0, 1, 2))) == []
 
 
 def test_without_item_vectors_codes_alone_are_learned() -> None:
@@ -291,6 +294,7 @@ def test_until_a_model_can_be_released_one_that_ranks_as_well_and_spells_more_is
     assert spells_more_real_sids(measured, TrainingState(best_ndcg=0.5, validity=kept), settings) is better
 
 
+@pytest.mark.learning
 def test_of_two_models_that_rank_alike_the_one_that_learned_longer_is_kept() -> None:
     # All walks are alike: the ranking of ten users is perfect after an epoch or two, the SIDs are not yet.
     tiny = shop(users=60, epochs=12, patience=12)
