@@ -27,10 +27,12 @@ def clicked_pairs(split: EvaluationSplit, trained: TrainedGenerator) -> Iterator
     assert split.part_starts is not None, "the split is one in time"
     end = split.part_starts[0]
     rules = Rules(WINDOWS_MS[dataset.name], 0)
-    for user, (row, ts, sold) in enumerate(zip(dataset.items, dataset.ts, dataset.bought_ts, strict=True)):
+    for user, (row, ts, purchase_times) in enumerate(
+        zip(dataset.items, dataset.ts, dataset.bought_ts, strict=True)
+    ):
         state, name = Open(), str(user)
         events: list[Click | Purchase] = []
-        for item, at, when in zip(row.tolist(), ts.tolist(), sold.tolist(), strict=True):
+        for item, at, when in zip(row.tolist(), ts.tolist(), purchase_times.tolist(), strict=True):
             shared: dict[str, Any] = {"schema_version": 1, "user_id": name, "item_id": str(item)}
             if at < end:
                 events.append(Click(event_id=f"c{at}-{item}", ts=at, **shared))
@@ -47,7 +49,7 @@ def clicked_pairs(split: EvaluationSplit, trained: TrainedGenerator) -> Iterator
 
 
 def shown_pairs(
-    split: EvaluationSplit, trained: TrainedGenerator, scheme: Scheme, seed: int, most: int
+    split: EvaluationSplit, trained: TrainedGenerator, scheme: Scheme, seed: int, max_pairs: int
 ) -> Iterator[PreferencePair]:
     """Chosen steps of the training part over what the fine-tuned model would have shown before them.
 
@@ -59,26 +61,30 @@ def shown_pairs(
     assert dataset.ts is not None, "the log has times"
     assert dataset.bought is not None, "the log has purchases"
     assert split.part_starts is not None, "the split is one in time"
-    wanted = []
+    steps = []
     for user, (ts, bought) in enumerate(zip(dataset.ts, dataset.bought, strict=True)):
         # Only what is known by then: the window of the last steps is still open.
-        known = int(np.searchsorted(ts, split.part_starts[0] - WINDOWS_MS[dataset.name]))
-        kept = range(1, known) if scheme == "clicked_over_shown" else np.flatnonzero(bought[:known])
-        wanted += [(user, int(at)) for at in kept if at]
-    drawn = np.random.default_rng(seed).permutation(len(wanted)).tolist()
-    count = 0
-    for begin in range(0, len(drawn), most):
-        some = [wanted[at] for at in drawn[begin : begin + most]]
-        shown = trained.rank([dataset.items[user][:at] for user, at in some], _SHOWN, "none", "mixed")
-        for (user, at), items in zip(some, shown.tolist(), strict=True):
+        decided_steps = int(np.searchsorted(ts, split.part_starts[0] - WINDOWS_MS[dataset.name]))
+        chosen_steps = (
+            range(1, decided_steps)
+            if scheme == "clicked_over_shown"
+            else np.flatnonzero(bought[:decided_steps])
+        )
+        steps += [(user, int(at)) for at in chosen_steps if at]
+    order = np.random.default_rng(seed).permutation(len(steps)).tolist()
+    pair_count = 0
+    for begin in range(0, len(order), max_pairs):
+        batch = [steps[at] for at in order[begin : begin + max_pairs]]
+        slates = trained.rank([dataset.items[user][:at] for user, at in batch], _SHOWN, "none", "mixed")
+        for (user, at), items in zip(batch, slates.tolist(), strict=True):
             row, ts = dataset.items[user], dataset.ts[user]
-            near = np.abs(ts - ts[at]) <= WINDOWS_MS[dataset.name]
-            touched = set(row[near].tolist())
-            rejected = [item for item in items if item >= 0 and item not in touched]
+            within_window = np.abs(ts - ts[at]) <= WINDOWS_MS[dataset.name]
+            touched_items = set(row[within_window].tolist())
+            rejected = [item for item in items if item >= 0 and item not in touched_items]
             if rejected and int(row[at]) in items:
                 yield _pair(trained, user, scheme, int(ts[at]), row[:at], int(row[at]), rejected)
-                count += 1
-                if count == most:
+                pair_count += 1
+                if pair_count == max_pairs:
                     return
 
 

@@ -18,11 +18,11 @@ from streams.wire.records import partition_of
 
 def pure_histories(
     shop: OnlineRetail, sids: Mapping[str, bytes], codebook: str, levels: int,
-    lives: Mapping[str, int], partitions: int,
+    topic_incarnations: Mapping[str, int], partitions: int,
 ) -> dict[str, bytes]:  # fmt: skip
-    """{user: packed history}. `sids` are packed; `lives` the incarnations of the topics.
+    """{user: packed history}. `sids` are packed; `topic_incarnations`: the incarnation of each topic.
 
-    Offsets are counted, not asked for: on a new topic the n-th purchase of a partition has offset n.
+    Offsets are counted, not read from Kafka: on a new topic the n-th purchase of a partition has offset n.
     """
     written: Counter[int] = Counter()
     changes: dict[str, list[Change]] = {}
@@ -31,7 +31,7 @@ def pure_histories(
         entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
         changes.setdefault(event.user_id, []).append(Change("purchases", written[partition], entry))
         written[partition] += 1
-    return _applied(changes, codebook, levels, lives)
+    return _apply_changes(changes, codebook, levels, topic_incarnations)
 
 
 def replayed_histories(
@@ -45,18 +45,23 @@ def replayed_histories(
             code = history.KINDS[event.kind] if isinstance(event, Click) else history.PURCHASE
             entry = pack_entry(event.ts, code, event.event_id, sids[event.item_id])
             changes.setdefault(event.user_id, []).append(Change(kind.topic, record.offset, entry))
-    known = incarnations(kafka)
-    return _applied(changes, codebook, levels, {source: known[source] for source in history.SOURCES})
+    current = incarnations(kafka)
+    return _apply_changes(changes, codebook, levels, {source: current[source] for source in history.SOURCES})
 
 
-def _applied(
-    changes: Mapping[str, list[Change]], codebook: str, levels: int, lives: Mapping[str, int]
+def _apply_changes(
+    changes: Mapping[str, list[Change]], codebook: str, levels: int, topic_incarnations: Mapping[str, int]
 ) -> dict[str, bytes]:
-    made = {}
-    for user, mine in changes.items():
-        value, _, _ = history.apply(
-            None, mine, codebook=codebook, levels=levels, incarnations=lives, bounds=HistorySettings()
+    histories = {}
+    for user, user_changes in changes.items():
+        history_bytes, _, _ = history.apply(
+            None,
+            user_changes,
+            codebook=codebook,
+            levels=levels,
+            incarnations=topic_incarnations,
+            bounds=HistorySettings(),
         )
-        assert value is not None
-        made[user] = value
-    return made
+        assert history_bytes is not None
+        histories[user] = history_bytes
+    return histories

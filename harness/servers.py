@@ -31,14 +31,14 @@ START_S = 90.0
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
+    """A free TCP port on loopback."""
     return free_ports(1)[0]
 
 
 def wait_until(condition: Callable[[], object], timeout: float, what: str, pause: float = 0.05) -> None:
     """Poll until `condition()` is true; AssertionError that names `what` after `timeout` seconds.
 
-    `pause`: seconds between two polls; 0 where what is waited for is over in a moment.
+    `pause`: seconds between two polls; 0 to see a condition that holds only for a moment.
     """
     deadline = time.monotonic() + timeout
     while not condition():
@@ -56,17 +56,17 @@ def read_all(kafka: KafkaSettings, *topics: str) -> list[Any]:
     consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
     try:
         ends = {
-            TopicPartition(topic, part): end
+            TopicPartition(topic, partition): end
             for topic in topics
-            for part, end in end_offsets(kafka, topic).items()
+            for partition, end in end_offsets(kafka, topic).items()
         }
         consumer.assign(list(ends))
         consumer.seek_to_beginning(*ends)
-        found: list[Any] = []
-        while any(consumer.position(part) < end for part, end in ends.items()):
+        records_read: list[Any] = []
+        while any(consumer.position(partition) < end for partition, end in ends.items()):
             for records in consumer.poll(timeout_ms=500).values():
-                found += records
-        return found
+                records_read += records
+        return records_read
     finally:
         consumer.close()
 

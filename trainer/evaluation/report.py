@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.bootstrap import Interval, differences, intervals
-from trainer.evaluation.results import line, put_table
+from trainer.evaluation.results import line, markdown_table, put_table, read_lines, write_lines
 from trainer.evaluation.run import BY_SID, NEW_ITEMS, MeasuredRun
 from trainer.evaluation.sequences import Float64
 from trainer.settings import Arithmetic
@@ -91,11 +90,11 @@ def _figures(run: MeasuredRun) -> Iterator[tuple[str, Interval | float]]:
     for metric, values in run.target_metrics.items():
         groups.setdefault(np.isnan(values).tobytes(), []).append(metric)
     for metrics in groups.values():
-        kept = ~np.isnan(run.target_metrics[metrics[0]])
-        figures: Float64 = np.stack([run.target_metrics[metric][kept] for metric in metrics], axis=1)
-        yield from zip(metrics, intervals(figures, run.users[kept]), strict=True)
+        has_value = ~np.isnan(run.target_metrics[metrics[0]])
+        figures: Float64 = np.stack([run.target_metrics[metric][has_value] for metric in metrics], axis=1)
+        yield from zip(metrics, intervals(figures, run.users[has_value]), strict=True)
         rest = metrics[0].partition(",")[2].strip()
-        yield f"targets, {rest}" if rest else "targets", float(kept.sum())
+        yield f"targets, {rest}" if rest else "targets", float(has_value.sum())
     yield from run.run_metrics.items()
 
 
@@ -120,8 +119,8 @@ def table(rows: Sequence[Line]) -> list[list[str]]:
                 *(_cell(shown_lines.get(metric), form) for _, metric, form in _COLUMNS),
             ]
         )
-    kept = [n for n, heading in enumerate(_HEADINGS) if n < 4 or any(row[n] for row in cells[1:])]
-    return [[row[n] for n in kept] for row in cells]
+    filled = [n for n, heading in enumerate(_HEADINGS) if n < 4 or any(row[n] for row in cells[1:])]
+    return [[row[n] for n in filled] for row in cells]
 
 
 def _cell(row: Line | None, form: str) -> str:
@@ -142,31 +141,26 @@ def as_text(cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def as_markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Cells as the lines of a table of a page."""
-    made = [f"| {' | '.join(row)} |" for row in cells]
-    return [made[0], "|" + "---|" * len(cells[0]), *made[1:]]
-
-
 def publish(rows: Sequence[Line], folder: Path) -> None:
     """Put the figures into `evaluation.jsonl` and the table of `evaluation.md` in `folder`.
 
     They take the place of what was there for the same data set, protocol, model and mask; the rest stays.
     """
 
-    def of(row: Line) -> tuple[str, str, str, str]:
+    def run_of(row: Line) -> tuple[str, str, str, str]:
         return row["dataset"], row["claim"], row["model"], row["mask"]
 
     page, file = folder / "evaluation.md", folder / "evaluation.jsonl"
-    before = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
-    fresh = {of(row) for row in rows}
-    kept = sorted([*(row for row in before if of(row) not in fresh), *rows], key=lambda row: of(row)[:2])
+    replaced = {run_of(row) for row in rows}
+    other_lines = [row for row in read_lines(file) if run_of(row) not in replaced]
+    all_lines = sorted([*other_lines, *rows], key=lambda row: run_of(row)[:2])
     chapters: dict[tuple[str, str], list[Line]] = {}
-    for row in kept:
+    for row in all_lines:
         chapters.setdefault((row["dataset"], row["claim"]), []).append(row)
-    shown: list[str] = []
+    page_rows: list[str] = []
     for (dataset, claim), of_chapter in chapters.items():
         about = f"**{dataset}**, {claim.partition(', ')[2]}"
-        shown += [about, "", *as_markdown(table(of_chapter)), ""]
-    put_table(page, BEGIN, END, shown)
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        headings, *cells = table(of_chapter)
+        page_rows += [about, "", *markdown_table(headings, cells), ""]
+    put_table(page, BEGIN, END, page_rows)
+    write_lines(file, all_lines)
