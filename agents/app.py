@@ -1,8 +1,8 @@
 """The Faust app of the agents: three batch loops as services, no tables, no web server, no Faust consumer.
 
 One loop reads the topics keyed by user in one consumer group and runs histories, preferences and outcomes on
-each batch, in this order: a pair's history must know what came before it. The second gives new items their
-SID, the third keeps users' profiles.
+each batch, in this order: a pair's history must hold what came before it. The second loop gives new items
+their SID, the third keeps users' profiles.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import platformdirs
 from aiokafka import AIOKafkaProducer, TopicPartition
 from faust.app.base import BootStrategy
 from mode import Service
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY
 
-from agents.attribution.clock import PartitionClock
-from agents.attribution.outcomes import OutcomeRules, Outcomes, tell_rules
-from agents.attribution.preferences import Preferences
-from agents.catalogue import Catalogue, Codebooks
-from agents.histories import Histories
-from agents.parking import Parking
-from agents.profiles import Profiles
-from agents.recoding import Recoding
+from agents.assigned_sids import AssignedSids
+from agents.attribution.event_time import PartitionClock
+from agents.attribution.outcome_stage import OutcomeStage, store_rules
+from agents.attribution.outcomes import OutcomeRules
+from agents.attribution.pair_stage import PairStage
+from agents.history_recoder import HistoryRecoder
+from agents.history_writer import HistoryWriter
+from agents.parked_events import ParkedEvents
+from agents.profile_writer import ProfileWriter
 from agents.settings import AgentsSettings
-from agents.sids import Sids
+from agents.slot_allocator import CodebookRegistry, SlotAllocator
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -42,28 +43,30 @@ from streams.events import (
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from streams.state import keys, redisdb
-from streams.wire.admin import end_offsets, incarnations, missing
-from streams.wire.batches import BatchLoop, BatchOptions, Hooks, Incoming
-from streams.wire.connect import bootstrap, client_options
-from streams.wire.dead_letters import Refusal
+from streams.wire.admin import end_offsets, incarnations, missing_topic_error
+from streams.wire.batch_loop import BatchLoop, BatchOptions
+from streams.wire.batch_stage import BatchHooks, ReceivedEvent
+from streams.wire.connect import bootstrap_servers, client_options
+from streams.wire.dead_letters import RefusedRecord
+from streams.wire.health_server import HealthServer
 
 log = logging.getLogger(__name__)
 
 USER_EVENTS: Final = (Click, Purchase, Impression, Recommendation)
-# The topics whose events carry event time forward. Answers only hold it back: a worker that catches up must
-# not close the windows of answers that it has yet to read, and an answer only repeats its trigger's time.
+# The topics whose events move event time forward. Answers only hold it back: a worker that catches up must
+# not close the windows of answers that it has not read yet, and an answer only repeats its trigger's time.
 CLOCK_TOPICS: Final = tuple(kind.topic for kind in (Click, Purchase, Impression))
 # Loggers of libraries whose lower levels are noise, or slow.
-_QUIET: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
+_NOISY_LOGGERS: Final = ("aiokafka", "kafka", "faust", "mode", "asyncio", "wordllama", "urllib3")
 
 
-class UserEvents(Hooks):
-    """What happens around the batches of user events: event time, open windows, parked records."""
+class UserEventHooks(BatchHooks):
+    """The work around the batches of user events: event time, open windows, parked records."""
 
     name = "clock"
 
     def __init__(
-        self, kafka: KafkaSettings, store: Any, sids: Sids, settings: AgentsSettings,
+        self, kafka: KafkaSettings, store: Any, sids: AssignedSids, settings: AgentsSettings,
         history: HistorySettings, producer: AIOKafkaProducer,
     ) -> None:  # fmt: skip
         rules = OutcomeRules(
@@ -76,20 +79,22 @@ class UserEvents(Hooks):
         self._clocks: dict[int, PartitionClock] = {}
         self._incarnations: dict[str, int] = {}
         self._sids = sids
-        self._parking = Parking(store, sids, settings.park_seconds)
-        self._recoding = Recoding(store, sids, history)
-        self._histories = Histories(store, sids, self._parking, self._recoding, history, self._incarnations)
-        self._preferences = Preferences(
+        self._parked_events = ParkedEvents(store, sids, settings.park_seconds)
+        self._recoder = HistoryRecoder(store, sids, history)
+        self._history_writer = HistoryWriter(
+            store, sids, self._parked_events, self._recoder, history, self._incarnations
+        )
+        self._pair_stage = PairStage(
             store, producer, sids, rules, settings.max_rejected, self._clocks, self._incarnations
         )
-        self._outcomes = Outcomes(store, rules, self._clocks, self._incarnations)
+        self._outcome_stage = OutcomeStage(store, rules, self._clocks, self._incarnations)
 
     @property
     def stages(self) -> tuple[Any, ...]:
-        """In the order in which a batch passes them; event time moves last, when all else is done."""
-        return self._histories, self._preferences, self._outcomes, self
+        """In the order in which a batch passes them; event time moves last, after all other stages."""
+        return self._history_writer, self._pair_stage, self._outcome_stage, self
 
-    async def apply(self, batch: Sequence[Incoming]) -> Sequence[Refusal]:
+    async def apply(self, batch: Sequence[ReceivedEvent]) -> Sequence[RefusedRecord]:
         """Move event time."""
         now, wall = time.monotonic(), time.time_ns() // 1_000_000
         for record, event in batch:
@@ -98,67 +103,67 @@ class UserEvents(Hooks):
                 clock.observe(record.topic, event.user_id, event.ts, now, wall)
         return ()
 
-    async def started(self) -> None:
-        """Learn the topics' incarnations. Raises SidstreamError when a topic is missing or cut otherwise."""
-        await self.rewound()
+    async def on_start(self) -> None:
+        """Read the topics' incarnations. Raises SidstreamError when a topic is missing."""
+        await self.on_rewound()
 
-    async def rewound(self) -> None:
-        """A topic may have been made anew: its offsets no longer compare with those in Redis."""
-        found = await asyncio.to_thread(incarnations, self._kafka)
+    async def on_rewound(self) -> None:
+        """Read the incarnations again: offsets of a new topic do not compare with those in Redis."""
+        current = await asyncio.to_thread(incarnations, self._kafka)
         for kind in USER_EVENTS:
-            if kind.topic not in found:
-                raise missing(kind.topic)
-            self._incarnations[kind.topic] = found[kind.topic]
+            if kind.topic not in current:
+                raise missing_topic_error(kind.topic)
+            self._incarnations[kind.topic] = current[kind.topic]
 
-    async def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    async def on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         """Resume event time and parked records of the partitions."""
-        # A topic that was given more partitions shows here first, and a worker with other settings.
-        await self.rewound()
-        counted = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
-        await tell_rules(self._store, self._rules, len(counted))
+        # An assignment is the first sign of a topic with more partitions, or of other settings.
+        await self.on_rewound()
+        partition_ends = await asyncio.to_thread(end_offsets, self._kafka, Recommendation.topic)
+        await store_rules(self._store, self._rules, len(partition_ends))
         numbers = sorted({p.partition for p in partitions})
         for number in numbers:
-            await self._forget_other_lives(number)
-        await self._preferences.load(numbers)
-        await self._outcomes.load(numbers)
+            await self._forget_earlier_incarnations(number)
+        await self._pair_stage.take_partitions(numbers)
+        await self._outcome_stage.take_partitions(numbers)
         now = time.monotonic()
         self._clocks.clear()
         for number in numbers:
-            floors = [self._preferences.reached(number), self._outcomes.reached(number)]
-            floor = max((f for f in floors if f is not None), default=None)
+            watermarks = [self._pair_stage.closed_until(number), self._outcome_stage.closed_until(number)]
+            floor = max((ms for ms in watermarks if ms is not None), default=None)
             self._clocks[number] = PartitionClock(
                 CLOCK_TOPICS, self._idle_s, now, floor, (Recommendation.topic,)
             )
-        self._parking.own(numbers)
-        self._recoding.own(numbers, len(counted))
+        self._parked_events.take_partitions(numbers)
+        self._recoder.take_partitions(numbers, len(partition_ends))
 
-    async def observed(self, partition: TopicPartition, lag: int) -> None:
-        """Tell the clock whether a topic is read to its end."""
+    async def on_lag(self, partition: TopicPartition, lag: int) -> None:
+        """Tell the clock how far the topic is read."""
         clock = self._clocks.get(partition.partition)
         if clock is not None:
-            clock.position(partition.topic, lag)
+            clock.observe_lag(partition.topic, lag)
 
-    async def tick(self) -> Sequence[Refusal]:
-        """Change over to a new codebook, close windows, apply or give up parked records."""
-        # Here and nowhere else: a batch and a round of closing see one codebook from beginning to end.
-        self._sids.follow()
-        await self._recoding.tick()
-        refused = await self._parking.sweep(self._histories.apply_parked)
-        await self._preferences.mature()
-        await self._outcomes.mature()
+    async def on_tick(self) -> Sequence[RefusedRecord]:
+        """Switch to a new codebook, close windows, apply parked records or return the expired ones."""
+        # Only here: a batch, and a round of closing windows, see one codebook from beginning to end.
+        self._sids.switch_to_newest()
+        await self._recoder.run_slice()
+        refused = await self._parked_events.sweep(self._history_writer.apply_parked)
+        await self._pair_stage.close_due_windows()
+        await self._outcome_stage.close_due_windows()
         return refused
 
-    async def buried(self, refused: Sequence[Refusal]) -> None:
-        """Parked records that stand in dead letters now."""
-        await self._parking.forget(refused)
+    async def on_dead_lettered(self, refused: Sequence[RefusedRecord]) -> None:
+        """Remove parked records that are in dead letters now."""
+        await self._parked_events.remove_dead_lettered(refused)
 
-    async def _forget_other_lives(self, partition: int) -> None:
-        """Event time belongs to one life of the topics: events of new ones may be older."""
-        life = " ".join(str(self._incarnations[topic]) for topic in CLOCK_TOPICS)
+    async def _forget_earlier_incarnations(self, partition: int) -> None:
+        """Drop watermarks of earlier incarnations of the topics: events of the new ones may be older."""
+        current = " ".join(str(self._incarnations[topic]) for topic in CLOCK_TOPICS)
         stored = await self._store.hget(keys.clock(partition), "incarnations")
-        if stored is not None and stored.decode() != life:
+        if stored is not None and stored.decode() != current:
             await self._store.delete(keys.clock(partition))
-        await self._store.hset(keys.clock(partition), "incarnations", life)
+        await self._store.hset(keys.clock(partition), "incarnations", current)
 
 
 class Agents(Service):
@@ -166,7 +171,7 @@ class Agents(Service):
 
     def __init__(
         self, kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
-        codebooks: Codebooks, **service: Any,
+        codebooks: CodebookRegistry, **service: Any,
     ) -> None:  # fmt: skip
         super().__init__(**service)
         self._kafka = kafka
@@ -177,21 +182,24 @@ class Agents(Service):
         self._store: Any = None
         self._producer: Any = None
         self._sids: Any = None
+        self._health_server: HealthServer | None = None
 
     async def on_start(self) -> None:
         """Connect, read the SIDs, then start the loops."""
         settings = self._settings
         if settings.metrics_port is not None:
-            start_http_server(settings.metrics_port, settings.metrics_host)
-        self._store = redisdb.async_client(self._redis)
+            self._health_server = HealthServer(
+                settings.metrics_host, settings.metrics_port, REGISTRY, "SIDSTREAM_AGENTS__METRICS_PORT"
+            )
+        self._store = redisdb.async_redis_client(self._redis)
         self._producer = AIOKafkaProducer(
             **client_options(self._kafka), enable_idempotence=True, max_batch_size=131_072
         )
         await self._producer.start()
-        self._sids = Sids(self._kafka, self._store)
+        self._sids = AssignedSids(self._kafka, self._store)
         await self._sids.start()
-        users = UserEvents(self._kafka, self._store, self._sids, settings, self._history, self._producer)
-        catalogue = Catalogue(
+        users = UserEventHooks(self._kafka, self._store, self._sids, settings, self._history, self._producer)
+        catalogue = SlotAllocator(
             self._kafka, self._store, self._producer, self._sids, self._codebooks,
             settings.codebook_check_s,
         )  # fmt: skip
@@ -212,7 +220,7 @@ class Agents(Service):
             BatchLoop(
                 self._kafka,
                 (UserProfile,),
-                (Profiles(self._store),),
+                (ProfileWriter(self._store),),
                 _options(settings, f"{settings.group}-users"),
                 tombstones=True,
             )
@@ -226,27 +234,29 @@ class Agents(Service):
             await self._producer.stop()
         if self._store is not None:
             await self._store.aclose()
+        if self._health_server is not None:
+            await asyncio.to_thread(self._health_server.close)
 
 
-class _Boot(BootStrategy):
-    """Faust's own consumer, producer, tables and web stay off: the loops bring what they need."""
+class _ServicesOnlyBoot(BootStrategy):
+    """Faust's own consumer, producer, tables and web server stay off: the loops bring their own clients."""
 
     enable_kafka = False
     enable_web = False
 
 
 class _App(faust.App):
-    BootStrategy = _Boot
+    BootStrategy = _ServicesOnlyBoot
 
 
 def create_app(
     kafka: KafkaSettings, redis: RedisSettings, history: HistorySettings, agents: AgentsSettings,
-    codebooks: Codebooks,
+    codebooks: CodebookRegistry,
 ) -> faust.App:  # fmt: skip
     """The app, to be run by a `faust.Worker`. `codebooks` is the registry."""
     app = _App(
         agents.group,
-        broker=[f"kafka://{address}" for address in bootstrap(kafka)],
+        broker=[f"kafka://{address}" for address in bootstrap_servers(kafka)],
         web_enabled=False,
         web_tables_enabled=False,
         web_router_enabled=False,
@@ -254,7 +264,7 @@ def create_app(
         topic_allow_declare=False,
         table_standby_replicas=0,
         store="memory://",
-        # Faust makes this folder at each start; nothing is written there without tables.
+        # Faust creates this folder at each start; without tables it writes nothing there.
         datadir=platformdirs.user_cache_path("sidstream") / "faust",
     )
 
@@ -266,14 +276,14 @@ def create_app(
     return app
 
 
-def check(kafka: KafkaSettings, redis: RedisSettings) -> None:
+def check_prerequisites(kafka: KafkaSettings, redis: RedisSettings) -> None:
     """Raise SidstreamError, in one sentence, where a worker could not start."""
-    found = incarnations(kafka)
+    standing_topics = incarnations(kafka)
     for kind in (*USER_EVENTS, CatalogItem, UserProfile, SidAssignment):
-        if kind.topic not in found:
-            raise missing(kind.topic)
+        if kind.topic not in standing_topics:
+            raise missing_topic_error(kind.topic)
     try:
-        with redisdb.client(redis) as store:
+        with redisdb.redis_client(redis) as store:
             store.ping()
     except redisdb.OUTAGES as error:
         raise SidstreamError(
@@ -288,7 +298,7 @@ def run_worker(make_app: Callable[[], faust.App]) -> None:
 
     mode.loop.use("uvloop")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    quieten(_QUIET)
+    silence_loggers(_NOISY_LOGGERS)
     app = make_app()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -297,8 +307,8 @@ def run_worker(make_app: Callable[[], faust.App]) -> None:
     worker.execute_from_commandline()
 
 
-def quieten(loggers: Iterable[str]) -> None:
-    """Warnings and worse only."""
+def silence_loggers(loggers: Iterable[str]) -> None:
+    """Let these loggers write warnings and errors only."""
     for name in loggers:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -1,4 +1,4 @@
-"""What the agents count, beside what the batch loop counts (streams.wire.batches)."""
+"""What the agents count, beside what the batch loop counts (streams.wire.batch_stage)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ clicks, none of trials. Prints one line of JSON a variant: CTR, CVR, margin, dro
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from kafka import KafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from registry.bundles.bundle import Bundle
 from registry.bundles.context import Context
@@ -27,15 +28,14 @@ from registry.bundles.context import read as read_context
 from registry.bundles.prompt import Sid, prompt_sids
 from registry.bundles.ranking import read as read_ranking
 from registry.bundles.store import Registry
-from registry.releases.current import read_newest
 from sidstream.settings import Settings, load
 from streams.errors import SidstreamError
 from streams.events import PreferencePair, Scheme, SidAssignment, UserProfile, decode
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.state import history, keys
-from streams.state.redisdb import client
-from streams.wire.connect import client_options
+from streams.state.redisdb import redis_client
+from streams.wire.topic_reader import read_newest_events, read_ranges
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
 from trainer.cycle_inputs import read_cycle_inputs
@@ -104,20 +104,22 @@ class TrueRateJudge:
         return clicks / shown, purchases / clicks
 
 
-def draw_judge(settings: Settings, bundle: Bundle) -> TrueRateJudge:
-    """The judge of 500 shoppers of the demo, drawn by the seed of the shoppers."""
+def draw_judge(settings: Settings, bundle: Bundle, shoppers: int = SHOPPERS) -> TrueRateJudge:
+    """So many shoppers of the demo, by seed."""
     log = source_of("online-retail")
     truth = Truth(list(log.catalogue()), settings.shoppers)
-    shoppers = population(truth, past_of(log))
+    candidates_to_judge = population(truth, user_item_sequences(log))
     rng = np.random.default_rng(settings.shoppers.seed)
-    chosen_shoppers = [shoppers[i] for i in rng.choice(len(shoppers), SHOPPERS, replace=False)]
+    chosen_shoppers = [
+        candidates_to_judge[i] for i in rng.choice(len(candidates_to_judge), shoppers, replace=False)
+    ]
     triggers = [shopper.trigger(truth, rng) for shopper in chosen_shoppers]
     codebook = bundle.manifest.codebook
-    newest = read_newest(settings.kafka, SidAssignment).values()
+    newest = read_newest_events(settings.kafka, SidAssignment).values()
     sids = {event.item_id: tuple(event.sid) for event in newest if event.codebook == codebook}
-    with client(settings.redis) as store:
+    with redis_client(settings.redis) as store:
         pasts = [
-            [entry.sid for entry in history.decode(store.get(keys.history(shopper.user_id))).entries]
+            [entry.sid for entry in history.decode_history(store.get(keys.history(shopper.user_id))).entries]
             for shopper in chosen_shoppers
         ]
     prompts = [
@@ -126,7 +128,8 @@ def draw_judge(settings: Settings, bundle: Bundle) -> TrueRateJudge:
     ]
     sid_set = SidSet(list(sids.values()), bundle.prompt)
     profiles = {
-        profile.user_id: profile.attributes for profile in read_newest(settings.kafka, UserProfile).values()
+        profile.user_id: profile.attributes
+        for profile in read_newest_events(settings.kafka, UserProfile).values()
     }
     items = {sid: item for item, sid in sids.items()}
     return TrueRateJudge(
@@ -136,18 +139,16 @@ def draw_judge(settings: Settings, bundle: Bundle) -> TrueRateJudge:
 
 def read_window_pairs(settings: Settings, bundle: Bundle) -> list[PreferencePair]:
     """The preference pairs of the window that the bundle was made from."""
-    pairs = []
-    consumer = KafkaConsumer(**client_options(settings.kafka), group_id=None, enable_auto_commit=False)
-    for number, (begin, end) in bundle.manifest.window["preferences"].items():
-        part = TopicPartition("preferences", int(number))
-        consumer.assign([part])
-        consumer.seek(part, begin)
-        while consumer.position(part) < end:
-            for record in consumer.poll(timeout_ms=1000).get(part, []):
-                if record.offset < end:
-                    pairs.append(decode(PreferencePair, record.value))
-    consumer.close()
-    return pairs
+    ranges = {
+        TopicPartition("preferences", int(number)): (begin, end)
+        for number, (begin, end) in bundle.manifest.window["preferences"].items()
+    }
+
+    async def read() -> list[PreferencePair]:
+        batches = [records async for _, records in read_ranges(settings.kafka, ranges)]
+        return [decode(PreferencePair, record.value) for records in batches for record in records]
+
+    return asyncio.run(read())
 
 
 def main() -> None:

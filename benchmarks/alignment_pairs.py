@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.attribution.pairs import Open, add, close
-from agents.attribution.windows import Rules
+from agents.attribution.pairs import OpenPairWindows, PairRules
+from agents.attribution.window_stage import WindowRules
 from streams.events import Click, PreferencePair, Purchase, Scheme
 from trainer.evaluation.generator_ranker import TrainedGenerator
 from trainer.evaluation.sequences import PURCHASE_WINDOW_MS
@@ -26,11 +26,11 @@ def clicked_pairs(split: EvaluationSplit, trained: TrainedGenerator) -> Iterator
     assert dataset.bought_ts is not None, "the log has purchases"
     assert split.part_starts is not None, "the split is one in time"
     end = split.part_starts[0]
-    rules = Rules(WINDOWS_MS[dataset.name], 0)
+    windows = WindowRules(WINDOWS_MS[dataset.name], 0)
     for user, (row, ts, purchase_times) in enumerate(
         zip(dataset.items, dataset.ts, dataset.bought_ts, strict=True)
     ):
-        state, name = Open(), str(user)
+        state, name = OpenPairWindows(), str(user)
         events: list[Click | Purchase] = []
         for item, at, when in zip(row.tolist(), ts.tolist(), purchase_times.tolist(), strict=True):
             shared: dict[str, Any] = {"schema_version": 1, "user_id": name, "item_id": str(item)}
@@ -39,8 +39,8 @@ def clicked_pairs(split: EvaluationSplit, trained: TrainedGenerator) -> Iterator
             if 0 <= when < end:
                 events.append(Purchase(event_id=f"p{when}-{item}", ts=when, price=0.0, **shared))
         for event in sorted(events, key=lambda event: event.ts):
-            add(state, event, rules, None)
-        for decision in close(state, end, rules, 10, lambda _: True):
+            state.add_event(event, windows, None)
+        for decision in state.close_due(end, PairRules(windows, 10, lambda _: True)):
             past = row[ts < decision.before]
             yield _pair(
                 trained, user, decision.scheme, decision.ts, past, int(decision.chosen),

@@ -1,8 +1,9 @@
 """Claim: ten cycles run unattended while tastes and catalogue drift; no poisoned model stays in service.
 
 Everything is the product's, on a stack of its own: Kafka, Redis, MLflow, agents, serving, training, gate,
-rollout, `sidstream.unattended.Cycle`. Only the shoppers are simulated, and their true chances are known. In
-the cycle `--poison`, bots with copied histories buy what shoppers would not, before the model is trained.
+rollout, `sidstream.continuous_delivery.ContinuousDelivery`. Only the shoppers are simulated, and their true
+chances are known. In the cycle `--poison`, bots with copied histories buy what shoppers would not, before the
+model is trained.
 Prints one line of JSON a turn and one a cycle; with `--out`, figures are appended there.
 
     python -m benchmarks.cycles --cycles 10 --poison 5 --out docs/results/cycles.jsonl
@@ -31,15 +32,15 @@ from benchmarks.results import line
 from registry.bundles.store import Registry
 from registry.releases.current import current_rollout
 from sidstream.commands.registry import promoting
-from sidstream.commands.train import one_cycle, prepare
+from sidstream.commands.train import one_cycle, set_thread_environment
+from sidstream.continuous_delivery import ContinuousDelivery, Turn
 from sidstream.settings import Settings, load
-from sidstream.unattended import Cycle, Turn
 from streams.events import CatalogItem, Click, Event, Purchase, Rollout, Trigger
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip, Tally
-from streams.state.redisdb import client as redis_client
-from streams.wire.admin import lag
+from streams.state.redisdb import redis_client as redis_client
+from streams.wire.admin import consumer_group_lag
 from streams.wire.client import Client
 
 # What a machine of two cores does in about two minutes a cycle. The ramp is steeper than the default, and
@@ -68,7 +69,7 @@ class DriftingShop:
         self.random = np.random.default_rng(seed)
         log = source_of("online-retail")
         self.items = list(log.catalogue())
-        self.pasts = past_of(log)
+        self.pasts = user_item_sequences(log)
         self.future_items = self._new_items(cycles)
         self.truth = Truth([*self.items, *self.future_items], settings.shoppers)
         self.shoppers = population(self.truth, self.pasts)
@@ -111,7 +112,7 @@ class DriftingShop:
         raise SystemExit(f"serving does not answer from trial {trial}")
 
     def drain(self) -> None:
-        while lag(self.settings.kafka, self.settings.agents.group):
+        while consumer_group_lag(self.settings.kafka, self.settings.agents.group):
             time.sleep(0.2)
 
     def drift(self) -> None:
@@ -215,7 +216,7 @@ def run_cycles(
         )  # fmt: skip
 
     with redis_client(settings.redis) as redis:
-        cycle = Cycle(
+        cycle = ContinuousDelivery(
             settings, registry, redis, lambda: current_rollout(settings.kafka, settings.registry.name), train,
             lambda: promoting(settings),
         )  # fmt: skip
@@ -289,7 +290,7 @@ def main() -> None:
     parser.add_argument("--first-seconds", type=float, default=60.0, help="training of the first model")
     parser.add_argument("--out", type=Path, help="append the figures to this file")
     options = parser.parse_args()
-    prepare()
+    set_thread_environment()
     with tempfile.TemporaryDirectory(prefix="sidstream-") as folder, stack(Path(folder) / "stack") as last_ts:
         settings = load()
         with Client(settings.kafka) as client:

@@ -29,10 +29,10 @@ from registry.bundles.bundle import load_bundle
 from registry.bundles.embedder import WordLlamaEmbedder
 from registry.bundles.prompt import BOS, FIRST_CODE, PAD, Prompt, prompt_sids
 from registry.settings import CodebookSettings
-from serving.decoding.beam import search
-from serving.decoding.index import SidIndex
+from serving.decoding.beam import beam_search
 from serving.decoding.onnx_generator import OnnxGenerator
-from streams.replay import OnlineRetail, past_of
+from serving.decoding.sid_index import SidIndex
+from streams.replay import OnlineRetail, user_item_sequences
 from trainer.codebooks.fit import fit_codebook
 from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM, new_generator
@@ -52,7 +52,7 @@ def online_retail_sids() -> tuple[tuple[int, ...], dict[str, Sid], list[list[Sid
     return (
         fit.codebook.sizes,
         sids,
-        [[sids[item] for item in past] for _, past in sorted(past_of(shop).items())],
+        [[sids[item] for item in past] for _, past in sorted(user_item_sequences(shop).items())],
     )
 
 
@@ -122,7 +122,7 @@ def serving_decoder(
 
     def decode(histories: Sequence[Sequence[Sid]]) -> list[Ranked]:
         count = len(histories)
-        rankings = search(generator, index, histories, [()] * count, [BEAM] * count, BEAM)
+        rankings = beam_search(generator, index, histories, [()] * count, [BEAM] * count, BEAM)
         return [
             [
                 (tuple(index.sid(leaf)), score)

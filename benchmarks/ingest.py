@@ -68,7 +68,7 @@ def main() -> None:
                 with worker(kafka, url, home / "codebook", home / "log", codebook_check_s=0.5):
                     wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, 300, "SIDs")
                     catalogue_s = time.perf_counter() - began
-                total = replay(kafka, shop, catalog=False).sent
+                total = replay(kafka, shop, catalog=False).record_count
                 with worker(kafka, url, home / "codebook", home / "log", metrics_port=port):
                     wait_until(lambda: applied_purchases(port) > 0, 300, "the first event")
                     first, start, cpu = applied_purchases(port), time.perf_counter(), read_metric(port, _CPU)
@@ -79,7 +79,7 @@ def main() -> None:
                 sids = {
                     item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook.id)).items()
                 }
-                topic_incarnations = {source: incarnations(kafka)[source] for source in history.SOURCES}
+                topic_incarnations = {source: incarnations(kafka)[source] for source in history.SOURCE_TOPICS}
                 expected = pure_histories(
                     shop, sids, codebook.id, len(codebook.sizes), topic_incarnations, PARTITIONS
                 )

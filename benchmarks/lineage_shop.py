@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.attribution.pairs import Decision, Open, add, close
-from agents.attribution.windows import Rules
+from agents.attribution.pairs import OpenPairWindows, PairDecision, PairRules
+from agents.attribution.window_stage import WindowRules
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
@@ -35,7 +35,7 @@ from streams.events import (
     Recommendation,
     Trigger,
 )
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.settings import ShoppersSettings
 from streams.simulation.shoppers import Shopper, Truth, population
 from streams.simulation.shopping import ShoppingTrip
@@ -61,7 +61,7 @@ TASTE_DRIFT = 0.2
 SESSIONS_PER_LOOK, LOOKS = 3000, 6
 JUDGING_SHOPPERS, SHOWN_ITEMS = 2000, 10
 CODEBOOK_ID = "codebook"
-RULES = Rules(WINDOW_MS, 0)
+RULES = WindowRules(WINDOW_MS, 0)
 GATE = GateSettings.model_validate({})
 ROLLOUT = RolloutSettings.model_validate({})
 
@@ -140,7 +140,7 @@ class LineageShop:
         self.shoppers_settings = ShoppersSettings.model_validate({"seed": seed})
         log = source_of("online-retail")
         self.truth = Truth(list(log.catalogue()), self.shoppers_settings)
-        pasts = past_of(log)
+        pasts = user_item_sequences(log)
         self.shoppers = population(self.truth, pasts)
         self.titles = {item.item_id: item.title for item in log.catalogue()}
         self.prices = {item.item_id: item.price or 0.0 for item in log.catalogue()}
@@ -150,7 +150,7 @@ class LineageShop:
         self.now = max(self.log.ts) + DAY_MS
         self.rows_seen_by_champion = 0  # rows of the log that the champion has learned from
         self.history: dict[str, list[int]] = defaultdict(list)
-        self.open_windows: dict[str, Open] = defaultdict(Open)
+        self.open_windows: dict[str, OpenPairWindows] = defaultdict(OpenPairWindows)
         self.preference_pairs: list[PreferencePair] = []
         self._learn_items()
         order = np.argsort(self.log.ts, kind="stable")
@@ -245,7 +245,7 @@ class LineageShop:
             if not isinstance(event, Impression | Click | Purchase):
                 continue
             user = event.user_id
-            add(self.open_windows[user], event, RULES, None)
+            self.open_windows[user].add_event(event, RULES, None)
             sums_of = self.outcome_sums.setdefault(user, np.zeros(3, np.int64))
             if isinstance(event, Impression):
                 sums_of[0] += len(event.item_ids)
@@ -265,10 +265,12 @@ class LineageShop:
         )
         self.now = trip.run(sessions, self.prices).end_ts + 2 * WINDOW_MS
         for user, state in self.open_windows.items():
-            for decision in close(state, self.now, RULES, 10, lambda item: item in self.row_of_item):
+            for decision in state.close_due(
+                self.now, PairRules(RULES, 10, lambda item: item in self.row_of_item)
+            ):
                 self.preference_pairs.append(self._pair(user, decision))
 
-    def _pair(self, user: str, decision: Decision) -> PreferencePair:
+    def _pair(self, user: str, decision: PairDecision) -> PreferencePair:
         # What came since the page was opened is at the end of the history: its items are left out.
         later = {self.row_of_item[item] for item in (decision.chosen, *decision.rejected)}
         past = self.history[user][-2 * self.prompt.max_items :]

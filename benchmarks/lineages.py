@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.lineage_shop import LineageShop
 from benchmarks.results import RESULTS, line, markdown_table, put_table, read_lines, write_lines
-from sidstream.commands.train import prepare
+from sidstream.commands.train import set_thread_environment
 from trainer.settings import TrainerSettings
 
 BEGIN, END = "<!-- lineages -->\n", "<!-- end of lineages -->\n"
@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.publish and options.set:
         parser.error("the table is of the default settings: leave out --set, or --publish")
-    prepare()
+    set_thread_environment()
     dpo = {
         name: json.loads(value)
         for name, _, value in (assignment.partition("=") for assignment in options.set)

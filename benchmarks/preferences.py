@@ -19,12 +19,12 @@ import numpy as np
 
 from benchmarks.results import line
 from registry.bundles.rewards import Offer, value_of
-from registry.releases.current import read_newest
 from sidstream.settings import load
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Recommendation, SidAssignment, Trigger
-from streams.replay import past_of, source_of
+from streams.replay import source_of, user_item_sequences
 from streams.wire.client import Client
+from streams.wire.topic_reader import read_newest_events
 from trainer.evaluation.bootstrap import intervals
 
 
@@ -38,9 +38,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     settings, random = load(), np.random.default_rng(options.seed)
-    catalogue = read_newest(settings.kafka, CatalogItem)
-    items_with_sid = {item.item_id for item in read_newest(settings.kafka, SidAssignment).values()}
-    pasts = past_of(source_of("online-retail"))
+    catalogue = read_newest_events(settings.kafka, CatalogItem)
+    items_with_sid = {item.item_id for item in read_newest_events(settings.kafka, SidAssignment).values()}
+    pasts = user_item_sequences(source_of("online-retail"))
     users = [sorted(pasts)[at] for at in random.permutation(len(pasts))[: options.users]]
     values: list[list[float]] = []
     seconds: list[list[float]] = []

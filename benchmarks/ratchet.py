@@ -39,8 +39,8 @@ from harness.servers import local_mlflow, local_redis
 from registry.bundles.bundle import Kind
 from registry.bundles.store import CHAMPION, Registry
 from registry.releases import lease, release
+from sidstream.continuous_delivery import ContinuousDelivery, Turn
 from sidstream.settings import Settings
-from sidstream.unattended import Cycle, Turn
 from streams.events import Rollout
 from trainer.cycle_result import CycleResult
 
@@ -81,7 +81,7 @@ class RatchetRun:
 @contextmanager
 def unattended_cycle(
     settings: Settings, registry: Registry, url: str, shoppers: SimulatedShoppers, ratchet: Ratchet, seed: int
-) -> Iterator[tuple[Cycle, TrueRateShop, Outbox]]:
+) -> Iterator[tuple[ContinuousDelivery, TrueRateShop, Outbox]]:
     """The unattended cycle on a shop of simulated users, training replaced by bundles with a truth."""
     shop, outbox, bundle_numbers = TrueRateShop(url, shoppers, settings, seed), Outbox(), iter(range(256))
     random = np.random.default_rng([seed, 1])
@@ -117,7 +117,7 @@ def unattended_cycle(
         return newest
 
     try:
-        yield Cycle(settings, registry, shop.redis, current, train, promoting), shop, outbox
+        yield ContinuousDelivery(settings, registry, shop.redis, current, train, promoting), shop, outbox
     finally:
         shop.close()
 

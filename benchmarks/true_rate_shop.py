@@ -18,14 +18,15 @@ import redis
 import redis.asyncio
 
 from agents.app import CLOCK_TOPICS
-from agents.attribution.clock import PartitionClock
-from agents.attribution.outcomes import OutcomeRules, Outcomes, tell_rules
+from agents.attribution.event_time import PartitionClock
+from agents.attribution.outcome_stage import OutcomeStage, store_rules
+from agents.attribution.outcomes import OutcomeRules
 from registry.bundles.store import DPO, SFT
 from registry.releases.rollout import arm_of
 from sidstream.settings import Settings
 from streams.events import Arm, Click, Event, Impression, Purchase, RankedItem, Recommendation, Rollout
 from streams.state import keys
-from streams.wire.batches import Incoming
+from streams.wire.batch_stage import ReceivedEvent
 
 _DAY_MS = 24 * 3600 * 1000
 _BEGIN_MS = 1_600_000_000_000 // _DAY_MS * _DAY_MS
@@ -85,11 +86,11 @@ class TrueRateShop:
         agents = settings.agents
         rules = OutcomeRules(agents.attribution_window_s * 1000, agents.allowed_lateness_s * 1000,
                              agents.cohort_s * 1000)  # fmt: skip
-        self._closed_ms = rules.closes(0)
+        self._closed_ms = rules.closes_at(0)
         self._clock = PartitionClock(CLOCK_TOPICS, agents.idle_s, 0.0, None, (Recommendation.topic,))
         store = redis.asyncio.Redis.from_url(url)
-        self._outcomes = Outcomes(store, rules, {0: self._clock}, dict.fromkeys(Outcomes.topics, 1))
-        self._runner.run(tell_rules(store, rules, 1))
+        self._outcomes = OutcomeStage(store, rules, {0: self._clock}, dict.fromkeys(OutcomeStage.topics, 1))
+        self._runner.run(store_rules(store, rules, 1))
         self._store = store
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class TrueRateShop:
         # The next day's first visitors: event time passes the end of every window of this day.
         for topic in (*CLOCK_TOPICS, Recommendation.topic):
             self._clock.observe(topic, "", self._now() + self._closed_ms, 0.0, time.time_ns() // 1_000_000)
-        self._runner.run(self._outcomes.mature())
+        self._runner.run(self._outcomes.close_due_windows())
 
     def _now(self) -> int:
         return _BEGIN_MS + self.day_number * _DAY_MS
@@ -123,10 +124,10 @@ class TrueRateShop:
         )
         return made
 
-    def _read(self, event: Event) -> Incoming:
+    def _read(self, event: Event) -> ReceivedEvent:
         offset = self._offsets[event.topic]
         self._offsets[event.topic] += 1
-        return Incoming(_Record(event.topic, 0, offset), event)
+        return ReceivedEvent(_Record(event.topic, 0, offset), event)
 
     def _visits(self, trial: str, came: np.ndarray, arms: Sequence[Arm]) -> Iterator[Event]:
         """The events of some users' day, and the health of the models that answered them."""

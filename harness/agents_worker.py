@@ -93,33 +93,33 @@ def start_worker(
     kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents_settings: Any
 ) -> subprocess.Popen[bytes]:
     """A worker process without an end, for tests that kill it."""
-    config = {
+    configuration = {
         "kafka": kafka.model_dump(mode="json"), "redis": redis_url, "codebook": str(codebook),
         "agents": agents_settings,
     }  # fmt: skip
-    with log.open("ab") as log_file:
+    with log.open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "harness.agents_worker", json.dumps(config)],
-            stdout=log_file, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent, env=os.environ,
+            [sys.executable, "-m", "harness.agents_worker", json.dumps(configuration)],
+            stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent, env=os.environ,
         )  # fmt: skip
 
 
 def main() -> None:
     """Run the worker that the argument describes."""
-    from agents import catalogue
+    from agents import slot_allocator
     from agents.app import create_app, run_worker
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
-    catalogue.embedder_of = word_embedder_of  # type: ignore[assignment,attr-defined]
-    config = json.loads(sys.argv[1])
+    slot_allocator.embedder_of = word_embedder_of  # type: ignore[assignment,attr-defined]
+    configuration = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(
-            KafkaSettings.model_validate(config["kafka"]),
-            RedisSettings.model_validate({"url": config["redis"]}),
+            KafkaSettings.model_validate(configuration["kafka"]),
+            RedisSettings.model_validate({"url": configuration["redis"]}),
             HistorySettings(),
-            AgentsSettings.model_validate(config["agents"]),
-            FileCodebooks(Path(config["codebook"])),
+            AgentsSettings.model_validate(configuration["agents"]),
+            FileCodebooks(Path(configuration["codebook"])),
         )
     )
 

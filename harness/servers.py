@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from kafka import KafkaConsumer, TopicPartition
 
 from sidstream.stack import kafka_jars
 from sidstream.stack.broker import LocalKafka, free_ports
@@ -22,8 +19,6 @@ from sidstream.stack.servers import (
     redis_command,
 )
 from streams.settings import KafkaSettings
-from streams.wire.admin import end_offsets
-from streams.wire.connect import client_options
 
 # Partitions of topics: more than one, so that order over partitions is never relied on.
 PARTITIONS = 4
@@ -49,26 +44,6 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str, pause
 def kafka_settings(bootstrap: str) -> KafkaSettings:
     """Settings for a broker of the tests."""
     return KafkaSettings.model_validate({"bootstrap": bootstrap, "partitions": PARTITIONS})
-
-
-def read_all(kafka: KafkaSettings, *topics: str) -> list[Any]:
-    """Every record that the topics hold now, in order within a partition."""
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        ends = {
-            TopicPartition(topic, partition): end
-            for topic in topics
-            for partition, end in end_offsets(kafka, topic).items()
-        }
-        consumer.assign(list(ends))
-        consumer.seek_to_beginning(*ends)
-        records_read: list[Any] = []
-        while any(consumer.position(partition) < end for partition, end in ends.items()):
-            for records in consumer.poll(timeout_ms=500).values():
-                records_read += records
-        return records_read
-    finally:
-        consumer.close()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The live catalogue: SIDs and active flags as they arrive from Kafka, and index snapshots made of them.
+"""The live catalogue: SIDs and active flags as they arrive from Kafka, and index snapshots built from them.
 
-Every codebook on the topic has its table and its index, so that bundles of several answer side by side, and a
-history under one is translated for a bundle of another: SID -> item -> SID.
+Every codebook on the topic has its table and its index, so that bundles of several codebooks answer side by
+side. A history under one codebook is translated for a bundle of another: SID -> item -> SID.
 
 Changes are cheap and happen on the event loop. A snapshot is sorted in a thread, on copies, and the finished
 index replaces the one in service by one assignment. A new item is recommendable as soon as its SID and its
@@ -17,11 +17,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.decoding.index import SidIndex
+from serving.decoding.sid_index import SidIndex
 from streams.events import CatalogItem, Event, SidAssignment
-from streams.state.codebooks import Newest
-from streams.state.history import pack_sid, tag_of, unpack_sid
-from streams.state.translation import Translate
+from streams.state.history import codebook_tag, pack_sid, unpack_sid
+from streams.state.newest_codebook import NewestCodebook
+from streams.state.translation import TranslateSid
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ class SidTable:
         self.active = np.zeros(_FIRST_ROWS, dtype=bool)
         self.item_ids: list[str] = []
         self.rows: dict[str, int] = {}
-        self._holder: dict[tuple[int, ...], str] = {}
+        self._item_by_sid: dict[tuple[int, ...], str] = {}
 
     def add(self, item_id: str, sid: tuple[int, ...], active: bool) -> bool:
-        """Append an item; False where it stands already, or its SID cannot be its own (logged)."""
+        """Append an item; False where it has an SID already, or another item has this one (logged)."""
         if item_id in self.rows:
             if tuple(self.codes[self.rows[item_id]].tolist()) != sid:
                 log.warning("item %s keeps its first SID, not %s: an SID is never moved", item_id, sid)
@@ -48,9 +48,9 @@ class SidTable:
         if len(sid) != self.codes.shape[1]:
             log.warning("item %s: SID %s has not %d codes; left out", item_id, sid, self.codes.shape[1])
             return False
-        holder = self._holder.setdefault(sid, item_id)
-        if holder != item_id:
-            log.warning("item %s: SID %s belongs to item %s; left out", item_id, sid, holder)
+        owner = self._item_by_sid.setdefault(sid, item_id)
+        if owner != item_id:
+            log.warning("item %s: SID %s belongs to item %s; left out", item_id, sid, owner)
             return False
         row = len(self.item_ids)
         if row == len(self.codes):
@@ -61,26 +61,26 @@ class SidTable:
         self.rows[item_id] = row
         return True
 
-    def holder(self, sid: tuple[int, ...]) -> str | None:
+    def item_of(self, sid: tuple[int, ...]) -> str | None:
         """The item that has this SID."""
-        return self._holder.get(sid)
+        return self._item_by_sid.get(sid)
 
     def sid(self, item_id: str) -> tuple[int, ...] | None:
         """The SID of an item."""
         row = self.rows.get(item_id)
         return None if row is None else tuple(self.codes[row].tolist())
 
-    def copies(self) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+    def snapshot_rows(self) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
         """The rows so far, safe to read in another thread."""
         size = len(self.item_ids)
         return self.codes[:size].copy(), self.active[:size].copy()
 
 
-class Catalogue:
+class ServingCatalogue:
     """SID tables by codebook, what is active, and the newest index of each codebook.
 
-    Feed `on_sid` and `on_item` as TopicTable callbacks; `run()` rebuilds what changed. `on_build(codebook,
-    seconds, items)` hears of each new index.
+    Pass `on_sid` and `on_item` to TopicTables as callbacks; `run()` rebuilds the indexes of codebooks that
+    changed. `on_build(codebook, seconds, items)` is called after each new index.
     """
 
     def __init__(self, delay_s: float, on_build: Callable[[str, float, int], None] = lambda *_: None) -> None:
@@ -88,7 +88,7 @@ class Catalogue:
         self._on_build = on_build
         self._tables: dict[str, SidTable] = {}
         self._by_tag: dict[str, SidTable] = {}
-        self._newest = Newest()
+        self._newest = NewestCodebook()
         self._active: dict[str, bool] = {}
         self._titles: dict[str, str] = {}
         self._indexes: dict[str, SidIndex] = {}
@@ -97,23 +97,23 @@ class Catalogue:
 
     @property
     def newest(self) -> str | None:
-        """The codebook that appeared last: what stands in while no bundle names one."""
+        """The codebook that appeared last; its index is used while no bundle names a codebook."""
         return self._newest.codebook
 
     def on_sid(self, _key: str, event: Event | None) -> None:
-        """An assignment arrived. A deletion is ignored: the table is append-only."""
+        """Take an assignment that arrived. Deletions change nothing: the table is append-only."""
         if not isinstance(event, SidAssignment):
             return
-        self._newest.see(event)
+        self._newest.observe(event)
         table = self._tables.get(event.codebook)
         if table is None:
             table = self._tables[event.codebook] = SidTable(len(event.sid))
-            self._by_tag.setdefault(tag_of(event.codebook), table)
+            self._by_tag.setdefault(codebook_tag(event.codebook), table)
         if table.add(event.item_id, tuple(event.sid), self._active.get(event.item_id, False)):
-            self._touch(event.codebook)
+            self._mark_changed(event.codebook)
 
     def on_item(self, key: str, event: Event | None) -> None:
-        """A catalogue record arrived; a deletion (None) makes the item inactive."""
+        """Take a catalogue record that arrived; a deletion (None) makes the item inactive."""
         if isinstance(event, CatalogItem):
             self._titles[key] = event.title
         active = isinstance(event, CatalogItem) and event.active
@@ -124,14 +124,14 @@ class Catalogue:
             row = table.rows.get(key)
             if row is not None:
                 table.active[row] = active
-                self._touch(codebook)
+                self._mark_changed(codebook)
 
     def index(self, codebook: str | None = None) -> SidIndex | None:
         """The newest index of a codebook (default: of the newest codebook); None before the first."""
-        wanted = self.newest if codebook is None else codebook
-        return self._indexes.get(wanted) if wanted else None
+        codebook_id = self.newest if codebook is None else codebook
+        return self._indexes.get(codebook_id) if codebook_id else None
 
-    def translator(self, codebook: str) -> Translate:
+    def translator(self, codebook: str) -> TranslateSid:
         """Turns packed SIDs of any codebook into those of the same items under `codebook`.
 
         May be called from other threads: tables only grow, and an item is looked up once it is whole.
@@ -142,7 +142,7 @@ class Catalogue:
             source = self._by_tag.get(tag)
             if source is None or target is None:
                 return None
-            item = source.holder(unpack_sid(packed))
+            item = source.item_of(unpack_sid(packed))
             sid = None if item is None else target.sid(item)
             return None if sid is None else pack_sid(sid)
 
@@ -162,7 +162,7 @@ class Catalogue:
         self._wake.clear()
         for codebook in sorted(changed):
             table = self._tables[codebook]
-            codes, active = table.copies()
+            codes, active = table.snapshot_rows()
             started = asyncio.get_running_loop().time()
             index = await asyncio.to_thread(_build, self._indexes.get(codebook), codes, active, table)
             self._indexes[codebook] = index
@@ -175,7 +175,7 @@ class Catalogue:
             await asyncio.sleep(self._delay_s)
             await self.refresh()
 
-    def _touch(self, codebook: str) -> None:
+    def _mark_changed(self, codebook: str) -> None:
         self._changed.add(codebook)
         self._wake.set()
 

@@ -1,10 +1,10 @@
-"""The first place of some answers, drawn by chance with a known probability.
+"""Exploration: the first item of a share of the answers is drawn at random, with a logged probability.
 
-A beam search is deterministic: what it puts first has probability 1 and all else 0, and such logs do not tell
-how another ranking would have done (Horvitz and Thompson 1952: every choice needs a known probability above
-0). So for a small share of requests the first item is drawn from the best candidates by softmax of their
-scores, and what it was drawn from is logged. Which requests, and what each draws, are hashes of the request's
-id: a request that is answered again is drawn alike.
+A beam search is deterministic: its first item has probability 1 and all other items 0. Such logs cannot
+estimate how another ranking would have done (Horvitz and Thompson 1952: every choice needs a known
+probability above 0). So for a small share of requests the first item is drawn from the best candidates by
+softmax of their scores, and candidates and probability are logged. Hashes of the request's id choose the
+requests and draw the items: a request that is answered twice draws the same item twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from registry.releases.rollout import share
 
 # Salts of the two hashes. They differ, or the requests that are explored would all draw the first candidates.
-_WHETHER, _WHICH = "explore", "explore-draw"
+_SHARE_SALT, _DRAW_SALT = "explore", "explore-draw"
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Explorer:
     candidates: int
     temperature: float
 
-    def chosen(self, request_id: str) -> bool:
+    def explores(self, request_id: str) -> bool:
         """Whether this request is explored."""
-        return share(_WHETHER, request_id) < self.share
+        return share(_SHARE_SALT, request_id) < self.share
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Which of the candidates was drawn, and the probability with which it was."""
+class DrawnCandidate:
+    """The position of the drawn candidate, and the probability with which it was drawn."""
 
-    chosen: int
+    position: int
     propensity: float
 
 
@@ -46,17 +46,17 @@ def propensities(scores: Sequence[float], temperature: float) -> NDArray[np.floa
     """(N,) softmax(scores / temperature) in float64, for N >= 1 finite scores and a temperature above 0."""
     scaled = np.asarray(scores, dtype=np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
-    made: NDArray[np.float64] = weights / weights.sum()
-    return made
+    probabilities: NDArray[np.float64] = weights / weights.sum()
+    return probabilities
 
 
-def draw(scores: Sequence[float], temperature: float, request_id: str) -> Draw:
+def draw_candidate(scores: Sequence[float], temperature: float, request_id: str) -> DrawnCandidate:
     """Draw one of N >= 1 candidates with finite scores; the same for the same arguments.
 
     By inversion: the first candidate whose cumulative probability is above a number in [0, 1) that is uniform
     over request ids. A candidate whose probability is rounded to 0 is never drawn.
     """
-    chances = propensities(scores, temperature)
-    upto = np.cumsum(chances)
-    chosen = int(np.searchsorted(upto, share(_WHICH, request_id) * upto[-1], side="right"))
-    return Draw(chosen, float(chances[chosen]))
+    probabilities = propensities(scores, temperature)
+    cumulative = np.cumsum(probabilities)
+    position = int(np.searchsorted(cumulative, share(_DRAW_SALT, request_id) * cumulative[-1], side="right"))
+    return DrawnCandidate(position, float(probabilities[position]))

@@ -1,7 +1,7 @@
 """The HTTP gateway: a request becomes a trigger on Kafka, and the agent's answer becomes the response.
 
-It knows no model and no catalogue: what it serves is what a Kafka client would get. The request's and the
-response's schemas are made from the event types, so the three cannot drift apart.
+It knows no model and no catalogue: it serves what a Kafka client would get. The schemas of the request and
+the response are generated from the event types, so that they always agree with them.
 """
 
 from __future__ import annotations
@@ -28,34 +28,30 @@ log = logging.getLogger(__name__)
 
 # A body with 1,000 exclusions of 128 characters is 130 kB; the topics refuse more than 256 kB by default.
 _MAX_BODY = 262_144
-# How long one look at Kafka stands for the next ones: a probe a second costs nothing then.
+# How long one reading of Kafka's state is reused: frequent probes then cost no calls of Kafka.
 _READY_FRESH_S = 1.0
 # The client gives up by itself after the time-out; this is for a client that cannot.
 _GRACE_S = 1.0
-# What a caller over HTTP may leave out.
+# Fields that a caller over HTTP may leave out.
 _FILLED_IN = ("schema_version", "event_id", "ts", "request_id")
 
 
-class Asker(Protocol):
-    """What puts a trigger on Kafka and waits for its answer: streams.wire.client.Client."""
+class TriggerClient(Protocol):
+    """Puts a trigger on Kafka and waits for its answer: streams.wire.client.Client."""
 
     def submit(self, trigger: Trigger, timeout: float = ...) -> Any:
         """A concurrent.futures.Future of the Recommendation."""
 
 
-def gateway(
-    settings: GatewaySettings, connect: Callable[[], Asker], waiting_for: Callable[[], str | None]
+def create_app(
+    settings: GatewaySettings, connect: Callable[[], TriggerClient], waiting_for: Callable[[], str | None]
 ) -> FastAPI:
     """The application.
 
     `connect()` makes the client, when the first request needs it; `waiting_for()` names what is missing for
     an answer (None: nothing). Both may block, and raise SidstreamError when Kafka does not answer.
     """
-    registry = CollectorRegistry()
-    requests = Counter("sidstream_gateway_requests", "HTTP requests to /v1", ["status"], registry=registry)
-    seconds = Histogram("sidstream_gateway_seconds", "Time to answer a request to /v1", registry=registry)
-    link = _Link(connect, waiting_for)
-    under_way: set[str] = set()
+    link = _KafkaLink(connect, waiting_for)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -66,7 +62,20 @@ def gateway(
         title="sidstream", version="1.0.0", lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Recommendations over HTTP: the same call as a trigger on Kafka.",
     )  # fmt: skip
-    app.state.metrics = registry
+    registry = CollectorRegistry()
+    _add_token_check_and_metrics(app, settings, registry)
+    _add_recommend(app, settings, link)
+    _add_health_and_metrics(app, registry, link)
+    _add_event_schemas(app)
+    return app
+
+
+def _add_token_check_and_metrics(
+    app: FastAPI, settings: GatewaySettings, registry: CollectorRegistry
+) -> None:
+    """Middleware for /v1: it refuses requests without the token, and counts and times all of them."""
+    requests = Counter("sidstream_gateway_requests", "HTTP requests to /v1", ["status"], registry=registry)
+    seconds = Histogram("sidstream_gateway_seconds", "Time to answer a request to /v1", registry=registry)
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -79,6 +88,11 @@ def gateway(
         seconds.observe(time.perf_counter() - begun)
         requests.labels(str(answer.status_code)).inc()
         return answer
+
+
+def _add_recommend(app: FastAPI, settings: GatewaySettings, link: _KafkaLink) -> None:
+    """POST /v1/recommend."""
+    under_way: set[str] = set()
 
     @app.post("/v1/recommend", summary="Recommend items to a user", openapi_extra=_operation(settings))
     async def recommend(request: Request) -> Response:
@@ -94,13 +108,21 @@ def gateway(
                 encode(await link.ask(trigger, settings.timeout_s)), media_type="application/json"
             )
         except (SidstreamError, TimeoutError) as error:
-            # Only now is it worth a look whether anybody could have answered.
-            waiting = await link.waiting(fresh=False)
+            # Readiness costs a call of Kafka, so it is read only now that no answer came.
+            waiting = await link.waiting(reuse=False)
             if waiting is not None:
                 return _problem(503, f"not ready: {waiting}", {"Retry-After": "2"})
             return _problem(504, str(error) or f"no answer within {settings.timeout_s:g} s; ask again")
         finally:
             under_way.discard(trigger.request_id)
+
+
+def _add_health_and_metrics(app: FastAPI, registry: CollectorRegistry, link: _KafkaLink) -> None:
+    """GET /health/live, /health/ready and /metrics.
+
+    They are FastAPI's, not those of streams.wire.health_server: the gateway has one public port, and its
+    OpenAPI document lists them.
+    """
 
     @app.get("/health/live", summary="The gateway runs")
     async def live() -> dict[str, str]:
@@ -108,7 +130,7 @@ def gateway(
 
     @app.get("/health/ready", summary="Kafka answers, the topics exist and a serving agent runs")
     async def ready() -> Response:
-        waiting = await link.waiting(fresh=True)
+        waiting = await link.waiting(reuse=True)
         if waiting is None:
             return _json(200, {"status": "ready"})
         return _json(503, {"status": "waiting", "for": waiting})
@@ -117,6 +139,9 @@ def gateway(
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+
+def _add_event_schemas(app: FastAPI) -> None:
+    """Add the schemas of the event types to the OpenAPI document; FastAPI does not know these types."""
     build = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -125,19 +150,18 @@ def gateway(
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return app
 
 
-class _Link:
-    """The client, made once when it is first needed, and the last look at whether answers can come."""
+class _KafkaLink:
+    """The client, connected when it is first needed, and the last reading of what answers wait for."""
 
-    def __init__(self, connect: Callable[[], Asker], waiting_for: Callable[[], str | None]) -> None:
+    def __init__(self, connect: Callable[[], TriggerClient], waiting_for: Callable[[], str | None]) -> None:
         self._connect = connect
         self._waiting_for = waiting_for
-        self._client: Asker | None = None
+        self._client: TriggerClient | None = None
         self._connecting = asyncio.Lock()
-        self._looking = asyncio.Lock()
-        self._looked_at = float("-inf")
+        self._reading = asyncio.Lock()
+        self._read_at = float("-inf")
         self._waiting: str | None = None
 
     async def ask(self, trigger: Trigger, timeout: float) -> Recommendation:
@@ -147,21 +171,21 @@ class _Link:
                 if self._client is None:
                     self._client = await asyncio.to_thread(self._connect)
             # In a thread: sending blocks while Kafka is away.
-            asked = asyncio.wrap_future(await asyncio.to_thread(self._client.submit, trigger, timeout))
-            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
+            pending = asyncio.wrap_future(await asyncio.to_thread(self._client.submit, trigger, timeout))
+            pending.add_done_callback(lambda done: done.cancelled() or done.exception())
             # Shielded: the client still owns the future when our caller has gone.
-            answer: Recommendation = await asyncio.shield(asked)
+            answer: Recommendation = await asyncio.shield(pending)
             return answer
 
-    async def waiting(self, fresh: bool) -> str | None:
-        """What answers wait for; `fresh`: a look that is a second old will do as well."""
-        async with self._looking:
-            if not fresh or time.monotonic() - self._looked_at > _READY_FRESH_S:
+    async def waiting(self, reuse: bool) -> str | None:
+        """What answers wait for, None: nothing. With `reuse`, a reading that is a second old counts."""
+        async with self._reading:
+            if not reuse or time.monotonic() - self._read_at > _READY_FRESH_S:
                 try:
                     self._waiting = await asyncio.to_thread(self._waiting_for)
                 except SidstreamError as error:
                     self._waiting = str(error)
-                self._looked_at = time.monotonic()
+                self._read_at = time.monotonic()
             return self._waiting
 
     def close(self) -> None:
@@ -173,9 +197,9 @@ class _Link:
 def _authorised(settings: GatewaySettings, request: Request) -> bool:
     if settings.token is None:
         return True
-    given = request.headers.get("authorization", "")
+    header = request.headers.get("authorization", "")
     # Compared in constant time: how much of a guess is right must not show in how long it takes.
-    return hmac.compare_digest(given.encode(), f"Bearer {settings.token.get_secret_value()}".encode())
+    return hmac.compare_digest(header.encode(), f"Bearer {settings.token.get_secret_value()}".encode())
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -197,7 +221,7 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 def _trigger(body: dict[str, Any]) -> Trigger:
-    """A trigger from a body that may leave out what a program would fill in. Raises EventError."""
+    """A trigger from a body that may leave out the fields of _FILLED_IN. Raises EventError."""
     filled = {
         "schema_version": SCHEMA_VERSION, "event_id": uuid.uuid4().hex, "request_id": uuid.uuid4().hex,
         "ts": time.time_ns() // 1_000_000,
@@ -233,7 +257,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _operation(settings: GatewaySettings) -> dict[str, Any]:
-    """What FastAPI cannot see of POST /v1/recommend, because bodies are read and written by msgspec."""
+    """The OpenAPI operation of POST /v1/recommend; FastAPI cannot derive it, as msgspec parses the bodies."""
 
     def content(name: str, description: str) -> dict[str, Any]:
         schema = {"schema": {"$ref": f"#/components/schemas/{name}"}}

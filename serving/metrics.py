@@ -1,4 +1,4 @@
-"""What the serving agent measures, in Prometheus' terms. Times are in seconds."""
+"""The Prometheus metrics of the serving agent. Times are in seconds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from serving.bundles import Service
-from streams.wire.dead_letters import DEAD_LETTERS
+from serving.bundle_loader import LoadedRollout
+from streams.wire.dead_letters import DEAD_LETTER_COUNT
 
 # From a tenth of a millisecond (a read of histories) to a broker that is away.
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -40,7 +40,7 @@ class ServingMetrics:
             ["cause"],
             registry=self.registry,
         )
-        self.registry.register(DEAD_LETTERS)
+        self.registry.register(DEAD_LETTER_COUNT)
         self.invalid_mass = Histogram(
             "sidstream_invalid_mass", "Probability that the model spends on codes without an allowed item",
             ["level"], buckets=_MASS, registry=self.registry,
@@ -72,13 +72,13 @@ class ServingMetrics:
         finally:
             self.seconds.labels(stage).observe(perf_counter() - begun)
 
-    def loaded(self, service: Service) -> None:
-        """Name the bundles in service, and no others."""
+    def set_model_info(self, loaded_rollout: LoadedRollout) -> None:
+        """Show the bundles of this rollout, and no others, in `sidstream_model_info`."""
         self.model_info.clear()
-        for arm in service.rollout.arms:
-            self.model_info.labels(arm.name, arm.bundle, service.rollout.trial, arm.version).set(1)
+        for arm in loaded_rollout.rollout.arms:
+            self.model_info.labels(arm.name, arm.bundle, loaded_rollout.rollout.trial, arm.version).set(1)
 
-    def built(self, codebook: str, seconds: float, items: int) -> None:
-        """An index of `items` items was built."""
+    def observe_index_build(self, codebook: str, seconds: float, items: int) -> None:
+        """Count an index of `items` items that took `seconds` to build."""
         self.index_items.labels(codebook).set(items)
         self.index_seconds.observe(seconds)

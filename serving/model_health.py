@@ -1,7 +1,7 @@
-"""What serving saw of each arm's model in a trial: answers, failures, times, invalid mass; kept in Redis.
+"""Counts each arm's answers, failures, times and invalid mass in a trial, and adds the counts to Redis.
 
-Counted in the process and written by a task of its own, so that no answer waits for it. This is what a trial
-is stopped by when a new model raises, is slow, or spells items that are none.
+They are counted in the process and written by a task of its own, so that no answer waits for it. The guards
+read them: they end a trial whose new model raises, is slow, or puts probability on SIDs without an item.
 """
 
 from __future__ import annotations
@@ -15,44 +15,40 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from registry.experiment.health import BOUNDS_MS, MASS_UNIT
 from serving.recommender import Answer
 from streams.settings import RedisSettings
 from streams.state import keys
-from streams.state.redisdb import url
+from streams.state.redisdb import async_redis_client
 
 log = logging.getLogger(__name__)
 
-_PERIOD_S: Final = 1.0
-_KEPT_S: Final = 30 * 24 * 3600
-# Nobody waits for a write, and one that is given up but was done is counted twice: be patient.
+_WRITE_PERIOD_S: Final = 1.0
+_EXPIRY_S: Final = 30 * 24 * 3600
+# No answer waits for a write, and a write that timed out but took place is counted twice: so wait long.
 _TIMEOUT_S: Final = 10.0
 
-# Of each trial, by field of its hash (streams.state.keys.health).
-Counts = dict[str, Counter[str]]
+# By trial, then by field of the trial's hash (streams.state.keys.health).
+CountsByTrial = dict[str, Counter[str]]
 
 
-def counted(answers: Iterable[Answer]) -> Counts:
-    """What answers add to their trials' hashes.
+def count_by_trial(answers: Iterable[Answer]) -> CountsByTrial:
+    """What answers add to the hash of each trial, by field.
 
-    `<arm>:n` for a request that a model was asked; with it `<arm>:failed` where it raised, else
-    `<arm>:invalid`, the probability in millionths that the spelled SID is no item's. `<arm>:le:<bound>` for a
-    call of the model, by the smallest bound (ms) that its time keeps: the requests of one call share one
-    time, and to count it for each would make one slow call look like many.
+    `<arm>:n` counts requests that called a model; `<arm>:failed` those where it raised; for the others
+    `<arm>:invalid` sums the probability, in millionths, that the model's SID belongs to no item.
+    `<arm>:le:<bound>` counts calls of the model by the smallest bound (ms) that is not below their time: the
+    requests of one call share one time, and counting it for each would make one slow call look like many.
     """
-    made: Counts = {}
+    counts_by_trial: CountsByTrial = {}
     calls: set[tuple[str, str, float]] = set()
     for answer in answers:
         arm, trial = answer.recommendation.arm, answer.recommendation.trial
         if answer.model_s is None or arm is None or trial is None:
             continue
-        fields = made.setdefault(trial, Counter())
+        fields = counts_by_trial.setdefault(trial, Counter())
         fields[f"{arm}:n"] += 1
-        # Two calls are never equally long, to the last bit of a clock of nanoseconds.
+        # Two calls never take equally long on a clock of nanoseconds, so equal times are one call.
         if (trial, arm, answer.model_s) not in calls:
             calls.add((trial, arm, answer.model_s))
             fields[f"{arm}:le:{BOUNDS_MS[bisect_left(BOUNDS_MS, 1000 * answer.model_s)]:g}"] += 1
@@ -61,25 +57,22 @@ def counted(answers: Iterable[Answer]) -> Counts:
         else:
             invalid = 1 - math.prod(1 - mass for mass in answer.invalid_mass)
             fields[f"{arm}:invalid"] += round(MASS_UNIT * invalid)
-    return made
+    return counts_by_trial
 
 
-class ModelHealth:
-    """Counts answers, and adds them to Redis once a second; while Redis is away they are kept."""
+class ModelHealthRecorder:
+    """Counts answers and adds the counts to Redis once a second; while Redis is away it keeps them."""
 
     def __init__(self, settings: RedisSettings) -> None:
-        # No retries of the client's own: an increment that was done without our hearing of it would be twice.
-        self._redis = redis.asyncio.Redis.from_url(
-            url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )  # fmt: skip
-        self._counts: Counts = {}
+        # No retries inside the client: an increment whose reply was lost would be added twice.
+        self._redis = async_redis_client(settings, _TIMEOUT_S, retries=False)
+        self._counts: CountsByTrial = {}
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._down = False
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the task that writes."""
         self._task = asyncio.create_task(self._run(), name="serving model health")
 
     async def stop(self) -> None:
@@ -92,17 +85,17 @@ class ModelHealth:
         await self._redis.aclose()
 
     def count(self, answers: Iterable[Answer]) -> None:
-        """Count answers that were sent, or would have been."""
-        self._add(counted(answers))
+        """Count answers that were sent, and those of shadows."""
+        self._add(count_by_trial(answers))
 
-    def _add(self, counts: Counts) -> None:
+    def _add(self, counts: CountsByTrial) -> None:
         for trial, fields in counts.items():
             self._counts.setdefault(trial, Counter()).update(fields)
 
     async def _run(self) -> None:
         while not self._stopping.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), _PERIOD_S)
+                await asyncio.wait_for(self._stopping.wait(), _WRITE_PERIOD_S)
             await self._flush()
 
     async def _flush(self) -> None:
@@ -125,5 +118,5 @@ class ModelHealth:
         async with self._redis.pipeline(transaction=True) as pipeline:
             for field, value in fields.items():
                 pipeline.hincrby(key, field, value)
-            pipeline.expire(key, _KEPT_S)
+            pipeline.expire(key, _EXPIRY_S)
             await pipeline.execute()

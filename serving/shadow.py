@@ -1,7 +1,7 @@
-"""Arms without users answer some requests as well, so that a model is seen at work before anybody sees it.
+"""Arms without users answer a share of the requests as well, so that a model is measured before it serves.
 
-A shadow's answers are thrown away; what is kept is how its model behaved. It has the time that answers leave:
-one shadow at a time, begun after the answers of its batch were sent, and none while requests wait.
+A shadow's answers are thrown away; only the health of its model is counted. Shadows take spare time only: one
+runs at a time, it begins after the answers of its batch were sent, and none begins while requests wait.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 from registry.releases.rollout import share
-from serving.bundles import Service
-from serving.model_health import ModelHealth
+from serving.bundle_loader import LoadedRollout
+from serving.model_health import ModelHealthRecorder
 from serving.recommender import Recommender, Request
 from streams.events import Arm
 
@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class Shadow:
-    """Runs the bundles of arms with weight 0 on a share of the requests. `busy()`: requests wait."""
+    """Runs the bundles of arms with weight 0 on a share of the requests. `busy()` is true
+    while requests wait."""
 
     def __init__(
-        self, recommender: Recommender, health: ModelHealth, portion: float, busy: Callable[[], bool]
+        self, recommender: Recommender, health: ModelHealthRecorder, portion: float, busy: Callable[[], bool]
     ) -> None:
         """`portion`: share of requests in [0, 1], chosen by a hash of their ids."""
         self._recommender = recommender
@@ -32,27 +33,33 @@ class Shadow:
         self._busy = busy
         self._task: asyncio.Task[None] | None = None
 
-    def offer(self, requests: Sequence[Request], service: Service | None) -> None:
-        """Requests of one service that were answered; returns at once. Left out while a shadow runs."""
-        if service is None or (self._task is not None and not self._task.done()):
+    def offer(self, requests: Sequence[Request], loaded_rollout: LoadedRollout | None) -> None:
+        """Start a shadow of answered requests and return at once; nothing happens while a shadow runs."""
+        if loaded_rollout is None or (self._task is not None and not self._task.done()):
             return
-        arms = [arm for arm in service.rollout.arms if arm.weight == 0]
-        some = [one for one in requests if share("shadow", one.trigger.request_id) < self._portion]
-        if arms and some:
-            self._task = asyncio.create_task(self._run(some, service, arms), name="serving shadow")
+        arms = [arm for arm in loaded_rollout.rollout.arms if arm.weight == 0]
+        sampled_requests = [
+            request for request in requests if share("shadow", request.trigger.request_id) < self._portion
+        ]
+        if arms and sampled_requests:
+            self._task = asyncio.create_task(
+                self._run(sampled_requests, loaded_rollout, arms), name="serving shadow"
+            )
 
     async def stop(self) -> None:
-        """Wait for the shadow that is under way: a call of a model cannot be broken off."""
+        """Wait for the running shadow: a call of a model cannot be cancelled."""
         if self._task is not None:
             await asyncio.wait({self._task})
 
-    async def _run(self, requests: Sequence[Request], service: Service, arms: Sequence[Arm]) -> None:
+    async def _run(
+        self, requests: Sequence[Request], loaded_rollout: LoadedRollout, arms: Sequence[Arm]
+    ) -> None:
         for arm in arms:
             if self._busy():
                 return
             try:
                 # In a thread: answers go on meanwhile.
-                answers = await asyncio.to_thread(self._recommender.shadow, requests, service, arm)
+                answers = await asyncio.to_thread(self._recommender.shadow, requests, loaded_rollout, arm)
             except Exception:  # a defect of ours, since the recommender answers for its models
                 log.exception("the shadow of arm %s", arm.name)
                 return

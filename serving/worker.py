@@ -11,14 +11,14 @@ import uvloop
 
 from serving.agent import ServingAgent
 
-# Libraries that tell of each rebalance and reconnection; their warnings still come through.
-_QUIET = ("aiokafka", "faust", "kafka", "mode", "asyncio")
+# Libraries that log each rebalance and reconnection; only their warnings are shown.
+_QUIETED_LOGGERS = ("aiokafka", "faust", "kafka", "mode", "asyncio")
 
 
-def run_worker(make: Callable[[], ServingAgent]) -> None:
-    """Answer triggers until SIGTERM or SIGINT; requests under way are finished. Raises what ended it else."""
+def run_worker(create_agent: Callable[[], ServingAgent]) -> None:
+    """Answer triggers until SIGTERM or SIGINT; requests under way are finished. Raises other errors."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in _QUIET:
+    for name in _QUIETED_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
     async def main() -> None:
@@ -26,6 +26,6 @@ def run_worker(make: Callable[[], ServingAgent]) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await make().run(stop)
+        await create_agent().run(stop)
 
     uvloop.run(main())

@@ -1,8 +1,10 @@
-"""The `sidstream` command: every verb of the product, each in a module of its own under commands/."""
+"""The `sidstream` command: every verb of the product; its function is in a module under commands/."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
+from typing import Annotated
 
 import typer
 
@@ -32,6 +34,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"sidstream {importlib.metadata.version('sidstream')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """An event-driven streaming recommender that learns while it runs."""
+
 
 ONE_MACHINE = "One machine"
 EVENTS = "Events"

@@ -2,8 +2,8 @@
 
     python -m sidstream.config_template > sidstream.example.toml
 
-Every setting stands in it once, commented out, with its default, its meaning and its limits, so that the file
-cannot say something else than the program.
+The file has every setting once, commented out, with its default, its meaning and its limits, so that it
+always agrees with the program.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def _prose(text: str) -> list[str]:
 
 def _allowed(field: FieldInfo) -> str:
     """What values a field takes, beyond its description: choices and limits."""
-    said = []
+    limits = []
     if choices := list(_choices(field.annotation)):
-        said.append("one of " + ", ".join(str(choice) for choice in choices))
+        limits.append("one of " + ", ".join(str(choice) for choice in choices))
     for constraint in field.metadata:
         for attribute, words in (_LIMITS | _LENGTHS).items():
             limit = getattr(constraint, attribute, None)
             if limit is not None:
-                said.append(f"{words} {limit}")
-    return ", ".join(said)
+                limits.append(f"{words} {limit}")
+    return ", ".join(limits)
 
 
 def _choices(kind: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""What commands print with: progress on stderr, results on stdout, one line for an error."""
+"""Printing for commands: progress on stderr, results on stdout, one line for an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-# Between two lines of progress where nobody watches: enough to see that it goes on.
+# Pause between two lines of progress in a file: enough to see that the command goes on.
 _EVERY_S = 60.0
 
 
@@ -28,20 +28,20 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 @contextmanager
 def status(text: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is done now; in a file or a pipe, one line a minute of it."""
+    """Show on stderr what runs now; yields `show(text)`. In a file or a pipe: at most one line a minute."""
     if err.is_terminal:
-        with err.status(text) as shown:
-            yield shown.update
+        with err.status(text) as spinner:
+            yield spinner.update
         return
-    told = clock()
+    printed_at = clock()
 
-    def tell(now: str) -> None:
-        nonlocal told
-        if clock() - told >= _EVERY_S:
-            told = clock()
+    def print_at_most_once_a_minute(now: str) -> None:
+        nonlocal printed_at
+        if clock() - printed_at >= _EVERY_S:
+            printed_at = clock()
             err.print(now, markup=False)
 
-    yield tell
+    yield print_at_most_once_a_minute
 
 
 @contextmanager

@@ -96,9 +96,9 @@ def read() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        shown = "(hidden)" if first["loc"][-1] in _SECRETS else repr(first.get("input"))
+        value_text = "(hidden)" if first["loc"][-1] in _SECRETS else repr(first.get("input"))
         raise SidstreamError(
-            f"setting {field} is {shown}: {first['msg']}; "
+            f"setting {field} is {value_text}: {first['msg']}; "
             f"see sidstream.example.toml ({error.error_count()} problem(s) in all)"
         ) from error
 

@@ -13,11 +13,11 @@ import msgspec
 
 from streams.events import EVENTS, SCHEMA_VERSION, Event
 from streams.settings import KafkaSettings
-from streams.wire.topics import Topic, topics
+from streams.wire.topics import TopicSpec, all_topics
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-# What an application around the recommender writes; everything else it reads.
-SENT = ("clicks", "impressions", "purchases", "triggers", "catalog", "users")
+# The topics that an application around the recommender writes; it reads the others.
+PRODUCER_TOPICS = ("clicks", "impressions", "purchases", "triggers", "catalog", "users")
 # Versions of the specification and of its Kafka bindings.
 _ASYNCAPI, _BINDING = "3.0.0", "0.5.0"
 
@@ -28,14 +28,14 @@ def schema(kind: type[Event]) -> dict[str, Any]:
         "$schema": DIALECT,
         "$id": f"urn:sidstream:{kind.topic}:{SCHEMA_VERSION}",
         "title": kind.__name__,
-        **_tidy(msgspec.json.schema(kind)),
+        **_single_line_descriptions(msgspec.json.schema(kind)),
     }
 
 
 def asyncapi(kafka: KafkaSettings) -> dict[str, Any]:
     """The AsyncAPI 3.0 document, seen from an application that uses sidstream."""
     _, schemas = msgspec.json.schema_components(EVENTS, ref_template="#/components/schemas/{name}")
-    made = topics(kafka)
+    specs = all_topics(kafka)
     return {
         "asyncapi": _ASYNCAPI,
         "info": {
@@ -59,23 +59,25 @@ def asyncapi(kafka: KafkaSettings) -> dict[str, Any]:
                 },
             }
         },
-        "channels": {topic.name: _channel(topic, kafka) for topic in made},
-        "operations": {_operation_id(topic): _operation(topic) for topic in made},
+        "channels": {topic.name: _channel(topic, kafka) for topic in specs},
+        "operations": {_operation_id(topic): _operation(topic) for topic in specs},
         "components": {
-            "schemas": _tidy(schemas),
-            "messages": {topic.event.__name__: _message(topic) for topic in made},
+            "schemas": _single_line_descriptions(schemas),
+            "messages": {topic.event.__name__: _message(topic) for topic in specs},
         },
     }
 
 
-def _tidy(schema: Any) -> Any:
+def _single_line_descriptions(schema: Any) -> Any:
     """The schema with each description on one line: Python 3.13 cuts docstrings' indents, 3.11 keeps them."""
     if isinstance(schema, list):
-        return [_tidy(part) for part in schema]
+        return [_single_line_descriptions(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     return {
-        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _tidy(value)
+        key: " ".join(value.split())
+        if key == "description" and isinstance(value, str)
+        else _single_line_descriptions(value)
         for key, value in schema.items()
     }
 
@@ -84,7 +86,7 @@ def _summary(kind: type[Event]) -> str:
     return (kind.__doc__ or "").strip().splitlines()[0]
 
 
-def _channel(topic: Topic, kafka: KafkaSettings) -> dict[str, Any]:
+def _channel(topic: TopicSpec, kafka: KafkaSettings) -> dict[str, Any]:
     configuration: dict[str, Any] = {"max.message.bytes": int(topic.configs["max.message.bytes"])}
     configuration["cleanup.policy"] = [topic.configs["cleanup.policy"]]
     if "retention.ms" in topic.configs:
@@ -107,7 +109,7 @@ def _channel(topic: Topic, kafka: KafkaSettings) -> dict[str, Any]:
     }
 
 
-def _message(topic: Topic) -> dict[str, Any]:
+def _message(topic: TopicSpec) -> dict[str, Any]:
     kind = topic.event
     message: dict[str, Any] = {
         "name": kind.__name__,
@@ -130,13 +132,13 @@ def _message(topic: Topic) -> dict[str, Any]:
     return message
 
 
-def _operation_id(topic: Topic) -> str:
-    return f"{'send' if topic.name in SENT else 'receive'}-{topic.name}"
+def _operation_id(topic: TopicSpec) -> str:
+    return f"{'send' if topic.name in PRODUCER_TOPICS else 'receive'}-{topic.name}"
 
 
-def _operation(topic: Topic) -> dict[str, Any]:
+def _operation(topic: TopicSpec) -> dict[str, Any]:
     operation: dict[str, Any] = {
-        "action": "send" if topic.name in SENT else "receive",
+        "action": "send" if topic.name in PRODUCER_TOPICS else "receive",
         "channel": {"$ref": f"#/channels/{topic.name}"},
         "summary": _summary(topic.event),
         "messages": [{"$ref": f"#/channels/{topic.name}/messages/{topic.event.__name__}"}],
@@ -151,11 +153,11 @@ def _operation(topic: Topic) -> dict[str, Any]:
 
 def documents(kafka: KafkaSettings) -> dict[str, dict[str, Any]]:
     """Every document of the contract by its path below docs/reference."""
-    made = {f"schemas/{kind.topic}.json": schema(kind) for kind in EVENTS}
-    return {**made, "asyncapi.json": asyncapi(kafka)}
+    schemas = {f"schemas/{kind.topic}.json": schema(kind) for kind in EVENTS}
+    return {**schemas, "asyncapi.json": asyncapi(kafka)}
 
 
-def write(kafka: KafkaSettings, folder: Path) -> list[Path]:
+def write_documents(kafka: KafkaSettings, folder: Path) -> list[Path]:
     """Write the documents below `folder`; return their paths."""
     paths = []
     for name, document in documents(kafka).items():

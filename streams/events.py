@@ -375,21 +375,21 @@ def decode(kind: type[E], value: bytes | None, now_ms: int | None = None) -> E:
 
 
 def _explain(kind: type[Event], value: bytes, message: str) -> EventError:
-    found = _FIELD.search(message)
-    field = found.group(1) if found else ""
-    problem = message[: found.start()] if found else message
+    location = _FIELD.search(message)
+    field = location.group(1) if location else ""
+    problem = message[: location.start()] if location else message
     try:
         raw = msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError):
         raw = None  # the value went wrong further on; what is said of the field above still holds
     # What is wrong may lie inside a field: `preferences[...]`, `items[...].score`.
     name = re.split(r"[.\[]", field)[0]
-    shown = repr(raw.get(name))[:80] if isinstance(raw, dict) and name in raw else "absent"
+    text = repr(raw.get(name))[:80] if isinstance(raw, dict) and name in raw else "absent"
     if field == "schema_version" or "missing required field `schema_version`" in problem:
-        got = repr(raw.get("schema_version", "absent")) if isinstance(raw, dict) else "another"
+        version = repr(raw.get("schema_version", "absent")) if isinstance(raw, dict) else "another"
         return EventError(
             "unknown_schema_version",
-            f"schema_version is {got}; this version of sidstream reads {SCHEMA_VERSION}",
+            f"schema_version is {version}; this version of sidstream reads {SCHEMA_VERSION}",
         )
-    where = f"{field} is {shown}: " if field else ""
+    where = f"{field} is {text}: " if field else ""
     return EventError("invalid_field", f"{where}{problem}; see the schema of {kind.__name__}")

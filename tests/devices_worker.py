@@ -103,12 +103,12 @@ def main() -> None:
     if not devices.main:
         names = iter(("one", "two", "cut", "cut", "cut", "resumed"))
 
-        def kept(model: Any, *args: Any, **more: Any) -> Any:
+        def train_and_save(model: Any, *args: Any, **more: Any) -> Any:
             result = pretrain_and_tune(model, *args, **more)
             save_file(snapshot(model), folder / f"{next(names)}-{rank}.safetensors")
             return result
 
-        broadcast.pretrain_and_tune = kept
+        broadcast.pretrain_and_tune = train_and_save
         broadcast.follow_main_process(devices)
     elif what == "lost":
         devices.send(folder / "nowhere")

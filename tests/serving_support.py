@@ -18,7 +18,7 @@ from streams.settings import KafkaSettings, RedisSettings
 PATIENCE_S = 60
 
 
-class Versions:
+class BundlesByVersion:
     """Bundles by version, as the registry would fetch them."""
 
     def __init__(self, **bundles):
@@ -30,22 +30,22 @@ class Versions:
         return self.bundles[version]
 
 
-class Running:
+class RunningAgent:
     """An agent in a thread of its own, with its own event loop."""
 
     def __init__(self, kafka: KafkaSettings, redis_url: str, source, **settings) -> None:
         self.failure: BaseException | None = None
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        made: dict = {"metrics_port": 0, "index_delay_s": 0.05, "retry_max_s": 1, **settings}
-        self._made = threading.Event()
+        serving_options: dict = {"metrics_port": 0, "index_delay_s": 0.05, "retry_max_s": 1, **settings}
+        self._created = threading.Event()
         redis_settings = RedisSettings.model_validate({"url": redis_url})
 
         async def main() -> None:
             self.agent = ServingAgent(
-                kafka, redis_settings, ServingSettings(**made), source, "sidstream"
+                kafka, redis_settings, ServingSettings(**serving_options), source, "sidstream"
             )  # fmt: skip
-            self._made.set()
+            self._created.set()
             await self.agent.run(self._stop)
 
         def run() -> None:
@@ -56,7 +56,7 @@ class Running:
 
         self.thread = threading.Thread(target=run, name="agent")
         self.thread.start()
-        assert self._made.wait(PATIENCE_S)
+        assert self._created.wait(PATIENCE_S)
 
     def wait_ready(self) -> None:
         wait_until(lambda: self.agent.waiting_for is None or self.failure, PATIENCE_S, "the agent")
@@ -78,8 +78,8 @@ class Running:
 
 
 @contextmanager
-def running(kafka, redis_url, source, **settings) -> Iterator[Running]:
-    agent = Running(kafka, redis_url, source, **settings)
+def running(kafka, redis_url, source, **settings) -> Iterator[RunningAgent]:
+    agent = RunningAgent(kafka, redis_url, source, **settings)
     try:
         yield agent
     finally:

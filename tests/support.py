@@ -67,12 +67,12 @@ def kafka_answers(bootstrap: str) -> bool:
 
     from sidstream.stack.broker import listening
     from streams.errors import SidstreamError
-    from streams.wire.admin import admin
+    from streams.wire.admin import admin_client
 
     if not listening(int(bootstrap.rpartition(":")[2])):
         return False
     try:
-        with admin(kafka_settings(bootstrap)) as client:
+        with admin_client(kafka_settings(bootstrap)) as client:
             return bool(client.describe_cluster()["brokers"])
     except (SidstreamError, KafkaError):
         return False

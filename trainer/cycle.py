@@ -231,7 +231,7 @@ class UpdateCycle:
         if not rows.settings.rewards.online.rounds or rewards is None or not rewards.mass or sft is None:
             return
         evidence = RewardEvidence(
-            rewards, inputs.context, inputs.offers, inputs.led_to_purchase, inputs.explored
+            rewards, inputs.context, inputs.offers, inputs.led_to_purchase, inputs.explorations
         )
         online = learn_from_own_answers(
             model, rows, inputs.sids, evidence, sft.quality,
@@ -267,11 +267,11 @@ class UpdateCycle:
 
     def _offpolicy_veto(self, kind: str, model: GeneratorForCausalLM) -> str:
         """Why explored answers refuse the model; empty where they do not, or there are none."""
-        explored = self.inputs.explored
-        if explored is None:
+        explorations = self.inputs.explorations
+        if explorations is None:
             return ""
         verdict = judge_by_explorations(
-            model, explored, self.settings.offpolicy, self.result.ranking().dense_weight
+            model, explorations, self.settings.offpolicy, self.result.ranking().dense_weight
         )
         self.result.offpolicy[kind] = verdict
         self.result.metrics |= {f"{kind}/{name}": value for name, value in verdict.metrics().items()}

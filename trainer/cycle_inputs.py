@@ -61,7 +61,9 @@ class CycleInputs:
     profiles: Mapping[str, Attributes]
     offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
     led_to_purchase: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
-    explored: LoggedExplorations | None  # answers drawn by chance whose click window closed in this window
+    explorations: (
+        LoggedExplorations | None
+    )  # answers drawn by chance whose click window closed in this window
     # Those of them that were not clicked, where requests can ask for clicks.
     negative_feedback: LabelledAnswers | None
 
@@ -113,8 +115,8 @@ def read_cycle_inputs(
         )
     offers = [records.get(item) for item in catalogue.item_ids]
     led_to_purchase = purchase_labels(log, window_ms)
-    explorations = window.explorations(horizon_ms)
-    unclicked = sum(not clicked for _, clicked in explorations)
+    closed_explorations = window.explorations(horizon_ms)
+    unclicked = sum(not clicked for _, clicked in closed_explorations)
     request_fields = len(without_rewards(context).fields)
     if parent is None:
         rewards = learn_rewards(offers, log, led_to_purchase, unclicked, settings.rewards)
@@ -123,7 +125,7 @@ def read_cycle_inputs(
         rewards = read_rewards(parent.path)
         rewards = rewards and extend_rewards(rewards, led_to_purchase, unclicked, settings.rewards, context)
     log = with_reward_labels(log, offers, led_to_purchase, rewards, context)
-    explored = logged_explorations(explorations, codebook.id, prompt, settings.offpolicy, context)
+    explorations = logged_explorations(closed_explorations, codebook.id, prompt, settings.offpolicy, context)
     return CycleInputs(
         window=window, codebook=codebook, prompt=prompt, parent=parent,
         start_bundle=registry.tuned_from(parent) if parent else None, catalogue=catalogue, log=log,
@@ -131,8 +133,9 @@ def read_cycle_inputs(
         sids=SidSet(catalogue.sids, prompt),
         text_vectors=title_vectors(catalogue.titles) if settings.text_inputs else None, tokenizer=tokenizer,
         context=context, rewards=rewards, profiles=profiles, offers=offers, led_to_purchase=led_to_purchase,
-        explored=explored,
-        negative_feedback=unclicked_answers(explored, catalogue, offers, rewards, context, request_fields),
+        explorations=explorations,
+        negative_feedback=unclicked_answers(explorations, catalogue, offers, rewards, context,
+        request_fields),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ gives
 
 the rejected ones nearest to the top first. An event with a request takes part only in its slate, except that
 an item which the user bought in time, by whatever way, is never rejected. Events may come in any order within
-the allowed lateness: a window is looked at when it closes, never before.
+the allowed lateness: a window is decided when it closes, never before.
 """
 
 from __future__ import annotations
@@ -24,56 +24,35 @@ from typing import Final
 
 import msgspec
 
-from agents.attribution.windows import Fences, Rules
+from agents.attribution.window_stage import Fences, WindowRules
 from streams.events import Click, Impression, Purchase, Recommendation, Scheme
 
 UserEvent = Click | Purchase | Impression | Recommendation
 
-# A slate whose recommendation was never shown waits for its impression; a user has at most so many slates.
+# A recommendation that is never shown keeps its slate waiting for an impression: this bounds a user's slates.
 MAX_SLATES: Final = 256
 
-
-class Slate(msgspec.Struct, array_like=True):
-    """What is known of one request: impressions (ts, items) in order, first click and purchase of an item."""
-
-    impressions: list[tuple[int, list[str]]] = []
-    clicks: dict[str, int] = {}
-    bought: dict[str, int] = {}
-    trigger: str | None = None
-    recommended: int | None = None
-    closed: bool = False
-    last: int = 0
-    scene: str | None = None
-
-    def opened(self) -> int | None:
-        """First impression (ms); None: not shown yet."""
-        return self.impressions[0][0] if self.impressions else None
-
-    def newest(self) -> int:
-        """Time (ms) of its newest event: until that is forgotten, the slate must be known as closed."""
-        return self.last or self.recommended or 0
-
-
-# What a purchase is here: of a slate; without a request and undecided; without a request and decided.
+# State of a purchase: part of a slate; without a request and undecided; without a request and decided.
 OF_SLATE: Final = 0
-WAITS: Final = 1
+UNDECIDED: Final = 1
 DECIDED: Final = 2
 
 
-class Open(msgspec.Struct, array_like=True):
-    """One user's open windows. Clicks: item -> ts, purchases: item -> (ts, OF_SLATE | WAITS | DECIDED)."""
+@dataclass(frozen=True, slots=True)
+class PairRules:
+    """What decides pairs: the windows, how many items one pair rejects, and which items have a SID."""
 
-    version: int = 1
-    clicks: dict[str, list[int]] = {}
-    purchases: dict[str, list[tuple[int, int]]] = {}
-    slates: dict[str, Slate] = {}
-    fences: Fences = {}
-    last_ts: int = 0
+    windows: WindowRules
+    max_rejected: int
+    has_sid: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """A pair before it has SIDs: with the past before `before` the user took `chosen`, not `rejected`."""
+class PairDecision:
+    """A pair before it has SIDs: after the history before `before` (ms) the user took `chosen`.
+
+    `moment` (ms) is the time of the purchase or of the first impression. It is part of the pair's identity.
+    """
 
     scheme: Scheme
     ts: int
@@ -82,92 +61,202 @@ class Decision:
     rejected: tuple[str, ...]
     request_id: str | None = None
     trigger: str | None = None
-    # When the decision was asked for: part of the pair's identity, like the request.
     moment: int = 0
     scene: str | None = None
 
 
-def add(state: Open, event: UserEvent, rules: Rules, matured: int | None) -> bool:
-    """Put one event into the state. False: it came too late to change anything."""
-    if matured is not None and rules.forgets(event.ts) <= matured:
-        return False
-    slate = None if event.request_id is None else _slate(state, event.request_id)
-    if isinstance(event, Recommendation):
-        assert slate is not None
-        slate.trigger = slate.trigger or event.trigger_item_id
-        slate.scene = slate.scene or event.scene
-        slate.recommended = event.ts
-        return True
-    state.last_ts = max(state.last_ts, event.ts)
-    if slate is not None:
-        slate.last = max(slate.last, event.ts)
-    if isinstance(event, Impression):
-        shown = (event.ts, list(event.item_ids))
-        if slate is not None and not slate.closed and shown not in slate.impressions:
-            slate.impressions.append(shown)
-            slate.impressions.sort()
-    elif isinstance(event, Click):
-        if slate is not None:
-            _earliest(slate.clicks, event.item_id, event.ts)
-        elif event.ts not in (times := state.clicks.setdefault(event.item_id, [])):
-            times.append(event.ts)
-    else:
-        if slate is not None:
-            _earliest(slate.bought, event.item_id, event.ts)
-        _buy(state, event.ts, event.item_id, WAITS if slate is None else OF_SLATE)
-    return True
+class Slate(msgspec.Struct, array_like=True):
+    """The events of one request: impressions (ts, items) in order, first click and purchase of each item.
 
-
-def close(
-    state: Open, watermark: int, rules: Rules, max_rejected: int, known: Callable[[str], bool]
-) -> list[Decision]:
-    """Decide what event time has passed, and forget what nothing can ask for any more.
-
-    `known(item)`: the item has a SID; others are left out.
+    Stored as an array, so the order of the fields is part of the stored layout.
     """
-    decisions: list[Decision] = []
-    for item, sales in state.purchases.items():
-        for place, (ts, standing) in enumerate(sales):
-            if standing == WAITS and rules.closes(ts) <= watermark:
-                sales[place] = (ts, DECIDED)
-                decision = _of_purchase(state, ts, item, rules, max_rejected, known)
-                if decision is not None:
-                    decisions.append(decision)
-    for request_id, slate in state.slates.items():
-        opened = slate.opened()
-        if opened is not None and not slate.closed and rules.closes(opened) <= watermark:
-            decisions += _of_slate(state, request_id, slate, opened, rules, max_rejected, known)
-            slate.closed = True
-            slate.clicks, slate.bought = {}, {}
-            slate.impressions = [(opened, [])]
-    clicks = {i: [ts for ts in times if rules.forgets(ts) > watermark] for i, times in state.clicks.items()}
-    state.clicks = {item: times for item, times in clicks.items() if times}
-    sold = {i: [s for s in sales if rules.forgets(s[0]) > watermark] for i, sales in state.purchases.items()}
-    state.purchases = {item: sales for item, sales in sold.items() if sales}
-    state.slates = {r: s for r, s in state.slates.items() if rules.forgets(s.newest()) > watermark}
-    return decisions
+
+    impressions: list[tuple[int, list[str]]] = []
+    clicks: dict[str, int] = {}
+    purchases: dict[str, int] = {}
+    trigger: str | None = None
+    recommended_at: int | None = None
+    closed: bool = False
+    last_event_ts: int = 0
+    scene: str | None = None
+
+    def first_shown_at(self) -> int | None:
+        """First impression (ms); None: not shown yet."""
+        return self.impressions[0][0] if self.impressions else None
+
+    def newest_ts(self) -> int:
+        """Time (ms) of the newest event. The slate stays until that event is forgotten, so it closes once."""
+        return self.last_event_ts or self.recommended_at or 0
 
 
-def due(state: Open, rules: Rules, watermark: int | None = None) -> int | None:
-    """When something closes next (ms), after `watermark`; None: nothing does."""
-    times = [rules.forgets(state.last_ts)] if state.last_ts else []
-    if state.clicks:  # a purchase is compared with clicks; without any, a late one makes it due
-        times += [
-            rules.closes(ts) for sales in state.purchases.values() for ts, kind in sales if kind == WAITS
+class OpenPairWindows(msgspec.Struct, array_like=True):
+    """One user's open windows; clicks: item -> ts; purchases: item -> (ts, OF_SLATE | UNDECIDED | DECIDED).
+
+    Stored as an array, so the order of the fields is part of the stored layout.
+    """
+
+    version: int = 1
+    clicks: dict[str, list[int]] = {}
+    purchases: dict[str, list[tuple[int, int]]] = {}
+    slates: dict[str, Slate] = {}
+    fences: Fences = {}
+    last_ts: int = 0
+
+    def add_event(self, event: UserEvent, windows: WindowRules, closed_until: int | None) -> bool:
+        """Put one event into the state. False: it is too late to change anything (`closed_until` in ms)."""
+        if closed_until is not None and windows.forgotten_at(event.ts) <= closed_until:
+            return False
+        slate = None if event.request_id is None else self._slate(event.request_id)
+        if isinstance(event, Recommendation):
+            assert slate is not None
+            slate.trigger = slate.trigger or event.trigger_item_id
+            slate.scene = slate.scene or event.scene
+            slate.recommended_at = event.ts
+            return True
+        self.last_ts = max(self.last_ts, event.ts)
+        if slate is not None:
+            slate.last_event_ts = max(slate.last_event_ts, event.ts)
+        if isinstance(event, Impression):
+            impression = (event.ts, list(event.item_ids))
+            if slate is not None and not slate.closed and impression not in slate.impressions:
+                slate.impressions.append(impression)
+                slate.impressions.sort()
+        elif isinstance(event, Click):
+            if slate is not None:
+                _keep_earliest(slate.clicks, event.item_id, event.ts)
+            elif event.ts not in (times := self.clicks.setdefault(event.item_id, [])):
+                times.append(event.ts)
+        else:
+            if slate is not None:
+                _keep_earliest(slate.purchases, event.item_id, event.ts)
+            self._add_purchase(event.ts, event.item_id, UNDECIDED if slate is None else OF_SLATE)
+        return True
+
+    def close_due(self, watermark: int, rules: PairRules) -> list[PairDecision]:
+        """Decide every window that closes at or before `watermark` (ms), and forget what no window needs."""
+        windows = rules.windows
+        decisions: list[PairDecision] = []
+        for item, purchases in self.purchases.items():
+            for place, (ts, status) in enumerate(purchases):
+                if status == UNDECIDED and windows.closes_at(ts) <= watermark:
+                    purchases[place] = (ts, DECIDED)
+                    decision = self._decide_purchase(ts, item, rules)
+                    if decision is not None:
+                        decisions.append(decision)
+        for request_id, slate in self.slates.items():
+            shown_at = slate.first_shown_at()
+            if shown_at is not None and not slate.closed and windows.closes_at(shown_at) <= watermark:
+                decisions += self._decide_slate(request_id, slate, shown_at, rules)
+                slate.closed = True
+                slate.clicks, slate.purchases = {}, {}
+                slate.impressions = [(shown_at, [])]
+        self._forget(watermark, windows)
+        return decisions
+
+    def next_due(self, windows: WindowRules, watermark: int | None = None) -> int | None:
+        """When something closes or is forgotten next (ms), after `watermark`; None: nothing does."""
+        times = [windows.forgotten_at(self.last_ts)] if self.last_ts else []
+        if self.clicks:  # a purchase is compared with clicks; without any, a late one makes it due
+            times += [
+                windows.closes_at(ts)
+                for purchases in self.purchases.values()
+                for ts, status in purchases
+                if status == UNDECIDED
+            ]
+        for slate in self.slates.values():
+            shown_at = slate.first_shown_at()
+            if shown_at is not None and not slate.closed:
+                times.append(windows.closes_at(shown_at))
+            else:
+                times.append(windows.forgotten_at(slate.newest_ts()))
+        return min((t for t in times if watermark is None or t > watermark), default=None)
+
+    def is_finished(self, watermark: int, windows: WindowRules) -> bool:
+        """True where the state may be deleted: an event that is read again is too late by now."""
+        is_empty = not (self.clicks or self.purchases or self.slates)
+        return is_empty and windows.forgotten_at(self.last_ts) <= watermark
+
+    def _forget(self, watermark: int, windows: WindowRules) -> None:
+        def needed(ts: int) -> bool:
+            return windows.forgotten_at(ts) > watermark
+
+        clicks = {item: [ts for ts in times if needed(ts)] for item, times in self.clicks.items()}
+        self.clicks = {item: times for item, times in clicks.items() if times}
+        purchases = {item: [p for p in bought if needed(p[0])] for item, bought in self.purchases.items()}
+        self.purchases = {item: bought for item, bought in purchases.items() if bought}
+        self.slates = {name: slate for name, slate in self.slates.items() if needed(slate.newest_ts())}
+
+    def _slate(self, request_id: str) -> Slate:
+        slate = self.slates.get(request_id)
+        if slate is None:
+            if len(self.slates) >= MAX_SLATES:
+                not_shown = (name for name, other in self.slates.items() if other.first_shown_at() is None)
+                self.slates.pop(next(not_shown, next(iter(self.slates))))
+            slate = self.slates[request_id] = Slate([], {}, {})
+        return slate
+
+    def _add_purchase(self, ts: int, item: str, status: int) -> None:
+        purchases = self.purchases.setdefault(item, [])
+        # Two purchases of one moment, or one that is read again, make one decision; a decided one stays so.
+        if not any(at == ts and (other == OF_SLATE) == (status == OF_SLATE) for at, other in purchases):
+            purchases.append((ts, status))
+
+    def _was_bought(self, item: str, first: int, last: int) -> bool:
+        return any(first <= ts <= last for ts, _ in self.purchases.get(item, ()))
+
+    def _decide_purchase(self, ts: int, item: str, rules: PairRules) -> PairDecision | None:
+        """The pair of a purchase without a request, if it has rejected items."""
+        if not self.clicks or not rules.has_sid(item):
+            return None
+        window = rules.windows.window_ms
+        clicks = {
+            clicked: times
+            for clicked, all_times in self.clicks.items()
+            if (times := [at for at in all_times if ts - window <= at <= ts])
+        }
+        rejected = [
+            clicked
+            for clicked, times in clicks.items()
+            if clicked != item
+            and rules.has_sid(clicked)
+            and not self._was_bought(clicked, ts - window, ts)
+            and not any(self._was_bought(clicked, at, at + window) for at in times)
         ]
-    for slate in state.slates.values():
-        opened = slate.opened()
-        waits = opened is not None and not slate.closed
-        times.append(rules.closes(opened or 0) if waits else rules.forgets(slate.newest()))
-    return min((t for t in times if watermark is None or t > watermark), default=None)
+        if not rejected:
+            return None
+        rejected.sort(key=lambda clicked: (-max(clicks[clicked]), clicked))
+        rejected = rejected[: rules.max_rejected]
+        before = min([ts, *clicks.get(item, ()), *(at for clicked in rejected for at in clicks[clicked])])
+        return PairDecision("purchased_over_clicked", ts, before, item, tuple(rejected), moment=ts)
+
+    def _decide_slate(
+        self, request_id: str, slate: Slate, shown_at: int, rules: PairRules
+    ) -> list[PairDecision]:
+        """The pairs of a slate whose window is over."""
+        last = shown_at + rules.windows.window_ms
+        shown_in_time = (item for ts, items in slate.impressions if ts <= last for item in items)
+        shown = list(dict.fromkeys(item for item in shown_in_time if rules.has_sid(item)))
+        bought = {i: slate.purchases[i] for i in shown if slate.purchases.get(i, last + 1) <= last}
+        clicked = {i: slate.clicks[i] for i in shown if slate.clicks.get(i, last + 1) <= last}
+        not_bought = [i for i in shown if i not in bought and not self._was_bought(i, shown_at, last)]
+        clicked_only = [i for i in not_bought if i in clicked]
+        not_clicked = [i for i in not_bought if i not in clicked]
+        decisions: list[PairDecision] = []
+
+        def decide(scheme: Scheme, chosen: dict[str, int], candidates: Iterable[str]) -> None:
+            rejected = tuple(candidates)[: rules.max_rejected]
+            for item, ts in chosen.items():
+                if rejected:
+                    origin = (request_id, slate.trigger, shown_at, slate.scene)
+                    decisions.append(PairDecision(scheme, ts, shown_at, item, rejected, *origin))
+
+        decide("purchased_over_clicked", bought, clicked_only)
+        decide("purchased_over_shown", bought, not_clicked)
+        decide("clicked_over_shown", clicked, not_clicked)
+        return decisions
 
 
-def empty(state: Open, watermark: int, rules: Rules) -> bool:
-    """True where the state may be deleted: an event seen again would be too late by now."""
-    return not (state.clicks or state.purchases or state.slates) and rules.forgets(state.last_ts) <= watermark
-
-
-def pair_id(user: str, decision: Decision, codebook: str) -> str:
+def pair_id(user: str, decision: PairDecision, codebook: str) -> str:
     """32 hex digits: the same decision under the same codebook is the same pair."""
     content = msgspec.json.encode(
         [
@@ -178,83 +267,5 @@ def pair_id(user: str, decision: Decision, codebook: str) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
-def _slate(state: Open, request_id: str) -> Slate:
-    slate = state.slates.get(request_id)
-    if slate is None:
-        if len(state.slates) >= MAX_SLATES:
-            unshown = (r for r, s in state.slates.items() if s.opened() is None)
-            state.slates.pop(next(unshown, next(iter(state.slates))))
-        slate = state.slates[request_id] = Slate([], {}, {})
-    return slate
-
-
-def _earliest(times: dict[str, int], item: str, ts: int) -> None:
+def _keep_earliest(times: dict[str, int], item: str, ts: int) -> None:
     times[item] = min(ts, times.get(item, ts))
-
-
-def _buy(state: Open, ts: int, item: str, standing: int) -> None:
-    sales = state.purchases.setdefault(item, [])
-    # Bought twice in one moment, or seen again: one decision, and once decided it does not wait again.
-    if not any(at == ts and (other == OF_SLATE) == (standing == OF_SLATE) for at, other in sales):
-        sales.append((ts, standing))
-
-
-def _bought(state: Open, item: str, first: int, last: int) -> bool:
-    return any(first <= ts <= last for ts, _ in state.purchases.get(item, ()))
-
-
-def _of_purchase(
-    state: Open, ts: int, item: str, rules: Rules, max_rejected: int, known: Callable[[str], bool]
-) -> Decision | None:
-    if not state.clicks or not known(item):
-        return None
-    window = rules.window_ms
-    clicks = {
-        what: times
-        for what, all_times in state.clicks.items()
-        if (times := [at for at in all_times if ts - window <= at <= ts])
-    }
-    rejected = [
-        what
-        for what, times in clicks.items()
-        if what != item
-        and known(what)
-        and not _bought(state, what, ts - window, ts)
-        and not any(_bought(state, what, at, at + window) for at in times)
-    ]
-    if not rejected:
-        return None
-    rejected.sort(key=lambda what: (-max(clicks[what]), what))
-    rejected = rejected[:max_rejected]
-    before = min([ts, *clicks.get(item, ()), *(at for what in rejected for at in clicks[what])])
-    return Decision("purchased_over_clicked", ts, before, item, tuple(rejected), moment=ts)
-
-
-def _of_slate(
-    state: Open, request_id: str, slate: Slate, opened: int, rules: Rules, max_rejected: int,
-    known: Callable[[str], bool],
-) -> list[Decision]:  # fmt: skip
-    last = opened + rules.window_ms
-    shown = list(
-        dict.fromkeys(
-            i for ts, items in slate.impressions if ts <= last for i in items if known(i)
-        )
-    )  # fmt: skip
-    bought = {i: slate.bought[i] for i in shown if slate.bought.get(i, last + 1) <= last}
-    clicked = {i: slate.clicks[i] for i in shown if slate.clicks.get(i, last + 1) <= last}
-    left = [i for i in shown if i not in bought and not _bought(state, i, opened, last)]
-    passed_over = [i for i in left if i in clicked]
-    ignored = [i for i in left if i not in clicked]
-    decisions: list[Decision] = []
-
-    def decide(scheme: Scheme, chosen: dict[str, int], rejected: Iterable[str]) -> None:
-        few = tuple(rejected)[:max_rejected]
-        for item, ts in chosen.items():
-            if few:
-                about = (request_id, slate.trigger, opened, slate.scene)
-                decisions.append(Decision(scheme, ts, opened, item, few, *about))
-
-    decide("purchased_over_clicked", bought, passed_over)
-    decide("purchased_over_shown", bought, ignored)
-    decide("clicked_over_shown", clicked, ignored)
-    return decisions

@@ -130,8 +130,8 @@ def _read(redis: Any, trial: str, until: int) -> dict[str, Seen]:
             # The key ends with the user's id, which no message may show.
             raise SidstreamError(
                 f"trial {trial} has sums that are no whole numbers by cohort ({error}), in a Redis key whose "
-                f"name hashes to {keys.hashed(_text(name))}; delete that key, or, where an older sidstream "
-                "wrote it, replay the topics into an empty Redis"
+                f"name hashes to {keys.anonymous_user(_text(name))}; delete that key, or, where an older "
+                "sidstream wrote it, replay the topics into an empty Redis"
             ) from error
         rows.count += len(rows.users) > filled
     every = sorted({cohort for rows in arms.values() for cohort in rows.cohorts})

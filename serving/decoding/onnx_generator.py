@@ -1,4 +1,4 @@
-"""The generator of a bundle in ONNX Runtime: a graph that reads the prompt, and one a level that spells."""
+"""The generator of a bundle in ONNX Runtime: one graph encodes the prompt, one graph a level scores codes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from registry.bundles.prompt import Prompt
-from serving.decoding.index import Ints, Sid
-from serving.decoding.items import ITEMS, Floats, Items
+from serving.decoding.item_vectors import ITEMS, Floats, ItemVectors
+from serving.decoding.sid_index import Ints, Sid
 from streams.errors import SidstreamError
 
 
 class OnnxGenerator:
     """`serving.decoding.beam.Generator` over a bundle's encode.onnx and step_<l>.onnx.
 
-    encode: codes (B, P, L) int64 token ids padded with 0 on the right, lengths (B,) int64 and, where the
-    bundle knows items by themselves, extras (B, P, D) float32, and where it has a context, context (B, C)
-    int64 token ids padded with 0 -> state (B, D) float32. step_l: state (N, D), prefix (N, l) int64 token ids
-    -> log_probs (N, K_l) float32.
+    encode: codes (B, P, L) int64 token ids padded with 0 on the right, lengths (B,) int64; where the bundle
+    has a dense head, the items' own vectors as extras (B, P, D) float32; where it has a context, context
+    (B, C) int64 token ids padded with 0 -> state (B, D) float32. step_l: state (N, D), prefix (N, l) int64
+    token ids -> log_probs (N, K_l) float32.
     """
 
     def __init__(self, folder: Path, sizes: Sequence[int], max_items: int, threads: int = 1) -> None:
@@ -31,7 +31,7 @@ class OnnxGenerator:
         self._bases = np.array([prompt.code_base(level) for level in range(len(self.sizes))], dtype=np.int64)
         self._encode = _session(folder / "encode.onnx", threads)
         self.takes_context = "context" in [port.name for port in self._encode.get_inputs()]
-        self.items = Items(folder, self.sizes) if (folder / ITEMS).exists() else None
+        self.items = ItemVectors(folder, self.sizes) if (folder / ITEMS).exists() else None
         self._steps = [_session(folder / f"step_{level}.onnx", threads) for level in range(len(self.sizes))]
 
     def encode(
@@ -39,24 +39,24 @@ class OnnxGenerator:
     ) -> NDArray[np.generic]:
         """B prompts of SIDs, oldest first, and contexts (B, C) of token ids -> states (B, D) float32.
 
-        An empty prompt is BOS alone; None for the contexts: nothing is said.
+        An empty prompt is BOS alone. None for the contexts: no request has a context.
         """
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         # At least one column: the graph has no shape for P = 0, and `lengths` says that nothing is in it.
         codes = np.zeros((len(prompts), max(1, int(lengths.max())), len(self.sizes)), dtype=np.int64)
         inputs: dict[str, NDArray[np.generic]] = {"codes": codes, "lengths": lengths}
         if self.items is not None:
-            extras = np.zeros((*codes.shape[:2], self.items.width), dtype=np.float32)
-            inputs["extras"] = extras
+            own_vectors = np.zeros((*codes.shape[:2], self.items.width), dtype=np.float32)
+            inputs["extras"] = own_vectors
         if self.takes_context:
-            said = np.zeros((len(prompts), 1)) if contexts is None else contexts
-            inputs["context"] = np.asarray(said, dtype=np.int64)
+            context_tokens = np.zeros((len(prompts), 1)) if contexts is None else contexts
+            inputs["context"] = np.asarray(context_tokens, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             if len(prompt):
                 sids = np.asarray(prompt, dtype=np.int64)
                 codes[row, : len(prompt)] = sids + self._bases
                 if self.items is not None:
-                    extras[row, : len(prompt)] = self.items.extras(sids)
+                    own_vectors[row, : len(prompt)] = self.items.own_vectors(sids)
         state: NDArray[np.float32] = self._encode.run(["state"], inputs)[0]
         return state
 

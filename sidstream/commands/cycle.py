@@ -1,4 +1,4 @@
-"""The unattended cycle, and what it did: `sidstream cycle` and `sidstream history`."""
+"""Continuous delivery of models, and its history: `sidstream cycle` and `sidstream history`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import threading
 
     from registry.bundles.store import Version
+    from sidstream.continuous_delivery import ContinuousDelivery, Turn
     from sidstream.settings import Settings
-    from sidstream.unattended import Cycle, Turn
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 _VERDICTS = ("promote", "reject", "inconclusive")
@@ -36,11 +36,11 @@ def cycle(
 
     Example: sidstream cycle
     """
-    from sidstream.commands.train import prepare
+    from sidstream.commands.train import set_thread_environment
     from sidstream.settings import load
     from trainer.schedule import on_signal
 
-    prepare()
+    set_thread_environment()
     settings = load()
     if settings.gate.mode == "point":
         raise SidstreamError(
@@ -48,48 +48,48 @@ def cycle(
             "of the time (docs/results/gate.md); use sequential or fixed"
         )
     ended = on_signal()
-    left = verdicts
-    said = ""
-    with _working(settings, ended) as work:
-        while not ended.is_set() and left != 0:
-            turn = _turn(work)
+    verdicts_left = verdicts
+    last_sentence = ""
+    with _open_delivery(settings, ended) as delivery:
+        while not ended.is_set() and verdicts_left != 0:
+            turn = _take_turn(delivery)
             if as_json:
                 sys.stdout.write(json.dumps(vars(turn)) + "\n")
                 sys.stdout.flush()
-            elif turn.sentence != said:
-                err.print(_told(turn), markup=False)
-            said = turn.sentence
-            if left is not None and turn.did in _VERDICTS:
-                left -= 1
+            elif turn.sentence != last_sentence:
+                err.print(_turn_text(turn), markup=False)
+            last_sentence = turn.sentence
+            if verdicts_left is not None and turn.did in _VERDICTS:
+                verdicts_left -= 1
             if not turn.acted:
                 ended.wait(settings.cycle.look_s)
 
 
 @contextmanager
-def _working(settings: Settings, ended: threading.Event) -> Iterator[Cycle]:
+def _open_delivery(settings: Settings, ended: threading.Event) -> Iterator[ContinuousDelivery]:
     from registry.bundles.store import Registry
     from registry.releases.current import current_rollout
     from sidstream.commands.registry import promoting
-    from sidstream.commands.train import lines, one_cycle
-    from sidstream.unattended import Cycle
-    from streams.state.redisdb import client as redis_client
+    from sidstream.commands.train import one_cycle, stage_lines
+    from sidstream.continuous_delivery import ContinuousDelivery
+    from streams.state.redisdb import redis_client
 
-    with redis_client(settings.redis) as redis, lines() as line:
-        yield Cycle(
+    with redis_client(settings.redis) as redis, stage_lines() as report:
+        yield ContinuousDelivery(
             settings, Registry(settings.registry), redis,
             current=lambda: current_rollout(settings.kafka, settings.registry.name),
             train=lambda: one_cycle(
-                settings, settings.trainer, line, stop=ended.is_set, step=settings.rollout.steps[0]
+                settings, settings.trainer, report, stop=ended.is_set, step=settings.rollout.steps[0]
             ),
             promoting=lambda: promoting(settings),
         )  # fmt: skip
 
 
-def _turn(work: Cycle) -> Turn:
-    from sidstream.unattended import Turn
+def _take_turn(delivery: ContinuousDelivery) -> Turn:
+    from sidstream.continuous_delivery import Turn
 
     try:
-        return work.turn()
+        return delivery.turn()
     except SidstreamError as error:
         # What does not answer now may answer later; nothing is in doubt, the next turn reads anew.
         return Turn("wait", f"error: {error}")
@@ -147,13 +147,16 @@ def _lines(entry: dict[str, Any]) -> list[str]:
     lines = [
         f"{day(entry['ts'])}  version {entry['version']}  {entry['kind']}{parent}: {entry['state']}{aliases}"
     ]
-    lines += [f"    {day(made['ts'])}  {made['decision']}: {made['sentence']}" for made in entry["decisions"]]
+    lines += [
+        f"    {day(record['ts'])}  {record['decision']}: {record['sentence']}"
+        for record in entry["decisions"]
+    ]
     return lines
 
 
-def _told(turn: Turn) -> str:
-    from sidstream.commands.gate import told
+def _turn_text(turn: Turn) -> str:
+    from sidstream.commands.gate import decision_text
 
     if turn.record is None or turn.record["mode"] == "guard":
         return f"{turn.did}: {turn.sentence}"
-    return f"{turn.did}: {told(turn.record)}"
+    return f"{turn.did}: {decision_text(turn.record)}"

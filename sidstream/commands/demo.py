@@ -10,6 +10,8 @@ from sidstream.console import emit, err, out
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sidstream.demo import Runner
     from sidstream.settings import Settings
     from streams.events import CatalogItem, Recommendation
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 # A folder with this file was made by an earlier demo, which a new one may clear.
 _MARK = "made-by-demo"
+# Items of the page that is held before and after the decision: as many as shoppers are shown.
+_PAGE = 10
+
+# What the trial is planned for: about the rise of CVR that alignment gives with these shoppers
+# (docs/decisions/0010), and the variance of CVR by users over that of independent clicks in such a trial.
+LIFT, DESIGN_EFFECT = 0.15, 1.6
 
 
 def demo(
@@ -24,109 +32,77 @@ def demo(
         str | None, typer.Option(help="replay purchases from this date on (YYYY-MM-DD), not the whole year")
     ] = None,
     train_seconds: Annotated[int, typer.Option(help="time for training the first model")] = 50,
-    sessions: Annotated[int, typer.Option(help="simulated shopping sessions before and in the trial")] = 2500,
+    sessions: Annotated[
+        int, typer.Option(help="simulated shopping sessions before the trial; three times as many in it")
+    ] = 3000,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of shoppers and of training; default: settings")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON at the end")] = False,
 ) -> None:
     """Run the loop on a real shop's year: events, histories, a model, shoppers, a second model, the gate.
 
     Example: sidstream demo
     """
-    from sidstream.demo import Runner
+    import os
+
+    from sidstream.demo import SETTINGS, Runner
     from sidstream.settings import load, read
 
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if seed is not None:
+        os.environ |= {"SIDSTREAM_SHOPPERS__SEED": str(seed), "SIDSTREAM_TRAINER__SEED": str(seed)}
     home = read().stack.home
     _clear(home)
     runner = Runner(home, err)
     err.print("sidstream: the whole loop on a real shop's year (UCI Online Retail)\n")
-
-    with runner.stage("stack") as stage:
-        stack = runner.command("up")
-        home.mkdir(parents=True, exist_ok=True)
-        (home / _MARK).touch()
-        stage.detail = "Apache Kafka, Redis, MLflow, agents, serving and gateway answer"
+    stack = _start(runner, home)
     settings = load()
+    sent, first = _learn(runner, settings, since, train_seconds)
 
-    with runner.stage("catalogue") as stage:
-        sent = runner.command("replay", "online-retail", "--only", "catalog")
-        fitted = runner.command("codebook", "fit")
-        stage.detail = (
-            f"{sent['topics']['catalog']:,} items on `catalog`, each with its own SID "
-            f"({'x'.join(map(str, fitted['sizes']))} codes)"
-        )
-
-    with runner.stage("events") as stage:
-        begin = ["--from", since] if since else []
-        sent = runner.command("replay", "online-retail", "--only", "events", *begin)
-        _drain(runner, settings)
-        histories = _count(settings, "h:*")
-        stage.detail = f"{sent['sent']:,} purchases through Kafka; {histories:,} histories in Redis"
-
-    with runner.stage("first model") as stage:
-        first = runner.command("train", "--max-seconds", str(train_seconds))
-        stage.detail = _trained(first)
-
-    from streams.replay import past_of, source_of
+    from streams.replay import source_of, user_item_sequences
     from streams.wire.client import Client
 
     log = source_of("online-retail")
     titles = {item.item_id: item for item in log.catalogue()}
-    user, item = _visitor(past_of(log))
+    pasts = user_item_sequences(log)
     with Client(settings.kafka) as client:
+        user, item = _visitors(pasts)[0]
         with runner.stage("in service") as stage:
             stage.detail = runner.until(
                 lambda: _answers_from(client, user, item, list(first["bundles"].values())),
                 60,
                 "the first model to answer",
             )
-
-        with runner.stage("shoppers") as stage:
-            start = sent["last_ts"] + 86_400_000
-            shopped = runner.command("shoppers", "--sessions", str(sessions), "--start", str(start))
-            _drain(runner, settings)
-            stage.detail = _shopped(shopped) + f"; {_pairs(settings):,} preference pairs"
-
-        with runner.stage("second model") as stage:
-            second = runner.command("train", "--max-seconds", str(max(train_seconds // 3, 5)))
-            if second["skipped"]:
-                raise SidstreamError(f"no second model was made: {second['skipped']}")
-            stage.detail = _trained(second)
-
-        with runner.stage("trial") as stage:
-            runner.until(
-                lambda: _answers_in_trial(client, user, item, second["trial"]),
-                60,
-                "the challengers to answer",
-            )
-            start = shopped["end_ts"] + 3_600_000
-            shopped = runner.command("shoppers", "--sessions", str(3 * sessions), "--start", str(start))
-            _drain(runner, settings)
-            stage.detail = _shopped(shopped)
-
+        before, second = _second_model(runner, settings, sessions, sent["last_ts"], train_seconds)
+        trial = _trial(runner, settings, client, pasts, 3 * sessions, before, second["trial"])
+        user, item, shown = _answered_by_champion(client, pasts)
         with runner.stage("gate") as stage:
             # One look, at the end: what the fixed mode is for.
             decision = runner.command("gate", "--mode", "fixed", "--conclude", "--end")
             stage.detail = decision["sentence"].replace(" (mode fixed)", "")
-
-        with runner.stage("next answer") as stage:
-            champion = decision["arms"][decision["winner"]]["bundle"]
-            stage.detail = runner.until(
-                lambda: _answers_from(client, user, item, [champion]), 60, "the champion to answer"
-            )
-        before = client.ask(_trigger(user, None), timeout=10)
-        clicked = _elsewhere(titles, before)
-        after = _after_click(client, user, clicked, shopped["end_ts"] + 7_200_000)
+        start_page, clicked, after, now = _last_act(
+            runner, client, user, item, shown, decision, titles, trial["end_ts"]
+        )
     result = {
         "stages": [vars(stage) for stage in runner.stages],
         "seconds": round(sum(stage.seconds for stage in runner.stages), 1),
+        "seed": settings.shoppers.seed,
         "verdict": decision["verdict"],
-        "before": [ranked.item_id for ranked in before.items],
+        "winner": decision["winner"],
+        "sessions": {"before": before, "trial": trial},
+        "training": {"first": first, "second": second},
+        "gate": decision,
+        "page": {"user": user, "item": item, "in_trial": shown, "now": now},
+        "before": [ranked.item_id for ranked in start_page.items],
         "after": [ranked.item_id for ranked in after.items],
     }
     if as_json:
         emit(result, True, "")
         return
     out.print(f"\nThree recommendations for user {user} on the start page:")
-    _show(before, titles)
+    _show(start_page, titles)
     out.print(f"\nand after one more click, on {titles[clicked].title!r}:")
     _show(after, titles)
     gateway = f"http://{settings.gateway.host}:{settings.gateway.port}"
@@ -139,6 +115,127 @@ def demo(
         f"Stop it with `{_binary()} down` (or `down --purge`, which also removes {home}).",
         markup=False,
     )
+
+
+def _start(runner: Runner, home: Path) -> dict[str, Any]:
+    with runner.stage("stack") as stage:
+        stack = runner.command("up")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / _MARK).touch()
+        stage.detail = "Apache Kafka, Redis, MLflow, agents, serving and gateway answer"
+    return stack
+
+
+def _learn(
+    runner: Runner, settings: Settings, since: str | None, train_seconds: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was replayed of the events, and the first model."""
+    with runner.stage("catalogue") as stage:
+        sent = runner.command("replay", "online-retail", "--only", "catalog")
+        fitted = runner.command("codebook", "fit")
+        stage.detail = (
+            f"{sent['topics']['catalog']:,} items on `catalog`, each with its own SID "
+            f"({'x'.join(map(str, fitted['sizes']))} codes)"
+        )
+    with runner.stage("events") as stage:
+        begin = ["--from", since] if since else []
+        sent = runner.command("replay", "online-retail", "--only", "events", *begin)
+        _drain(runner, settings)
+        histories = _count(settings, "h:*")
+        stage.detail = f"{sent['sent']:,} purchases through Kafka; {histories:,} histories in Redis"
+    with runner.stage("first model") as stage:
+        first = runner.command("train", "--max-seconds", str(train_seconds))
+        stage.detail = _trained(first)
+    return sent, first
+
+
+def _second_model(
+    runner: Runner, settings: Settings, sessions: int, last_ts: int, train_seconds: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What shoppers did with the first model, and what was made of it."""
+    with runner.stage("shoppers") as stage:
+        start = last_ts + 86_400_000
+        shopped = runner.command("shoppers", "--sessions", str(sessions), "--start", str(start))
+        _drain(runner, settings)
+        stage.detail = f"{_shopped(shopped)}; {_pairs(settings):,} preference pairs"
+    with runner.stage("second model") as stage:
+        second = runner.command("train", "--max-seconds", str(max(train_seconds // 3, 5)))
+        if second["skipped"]:
+            raise SidstreamError(f"no second model was made: {second['skipped']}")
+        stage.detail = _trained(second)
+    return shopped, second
+
+
+def _trial(
+    runner: Runner, settings: Settings, client: Client, pasts: dict[str, list[str]], sessions: int,
+    before: dict[str, Any], trial: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What shoppers did with all arms, and what was planned for them."""
+    with runner.stage("trial") as stage:
+        planned = planned_trial(settings, before, sessions, len(pasts))
+        user, item = _visitors(pasts)[0]
+        runner.until(lambda: _answers_in_trial(client, user, item, trial), 60, "the challengers to answer")
+        start = before["end_ts"] + 3_600_000
+        shopped = runner.command("shoppers", "--sessions", str(sessions), "--start", str(start))
+        _drain(runner, settings)
+        stage.detail = f"{_shopped(shopped)}; {planned['sentence']}"
+    return shopped | {"plan": planned}
+
+
+def planned_trial(
+    settings: Settings, before: dict[str, Any], sessions: int, everybody: int
+) -> dict[str, Any]:
+    """What `sidstream gate plan` says of a trial of so many sessions, by the rates of the champion so far.
+
+    `before`: what `sidstream shoppers` said of the champion's sessions; `everybody`: users who may come. The
+    smallest arm is planned for: users_needed in it for the power of .8, and the power of those who come.
+    """
+    import math
+
+    from registry.experiment import plan
+
+    rollout, s = settings.rollout, settings.shoppers
+    weights = (rollout.champion, rollout.sft, rollout.dpo)
+    came = everybody * (1 - math.exp(-sessions / everybody))
+    users = round(came * (1 - rollout.anchor) * min(weights) / sum(weights))
+    clicks, shown, purchases = (
+        sum(arm[name] for arm in before["arms"].values()) for name in ("clicks", "shown", "purchases")
+    )
+    planned: dict[str, Any] = {"lift": LIFT, "users": users, "users_needed": None, "power": None}
+    if not 0 < purchases * (1 + LIFT) < clicks < shown:
+        return planned | {"sentence": "too little was bought to plan it"}
+    expected = plan.Expected(
+        purchases / clicks, LIFT, clicks / shown, s.k * sessions / came, design_effect=DESIGN_EFFECT
+    )
+    needed = plan.users_needed(expected, settings.gate, "fixed")
+    power = plan.power(users, expected, settings.gate, "fixed")
+    return planned | {
+        "users_needed": needed,
+        "power": round(power, 3),
+        "sentence": f"{users:,} users in the smallest arm, {needed:,} planned for CVR +{LIFT:.0%}",
+    }
+
+
+def _last_act(
+    runner: Runner, client: Client, user: str, item: str, shown: list[str], decision: dict[str, Any],
+    titles: dict[str, CatalogItem], end_ts: int,
+) -> tuple[Recommendation, str, Recommendation, list[str]]:  # fmt: skip
+    """What the decision changed for one page, and what one click changes for its user.
+
+    The start page's items, the item clicked, the start page's items after that, and the items of the page.
+    """
+    with runner.stage("next answer") as stage:
+        champion = decision["arms"][decision["winner"]]["bundle"]
+        said = runner.until(
+            lambda: _answers_from(client, user, item, [champion]), 60, "the champion to answer"
+        )
+        answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
+        now = [ranked.item_id for ranked in answer.items]
+        others = len(set(now) - set(shown))
+        stage.detail = f"{said}: {others} of {len(now)} items are others than during the trial"
+    before = client.ask(_trigger(user, None), timeout=10)
+    clicked = _elsewhere(titles, before)
+    return before, clicked, _after_click(client, user, clicked, end_ts + 7_200_000), now
 
 
 def _clear(home: Any) -> None:
@@ -196,11 +293,24 @@ def _trigger(user: str, item: str | None, k: int = 3) -> Any:
     return Trigger.new(request_id=uuid.uuid4().hex, user_id=user, item_id=item, k=k, scene="item-page")
 
 
-def _visitor(pasts: dict[str, list[str]]) -> tuple[str, str]:
-    """The user of median activity, and the item that the user bought last."""
+def _visitors(pasts: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Users, those of median activity first, each with the item that was bought last."""
     ranked = sorted(pasts, key=lambda user: (len(pasts[user]), user))
-    user = ranked[len(ranked) // 2]
-    return user, pasts[user][-1]
+    middle = len(ranked) // 2
+    nearest = sorted(range(len(ranked)), key=lambda place: abs(place - middle))
+    return [(ranked[place], pasts[ranked[place]][-1]) for place in nearest]
+
+
+def _answered_by_champion(client: Client, pasts: dict[str, list[str]]) -> tuple[str, str, list[str]]:
+    """The first visitor whom the champion answers in the trial, the item of the page, and what it shows.
+
+    For others a promotion need not change the model: a challenger answers them already, or they are held out.
+    """
+    for user, item in _visitors(pasts):
+        answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
+        if answer.arm == "champion":
+            return user, item, [ranked.item_id for ranked in answer.items]
+    raise SidstreamError("the champion answers nobody in the trial: raise SIDSTREAM_ROLLOUT__CHAMPION")
 
 
 def _answers_from(client: Client, user: str, item: str, bundles: list[str]) -> str | None:
@@ -243,18 +353,18 @@ def _show(answer: Recommendation, titles: dict[str, CatalogItem]) -> None:
 
 def _drain(runner: Runner, settings: Settings) -> None:
     """Wait until the agents have applied every event."""
-    from streams.wire.admin import lag
+    from streams.wire.admin import consumer_group_lag
 
     runner.until(
-        lambda: "done" if lag(settings.kafka, settings.agents.group) == 0 else None,
+        lambda: "done" if consumer_group_lag(settings.kafka, settings.agents.group) == 0 else None,
         300, "the agents to apply every event",
     )  # fmt: skip
 
 
 def _count(settings: Settings, pattern: str) -> int:
-    from streams.state.redisdb import client
+    from streams.state.redisdb import redis_client
 
-    with client(settings.redis) as server:
+    with redis_client(settings.redis) as server:
         return sum(1 for _ in server.scan_iter(match=pattern, count=1000))
 
 

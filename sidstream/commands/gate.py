@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sidstream.console import emit
 from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from registry.settings import RolloutSettings
 
 app = typer.Typer()
 
@@ -51,17 +54,17 @@ def _bare(
 
 
 def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_json: bool = False) -> None:
-    """Judge the running trial, and end it where that is asked for."""
+    """Judge the running trial, and end it with `conclude`."""
     from registry.experiment.decision import decide
     from registry.experiment.outcomes import read_outcomes
     from registry.releases import release
     from registry.releases.current import current_rollout
     from sidstream.commands.registry import promoting
-    from sidstream.pictures import keep_picture
+    from sidstream.decision_plot import store_decision_plot
     from sidstream.settings import load
-    from streams.state.redisdb import client as redis_client
+    from streams.state.redisdb import redis_client
 
-    _check(mode)
+    _check_mode(mode)
     settings = load()
     rollout = current_rollout(settings.kafka, settings.registry.name)
     if rollout is None or rollout.action != "trial":
@@ -73,22 +76,26 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
             "`sidstream cycle` takes it on, `sidstream promote champion` ends it"
         )
     with redis_client(settings.redis) as redis:
-        seen = read_outcomes(redis, rollout.trial)
-    record = decide(rollout.trial, rollout.arms, seen, settings.gate, mode)
+        outcomes = read_outcomes(redis, rollout.trial)
+    record = decide(rollout.trial, rollout.arms, outcomes, settings.gate, mode)
     concluded = conclude and (record["verdict"] != "inconclusive" or end)
     if concluded:
         with promoting(settings) as (registry, client):
             release.conclude(registry, client, record, settings.rollout)
-            keep_picture(registry, record, seen, settings.gate)
+            store_decision_plot(registry, record, outcomes, settings.gate)
     caution = ERROR_RATES.get(record["mode"])
-    emit(record | {"concluded": concluded, "caution": caution}, as_json, told(record, conclude, concluded))
+    emit(
+        record | {"concluded": concluded, "caution": caution},
+        as_json,
+        decision_text(record, conclude, concluded),
+    )
 
 
 @app.command()
 def aa(as_json: AsJson = False) -> None:
     """Put the champion on trial against itself: whatever `sidstream gate` then finds is chance, or a fault.
 
-    Run one before the first real trial, and after every change of what deals, serves or counts.
+    Run one before the first real trial, and after every change of arms, serving or counting.
 
     Example: sidstream gate aa
     """
@@ -101,11 +108,11 @@ def aa(as_json: AsJson = False) -> None:
     with promoting(settings) as (registry, client):
         if (running := registry.alias("challenger-sft")) is not None:
             raise SidstreamError(f"version {running} is on trial: end that with `sidstream gate --conclude`")
-        made = release.start_trial(registry, client, registry.version(CHAMPION), None, settings.rollout)
+        rollout = release.start_trial(registry, client, registry.version(CHAMPION), None, settings.rollout)
     emit(
-        {"trial": made.trial, "arms": {arm.name: arm.weight for arm in made.arms}}, as_json,
-        f"A/A trial {made.trial} of version {made.arms[0].version}; `sidstream gate` says what it finds, "
-        "`sidstream gate --conclude --end` ends it",
+        {"trial": rollout.trial, "arms": {arm.name: arm.weight for arm in rollout.arms}}, as_json,
+        f"A/A trial {rollout.trial} of version {rollout.arms[0].version}; `sidstream gate` says what it finds"
+        ", `sidstream gate --conclude --end` ends it",
     )  # fmt: skip
 
 
@@ -140,16 +147,8 @@ def plan(
     from sidstream.settings import read
 
     settings = read()
-    _check(mode)
-    if mode == "point":
-        raise SidstreamError(
-            "mode point wants no evidence, so no number of users gives it any: use --mode fixed"
-        )
-    if mode is None:
-        mode = "sequential" if settings.gate.mode == "point" else settings.gate.mode
-    rollout = settings.rollout
-    weights = (rollout.champion, rollout.sft, rollout.dpo)
-    share = (1 - rollout.anchor) * min(weights) / sum(weights) if share is None else share
+    mode = _planned_mode(mode, settings.gate.mode)
+    share = _smallest_share(settings.rollout) if share is None else share
     if not 0 < share <= 1:
         raise SidstreamError(f"share is {share}: it must be above 0, 1 at most")
     if users_per_day is not None and users_per_day <= 0:
@@ -162,12 +161,9 @@ def plan(
         modes[name] = {"users_per_arm": users, "days": days}
     points = planner.curve(modes[mode]["users_per_arm"], expected, settings.gate, mode)
     result = {
-        "expected": vars(expected),
-        "power": power,
-        "modes": modes,
-        "share": share,
+        "expected": vars(expected), "power": power, "modes": modes, "share": share,
         "curve": {"mode": mode, "points": [list(point) for point in points]},
-    }
+    }  # fmt: skip
     lines = [
         f"to promote with power {power:.0%} where CVR rises from {cvr:.2%} to {cvr * (1 + lift):.2%} "
         f"and CTR {ctr:.2%} does not change:"
@@ -177,6 +173,24 @@ def plan(
         lines.append(f"  {name:<10}  {figures['users_per_arm']:>12,} users an arm{when}")
     lines += ["", f"power by users an arm (mode {mode}, one look):", planner.drawn(points)]
     emit(result, as_json, "\n".join(lines))
+
+
+def _planned_mode(mode: str | None, settings_mode: str) -> str:
+    """The mode whose curve is drawn: --mode, else the settings' mode, else sequential."""
+    _check_mode(mode)
+    if mode == "point":
+        raise SidstreamError(
+            "mode point wants no evidence, so no number of users gives it any: use --mode fixed"
+        )
+    if mode is None:
+        return "sequential" if settings_mode == "point" else settings_mode
+    return mode
+
+
+def _smallest_share(rollout: RolloutSettings) -> float:
+    """The share of users of the smallest compared arm, by the settings."""
+    weights = (rollout.champion, rollout.sft, rollout.dpo)
+    return (1 - rollout.anchor) * min(weights) / sum(weights)
 
 
 @app.command()
@@ -192,21 +206,21 @@ def recompute(
     """
     from registry.experiment.decision import rejudge
 
-    stored = _read(record)
-    made = rejudge(stored)
-    said = (stored.get("verdict"), stored.get("winner"))
-    if said != (made.verdict, made.winner):
+    stored = _read_record(record)
+    verdict = rejudge(stored)
+    recorded = (stored.get("verdict"), stored.get("winner"))
+    if recorded != (verdict.verdict, verdict.winner):
         raise SidstreamError(
-            f"decision {stored['decision']} says {said[0]}, winner {said[1]}; "
-            f"its sums say {made.verdict}, winner {made.winner}"
+            f"decision {stored['decision']} says {recorded[0]}, winner {recorded[1]}; "
+            f"its sums say {verdict.verdict}, winner {verdict.winner}"
         )
     emit(
-        {"decision": stored["decision"]} | made.as_dict(), as_json,
-        f"decision {stored['decision']} follows from its sums\nverdict: {made.sentence}",
+        {"decision": stored["decision"]} | verdict.as_dict(), as_json,
+        f"decision {stored['decision']} follows from its sums\nverdict: {verdict.sentence}",
     )  # fmt: skip
 
 
-def _read(record: str) -> dict[str, Any]:
+def _read_record(record: str) -> dict[str, Any]:
     import json
     import sys
 
@@ -223,41 +237,41 @@ def _read(record: str) -> dict[str, Any]:
 
         return Registry(load().registry).decision(record)
     try:
-        made = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SidstreamError(f"{record} is no JSON ({error}); name a decision record") from error
     # An event on the topic `rollout` holds the record within.
-    if isinstance(made, dict) and isinstance(made.get("decision"), dict):
-        made = made["decision"]
-    if not isinstance(made, dict):
+    if isinstance(parsed, dict) and isinstance(parsed.get("decision"), dict):
+        parsed = parsed["decision"]
+    if not isinstance(parsed, dict):
         raise SidstreamError(f"{record} holds no JSON object; name a decision record")
-    return made
+    return parsed
 
 
-def _check(mode: str | None) -> None:
+def _check_mode(mode: str | None) -> None:
     from registry.experiment.gate import MODES
 
     if mode not in (None, *MODES):
         raise SidstreamError(f"mode is {mode!r}: use {', '.join(MODES[:-1])} or {MODES[-1]}")
 
 
-def told(record: dict[str, Any], conclude: bool = False, concluded: bool = False) -> str:
-    """A decision in words: sums, differences with their intervals, verdict."""
+def decision_text(record: dict[str, Any], conclude: bool = False, concluded: bool = False) -> str:
+    """A decision as text: sums, differences with their intervals, verdict."""
     lines = [f"trial {record['trial']}, mode {record['mode']}, decision {record['decision']}"]
     for name, arm in record["arms"].items():
-        seen = record["inputs"][name]
-        counts = ", ".join(f"{seen[field]} {field}" for field in ("users", "impressions", "clicks", "orders"))
+        sums = record["inputs"][name]
+        counts = ", ".join(f"{sums[field]} {field}" for field in ("users", "impressions", "clicks", "orders"))
         lines.append(f"  {name} (version {arm['version']}, {arm['weight']:.0%} of users): {counts}")
     level = 1 - 2 * record["settings"]["alpha"]
     always = ", always valid" if record["mode"] == "sequential" else ""
     lines.append(f"differences with intervals of {level:.0%}{always}:")
     for comparison in record["comparisons"]:
         lines.append(f"  {comparison['sentence']}")
-        lines.extend(_figures("CVR", comparison["cvr"]))
-        lines.extend(_figures("CTR", comparison["ctr"]))
+        lines.extend(_difference_lines("CVR", comparison["cvr"]))
+        lines.extend(_difference_lines("CTR", comparison["ctr"]))
     if record["anchor"]:
         lines.append(f"  {record['anchor']['sentence']}")
-        lines.extend(_figures("CTR", record["anchor"]["ctr"]))
+        lines.extend(_difference_lines("CTR", record["anchor"]["ctr"]))
     lines.append(f"verdict: {record['sentence']}")
     if record["mode"] in ERROR_RATES:
         lines.append(f"mode {record['mode']}: {ERROR_RATES[record['mode']]}")
@@ -268,7 +282,7 @@ def told(record: dict[str, Any], conclude: bool = False, concluded: bool = False
     return "\n".join(lines)
 
 
-def _figures(rate: str, figures: dict[str, Any] | None) -> Iterator[str]:
+def _difference_lines(rate: str, figures: dict[str, Any] | None) -> Iterator[str]:
     if figures is None or figures["p_above"] is None or figures["difference_interval"] is None:
         return
     low, high = figures["difference_interval"]

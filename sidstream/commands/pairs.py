@@ -1,4 +1,4 @@
-"""What is in the preference pairs."""
+"""`sidstream pairs report`: measures of the preference pairs."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def report(
 
     Example: sidstream pairs report --plots pairs
     """
-    from registry.releases.current import read_all
     from sidstream.settings import load
     from streams.events import PreferencePair
+    from streams.wire.topic_reader import read_events
     from trainer.alignment.pairs_report import pairs_report
 
     settings = load()
-    pairs = [pair for _, pair in read_all(settings.kafka, PreferencePair) if pair is not None]
-    found = pairs_report(pairs, time.time_ns() // 1_000_000, _held_against_the_log(settings, pairs))
+    pairs = [pair for _, pair in read_events(settings.kafka, PreferencePair) if pair is not None]
+    pair_report = pairs_report(pairs, time.time_ns() // 1_000_000, _withdrawn_by_the_log(settings, pairs))
     if plots:
-        _draw(found, plots)
-    emit(found.as_dict(), as_json, _text(found))
+        _write_plots(pair_report, plots)
+    emit(pair_report.as_dict(), as_json, _report_text(pair_report))
 
 
-def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> FilteredPairs | None:
-    """What the trainer's log contradicts; None where none was written on this machine."""
+def _withdrawn_by_the_log(settings: Settings, pairs: list[PreferencePair]) -> FilteredPairs | None:
+    """The pairs that the trainer's log contradicts; None where this machine has no such log."""
     from trainer.log.log import InteractionLog
     from trainer.log.pair_filter import withdraw_contradicted
 
@@ -64,7 +64,7 @@ def _held_against_the_log(settings: Settings, pairs: list[PreferencePair]) -> Fi
     return withdraw_contradicted(pairs, purchases, clicks, settings.agents.window_ms)
 
 
-def _draw(found: PairsReport, folder: Path) -> None:
+def _write_plots(pair_report: PairsReport, folder: Path) -> None:
     try:
         from trainer.alignment.pairs_plot import draw_pairs_report
     except ModuleNotFoundError as error:
@@ -73,36 +73,37 @@ def _draw(found: PairsReport, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SidstreamError(f"--plots {folder}: {error.strerror}; name a folder that can be made") from error
-    for name, content in draw_pairs_report(found).items():
+    for name, content in draw_pairs_report(pair_report).items():
         (folder / name).write_bytes(content)
 
 
-def _text(found: PairsReport) -> str:
-    ages = found.age_ms
+def _report_text(report: PairsReport) -> str:
+    ages = report.age_ms
     lines = [
-        f"{found.pairs:,} pairs of {found.users:,} users, {found.repeats:,} repeats left out",
-        f"age: newest {_long(ages.newest)}, median {_long(ages.median)}, oldest {_long(ages.oldest)}",
+        f"{report.pairs:,} pairs of {report.users:,} users, {report.repeats:,} repeats left out",
+        f"age: newest {_duration_text(ages.newest)}, median {_duration_text(ages.median)}, "
+        f"oldest {_duration_text(ages.oldest)}",
         "",
     ]
-    for group in found.groups:
-        lines += _of_group(group)
+    for group in report.groups:
+        lines += _group_lines(group)
     lines += [
-        f"items: {found.chosen_items:,} chosen ({found.chosen_also_rejected:.1%} of them also rejected), "
-        f"{found.rejected_items:,} rejected ({found.rejected_also_chosen:.1%} of them also chosen)",
-        f"chosen most (Gini {found.gini:.3f}): " + ", ".join(f"{item} {n:,}" for item, n in found.top),
+        f"items: {report.chosen_items:,} chosen ({report.chosen_also_rejected:.1%} of them also rejected), "
+        f"{report.rejected_items:,} rejected ({report.rejected_also_chosen:.1%} of them also chosen)",
+        f"chosen most (Gini {report.gini:.3f}): " + ", ".join(f"{item} {n:,}" for item, n in report.top),
     ]
-    if (gone := found.withdrawn) is None:
+    if (withdrawn := report.withdrawn) is None:
         lines.append("withdrawn: not measured; the trainer's log on this machine has no clicks or purchases")
     else:
         lines.append(
-            f"withdrawn by the trainer's log: {gone.bought:,} rejected items that were bought, "
-            f"{gone.clicked:,} that were clicked, {gone.same:,} that are the chosen one; "
-            f"{gone.gone:,} whole pairs"
+            f"withdrawn by the trainer's log: {withdrawn.bought:,} rejected items that were bought, "
+            f"{withdrawn.clicked:,} that were clicked, {withdrawn.same:,} that are the chosen one; "
+            f"{withdrawn.gone:,} whole pairs"
         )
     return "\n".join(lines)
 
 
-def _of_group(group: PairGroup) -> list[str]:
+def _group_lines(group: PairGroup) -> list[str]:
     shared = ", ".join(f"first {level} {share:.1%}" for level, share in enumerate(group.shared, start=1))
     return [
         f"{group.scheme}, codebook {group.codebook}: {group.pairs:,} pairs of {group.users:,} users",
@@ -113,10 +114,12 @@ def _of_group(group: PairGroup) -> list[str]:
     ]
 
 
-def _spread(one: Distribution) -> str:
-    return f"mean {one.mean:.1f}, median {one.median:g}, 90 % at most {one.p90:g}, most {one.most}"
+def _spread(counts: Distribution) -> str:
+    return (
+        f"mean {counts.mean:.1f}, median {counts.median:g}, 90 % at most {counts.p90:g}, most {counts.most}"
+    )
 
 
-def _long(ms: float) -> str:
+def _duration_text(ms: float) -> str:
     name, unit = next(((name, unit) for name, unit in _UNITS if abs(ms) >= 2 * unit), _UNITS[-1])
     return f"{ms / unit:,.1f} {name}"

@@ -1,4 +1,4 @@
-"""The codebook, and what is in service."""
+"""`sidstream codebook fit`, `promote`, `rollback`, `models` and `arm`: the codebook and model versions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sidstream.settings import Settings
     from streams.events import Rollout
     from streams.wire.client import Client
+    from trainer.codebooks.embedding_cache import CachedEmbedder
+    from trainer.codebooks.fit import FittedCodebook, ReplacedCodebook
+    from trainer.codebooks.report import CodebookReport
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
@@ -30,20 +33,15 @@ def codebook_fit(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the codebook to the catalogue and publish every item's SID; needs the extra `train`.
+    """FittedCodebook the codebook to the catalogue and publish every item's SID; needs the extra `train`.
 
     Example: sidstream codebook fit
     """
     from registry.bundles.store import Registry
-    from registry.releases.current import read_newest
     from sidstream.settings import load
-    from streams.events import CatalogItem, SidAssignment
-    from streams.wire.client import Client
 
     try:
-        from trainer.codebooks.co_interactions import read_item_sequences
-        from trainer.codebooks.embedders import encoder_folder, open_embedder
-        from trainer.codebooks.fit import ReplacedCodebook, fit_codebook
+        from trainer.codebooks.embedders import encoder_folder
         from trainer.codebooks.report import codebook_report
     except ModuleNotFoundError as error:
         raise SidstreamError(f"{error.name} is not installed: pip install 'sidstream[train]'") from error
@@ -56,14 +54,51 @@ def codebook_fit(
             f"codebook {current} is current already, and SIDs made with it are in histories and models; "
             "to put a new one in its place, use --replace"
         )
-    items = list(read_newest(settings.kafka, CatalogItem).values())
+    old = _old_assignments(settings, registry, current) if current and not fresh else None
+    fit, embedder = _fit_to_catalogue(settings, registry, old)
+    if fit.codebook.id == current:
+        raise SidstreamError(
+            f"the catalogue and the settings give codebook {current} again: there is nothing to replace"
+        )
+    _publish_assignments(settings, fit)
+    # Last: agents that find a current codebook find every item's SID before it.
+    registry.publish_codebook(fit.codebook, encoder_folder(embedder))
+    measures = codebook_report(fit.codebook, fit.sids, fit.vectors)
+    result = _fit_result(settings, fit, embedder.id, measures)
+    text = _fit_text(fit, measures)
+    if old is not None:
+        items_kept = fit.unchanged_sids(old)
+        result |= {"replaced": current, "kept": items_kept, "had": len(old.sids)}
+        text += f"; {items_kept} of {len(old.sids)} items keep the SID that they had under {current}"
+        if len(old.codebook.sizes) != len(fit.codebook.sizes):
+            text += f": they are new, with {len(fit.codebook.sizes)} codes, not {len(old.codebook.sizes)}"
+    emit(result, as_json, text)
+
+
+def _old_assignments(settings: Settings, registry: Registry, current: str) -> ReplacedCodebook:
+    """The current codebook and the SIDs that items have under it."""
+    from streams.events import SidAssignment
+    from streams.wire.topic_reader import read_newest_events
+    from trainer.codebooks.fit import ReplacedCodebook
+
+    assigned = read_newest_events(settings.kafka, SidAssignment).values()
+    sids = {event.item_id: tuple(event.sid) for event in assigned if event.codebook == current}
+    return ReplacedCodebook(registry.codebook(current), sids)
+
+
+def _fit_to_catalogue(
+    settings: Settings, registry: Registry, old: ReplacedCodebook | None
+) -> tuple[FittedCodebook, CachedEmbedder]:
+    """A codebook fitted to Kafka's catalogue, and the embedder that it was fitted with."""
+    from streams.events import CatalogItem
+    from streams.wire.topic_reader import read_newest_events
+    from trainer.codebooks.co_interactions import read_item_sequences
+    from trainer.codebooks.embedders import open_embedder
+    from trainer.codebooks.fit import fit_codebook
+
+    items = list(read_newest_events(settings.kafka, CatalogItem).values())
     with status("loading the embedder"):
         embedder = open_embedder(settings.codebook.embedder, registry.cache)
-    old = None
-    if current and not fresh:
-        assigned = read_newest(settings.kafka, SidAssignment).values()
-        sids = {one.item_id: tuple(one.sid) for one in assigned if one.codebook == current}
-        old = ReplacedCodebook(registry.codebook(current), sids)
     sequences = (
         read_item_sequences(settings.kafka, sorted(item.item_id for item in items))
         if settings.codebook.collaborative
@@ -71,43 +106,49 @@ def codebook_fit(
     )
     with progress("fitting the codebook", settings.codebook.levels) as advance:
         fit = fit_codebook(items, embedder, settings.codebook, advance, sequences=sequences, old=old)
-    codebook = fit.codebook
-    if codebook.id == current:
-        raise SidstreamError(
-            f"the catalogue and the settings give codebook {current} again: there is nothing to replace"
-        )
+    return fit, embedder
+
+
+def _publish_assignments(settings: Settings, fit: FittedCodebook) -> None:
+    from streams.events import SidAssignment
+    from streams.wire.client import Client
+
     assignments = (
         # The same id for the same SID: a fit that is run again after a crash says nothing new.
         SidAssignment.new(
-            event_id=f"sid-{codebook.id}-{number}", item_id=item_id, sid=list(sid), codebook=codebook.id
+            event_id=f"sid-{fit.codebook.id}-{number}",
+            item_id=item_id,
+            sid=list(sid),
+            codebook=fit.codebook.id,
         )
         for number, (item_id, sid) in enumerate(zip(fit.items, fit.sids, strict=True))
     )
     with Client(settings.kafka) as client, progress("publishing SIDs", len(fit.sids)) as advance:
         client.publish_all(assignments, advance)
-    # Last: agents that find a current codebook find every item's SID before it.
-    registry.publish_codebook(codebook, encoder_folder(embedder))
-    found = codebook_report(codebook, fit.sids, fit.vectors)
-    assert found.greedy is not None
-    result: dict[str, Any] = {
-        "codebook": codebook.id, "sizes": codebook.sizes, "items": len(fit.sids), "embedder": embedder.id,
-        "method": settings.codebook.method, "collision_rate": round(found.greedy.collision_rate, 4),
-        "largest_prefix": found.largest_prefix, "prefixes": found.prefixes,
-        "used": [level.used for level in found.levels],
+
+
+def _fit_result(
+    settings: Settings, fit: FittedCodebook, embedder: str, measures: CodebookReport
+) -> dict[str, Any]:
+    assert measures.greedy is not None, "a report with vectors has the greedy assignment"
+    return {
+        "codebook": fit.codebook.id, "sizes": fit.codebook.sizes, "items": len(fit.sids),
+        "embedder": embedder, "method": settings.codebook.method,
+        "collision_rate": round(measures.greedy.collision_rate, 4),
+        "largest_prefix": measures.largest_prefix, "prefixes": measures.prefixes,
+        "used": [level.used for level in measures.levels],
     }  # fmt: skip
-    text = (
-        f"codebook {codebook.id}: {len(fit.sids)} items, each with its own SID of "
-        f"{len(codebook.sizes)} codes ({' x '.join(map(str, codebook.sizes))}); "
-        f"{found.greedy.collision_rate:.1%} moved from a taken SID; "
-        f"the fullest of {found.prefixes} prefixes holds {found.largest_prefix} items"
+
+
+def _fit_text(fit: FittedCodebook, measures: CodebookReport) -> str:
+    assert measures.greedy is not None, "a report with vectors has the greedy assignment"
+    sizes = fit.codebook.sizes
+    return (
+        f"codebook {fit.codebook.id}: {len(fit.sids)} items, each with its own SID of "
+        f"{len(sizes)} codes ({' x '.join(map(str, sizes))}); "
+        f"{measures.greedy.collision_rate:.1%} moved from a taken SID; "
+        f"the fullest of {measures.prefixes} prefixes holds {measures.largest_prefix} items"
     )
-    if old is not None:
-        kept = fit.unchanged_sids(old)
-        result |= {"replaced": current, "kept": kept, "had": len(old.sids)}
-        text += f"; {kept} of {len(old.sids)} items keep the SID that they had under {current}"
-        if len(old.codebook.sizes) != len(codebook.sizes):
-            text += f": they are new, with {len(codebook.sizes)} codes, not {len(old.codebook.sizes)}"
-    emit(result, as_json, text)
 
 
 def promote(
@@ -124,7 +165,7 @@ def promote(
     settings = load()
     with promoting(settings) as (registry, client):
         rollout = release.promote(registry, client, registry.version(version), settings.rollout)
-    _told(rollout, "champion", as_json)
+    _emit_champion(rollout, "champion", as_json)
 
 
 def rollback(as_json: AsJson = False) -> None:
@@ -138,10 +179,10 @@ def rollback(as_json: AsJson = False) -> None:
     settings = load()
     with promoting(settings) as (registry, client):
         rollout = release.rollback(registry, client, settings.rollout)
-    _told(rollout, "champion again", as_json)
+    _emit_champion(rollout, "champion again", as_json)
 
 
-def _told(rollout: Rollout, what: str, as_json: bool) -> None:
+def _emit_champion(rollout: Rollout, what: str, as_json: bool) -> None:
     arm = rollout.arms[0]
     emit(
         {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,
@@ -204,7 +245,7 @@ def promoting(settings: Settings) -> Iterator[tuple[Registry, Client]]:
     """The registry and a client, while this process alone may change what is in service."""
     from registry.bundles.store import Registry
     from registry.releases.lease import promoter
-    from streams.state.redisdb import client as redis_client
+    from streams.state.redisdb import redis_client
     from streams.wire.client import Client
 
     with (

@@ -15,12 +15,9 @@ if TYPE_CHECKING:
     from streams.events import CatalogItem, Recommendation
     from streams.settings import KafkaSettings
 
-# One poll of a topic that is being read to its end; more are made until it is.
-_POLL_MS = 500
-
 
 def serving() -> None:
-    """Run one serving agent until it is told to stop; start more of them to share the triggers.
+    """Run one serving agent until SIGTERM; start more of them to share the triggers.
 
     Example: sidstream serving
     """
@@ -36,7 +33,7 @@ def serving() -> None:
 
 
 def gateway() -> None:
-    """Serve POST /v1/recommend over HTTP until it is told to stop.
+    """Serve POST /v1/recommend over HTTP until SIGTERM.
 
     Example: sidstream gateway
     """
@@ -45,7 +42,7 @@ def gateway() -> None:
 
     import uvicorn
 
-    from serving.gateway import gateway as make
+    from serving.gateway import create_app
     from serving.readiness import waiting_for
     from sidstream.settings import load
     from streams.wire.client import Client
@@ -53,7 +50,7 @@ def gateway() -> None:
     settings = load()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)
-    app = make(
+    app = create_app(
         settings.gateway,
         partial(Client, settings.kafka),
         partial(waiting_for, settings.kafka, settings.serving.group),
@@ -102,56 +99,36 @@ def recommend(
         raise SidstreamError(str(error)) from error
     with Client(settings.kafka) as client:
         answer = client.ask(trigger, timeout)
-    wanted = {ranked.item_id for ranked in answer.items} | ({item} if item else set())
-    listed = _listed(settings.kafka, wanted)
+    item_ids = {ranked.item_id for ranked in answer.items} | ({item} if item else set())
+    catalogue = _catalog_records(settings.kafka, item_ids)
     if as_json:
-        emit(_result(answer, listed), True, "")
+        emit(_result(answer, catalogue), True, "")
     else:
-        _show(answer, listed)
+        _print_table(answer, catalogue)
 
 
-def _weights(given: Collection[str]) -> dict[str, float]:
+def _weights(options: Collection[str]) -> dict[str, float]:
     """Preferences as they are given on the command line, weight 1 by default. Raises SidstreamError."""
-    made = {}
-    for one in given:
-        name, _, weight = one.partition("=")
+    weights = {}
+    for option in options:
+        name, _, weight = option.partition("=")
         try:
-            made[name] = float(weight or 1)
+            weights[name] = float(weight or 1)
         except ValueError as error:
-            raise SidstreamError(f"--prefer is {one!r}: its weight is no number; give {name}=2") from error
-    return made
+            raise SidstreamError(f"--prefer is {option!r}: its weight is no number; give {name}=2") from error
+    return weights
 
 
-def _listed(kafka: KafkaSettings, wanted: Collection[str]) -> dict[str, CatalogItem]:
+def _catalog_records(kafka: KafkaSettings, item_ids: Collection[str]) -> dict[str, CatalogItem]:
     """The catalogue's newest records of the wanted items; only theirs are decoded."""
-    from kafka import KafkaConsumer, TopicPartition
+    from streams.events import CatalogItem
+    from streams.wire.topic_reader import read_events
 
-    from streams.events import CatalogItem, EventError, decode
-    from streams.wire.connect import client_options
-
-    found: dict[str, CatalogItem] = {}
-    keys = {name.encode() for name in wanted}
-    consumer = KafkaConsumer(**client_options(kafka), enable_auto_commit=False)
-    try:
-        numbers = consumer.partitions_for_topic(CatalogItem.topic) or ()
-        partitions = [TopicPartition(CatalogItem.topic, number) for number in numbers]
-        consumer.assign(partitions)
-        consumer.seek_to_beginning(*partitions)
-        ends = consumer.end_offsets(partitions)
-        while any(consumer.position(partition) < ends[partition] for partition in partitions):
-            for records in consumer.poll(timeout_ms=_POLL_MS).values():
-                for record in records:
-                    if record.key in keys and record.value is not None:
-                        try:
-                            found[record.key.decode()] = decode(CatalogItem, record.value)
-                        except EventError:
-                            continue  # the agents wrote it to dead letters; an older record still has a title
-    finally:
-        consumer.close()
-    return found
+    # Not the newest record only: a deleted item still has a title.
+    return {key: event for key, event in read_events(kafka, CatalogItem, item_ids) if event is not None}
 
 
-def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str, Any]:
+def _result(answer: Recommendation, catalogue: dict[str, CatalogItem]) -> dict[str, Any]:
     return {
         "request_id": answer.request_id,
         "user_id": answer.user_id,
@@ -163,10 +140,10 @@ def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str,
         "items": [
             {
                 "item_id": ranked.item_id,
-                "title": listed[ranked.item_id].title if ranked.item_id in listed else None,
-                "price": listed[ranked.item_id].price if ranked.item_id in listed else None,
+                "title": catalogue[ranked.item_id].title if ranked.item_id in catalogue else None,
+                "price": catalogue[ranked.item_id].price if ranked.item_id in catalogue else None,
                 "commission_rate": (
-                    listed[ranked.item_id].commission_rate if ranked.item_id in listed else None
+                    catalogue[ranked.item_id].commission_rate if ranked.item_id in catalogue else None
                 ),
                 "score": ranked.score,
                 "sid": ranked.sid,
@@ -176,23 +153,25 @@ def _result(answer: Recommendation, listed: dict[str, CatalogItem]) -> dict[str,
     }
 
 
-def _show(answer: Recommendation, listed: dict[str, CatalogItem]) -> None:
+def _print_table(answer: Recommendation, catalogue: dict[str, CatalogItem]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    opened = listed.get(answer.trigger_item_id or "")
-    page = f" on the page of {opened.title!r}" if opened else ""
-    made = f"bundle {answer.bundle}, arm {answer.arm}" if answer.bundle else "no model in service"
-    out.print(f"user {answer.user_id}{page}: {made}, fallback {answer.fallback or 'none'}", markup=False)
+    trigger_item = catalogue.get(answer.trigger_item_id or "")
+    page = f" on the page of {trigger_item.title!r}" if trigger_item else ""
+    model_text = f"bundle {answer.bundle}, arm {answer.arm}" if answer.bundle else "no model in service"
+    out.print(
+        f"user {answer.user_id}{page}: {model_text}, fallback {answer.fallback or 'none'}", markup=False
+    )
     if answer.conditions:
-        asked = ", ".join(f"{name} {value}" for name, value in answer.conditions.items())
-        out.print(f"asked of the model: {asked} (bins of prices and commissions from 0)", markup=False)
+        conditions = ", ".join(f"{name} {value}" for name, value in answer.conditions.items())
+        out.print(f"asked of the model: {conditions} (bins of prices and commissions from 0)", markup=False)
     if not answer.items:
         out.print("nothing may be recommended: send items to topic catalog, or exclude fewer", markup=False)
         return
     table = Table("", "item", "title", "price", "score", box=None, pad_edge=False)
     table.columns[0].justify = table.columns[3].justify = table.columns[4].justify = "right"
-    for place, row in enumerate(_result(answer, listed)["items"], start=1):
+    for place, row in enumerate(_result(answer, catalogue)["items"], start=1):
         price = "" if row["price"] is None else f"{row['price']:.2f}"
         # Titles are a shop's own text: a bracket in one is no markup.
         title, name = escape(row["title"] or ""), escape(row["item_id"])

@@ -28,7 +28,7 @@ def shoppers(
     import time
 
     from sidstream.settings import load
-    from streams.replay import past_of, source_of
+    from streams.replay import source_of, user_item_sequences
     from streams.simulation.shoppers import Truth, population
     from streams.simulation.shopping import ShoppingTrip
     from streams.wire.client import Client
@@ -41,7 +41,7 @@ def shoppers(
     if not catalogue:
         raise SidstreamError(f"source {source!r} has no items; replay one that has a catalogue")
     truth = Truth(catalogue, settings.shoppers)
-    visitors = population(truth, past_of(log))
+    visitors = population(truth, user_item_sequences(log))
     prices = {item.item_id: item.price or 0.0 for item in catalogue}
     with Client(settings.kafka) as client, progress("shopping", sessions) as advance:
         begin = start if start is not None else time.time_ns() // 1_000_000

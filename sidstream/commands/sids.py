@@ -1,4 +1,4 @@
-"""How good the semantic IDs are."""
+"""`sidstream sids report`: measures of the semantic IDs."""
 
 from __future__ import annotations
 
@@ -66,37 +66,37 @@ def report(
         raise SidstreamError("--codebook needs the items as well: --catalogue FILE.jsonl")
     settings = load()
     if dataset:
-        found = _of_dataset(settings, dataset, data)
+        sid_report = _report_on_dataset(settings, dataset, data)
     elif catalogue:
-        found = _of_file(settings, codebook, catalogue)
+        sid_report = _report_on_file(settings, codebook, catalogue)
     else:
-        found = _current(settings)
+        sid_report = _report_on_current(settings)
     if plot:
         from trainer.codebooks.codes_plot import draw_codebook_report
 
-        plot.write_bytes(draw_codebook_report(found))
-    emit(found.as_dict(), as_json, _text(found))
+        plot.write_bytes(draw_codebook_report(sid_report))
+    emit(sid_report.as_dict(), as_json, _report_text(sid_report))
 
 
-def _current(settings: Settings) -> CodebookReport:
+def _report_on_current(settings: Settings) -> CodebookReport:
     """The current codebook with the SIDs that were given, on Kafka's catalogue and clicks."""
     import numpy as np
 
     from registry.bundles.embedder import embedder_of, item_text
     from registry.bundles.store import Registry
-    from registry.releases.current import read_newest
     from streams.events import CatalogItem, SidAssignment
+    from streams.wire.topic_reader import read_newest_events
     from trainer.codebooks.co_interactions import read_item_sequences
     from trainer.codebooks.embedding_cache import CachedEmbedder
     from trainer.codebooks.report import codebook_report
 
     registry = Registry(settings.registry)
     codebook = registry.codebook()
-    catalogue = {item.item_id: item for item in read_newest(settings.kafka, CatalogItem).values()}
+    catalogue = {item.item_id: item for item in read_newest_events(settings.kafka, CatalogItem).values()}
     sids = {
-        one.item_id: tuple(one.sid)
-        for one in read_newest(settings.kafka, SidAssignment).values()
-        if one.codebook == codebook.id and one.item_id in catalogue
+        event.item_id: tuple(event.sid)
+        for event in read_newest_events(settings.kafka, SidAssignment).values()
+        if event.codebook == codebook.id and event.item_id in catalogue
     }
     if not sids:
         raise SidstreamError(f"no item of the catalogue has a SID of codebook {codebook.id} yet")
@@ -109,13 +109,13 @@ def _current(settings: Settings) -> CodebookReport:
         vectors = cached.embed([item_text(catalogue[name]) for name in names])
     place = {name: row for row, name in enumerate(names)}
     rows = [
-        np.array([place[item] for item in one], np.int64)
-        for one in read_item_sequences(settings.kafka, names)
+        np.array([place[item] for item in sequence], np.int64)
+        for sequence in read_item_sequences(settings.kafka, names)
     ]
     return codebook_report(codebook, [sids[name] for name in names], vectors, rows)
 
 
-def _of_file(settings: Settings, path: Path | None, catalogue: Path) -> CodebookReport:
+def _report_on_file(settings: Settings, path: Path | None, catalogue: Path) -> CodebookReport:
     """A codebook's file on a file of items; without the codebook, the one that the settings make of them."""
     from registry.bundles.codebook import Codebook
     from registry.bundles.embedder import item_text
@@ -125,7 +125,7 @@ def _of_file(settings: Settings, path: Path | None, catalogue: Path) -> Codebook
 
     items = list(JsonLines(catalogue, "catalog").catalogue())
     if path is None:
-        return _fitted(settings, items, ())
+        return _report_on_fit(settings, items, ())
     codebook = Codebook.load(path)
     embedder = open_embedder(settings.codebook.embedder, settings.registry.cache_folder)
     if embedder.id != codebook.embedder or codebook.collaborative:
@@ -141,7 +141,7 @@ def _of_file(settings: Settings, path: Path | None, catalogue: Path) -> Codebook
     return codebook_report(codebook, codebook.assign(vectors), vectors)
 
 
-def _of_dataset(settings: Settings, name: str, folder: Path | None) -> CodebookReport:
+def _report_on_dataset(settings: Settings, name: str, folder: Path | None) -> CodebookReport:
     """The codebook that the settings make of a data set; each user's last two items stay unseen."""
     from streams.events import CatalogItem
     from trainer.evaluation.datasets import load_dataset
@@ -151,10 +151,12 @@ def _of_dataset(settings: Settings, name: str, folder: Path | None) -> CodebookR
         CatalogItem.new(item_id=item, title=text or item)
         for item, text in zip(data.item_names, data.texts, strict=True)
     ]
-    return _fitted(settings, items, [[data.item_names[row] for row in rows[:-2]] for rows in data.items])
+    return _report_on_fit(
+        settings, items, [[data.item_names[row] for row in rows[:-2]] for rows in data.items]
+    )
 
 
-def _fitted(
+def _report_on_fit(
     settings: Settings, items: list[CatalogItem], sequences: Sequence[Sequence[str]]
 ) -> CodebookReport:
     import numpy as np
@@ -167,43 +169,44 @@ def _fitted(
     with progress("fitting the codebook", settings.codebook.levels) as advance:
         fit = fit_codebook(items, embedder, settings.codebook, advance, sequences=sequences)
     place = {name: row for row, name in enumerate(fit.items)}
-    rows = [np.array([place[item] for item in one], np.int64) for one in sequences]
+    rows = [np.array([place[item] for item in sequence], np.int64) for sequence in sequences]
     return codebook_report(fit.codebook, fit.sids, fit.vectors, rows)
 
 
-def _text(found: CodebookReport) -> str:
+def _report_text(report: CodebookReport) -> str:
     lines = [
-        f"codebook {found.codebook}: {found.items} items below {found.prefixes} prefixes; the fullest holds "
-        f"{found.largest_prefix}, the last level has {found.headroom:.1f} times as many codes",
+        f"codebook {report.codebook}: {report.items} items below {report.prefixes} prefixes; the fullest "
+        f"holds {report.largest_prefix}, the last level has {report.headroom:.1f} times as many codes",
         "",
         f"{'level':<6} {'codes':>6} {'used':>6} {'perplexity':>11} {'Gini':>6}",
     ]
     lines += [
-        f"{at:<6} {one.size:>6} {one.used:>6} {one.perplexity:>11.1f} {one.gini:>6.3f}"
-        for at, one in enumerate(found.levels, start=1)
+        f"{at:<6} {level.size:>6} {level.used:>6} {level.perplexity:>11.1f} {level.gini:>6.3f}"
+        for at, level in enumerate(report.levels, start=1)
     ]
     lines.append("")
-    one = found.greedy
-    if one is None:
+    greedy = report.greedy
+    if greedy is None:
         lines.append(
             "collisions and error: `codebook fit` alone can tell, with what users touched in vectors"
         )
     else:
         lines += [
-            f"nearest codes: {one.collision_rate:.2%} of SIDs lost to collisions, {one.collided:.2%} of "
-            f"items in one, at most {one.largest_group} on a SID (99 % of SIDs: at most {one.p99_group:g})",
-            f"own slots: {one.moved:.2%} of items moved; error {one.error:.4f} of the spread before, "
-            f"{one.moved_error:.4f} after",
+            f"nearest codes: {greedy.collision_rate:.2%} of SIDs lost to collisions, {greedy.collided:.2%} "
+            f"of items in one, at most {greedy.largest_group} on a SID (99 % of SIDs: at most "
+            f"{greedy.p99_group:g})",
+            f"own slots: {greedy.moved:.2%} of items moved; error {greedy.error:.4f} of the spread before, "
+            f"{greedy.moved_error:.4f} after",
         ]
-    lines.append(_shared("nearest by vector", found.neighbours))
-    lines.append(_shared("touched together most", found.together))
+    lines.append(_shared_codes_text("nearest by vector", report.neighbours))
+    lines.append(_shared_codes_text("touched together most", report.together))
     return "\n".join(lines)
 
 
-def _shared(what: str, found: SharedPrefixes | None) -> str:
-    if found is None:
+def _shared_codes_text(what: str, shared: SharedPrefixes | None) -> str:
+    if shared is None:
         return f"{what}: not measured"
     return (
-        f"{what}: {found.first:.1%} share the first code, {found.two:.1%} the first two "
-        f"(by chance {found.chance:.1%}; {found.items} items)"
+        f"{what}: {shared.first:.1%} share the first code, {shared.two:.1%} the first two "
+        f"(by chance {shared.chance:.1%}; {shared.items} items)"
     )

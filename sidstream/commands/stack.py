@@ -24,7 +24,7 @@ def up(
 ) -> None:
     """Start Kafka, Redis, MLflow, the agents, serving and the gateway; a second `up` finds the first.
 
-    What the settings give an address of is used, not started. It returns when everything answers.
+    A server whose address the settings give is used, not started. It returns when everything answers.
 
     Example: sidstream up
     """
@@ -39,9 +39,9 @@ def up(
             raise SidstreamError(f"--brokers is {brokers}: give 1 or 3")
         stack = settings.stack.model_copy(update={"brokers": brokers})
         settings = settings.model_copy(update={"stack": stack})
-    state, found = start(settings, infra, trainer, _Lines())
-    result = report(state, settings.stack.home) | {"found": found}
-    head = "the stack was up already" if found else "the stack is up"
+    state, was_running = start(settings, infra, trainer, _ServiceLines())
+    result = report(state, settings.stack.home) | {"found": was_running}
+    head = "the stack was up already" if was_running else "the stack is up"
     emit(result, as_json, f"{head}\n{_addresses(state)}")
 
 
@@ -74,15 +74,15 @@ def status(as_json: Json = False) -> None:
     """
     from sidstream.settings import read
     from sidstream.stack.control import report
-    from sidstream.stack.state import living, read_state
+    from sidstream.stack.state import is_running, read_state
 
     home = read().stack.home
     state = read_state(home)
     result = report(state, home)
     lines = [f"the stack in {result['home']} is {result['phase']}"]
-    if state is not None and state.error and not living(state):
+    if state is not None and state.error and not is_running(state):
         lines.append(f"the last start failed: {state.error}")
-    if state is not None and living(state):
+    if state is not None and is_running(state):
         lines += [_line(service) for service in state.services]
         lines.append(_addresses(state))
     emit(result, as_json, "\n".join(lines))
@@ -97,9 +97,9 @@ def doctor(as_json: Json = False) -> None:
     Example: sidstream doctor
     """
     from sidstream.settings import read
-    from sidstream.stack.doctor import examine
+    from sidstream.stack.doctor import run_checks
 
-    checks = examine(read())
+    checks = run_checks(read())
     ok = all(check.ok for check in checks)
     result = {"ok": ok, "checks": [check.as_dict() for check in checks]}
     emit(result, as_json, "\n".join(check.line for check in checks))
@@ -107,19 +107,19 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-class _Lines:
+class _ServiceLines:
     """Prints a line for each service when its state changes while the stack starts (stderr)."""
 
     def __init__(self) -> None:
-        self._shown: dict[str, str] = {}
+        self._printed: dict[str, str] = {}
 
     def __call__(self, state: StackState) -> None:
         for service in state.services:
             line = _line(service) if service.state in ("up", "given", "failed", "restarting") else None
-            told = line or (f"{service.name}: {service.note}" if service.note else None)
-            if told and self._shown.get(service.name) != told:
-                self._shown[service.name] = told
-                err.print(told, markup=False)
+            line_or_note = line or (f"{service.name}: {service.note}" if service.note else None)
+            if line_or_note and self._printed.get(service.name) != line_or_note:
+                self._printed[service.name] = line_or_note
+                err.print(line_or_note, markup=False)
 
 
 def _line(service: ServiceState) -> str:
@@ -136,10 +136,10 @@ def _line(service: ServiceState) -> str:
 
 
 def _addresses(state: StackState) -> str:
-    shown = [
+    named_addresses = [
         ("Kafka", state.kafka),
         ("Redis", state.redis),
         ("MLflow", state.mlflow),
         ("gateway", state.gateway),
     ]
-    return "\n".join(f"  {name:<8} {address}" for name, address in shown if address)
+    return "\n".join(f"  {name:<8} {address}" for name, address in named_addresses if address)

@@ -39,7 +39,7 @@ def train(
     """
     from sidstream.settings import load
 
-    prepare()
+    set_thread_environment()
     from trainer.tuning.devices import launched_devices
 
     devices = launched_devices()
@@ -49,15 +49,15 @@ def train(
         follow_main_process(devices)
         return
     settings = load()
-    given = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
-    chosen = settings.trainer.model_copy(update={k: v for k, v in given.items() if v is not None})
-    with lines() as line:
+    options = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
+    chosen = settings.trainer.model_copy(update={k: v for k, v in options.items() if v is not None})
+    with stage_lines() as report:
         if chosen.hf_model:
             # peft's adapters are trained in one process.
             devices.leave()
-            _tune(settings, chosen, line, as_json)
+            _tune_language_model(settings, chosen, report, as_json)
             return
-        result = one_cycle(settings, chosen, line, from_scratch, devices=devices)
+        result = one_cycle(settings, chosen, report, from_scratch, devices=devices)
         devices.leave()
     emit(result.as_dict(), as_json, result.summary())
 
@@ -69,24 +69,24 @@ def trainer() -> None:
     """
     from sidstream.settings import load
 
-    prepare()
+    set_thread_environment()
     from trainer.schedule import run_periodically
 
     settings = load()
 
-    def told(outcome: CycleResult | SidstreamError) -> None:
+    def report_outcome(outcome: CycleResult | SidstreamError) -> None:
         text = f"error: {outcome}" if isinstance(outcome, SidstreamError) else outcome.summary()
         err.print(text, markup=False)
 
-    with lines() as line:
+    with stage_lines() as report:
         run_periodically(
-            lambda stop: one_cycle(settings, settings.trainer, line, stop=stop),
+            lambda stop: one_cycle(settings, settings.trainer, report, stop=stop),
             settings.trainer.schedule,
-            told,
+            report_outcome,
         )
 
 
-def prepare() -> None:
+def set_thread_environment() -> None:
     """Before torch is imported: threads that wait must not spin, beside Kafka and the agents on few cores."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -98,7 +98,7 @@ def prepare() -> None:
 
 
 def one_cycle(
-    settings: Settings, chosen: TrainerSettings, line: Callable[[str, str, bool], None],
+    settings: Settings, chosen: TrainerSettings, report: Callable[[str, str, bool], None],
     from_scratch: bool = False, stop: Callable[[], bool] | None = None, step: float = 1.0,
     devices: Devices | None = None,
 ) -> CycleResult:  # fmt: skip
@@ -116,37 +116,37 @@ def one_cycle(
     return UpdateCycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms, step=step,
-        from_scratch=from_scratch, progress=line, stop=stop, devices=devices or Devices(),
+        from_scratch=from_scratch, progress=report, stop=stop, devices=devices or Devices(),
     ).run()  # fmt: skip
 
 
-def _tune(
-    settings: Settings, chosen: TrainerSettings, line: Callable[[str, str, bool], None], as_json: bool
+def _tune_language_model(
+    settings: Settings, chosen: TrainerSettings, report: Callable[[str, str, bool], None], as_json: bool
 ) -> None:
     from registry.bundles.store import Registry
     from trainer.language_model.lora import tune_window
 
     result = tune_window(
         chosen, settings.kafka, Registry(settings.registry), horizon_ms=settings.agents.horizon_ms,
-        window_ms=settings.agents.window_ms, progress=line,
+        window_ms=settings.agents.window_ms, progress=report,
     )  # fmt: skip
-    shown = f"{result.folder}: HR@10 {result.quality.hr10:.3f} on {result.quality.users} users"
+    text = f"{result.folder}: HR@10 {result.quality.hr10:.3f} on {result.quality.users} users"
     if result.aligned_quality:
-        shown += f"; {result.aligned}: HR@10 {result.aligned_quality.hr10:.3f}"
+        text += f"; {result.aligned}: HR@10 {result.aligned_quality.hr10:.3f}"
     elif result.dpo:
-        shown += f"; no aligned model: {result.dpo.stopped}"
-    emit(result.as_dict(), as_json, f"{shown}; the serving agent answers from the small generator only")
+        text += f"; no aligned model: {result.dpo.stopped}"
+    emit(result.as_dict(), as_json, f"{text}; the serving agent answers from the small generator only")
 
 
 @contextmanager
-def lines() -> Iterator[Callable[[str, str, bool], None]]:
+def stage_lines() -> Iterator[Callable[[str, str, bool], None]]:
     """`line(stage, text, last)`: the last text of a stage stays, the others are shown while it runs."""
     with status("starting") as show:
 
-        def line(stage: str, text: str, last: bool) -> None:
+        def report(stage: str, text: str, last: bool) -> None:
             if last:
                 err.print(f"{stage}: {text}", markup=False)
             else:
                 show(f"{stage}: {text}")
 
-        yield line
+        yield report

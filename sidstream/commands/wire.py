@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sidstream.console import emit, progress
 from streams.errors import SidstreamError
+
+if TYPE_CHECKING:
+    from streams.replay import EventSource
+    from streams.replay.engine import ReplaySummary
+    from streams.settings import KafkaSettings
 
 Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
@@ -36,9 +41,9 @@ def replay(
     Example: sidstream replay online-retail --from 2011-11-01 --speed max
     """
     from sidstream.settings import load
-    from streams.replay import JsonLines, source_of
-    from streams.replay.engine import Replayed, parse_speed, parse_time, replay_raw
-    from streams.replay.engine import replay as run
+    from streams.replay import source_of
+    from streams.replay.engine import parse_speed, parse_time
+    from streams.replay.engine import replay as send
     from streams.wire.admin import create_topics
 
     if only not in (None, "catalog", "events"):
@@ -49,33 +54,37 @@ def replay(
     log = source_of(source, data, topic)
     kafka = load().kafka
     create_topics(kafka)
-    done: Replayed
     if raw:
-        if not isinstance(log, JsonLines):
-            raise SidstreamError(
-                f"--raw sends the lines of a file, {source} is none: give a file of JSON lines"
-            )
-        with progress(f"replay {source}", None) as advance:
-            done = replay_raw(kafka, log.records(), advance)
+        replayed = _replay_lines(kafka, log, source)
     else:
-        send_catalog = catalog and only != "events"
-        send_events = only != "catalog"
+        send_catalog, send_events = catalog and only != "events", only != "catalog"
         total = log.count(start, end) if send_events else 0
         total += sum(1 for _ in (*log.catalogue(), *log.profiles())) if send_catalog else 0
         with progress(f"replay {source}", total) as advance:
-            done = run(kafka, log, start, end, pace, send_catalog, send_events, advance)
-    rate = done.sent / done.seconds if done.seconds else 0.0
-    parts = (
-        ", ".join(f"{count:,} on {name}" for name, count in sorted(done.topics.items())) or "nothing to send"
-    )
+            replayed = send(kafka, log, start, end, pace, send_catalog, send_events, advance)
+    rate = replayed.record_count / replayed.seconds if replayed.seconds else 0.0
+    counts = ", ".join(f"{count:,} on {name}" for name, count in sorted(replayed.topics.items()))
     emit(
         {
-            "sent": done.sent, "topics": done.topics, "first_ts": done.first_ts, "last_ts": done.last_ts,
-            "seconds": round(done.seconds, 3), "per_second": round(rate),
+            "sent": replayed.record_count, "topics": replayed.topics,
+            "first_ts": replayed.first_ts, "last_ts": replayed.last_ts,
+            "seconds": round(replayed.seconds, 3), "per_second": round(rate),
         },
         as_json,
-        f"{done.sent:,} events confirmed in {done.seconds:.1f} s ({rate:,.0f}/s): {parts}",
+        f"{replayed.record_count:,} events confirmed in {replayed.seconds:.1f} s ({rate:,.0f}/s): "
+        f"{counts or 'nothing to send'}",
     )  # fmt: skip
+
+
+def _replay_lines(kafka: KafkaSettings, log: EventSource, name: str) -> ReplaySummary:
+    """Send the lines of a file as they are."""
+    from streams.replay import JsonLines
+    from streams.replay.engine import replay_raw
+
+    if not isinstance(log, JsonLines):
+        raise SidstreamError(f"--raw sends the lines of a file, {name} is none: give a file of JSON lines")
+    with progress(f"replay {name}", None) as advance:
+        return replay_raw(kafka, log.records(), advance)
 
 
 def publish(
@@ -102,7 +111,7 @@ def publish(
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise SidstreamError(f"the event is {text.strip()[:60]!r}: give one JSON object")
-        made = kind.new(**fields)
+        published = kind.new(**fields)
     except json.JSONDecodeError as error:
         raise SidstreamError(
             f"the event is no JSON ({error}): give one JSON object, in single quotes"
@@ -110,24 +119,29 @@ def publish(
     except EventError as error:
         raise SidstreamError(f"not published: {error}") from error
     with Client(load().kafka) as client:
-        placed = client.publish(made)
+        position = client.publish(published)
     emit(
-        {**placed._asdict(), "event_id": made.event_id},
+        {**position._asdict(), "event_id": published.event_id},
         as_json,
-        f"{made.event_id} stands on {placed.topic}, partition {placed.partition}, offset {placed.offset}",
+        f"{published.event_id} stands on {position.topic}, partition {position.partition}, "
+        f"offset {position.offset}",
     )
 
 
 def topics_create(as_json: Json = False) -> None:
-    """Create the topics that are missing; check the partitions of those that stand.
+    """Create the topics that are missing; check the partitions of those that exist.
 
     Example: sidstream topics create
     """
     from sidstream.settings import load
     from streams.wire.admin import create_topics
 
-    made = create_topics(load().kafka)
-    emit({"created": made}, as_json, f"created: {', '.join(made)}" if made else "every topic stands already")
+    created = create_topics(load().kafka)
+    emit(
+        {"created": created},
+        as_json,
+        f"created: {', '.join(created)}" if created else "every topic stands already",
+    )
 
 
 def topics_list(as_json: Json = False) -> None:
@@ -136,22 +150,26 @@ def topics_list(as_json: Json = False) -> None:
     Example: sidstream topics list
     """
     from sidstream.settings import load
-    from streams.wire.admin import spans
-    from streams.wire.topics import topics
+    from streams.wire.admin import offset_spans
+    from streams.wire.topics import all_topics
 
     kafka = load().kafka
-    standing = spans(kafka)
+    spans_by_topic = offset_spans(kafka)
     rows = []
-    for topic in topics(kafka):
-        held = standing.get(topic.name)
+    for topic in all_topics(kafka):
+        partition_spans = spans_by_topic.get(topic.name)
         rows.append(
             {
                 "topic": topic.name,
                 "key": topic.event.key_name(),
                 "cleanup": topic.configs["cleanup.policy"],
-                "partitions": len(held) if held else None,
-                "offsets": {str(number): [span.begin, span.end] for number, span in (held or {}).items()},
-                "records": sum(span.end - span.begin for span in held.values()) if held else None,
+                "partitions": len(partition_spans) if partition_spans else None,
+                "offsets": {
+                    str(number): [span.begin, span.end] for number, span in (partition_spans or {}).items()
+                },
+                "records": sum(span.end - span.begin for span in partition_spans.values())
+                if partition_spans
+                else None,
             }
         )
     lines = [f"{'topic':<16} {'key':<16} {'cleanup':<8} partitions {'records':>12}"]
@@ -170,7 +188,7 @@ def topics_delete(
     yes: Annotated[bool, typer.Option("--yes", help="do it: every event in them is lost")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete the topics with all events in them. Redis keeps what was made of them.
+    """Delete the topics with all events in them. Redis keeps the histories that were built from them.
 
     Example: sidstream topics delete --yes
     """
@@ -179,8 +197,8 @@ def topics_delete(
 
     if not yes:
         raise SidstreamError("topics delete loses every event of every topic: say so with --yes")
-    gone = delete_topics(load().kafka)
-    emit({"deleted": gone}, as_json, f"deleted: {', '.join(gone)}" if gone else "no topic stands")
+    deleted = delete_topics(load().kafka)
+    emit({"deleted": deleted}, as_json, f"deleted: {', '.join(deleted)}" if deleted else "no topic stands")
 
 
 def contract(
@@ -192,7 +210,7 @@ def contract(
     Example: sidstream contract docs/reference
     """
     from sidstream.settings import read
-    from streams.contract import write
+    from streams.contract import write_documents
 
-    files = write(read().kafka, folder)
+    files = write_documents(read().kafka, folder)
     emit({"files": [str(path) for path in files]}, as_json, f"{len(files)} files in {folder}")

@@ -18,7 +18,7 @@ from sidstream.stack import kafka_jars
 from sidstream.stack.children import Child, spawn
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from streams.wire.admin import admin
+from streams.wire.admin import admin_client
 
 HOST = "127.0.0.1"
 _POLL_S = 0.1
@@ -54,18 +54,18 @@ def free_ports(count: int, keep: Sequence[int] = ()) -> list[int]:
     """`count` free TCP ports on loopback; the first ones are those of `keep` that are free."""
     sockets: list[socket.socket] = []
     try:
-        for wanted in [*keep, *[0] * count][:count]:
-            held = socket.socket()
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for preferred in [*keep, *[0] * count][:count]:
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                held.bind((HOST, wanted))
+                listener.bind((HOST, preferred))
             except OSError:
-                held.bind((HOST, 0))
-            sockets.append(held)
-        return [held.getsockname()[1] for held in sockets]
+                listener.bind((HOST, 0))
+            sockets.append(listener)
+        return [listener.getsockname()[1] for listener in sockets]
     finally:
-        for held in sockets:
-            held.close()
+        for listener in sockets:
+            listener.close()
 
 
 def listening(port: int, host: str = HOST) -> bool:
@@ -172,7 +172,7 @@ class LocalKafka:
         if not all(listening(node.port) for node in self.nodes):
             return False
         try:
-            with admin(KafkaSettings.model_validate({"bootstrap": self.bootstrap})) as client:
+            with admin_client(KafkaSettings.model_validate({"bootstrap": self.bootstrap})) as client:
                 brokers = client.describe_cluster()["brokers"]
         except (SidstreamError, KafkaError):
             return False  # it listens, but is still busy starting
@@ -207,9 +207,9 @@ class LocalKafka:
         """The cluster's id, made once: 22 characters, base64 of a UUID. Checks the number of brokers."""
         path = self.home / "cluster.json"
         if not path.exists():
-            made = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
             # A leading dash would read as an option on the formatter's command line.
-            cluster = {"id": made.replace("-", "A"), "brokers": len(self.nodes)}
+            cluster = {"id": cluster_id.replace("-", "A"), "brokers": len(self.nodes)}
             path.with_suffix(".new").write_text(json.dumps(cluster))
             path.with_suffix(".new").replace(path)
         cluster = json.loads(path.read_text())
@@ -233,7 +233,7 @@ class LocalKafka:
         return spawn(name, command, log, environment, cwd=self._folder(node))
 
     def _java(self, heap_mb: int, *arguments: str) -> list[str]:
-        jars = kafka_jars.pinned()
+        jars = kafka_jars.pinned_jars()
         return [
             java(),
             f"-Xmx{heap_mb}m",

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from streams.errors import SidstreamError
 
-_LEASH = Path(__file__).with_name("leash.py")
+_PARENT_WATCH = Path(__file__).with_name("parent_watch.py")
 # A log above this is set aside (one generation) when its process is started the next time.
 _LOG_BYTES = 10 * 1024 * 1024
 _POLL_S = 0.05
 
 
-def born(pid: int) -> str | None:
-    """What tells this process from a later one with the same pid: boot and start time; None: no process."""
+def process_identity(pid: int) -> str | None:
+    """Boot and start time of a process, which tell it from a later one with its pid; None: no process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         # The command's name, in parentheses, may hold blanks: fields are counted after it (state is field 3).
@@ -31,8 +31,8 @@ def born(pid: int) -> str | None:
     except FileNotFoundError:
         if sys.platform == "linux":
             return None
-    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-    return shown.stdout.strip() or None
+    listing = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+    return listing.stdout.strip() or None
 
 
 def end_session(pid: int, identity: str, timeout: float) -> None:
@@ -41,7 +41,7 @@ def end_session(pid: int, identity: str, timeout: float) -> None:
     For a process that is not this one's child. SidstreamError when it is still there after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
-    while born(pid) == identity:
+    while process_identity(pid) == identity:
         _kill_group(pid)
         if time.monotonic() > deadline:
             raise SidstreamError(f"process {pid} cannot be ended: end it by hand, then try again")
@@ -121,7 +121,7 @@ def spawn(
     try:
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_LEASH), str(os.getpid()), str(writer), *command],
+                [sys.executable, "-I", "-S", str(_PARENT_WATCH), str(os.getpid()), str(writer), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -135,6 +135,6 @@ def spawn(
         raise
     finally:
         os.close(writer)
-    with os.fdopen(reader, "rb") as told:
-        line = told.readline()
+    with os.fdopen(reader, "rb") as pid_pipe:
+        line = pid_pipe.readline()
     return Child(name, int(line) if line else process.pid, log, process)

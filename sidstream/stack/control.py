@@ -12,17 +12,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidstream.stack.children import born, end_session
+from sidstream.stack.children import end_session, process_identity
 from sidstream.stack.settings import StackSettings
-from sidstream.stack.state import LOCK_FILE, STATE_FILE, StackState, living, locked, read_state, write_state
+from sidstream.stack.state import (
+    LOCK_FILE,
+    STATE_FILE,
+    StackState,
+    is_running,
+    read_state,
+    stack_lock,
+    write_state,
+)
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
     from sidstream.settings import Settings
 
 _POLL_S = 0.1
-# From the start of its process to its first word in stack.json; a busy machine imports slowly.
-_FIRST_WORD_S = 60.0
+# From the start of the supervisor to its first stack.json; a busy machine imports slowly.
+_FIRST_STATE_S = 60.0
 # What may lie in a folder that is to become a stack's: logs of a demo that starts it, and the locks.
 _HARMLESS = frozenset({"logs", LOCK_FILE, "made-by-demo"})
 
@@ -40,18 +48,18 @@ def up(
     stack = settings.stack
     home = stack.home.resolve()
     _refuse_foreign(home)
-    with locked(home):
+    with stack_lock(home):
         state = read_state(home)
-        found = living(state)
-        if not found:
+        was_running = is_running(state)
+        if not was_running:
             state = _start_supervisor(stack, home, infra, trainer, state)
     assert state is not None
-    if found:
+    if was_running:
         _refuse_other(state, stack, infra, trainer, home)
     try:
-        return _follow(home, state, on_change), found
+        return _follow(home, state, on_change), was_running
     except KeyboardInterrupt:
-        if not found:
+        if not was_running:
             down(stack)
         raise
 
@@ -66,18 +74,18 @@ def down(stack: StackSettings, purge: bool = False) -> bool:
         return False
     if purge:
         _refuse_purge(home)
-    with locked(home):
+    with stack_lock(home):
         try:
             state = read_state(home)
         except SidstreamError:
             if not purge:
                 raise
-            state = None  # nobody can read it: all that is left is to remove it
-        ran = living(state)
+            state = None  # unreadable: the folder can only be removed
+        ran = is_running(state)
         if state is not None and ran:
             _end_supervisor(state, stack)
         if state is not None:
-            # Once more, after a supervisor that was killed: what it left (its leashes end them in a moment).
+            # What a killed supervisor left; its parent watches end them in a moment, too.
             for service in state.services:
                 if service.pid and service.born:
                     end_session(service.pid, service.born, stack.stop_timeout_s)
@@ -92,19 +100,19 @@ def down(stack: StackSettings, purge: bool = False) -> bool:
 
 def report(state: StackState | None, home: Path) -> dict[str, Any]:
     """What `--json` prints of a stack: its phase, addresses and services."""
-    alive = living(state)
+    alive = is_running(state)
     if state is None:
         state = StackState(phase="down")
-    given = {service.name: service.address for service in state.services if service.state == "given"}
+    external = {service.name: service.address for service in state.services if service.state == "given"}
     phase = state.phase if alive or state.phase in ("down", "failed") else "down"
     return {
         "phase": phase,
         "home": str(home.resolve()),
         "pid": state.pid if alive else None,
         "brokers": state.brokers,
-        "kafka": (state.kafka or given.get("kafka")) if alive else None,
+        "kafka": (state.kafka or external.get("kafka")) if alive else None,
         "redis": state.redis if alive else None,
-        "mlflow": (state.mlflow or given.get("mlflow")) if alive else None,
+        "mlflow": (state.mlflow or external.get("mlflow")) if alive else None,
         "gateway": state.gateway if alive else None,
         "error": state.error,
         "services": [
@@ -118,7 +126,7 @@ def report(state: StackState | None, home: Path) -> dict[str, Any]:
 def _start_supervisor(
     stack: StackSettings, home: Path, infra: bool, trainer: bool, previous: StackState | None
 ) -> StackState:
-    """Start it detached; return when it has said its first word in stack.json."""
+    """Start it detached; return when it has written stack.json for the first time."""
     # It reads the settings itself, as this process did; what an argument changed goes by the environment.
     env = dict(os.environ)
     for name, value in stack.model_copy(update={"home": home}).model_dump(exclude_none=True).items():
@@ -131,7 +139,7 @@ def _start_supervisor(
             [sys.executable, "-m", "sidstream.stack.supervisor", *options],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
         )  # fmt: skip
-    deadline = time.monotonic() + _FIRST_WORD_S
+    deadline = time.monotonic() + _FIRST_STATE_S
     while True:
         state = read_state(home)
         if state is not None and state != previous:
@@ -143,23 +151,23 @@ def _start_supervisor(
         if time.monotonic() > deadline:
             process.kill()
             raise SidstreamError(
-                f"the stack's supervisor says nothing after {_FIRST_WORD_S:.0f} s: see {logs}/supervisor.log"
+                f"the stack's supervisor says nothing after {_FIRST_STATE_S:.0f} s: see {logs}/supervisor.log"
             )
         time.sleep(_POLL_S)
 
 
 def _follow(home: Path, state: StackState, on_change: OnChange | None) -> StackState:
     """Until the stack is up. Raises the error that the start ended with."""
-    shown: StackState | None = None
+    reported: StackState | None = None
     while True:
-        if on_change and state != shown:
+        if on_change and state != reported:
             on_change(state)
-            shown = state
+            reported = state
         if state.phase == "up":
             return state
         if state.phase == "failed":
             raise SidstreamError(state.error or f"the stack failed to start: see {home}/logs/supervisor.log")
-        if not living(state):
+        if not is_running(state):
             current = read_state(home)
             if current is None or current == state or current.phase != "failed":
                 raise SidstreamError(
@@ -174,7 +182,7 @@ def _end_supervisor(state: StackState, stack: StackSettings) -> None:
     assert state.born is not None
     os.kill(state.pid, signal.SIGTERM)
     deadline = time.monotonic() + 2 * stack.stop_timeout_s
-    while born(state.pid) == state.born:
+    while process_identity(state.pid) == state.born:
         if time.monotonic() > deadline:
             end_session(state.pid, state.born, stack.stop_timeout_s)
             return
@@ -212,7 +220,7 @@ def _refuse_purge(home: Path) -> None:
 
 
 def _refuse_other(state: StackState, stack: StackSettings, infra: bool, trainer: bool, home: Path) -> None:
-    """The stack that runs must be what was asked for."""
+    """Raise SidstreamError where the running stack lacks what the command asks for."""
     lacks = None
     if state.brokers != stack.brokers:
         lacks = f"{state.brokers} broker(s), not {stack.brokers}"

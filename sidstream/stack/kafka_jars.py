@@ -72,7 +72,7 @@ def parse(text: str) -> tuple[Jar, ...]:
     return tuple(jars)
 
 
-def pinned() -> tuple[Jar, ...]:
+def pinned_jars() -> tuple[Jar, ...]:
     """The jars of this product's Kafka."""
     return parse(_LIST.read_text())
 
@@ -82,7 +82,7 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("sidstream")) / f"kafka-{KAFKA_VERSION}"
 
 
-def verified(path: Path, jar: Jar) -> bool:
+def has_pinned_bytes(path: Path, jar: Jar) -> bool:
     """True when the file is there and holds exactly the pinned bytes."""
     if not path.is_file():
         return False
@@ -90,9 +90,9 @@ def verified(path: Path, jar: Jar) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == jar.sha256
 
 
-def missing(folder: Path, jars: tuple[Jar, ...]) -> list[Jar]:
+def missing_jars(folder: Path, jars: tuple[Jar, ...]) -> list[Jar]:
     """Jars that the folder lacks, or holds with other bytes than pinned."""
-    return [jar for jar in jars if not verified(folder / jar.file, jar)]
+    return [jar for jar in jars if not has_pinned_bytes(folder / jar.file, jar)]
 
 
 def classpath(folder: Path, jars: tuple[Jar, ...]) -> str:
@@ -113,41 +113,41 @@ def fetch(
     Raises SidstreamError when a jar cannot be fetched, or holds other bytes than pinned.
     """
     folder = folder or cache_folder()
-    jars = jars if jars is not None else pinned()
-    lacking = missing(folder, jars) if folder.is_dir() else list(jars)
-    if lacking:
+    jars = jars if jars is not None else pinned_jars()
+    lacking_jars = missing_jars(folder, jars) if folder.is_dir() else list(jars)
+    if lacking_jars:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            lacking = missing(folder, jars)  # another process may have fetched them meanwhile
+        with _exclusive_lock(folder):
+            lacking_jars = missing_jars(folder, jars)  # another process may have fetched them meanwhile
             for left in folder.glob(_PARTIAL + "*"):
                 shutil.rmtree(left)
-            if lacking:
-                _download(folder, repository.rstrip("/"), lacking, len(jars), on_progress)
+            if lacking_jars:
+                _download(folder, repository.rstrip("/"), lacking_jars, len(jars), on_progress)
     if on_progress:
         on_progress(len(jars), len(jars))
     return folder
 
 
 def reachable(repository: str, jar: Jar) -> bool:
-    """True when the repository has the jar (only asked, not fetched)."""
+    """True when the repository has the jar (a HEAD request; nothing is fetched)."""
     path = f"{jar.group.replace('.', '/')}/{jar.artifact}/{jar.version}/{jar.file}"
-    asked = urllib.request.Request(f"{repository.rstrip('/')}/{path}", method="HEAD")
+    request = urllib.request.Request(f"{repository.rstrip('/')}/{path}", method="HEAD")
     try:
-        with urllib.request.urlopen(asked, timeout=_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive_lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _download(
-    folder: Path, repository: str, lacking: list[Jar], total: int, on_progress: Progress | None
+    folder: Path, repository: str, lacking_jars: list[Jar], total: int, on_progress: Progress | None
 ) -> None:
     try:
         from jgo.maven import MavenContext
@@ -159,9 +159,9 @@ def _download(
     try:
         # A cache of its own: nothing is read from, or written to, ~/.m2.
         context = MavenContext(repo_cache=aside, remote_repos={"pinned": repository}, timeout=_TIMEOUT_S)
-        done = total - len(lacking)
+        done = total - len(lacking_jars)
         with ThreadPoolExecutor(_THREADS) as pool:
-            tasks = [pool.submit(_one, context, aside, folder, jar, repository) for jar in lacking]
+            tasks = [pool.submit(_fetch_jar, context, aside, folder, jar, repository) for jar in lacking_jars]
             try:
                 for task in as_completed(tasks):
                     task.result()
@@ -175,7 +175,7 @@ def _download(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _one(context: Any, aside: Path, folder: Path, jar: Jar, repository: str) -> None:
+def _fetch_jar(context: Any, aside: Path, folder: Path, jar: Jar, repository: str) -> None:
     """Fetch one jar, check it, move it to its place."""
     import requests
 
@@ -188,11 +188,11 @@ def _one(context: Any, aside: Path, folder: Path, jar: Jar, repository: str) -> 
             problem = error
             artifact.cached_path.unlink(missing_ok=True)  # half a file: jgo would take it for whole
             continue
-        if not verified(fetched, jar):
-            found = hashlib.sha256(fetched.read_bytes()).hexdigest()
+        if not has_pinned_bytes(fetched, jar):
+            digest = hashlib.sha256(fetched.read_bytes()).hexdigest()
             raise SidstreamError(
-                f"{jar} from {repository} has SHA-256 {found}, expected {jar.sha256}: the jar was changed on "
-                "its way; nothing was kept. Try another network or SIDSTREAM_STACK__MAVEN_REPOSITORY"
+                f"{jar} from {repository} has SHA-256 {digest}, expected {jar.sha256}: the jar was changed "
+                "on its way; nothing was kept. Try another network or SIDSTREAM_STACK__MAVEN_REPOSITORY"
             )
         os.replace(fetched, folder / jar.file)
         return

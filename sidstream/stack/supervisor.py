@@ -1,7 +1,7 @@
 """The one process of a local stack: it starts the others, keeps them up and takes them with it at its end.
 
 `sidstream up` runs it as `python -m sidstream.stack.supervisor [--infra] [--trainer]`, in its own session.
-It tells what it does in `stack.json` and in `logs/supervisor.log`, and ends on SIGTERM.
+It writes what it does to `stack.json` and in `logs/supervisor.log`, and ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from sidstream.stack import kafka_jars, servers
 from sidstream.stack.broker import HOST, LocalKafka, Node, free_ports, listening
-from sidstream.stack.children import born, end_session, spawn
+from sidstream.stack.children import end_session, process_identity, spawn
 from sidstream.stack.state import ServiceState, StackState, read_state, write_state
-from sidstream.stack.units import Unit
+from sidstream.stack.supervised_process import SupervisedProcess
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 
@@ -36,12 +36,12 @@ _POLL_UP_S = 0.25
 _NOTE_S = 0.5
 
 
-class Stopped(BaseException):
+class StopSignal(BaseException):
     """SIGTERM or SIGINT: end the stack."""
 
 
 class Supervisor:
-    """Runs one stack until it is told to stop."""
+    """Runs one stack until SIGTERM or SIGINT."""
 
     def __init__(self, settings: Settings, infra: bool = False, trainer: bool = False) -> None:
         self.settings = settings
@@ -50,9 +50,9 @@ class Supervisor:
         self.logs = self.home / "logs"
         self.kafka: KafkaSettings = settings.kafka
         self.cluster: LocalKafka | None = None
-        self.units: list[Unit] = []
+        self.processes: list[SupervisedProcess] = []
         self.state = StackState(
-            pid=os.getpid(), born=born(os.getpid()), started=time.time(),
+            pid=os.getpid(), born=process_identity(os.getpid()), started=time.time(),
             brokers=self.stack.brokers, infra=infra, trainer=trainer,
         )  # fmt: skip
 
@@ -62,7 +62,7 @@ class Supervisor:
         signal.signal(signal.SIGINT, _stop)
         self.home.mkdir(parents=True, exist_ok=True)
         try:
-            self._succeed(read_state(self.home))
+            self._take_over_from(read_state(self.home))
             self._save()
             self._start_infrastructure()
             if not self.state.infra:
@@ -72,9 +72,9 @@ class Supervisor:
             self._save()
             log.info("the stack is up")
             while True:
-                self._look(first=False)
+                self._check_all(first=False)
                 time.sleep(_POLL_UP_S)
-        except Stopped:
+        except StopSignal:
             self._stop_all("down")
             return 0
         except SidstreamError as error:
@@ -83,28 +83,28 @@ class Supervisor:
             self._stop_all("failed")
             return 1
 
-    def _succeed(self, previous: StackState | None) -> None:
+    def _take_over_from(self, previous: StackState | None) -> None:
         """Take over the ports of the last stack here, and end what a killed one may have left."""
         if previous is None:
             return
         self.state.ports = previous.ports
         for service in previous.services:
-            if service.pid and service.born and born(service.pid) == service.born:
+            if service.pid and service.born and process_identity(service.pid) == service.born:
                 log.warning("ending %s (pid %d), left by a stack that was killed", service.name, service.pid)
                 end_session(service.pid, service.born, self.stack.stop_timeout_s)
 
     def _start_infrastructure(self) -> None:
         # The slowest first: MLflow takes seconds to import itself, Kafka's jars may have to be fetched.
         if self.settings.registry.tracking_uri:
-            self._given("mlflow", self.settings.registry.tracking_uri)
+            self._add_external("mlflow", self.settings.registry.tracking_uri)
         else:
             self._start_mlflow()
         if self.settings.redis.url:
-            self._given("redis", "as the settings say")
+            self._add_external("redis", "as the settings say")
         else:
             self._start_redis()
         if self.kafka.bootstrap:
-            self._given("kafka", self.kafka.bootstrap)
+            self._add_external("kafka", self.kafka.bootstrap)
         else:
             self._start_kafka()
         # MLflow may go on starting: topics need Kafka, and the services wait for a model anyway.
@@ -116,22 +116,22 @@ class Supervisor:
             self.kafka = self.kafka.model_copy(update=update)
         from streams.wire.admin import create_topics
 
-        made = create_topics(self.kafka)
-        log.info("created %d topics", len(made))
+        created = create_topics(self.kafka)
+        log.info("created %d topics", len(created))
 
     def _start_kafka(self) -> None:
         names = (
             ["kafka"] if self.stack.brokers == 1 else [f"kafka-{i + 1}" for i in range(self.stack.brokers)]
         )
-        shown = [ServiceState(name=name, state="starting") for name in names]
-        self.state.services += shown
-        told = 0.0
+        services = [ServiceState(name=name, state="starting") for name in names]
+        self.state.services += services
+        saved_at = 0.0
 
         def note(done: int, total: int) -> None:
-            nonlocal told
-            shown[0].note = f"fetching Apache Kafka: {done} of {total} jars"
-            if time.monotonic() - told > _NOTE_S:
-                told = time.monotonic()
+            nonlocal saved_at
+            services[0].note = f"fetching Apache Kafka: {done} of {total} jars"
+            if time.monotonic() - saved_at > _NOTE_S:
+                saved_at = time.monotonic()
                 self._save()
 
         begun = time.monotonic()
@@ -140,16 +140,18 @@ class Supervisor:
             self.home / "kafka", jars, self.stack.brokers,
             self.state.ports.get("kafka", ()), self.stack.heap_mb, self.logs,
         )  # fmt: skip
-        shown[0].note = "preparing its storage"
+        services[0].note = "preparing its storage"
         self._save()
         cluster.prepare()
         self.cluster = cluster
         self.state.ports["kafka"] = cluster.ports
         self.state.kafka = cluster.bootstrap
-        for node, service in zip(cluster.nodes, shown, strict=True):
+        for node, service in zip(cluster.nodes, services, strict=True):
             service.address = f"{HOST}:{node.port}"
             start, ready = partial(cluster.start, node), partial(self._kafka_ready, cluster, node)
-            self._launch(Unit(service.name, start, ready, service, prepared=time.monotonic() - begun))
+            self._launch(
+                SupervisedProcess(service.name, start, ready, service, preparation_s=time.monotonic() - begun)
+            )
 
     def _kafka_ready(self, cluster: LocalKafka, node: Node) -> bool:
         """At first the whole cluster must answer; a node that was started again must only listen."""
@@ -169,10 +171,10 @@ class Supervisor:
         self._add("mlflow", command, ready, self.state.mlflow, servers.MLFLOW_ENVIRONMENT)
 
     def _start_services(self) -> None:
-        """The product's own processes, told where the servers are."""
+        """Start the product's own processes with the addresses of the servers in their environment."""
         gateway = self.settings.gateway
-        given = "port" in gateway.model_fields_set and gateway.port
-        port = gateway.port if given else self._port("gateway", gateway.port)
+        is_fixed = "port" in gateway.model_fields_set and gateway.port
+        port = gateway.port if is_fixed else self._port("gateway", gateway.port)
         self.state.gateway_host, self.state.gateway_port = gateway.host, port
         agents, serving = self._port("agents"), self._port("serving")
         self._add_service("agents", HOST, agents, "/metrics")
@@ -182,8 +184,8 @@ class Supervisor:
             self._add_service("trainer", None, None, "")
 
     def _environment(self) -> dict[str, str]:
-        """What a service is told besides the settings it reads itself."""
-        told = {
+        """The environment of a service, besides the settings that it reads itself."""
+        variables = {
             "SIDSTREAM_STACK__HOME": str(self.home),
             "SIDSTREAM_KAFKA__REPLICATION": str(self.kafka.replication),
             "SIDSTREAM_KAFKA__BOOTSTRAP": self.state.kafka,
@@ -195,7 +197,7 @@ class Supervisor:
             "SIDSTREAM_SERVING__METRICS_PORT": str(self.state.ports["serving"][0]),
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
-        return {key: value for key, value in told.items() if value is not None}
+        return {key: value for key, value in variables.items() if value is not None}
 
     def _add_service(self, name: str, host: str | None, port: int | None, path: str) -> None:
         """A command of this product; one with a port is up when `path` answers there."""
@@ -214,31 +216,31 @@ class Supervisor:
         self.state.services.append(service)
         path = self.logs / f"{name}.log"
         env = {**os.environ, **(environment or {})}
-        self._launch(Unit(name, partial(spawn, name, command, path, env), ready, service))
+        self._launch(SupervisedProcess(name, partial(spawn, name, command, path, env), ready, service))
 
-    def _launch(self, unit: Unit) -> Unit:
-        self.units.append(unit)
-        unit.launch()
+    def _launch(self, process: SupervisedProcess) -> SupervisedProcess:
+        self.processes.append(process)
+        process.launch()
         self._save()
-        return unit
+        return process
 
-    def _given(self, name: str, address: str) -> None:
+    def _add_external(self, name: str, address: str) -> None:
         self.state.services.append(ServiceState(name=name, state="given", address=address))
 
-    def _port(self, name: str, wanted: int = 0) -> int:
-        """A free port: the one it had, else the one wanted, else any."""
-        port = free_ports(1, self.state.ports.get(name) or ([wanted] if wanted else []))[0]
+    def _port(self, name: str, preferred: int = 0) -> int:
+        """A free port: the one of the last start, else the preferred one, else any."""
+        port = free_ports(1, self.state.ports.get(name) or ([preferred] if preferred else []))[0]
         self.state.ports[name] = [port]
         return port
 
     def _wait(self, but: str | None = None) -> None:
         """Until every process started so far answers, `but` one. SidstreamError: one died or is too slow."""
-        while not all(unit.shown.state == "up" for unit in self.units if unit.name != but):
-            self._look(first=True)
+        while not all(process.service.state == "up" for process in self.processes if process.name != but):
+            self._check_all(first=True)
             time.sleep(_POLL_STARTING_S)
 
-    def _look(self, first: bool) -> None:
-        changed = [unit.check(self.stack, first) for unit in self.units]
+    def _check_all(self, first: bool) -> None:
+        changed = [process.check(self.stack, first) for process in self.processes]
         if any(changed):
             self._save()
 
@@ -251,8 +253,11 @@ class Supervisor:
             self.state.phase = "stopping"
             self._save()
         own = {"mlflow", "redis", *(f"kafka-{i}" for i in (1, 2, 3)), "kafka"}
-        for group in ([u for u in self.units if u.name not in own], [u for u in self.units if u.name in own]):
-            running = [unit.child for unit in group if unit.child is not None]
+        for group in (
+            [process for process in self.processes if process.name not in own],
+            [process for process in self.processes if process.name in own],
+        ):
+            running = [process.child for process in group if process.child is not None]
             for child in running:
                 child.terminate()
             deadline = time.monotonic() + self.stack.stop_timeout_s
@@ -263,10 +268,10 @@ class Supervisor:
                         child.name, self.stack.stop_timeout_s, child.log,
                     )  # fmt: skip
                     child.kill()
-            for unit in group:
-                if unit.shown.state != "failed":
-                    unit.shown.state = "stopped"
-                unit.shown.pid = unit.shown.born = None
+            for process in group:
+                if process.service.state != "failed":
+                    process.service.state = "stopped"
+                process.service.pid = process.service.born = None
         self.state.phase = "failed" if phase == "failed" else "down"
         self.state.pid = self.state.born = None
         self._save()
@@ -277,7 +282,7 @@ class Supervisor:
 
 
 def _stop(_signal: int, _frame: object) -> None:
-    raise Stopped
+    raise StopSignal
 
 
 def main() -> None:

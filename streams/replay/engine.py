@@ -1,4 +1,4 @@
-"""Writing a log to Kafka: what stands first, then the events in event time, as fast as told, confirmed."""
+"""Writing a log to Kafka: catalogue and profiles, then events in event time at the given speed, confirmed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 from streams.errors import SidstreamError
 from streams.events import Event
-from streams.replay.source import Source
+from streams.replay.source import EventSource
 from streams.settings import KafkaSettings
-from streams.wire.bulk import BulkWriter
-from streams.wire.records import Record, fitting, record
+from streams.wire.bulk_writer import BulkWriter
+from streams.wire.records import KafkaRecord, kafka_record, require_size_within_limit
 
 # A shorter wait costs more in flushing than it gives in evenness.
 _SHORTEST_WAIT_S = 0.01
 
 
 @dataclass
-class Replayed:
-    """What was written: confirmed records by topic, first and last `ts` of events, seconds it took."""
+class ReplaySummary:
+    """The result of a replay: confirmed records by topic, first and last `ts` of events, and its seconds."""
 
     topics: dict[str, int] = field(default_factory=dict)
     first_ts: int | None = None
@@ -31,7 +31,7 @@ class Replayed:
     seconds: float = 0.0
 
     @property
-    def sent(self) -> int:
+    def record_count(self) -> int:
         """Records of all topics."""
         return sum(self.topics.values())
 
@@ -53,7 +53,7 @@ def parse_time(text: str) -> int:
 
 
 def parse_speed(text: str) -> float | None:
-    """How many times faster than it happened; None for `max`. Raises SidstreamError for anything else."""
+    """A speed as a multiple of real time; None for `max`. Raises SidstreamError for anything else."""
     if text == "max":
         return None
     try:
@@ -67,53 +67,55 @@ def parse_speed(text: str) -> float | None:
 
 def replay(
     kafka: KafkaSettings,
-    source: Source,
+    source: EventSource,
     start: int | None = None,
     end: int | None = None,
     speed: float | None = None,
     catalog: bool = True,
     events: bool = True,
     on_progress: Callable[[int], None] | None = None,
-) -> Replayed:
+) -> ReplaySummary:
     """Write `source` to Kafka: its catalogue and profiles, then its events of start <= ts < end (ms).
 
-    `speed`: times faster than it happened; None: as fast as it goes. Returns when everything is confirmed.
+    `speed`: a multiple of real time; None: as fast as possible. Returns when everything is confirmed.
     Order holds within a partition, so a user's events keep theirs. Raises SidstreamError.
     """
 
-    async def run(done: Replayed) -> None:
+    async def run(summary: ReplaySummary) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
             if catalog:
                 for event in chain(source.catalogue(), source.profiles()):
-                    await _add(writer, record(event, kafka.max_event_bytes), done)
-                # Whoever reads an event should be able to have read its item and its user before.
+                    await _add_record(writer, kafka_record(event, kafka.max_event_bytes), summary)
+                # A reader of an event can then have read its item and its user before.
                 await writer.flush()
-            pace = _Pace(speed)
+            pace = _Pacer(speed)
             for event in source.events(start, end) if events else ():
                 await pace.wait(event, writer)
-                await _add(writer, record(event, kafka.max_event_bytes), done)
-                done.first_ts = event.ts if done.first_ts is None else done.first_ts
-                done.last_ts = event.ts
+                await _add_record(writer, kafka_record(event, kafka.max_event_bytes), summary)
+                summary.first_ts = event.ts if summary.first_ts is None else summary.first_ts
+                summary.last_ts = event.ts
 
-    return _timed(run)
+    return _run_timed(run)
 
 
 def replay_raw(
-    kafka: KafkaSettings, records: Iterator[Record], on_progress: Callable[[int], None] | None = None
-) -> Replayed:
-    """Write records as they are, unchecked but for their size. Returns when everything is confirmed."""
+    kafka: KafkaSettings, records: Iterator[KafkaRecord], on_progress: Callable[[int], None] | None = None
+) -> ReplaySummary:
+    """Write records with no check but of their size. Returns when everything is confirmed."""
 
-    async def run(done: Replayed) -> None:
+    async def run(summary: ReplaySummary) -> None:
         async with BulkWriter(kafka, on_progress) as writer:
-            for item in records:
-                fitting(f"A line for {item.topic}", item.key, item.value, kafka.max_event_bytes)
-                await _add(writer, item, done)
+            for record in records:
+                require_size_within_limit(
+                    f"A line for {record.topic}", record.key, record.value, kafka.max_event_bytes
+                )
+                await _add_record(writer, record, summary)
 
-    return _timed(run)
+    return _run_timed(run)
 
 
-class _Pace:
-    """Lets an event go when its time has come on a clock that runs `speed` times faster."""
+class _Pacer:
+    """Delays each event to its time on a clock that runs `speed` times faster than real time."""
 
     def __init__(self, speed: float | None) -> None:
         self._speed = speed
@@ -125,22 +127,22 @@ class _Pace:
         now = time.monotonic()
         if self._origin is None:
             self._origin = now, event.ts
-        begun, first = self._origin
-        ahead = begun + (event.ts - first) / 1000 / self._speed - now
+        started_at, first_ts = self._origin
+        ahead = started_at + (event.ts - first_ts) / 1000 / self._speed - now
         if ahead > _SHORTEST_WAIT_S:
             await writer.flush()
             await asyncio.sleep(ahead)
 
 
-async def _add(writer: BulkWriter, item: Record, done: Replayed) -> None:
-    done.topics[item.topic] = done.topics.get(item.topic, 0) + 1
-    if writer.add(item):
+async def _add_record(writer: BulkWriter, record: KafkaRecord, summary: ReplaySummary) -> None:
+    summary.topics[record.topic] = summary.topics.get(record.topic, 0) + 1
+    if writer.add(record):
         await writer.send()
 
 
-def _timed(run: Callable[[Replayed], Coroutine[Any, Any, None]]) -> Replayed:
-    done = Replayed()
-    begun = time.monotonic()
-    asyncio.run(run(done))
-    done.seconds = time.monotonic() - begun
-    return done
+def _run_timed(run: Callable[[ReplaySummary], Coroutine[Any, Any, None]]) -> ReplaySummary:
+    summary = ReplaySummary()
+    started_at = time.monotonic()
+    asyncio.run(run(summary))
+    summary.seconds = time.monotonic() - started_at
+    return summary

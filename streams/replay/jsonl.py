@@ -10,8 +10,8 @@ import msgspec
 
 from streams.errors import SidstreamError
 from streams.events import BY_TOPIC, CatalogItem, Event, EventError, UserProfile, decode
-from streams.replay.source import inside
-from streams.wire.records import Record
+from streams.replay.source import in_time_range
+from streams.wire.records import KafkaRecord
 
 
 class _Line(msgspec.Struct):
@@ -20,7 +20,7 @@ class _Line(msgspec.Struct):
 
 
 class JsonLines:
-    """The events of a file. `topic`: what every line is, where lines do not name it themselves."""
+    """The events of a file. `topic`: of every line, where the lines do not name theirs."""
 
     def __init__(self, path: Path, topic: str | None = None) -> None:
         if topic is not None and topic not in BY_TOPIC:
@@ -33,7 +33,7 @@ class JsonLines:
         return (event for event in self._events if isinstance(event, CatalogItem))
 
     def profiles(self) -> Iterator[UserProfile]:
-        """None ahead of the others: a file's profiles are among its events, in their time."""
+        """Nothing: a file's profiles are among its events, in event time."""
         return iter(())
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
@@ -44,21 +44,21 @@ class JsonLines:
         return (
             event
             for event in self._events
-            if not isinstance(event, CatalogItem) and inside(event.ts, start, end)
+            if not isinstance(event, CatalogItem) and in_time_range(event.ts, start, end)
         )
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many events `events` gives."""
         return sum(1 for _ in self.events(start, end))
 
-    def records(self) -> Iterator[Record]:
-        """Every line as it stands, unchecked, in the file's order: a way to try what a bad event does.
+    def records(self) -> Iterator[KafkaRecord]:
+        """Every line as it is, without a check, in the file's order, to try the effect of a bad event.
 
-        The key is taken from the value where it can be, else it is empty.
+        The key is read from the value where possible, else it is empty.
         """
         for number, line in self._lines():
             topic, value = self._split(number, line)
-            yield Record(topic, _key(topic, value), value)
+            yield KafkaRecord(topic, _key(topic, value), value)
 
     @cached_property
     def _events(self) -> list[Event]:
@@ -105,5 +105,5 @@ def _key(topic: str, value: bytes) -> bytes:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return b""
     fields = BY_TOPIC[topic].key_fields
-    found = [parsed.get(field) for field in fields] if isinstance(parsed, dict) else [None]
-    return b"" if None in found else "/".join(map(str, found)).encode()
+    parts = [parsed.get(field) for field in fields] if isinstance(parsed, dict) else [None]
+    return b"" if None in parts else "/".join(map(str, parts)).encode()

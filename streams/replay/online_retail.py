@@ -25,7 +25,13 @@ import pyarrow.parquet as pq
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Purchase, UserProfile
-from streams.replay.source import inside, listed, profiled, simulated_commission, tidy
+from streams.replay.source import (
+    catalogue_item,
+    collapse_spaces,
+    in_time_range,
+    simulated_commission,
+    user_profile,
+)
 
 FILE = Path(__file__).parent.parent / "data" / "online_retail.parquet"
 _PRODUCT = r"^[0-9]{5}[A-Za-z]*$"
@@ -52,7 +58,7 @@ class OnlineRetail:
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Purchase]:
         """Purchases in event time; `event_id` is the invoice and the line on it."""
         for row in self._rows:
-            if inside(row.ts, start, end):
+            if in_time_range(row.ts, start, end):
                 yield Purchase(
                     schema_version=1,
                     event_id=row.event_id,
@@ -66,7 +72,7 @@ class OnlineRetail:
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many purchases `events` gives."""
-        return sum(inside(row.ts, start, end) for row in self._rows)
+        return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
     def catalogue(self) -> Iterator[CatalogItem]:
         """Every item that was bought.
@@ -82,14 +88,14 @@ class OnlineRetail:
         for place, row in enumerate(self._rows):
             first.setdefault(row.item, row.ts)
             prices.setdefault(row.item, []).append(row.price)
-            named = titles.setdefault(row.item, Counter())
+            descriptions = titles.setdefault(row.item, Counter())
             if row.description:
-                named[row.description] += 1
+                descriptions[row.description] += 1
                 last_seen[row.item, row.description] = place
         for item, ts in first.items():
             counts = titles[item]
             title = max(counts, key=lambda text: (counts[text], last_seen[item, text]), default=item)
-            yield listed(
+            yield catalogue_item(
                 "online-retail",
                 ts,
                 item_id=item,
@@ -101,11 +107,11 @@ class OnlineRetail:
 
     def profiles(self) -> Iterator[UserProfile]:
         """The country of every user, from the first purchase on; the few who change keep the first one."""
-        known: set[str] = set()
+        users: set[str] = set()
         for row in self._rows:
-            if row.user not in known:
-                known.add(row.user)
-                yield profiled("online-retail", row.ts, row.user, {"country": row.country})
+            if row.user not in users:
+                users.add(row.user)
+                yield user_profile("online-retail", row.ts, row.user, {"country": row.country})
 
     @cached_property
     def _rows(self) -> list[_Row]:
@@ -137,7 +143,7 @@ class OnlineRetail:
             clean["event_id"].to_pylist(),
             clean["InvoiceNo"].to_pylist(),
             clean["StockCode"].to_pylist(),
-            [tidy(text) for text in clean["Description"].to_pylist()],
+            [collapse_spaces(text) for text in clean["Description"].to_pylist()],
             clean["Quantity"].to_pylist(),
             pc.cast(clean["InvoiceDate"].cast(pa.timestamp("ms")), pa.int64()).to_pylist(),
             clean["UnitPrice"].to_pylist(),

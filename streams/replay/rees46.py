@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Purchase, UserProfile
-from streams.replay.source import inside, listed, simulated_commission, tidy
+from streams.replay.source import catalogue_item, collapse_spaces, in_time_range, simulated_commission
 
 COLUMNS = (
     "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
@@ -52,7 +52,7 @@ class Rees46:
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Click | Purchase]:
         """Clicks, carts and purchases in event time; `event_id` is the line's number and a hash of it."""
         for row in self._rows:
-            if not inside(row.ts, start, end):
+            if not in_time_range(row.ts, start, end):
                 continue
             if row.kind == "purchase":
                 yield Purchase(
@@ -75,10 +75,10 @@ class Rees46:
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many events `events` gives."""
-        return sum(inside(row.ts, start, end) for row in self._rows)
+        return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
     def profiles(self) -> Iterator[UserProfile]:
-        """None: the file says nothing of users."""
+        """Nothing: the file has no attributes of users."""
         return iter(())
 
     def catalogue(self) -> Iterator[CatalogItem]:
@@ -94,29 +94,29 @@ class Rees46:
                 prices.setdefault(row.item, []).append(row.price)
         for item, row in first.items():
             path = row.category.replace("_", " ").split(".") if row.category else []
-            seen = prices.get(item)
-            yield listed(
+            item_prices = prices.get(item)
+            yield catalogue_item(
                 "rees46",
                 row.ts,
                 item_id=item,
-                title=tidy(" ".join([row.brand, *path])) or f"category {row.category_id}",
+                title=collapse_spaces(" ".join([row.brand, *path])) or f"category {row.category_id}",
                 category=" > ".join(path),
                 brand=row.brand,
-                price=round(median(seen), 4) if seen else None,
+                price=round(median(item_prices), 4) if item_prices else None,
                 commission_rate=simulated_commission(path[0] if path else row.category_id),
             )
 
     @cached_property
     def _rows(self) -> list[_Row]:
         """All rows, oldest first, ties in the file's order."""
-        opened = gzip.open if self._path.suffix == ".gz" else open
+        open_file = gzip.open if self._path.suffix == ".gz" else open
         rows = []
-        with opened(self._path, "rt", encoding="utf-8", newline="") as file:
+        with open_file(self._path, "rt", encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            lacking = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-            if lacking:
+            missing_columns = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+            if missing_columns:
                 raise SidstreamError(
-                    f"{self._path} lacks the column(s) {', '.join(lacking)}: give REES46's own CSV"
+                    f"{self._path} lacks the column(s) {', '.join(missing_columns)}: give REES46's own CSV"
                 )
             for row in reader:
                 rows.append(self._row(reader.line_num, row))
@@ -141,7 +141,7 @@ class Rees46:
         )  # fmt: skip
 
 
-def find(folder: Path | None) -> Path:
+def find_rees46_file(folder: Path | None) -> Path:
     """REES46's file: `folder` itself, or the first of rees46/events.csv(.gz), events.csv(.gz) in it.
 
     Raises SidstreamError when there is none.

@@ -13,14 +13,14 @@ from streams.events import CatalogItem, Event, UserProfile
 MS_PER_DAY = 86_400_000
 
 
-class Source(Protocol):
+class EventSource(Protocol):
     """A log of the past. Reading it twice gives the same events, `event_id`s included."""
 
     def catalogue(self) -> Iterator[CatalogItem]:
-        """Every item that the log knows, by the time at which it was first seen."""
+        """Every item of the log, by the time of its first event."""
 
     def profiles(self) -> Iterator[UserProfile]:
-        """What the log knows of users, by the time from which it does; nothing for many logs."""
+        """Every user's attributes, by the time from which they hold; many logs have none."""
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         """Events of start <= ts < end (ms since 1970 UTC) in event time, ties in the log's order."""
@@ -29,47 +29,50 @@ class Source(Protocol):
         """How many events `events` gives."""
 
 
-def inside(ts: int, start: int | None, end: int | None) -> bool:
+def in_time_range(ts: int, start: int | None, end: int | None) -> bool:
     """True when start <= ts < end; None is no bound."""
     return (start is None or ts >= start) and (end is None or ts < end)
 
 
-def listed(prefix: str, ts: int, **fields: Any) -> CatalogItem:
+def catalogue_item(prefix: str, ts: int, **fields: Any) -> CatalogItem:
     """A catalogue item whose event_id is a hash of its content: the same content is the same event."""
-    return CatalogItem.new(event_id=f"{prefix}-{_hashed(fields)}", ts=ts, **fields)
+    return CatalogItem.new(event_id=f"{prefix}-{_content_hash(fields)}", ts=ts, **fields)
 
 
-def profiled(prefix: str, ts: int, user_id: str, attributes: dict[str, str]) -> UserProfile:
+def user_profile(prefix: str, ts: int, user_id: str, attributes: dict[str, str]) -> UserProfile:
     """A profile whose event_id is a hash of its content: the same content is the same event."""
     return UserProfile.new(
-        event_id=f"{prefix}-{_hashed([user_id, attributes])}", ts=ts, user_id=user_id, attributes=attributes
+        event_id=f"{prefix}-{_content_hash([user_id, attributes])}",
+        ts=ts,
+        user_id=user_id,
+        attributes=attributes,
     )
 
 
-def tidy(text: str) -> str:
+def collapse_spaces(text: str) -> str:
     """The text without surrounding, doubled or other than plain spaces."""
     return " ".join(text.split())
 
 
-def simulated_commission(about: str) -> float:
-    """A commission rate of 2 to 15 %, in whole percents, that the name of a kind of items decides.
+def simulated_commission(kind_name: str) -> float:
+    """A commission rate of 2 to 15 %, in whole percents, that the name of an item's kind decides.
 
-    Simulated: no log that ships or can be brought has commissions. Items of one kind have one rate, as in
-    the tables of affiliate programmes.
+    Simulated, since none of these logs has commissions. Items of one kind have one rate, as in the tables of
+    affiliate programmes.
     """
-    drawn = int.from_bytes(hashlib.blake2b(about.casefold().encode(), digest_size=8).digest())
-    return (2 + drawn % 14) / 100
+    hash_value = int.from_bytes(hashlib.blake2b(kind_name.casefold().encode(), digest_size=8).digest())
+    return (2 + hash_value % 14) / 100
 
 
-def _hashed(content: Any) -> str:
+def _content_hash(content: Any) -> str:
     return hashlib.blake2b(msgspec.json.encode(content, order="sorted"), digest_size=8).hexdigest()
 
 
-def past_of(source: Source) -> dict[str, list[str]]:
+def user_item_sequences(source: EventSource) -> dict[str, list[str]]:
     """Every user's items, oldest first, repeats kept: clicks and purchases alike."""
-    past: dict[str, list[str]] = {}
+    sequences: dict[str, list[str]] = {}
     for event in source.events():
         user, item = getattr(event, "user_id", None), getattr(event, "item_id", None)
         if user is not None and item is not None:
-            past.setdefault(user, []).append(item)
-    return past
+            sequences.setdefault(user, []).append(item)
+    return sequences

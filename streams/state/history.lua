@@ -1,8 +1,8 @@
--- Apply interactions to one packed history (layout and rules: streams/state/history.py, whose `apply` gives the
--- same bytes). Strings are never compared with `<`: that is strcoll, whose order depends on the locale.
+-- Apply interactions to one packed history (layout and rules: streams/state/history.py, whose `apply_changes` gives
+-- the same bytes). Strings are never compared with `<`: that is strcoll, whose order depends on the locale.
 -- KEYS[1] history | ARGV: 1 head (6 bytes), 2 incarnations (2 x 4 bytes), 3 max_length, 4 max_age_ms,
 -- 5 changes: per change source u8 (0 none, 1 clicks, 2 purchases), offset u48, entry
--- Returns {applied, skipped by the fence}, or {-1, 0} for a history under another codebook: it is left as it is.
+-- Returns {applied, skipped by the fence}, or {-1, 0} for a history under another codebook: it is not changed.
 local byte, sub = string.byte, string.sub
 
 local function u48(s, at)
@@ -33,7 +33,7 @@ local size = 10 + 2 * byte(head, 2)
 
 local fences = {string.rep('\0', 10), string.rep('\0', 10)}
 local entries, n = {}, 0
-local waiting = '' -- with its length in front; only carried along
+local waiting = '' -- the block of waiting entries with its length; copied as it is
 local stored = redis.call('GET', KEYS[1])
 if stored then
   if byte(stored, 1) ~= 1 and byte(stored, 1) ~= 2 then
@@ -52,21 +52,21 @@ if stored then
   end
 end
 
-local nexts, marks = {0, 0}, {}
+local next_offsets, incarnation_bytes = {0, 0}, {}
 for s = 1, 2 do
-  marks[s] = sub(incarnations, s * 4 - 3, s * 4)
-  if sub(fences[s], 1, 4) == marks[s] then nexts[s] = u48(fences[s], 5) end
+  incarnation_bytes[s] = sub(incarnations, s * 4 - 3, s * 4)
+  if sub(fences[s], 1, 4) == incarnation_bytes[s] then next_offsets[s] = u48(fences[s], 5) end
 end
-local reached = {nexts[1], nexts[2]}
+local next_after = {next_offsets[1], next_offsets[2]}
 
 local applied, skipped = 0, 0
 for at = 1, #changes, size + 7 do
   local source, offset = byte(changes, at), u48(changes, at + 1)
-  if source > 0 and offset < nexts[source] then
+  if source > 0 and offset < next_offsets[source] then
     skipped = skipped + 1
   else
     applied = applied + 1
-    if source > 0 and offset >= reached[source] then reached[source] = offset + 1 end
+    if source > 0 and offset >= next_after[source] then next_after[source] = offset + 1 end
     local entry = sub(changes, at + 7, at + 6 + size)
     local place = n
     while place > 0 and before(entry, entries[place]) do place = place - 1 end
@@ -79,7 +79,7 @@ end
 if applied == 0 then return {0, skipped} end
 
 for s = 1, 2 do
-  if reached[s] > nexts[s] then fences[s] = marks[s] .. pack48(reached[s]) end
+  if next_after[s] > next_offsets[s] then fences[s] = incarnation_bytes[s] .. pack48(next_after[s]) end
 end
 local first = math.max(1, n - max_length + 1)
 if n > 0 then

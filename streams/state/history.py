@@ -4,17 +4,17 @@ Layout 1, big-endian: version u8 | levels u8 | codebook tag 4 bytes | fence of c
 entries. A fence is incarnation u32 | next offset u48. An entry is ts_ms u48 | kind u8 | event hash u24 |
 codes u16 x levels; entries stand in ascending order of their bytes, so the newest is last.
 
-Layout 2 has, between fences and entries, length u32 | entries that wait, each as codebook tag 4 bytes |
+Layout 2 has, between fences and entries, length u32 | waiting entries, each as codebook tag 4 bytes |
 levels u8 | entry: those under another codebook, whose items have no SID under this one
 (streams.state.translation).
 
 Entries form a set: an equal entry is the same event. The newest `max_length` of them stay, and of those the
-ones not older than `max_age` before the newest. Both bounds only ever drop from the old end, so any order of
-the same events gives the same entries. The fence holds, for each source topic, the offset below which every
-event of this user was applied; a topic that was made anew has another incarnation and starts again.
+ones not older than `max_age` before the newest. Both bounds only drop the oldest entries, so any order of the
+same events gives the same entries. The fence holds, for each source topic, the offset below which every event
+of this user is applied; a topic that is deleted and created again has another incarnation and starts again.
 
-A change is only applied to a history under its own codebook: another one is brought over first, and loses
-nothing by it (streams.state.translation).
+A change is only applied to a history under its own codebook: a history under another one is recoded first,
+and loses nothing by that (streams.state.translation).
 """
 
 from __future__ import annotations
@@ -28,34 +28,37 @@ from typing import Final, NamedTuple
 
 from streams.errors import SidstreamError
 from streams.settings import HistorySettings
+from streams.state.redisdb import RedisScript
 
 VERSION: Final = 1
-# The layout of a history with entries that wait.
+# The layout of a history with waiting entries.
 WAITING: Final = 2
 CLICK: Final = 1
 CART: Final = 2
 PURCHASE: Final = 3
-KINDS: Final = {"click": CLICK, "cart": CART, "purchase": PURCHASE}
-SOURCES: Final = ("clicks", "purchases")
+KIND_CODES: Final = {"click": CLICK, "cart": CART, "purchase": PURCHASE}
+SOURCE_TOPICS: Final = ("clicks", "purchases")
 
-SCRIPT: Final = resources.files("streams.state").joinpath("history.lua").read_text(encoding="utf-8")
+APPLY_CHANGES: Final = RedisScript(
+    resources.files("streams.state").joinpath("history.lua").read_text(encoding="utf-8")
+)
 
 _FENCES_AT: Final = 6
 _ENTRIES_AT: Final = 26
 _NO_FENCE: Final = bytes(10)
-# What the script answers for a history under another codebook, which it leaves as it is.
-OTHER_CODEBOOK: Final = [-1, 0]
+# The script's reply for a history under another codebook, which it does not change.
+OTHER_CODEBOOK_RESULT: Final = [-1, 0]
 _DAY_MS: Final = 86_400_000
 
 
-class Fence(NamedTuple):
-    """Below `next_offset` of that incarnation of the topic, everything was applied."""
+class OffsetFence(NamedTuple):
+    """All offsets below `next_offset` of this incarnation of the topic are applied."""
 
     incarnation: int
     next_offset: int
 
 
-class Entry(NamedTuple):
+class HistoryEntry(NamedTuple):
     """One interaction: `ts` in ms, `kind` CLICK, CART or PURCHASE, 24-bit hash of the event's id, SID."""
 
     ts: int
@@ -64,21 +67,21 @@ class Entry(NamedTuple):
     sid: tuple[int, ...]
 
 
-class OtherCodebook(Exception):
+class OtherCodebookError(Exception):
     """The history is under another codebook than the changes."""
 
 
-class Parts(NamedTuple):
-    """A history's bytes, cut. `head`: layout, levels and tag; `waiting`: (tag, packed entry), ascending."""
+class HistoryParts(NamedTuple):
+    """A history's bytes by part. `header`: layout, levels, tag; `waiting`: (tag, packed entry), ascending."""
 
-    head: bytes
+    header: bytes
     fences: bytes
     waiting: list[tuple[str, bytes]]
     entries: list[bytes]
 
 
-class Change(NamedTuple):
-    """A packed entry and where it came from; `source` None: applied whatever the fence says."""
+class HistoryChange(NamedTuple):
+    """A packed entry, its source topic and offset; `source` None: no fence skips it."""
 
     source: str | None
     offset: int
@@ -89,17 +92,17 @@ class Change(NamedTuple):
 class History:
     """A decoded history, entries oldest first; `codebook_tag` is the first 8 hex digits of its codebook.
 
-    `waiting`: (codebook tag, entry) of those whose items have no SID under that codebook yet.
+    `waiting`: (codebook tag, entry) of entries whose items have no SID under this codebook yet.
     """
 
     codebook_tag: str
-    entries: list[Entry]
-    fences: dict[str, Fence] = field(default_factory=dict)
-    waiting: list[tuple[str, Entry]] = field(default_factory=list)
+    entries: list[HistoryEntry]
+    fences: dict[str, OffsetFence] = field(default_factory=dict)
+    waiting: list[tuple[str, HistoryEntry]] = field(default_factory=list)
 
 
 def event_hash(event_id: str) -> bytes:
-    """Three bytes that tell events of one user, kind and millisecond apart."""
+    """Three bytes that distinguish events of one user, kind and millisecond."""
     return blake2b(event_id.encode("utf-8", "surrogatepass"), digest_size=3).digest()
 
 
@@ -118,23 +121,23 @@ def pack_entry(ts: int, kind: int, event_id: str, packed_sid: bytes) -> bytes:
     return ts.to_bytes(6, "big") + bytes((kind,)) + event_hash(event_id) + packed_sid
 
 
-def unpack_entry(entry: bytes) -> Entry:
+def unpack_entry(entry: bytes) -> HistoryEntry:
     """The fields of a packed entry."""
-    return Entry(
+    return HistoryEntry(
         int.from_bytes(entry[:6], "big"), entry[6], int.from_bytes(entry[7:10], "big"),
         unpack_sid(entry[10:]),
     )  # fmt: skip
 
 
-def tag_of(codebook: str) -> str:
-    """What a history keeps of a codebook's id: its first 8 hex digits."""
+def codebook_tag(codebook: str) -> str:
+    """The part of a codebook's id that a history stores: its first 8 hex digits."""
     return codebook[:8]
 
 
-def head(codebook: str, levels: int) -> bytes:
+def header_of(codebook: str, levels: int) -> bytes:
     """The first six bytes of a history. Raises SidstreamError when the codebook's id is not hex."""
     try:
-        tag = bytes.fromhex(tag_of(codebook))
+        tag = bytes.fromhex(codebook_tag(codebook))
     except ValueError:
         tag = b""
     if len(tag) != 4:
@@ -143,71 +146,73 @@ def head(codebook: str, levels: int) -> bytes:
 
 
 def script_arguments(
-    changes: Iterable[Change], *, codebook: str, levels: int, incarnations: Mapping[str, int],
+    changes: Iterable[HistoryChange], *, codebook: str, levels: int, incarnations: Mapping[str, int],
     bounds: HistorySettings,
 ) -> tuple[bytes, bytes, int, int, bytes]:  # fmt: skip
     """ARGV of the script; KEYS[1] is the history's key.
 
-    The script returns [applied, skipped], or OTHER_CODEBOOK where nothing was done.
+    The script returns [applied, skipped], or OTHER_CODEBOOK_RESULT where it changed nothing.
     """
     blob = b"".join(
-        bytes((0 if c.source is None else SOURCES.index(c.source) + 1,))
+        bytes((0 if c.source is None else SOURCE_TOPICS.index(c.source) + 1,))
         + c.offset.to_bytes(6, "big")
         + c.entry
         for c in changes
     )
-    marks = b"".join(incarnations[source].to_bytes(4, "big") for source in SOURCES)
-    return head(codebook, levels), marks, bounds.max_length, bounds.max_age_days * _DAY_MS, blob
+    marks = b"".join(incarnations[source].to_bytes(4, "big") for source in SOURCE_TOPICS)
+    return header_of(codebook, levels), marks, bounds.max_length, bounds.max_age_days * _DAY_MS, blob
 
 
-def apply(
-    value: bytes | None, changes: Sequence[Change], *, codebook: str, levels: int,
+def apply_changes(
+    value: bytes | None, changes: Sequence[HistoryChange], *, codebook: str, levels: int,
     incarnations: Mapping[str, int], bounds: HistorySettings,
 ) -> tuple[bytes | None, int, int]:  # fmt: skip
-    """The history after `changes`, how many were applied and how many the fence skipped.
+    """The history after `changes`, the number of applied ones, and of those that the fence skipped.
 
-    Equal to what the script writes, byte for byte. `value` None: no history yet. Raises OtherCodebook where
-    the history is under another one, and SidstreamError on another layout version.
+    Equal to what the script writes, byte for byte. `value` None: no history yet. Raises OtherCodebookError
+    where the history is under another one, and SidstreamError on another layout version.
     """
-    start = head(codebook, levels)
-    stored = Parts(start, _NO_FENCE * len(SOURCES), [], []) if value is None else cut(value)
-    if stored.head[1:] != start[1:]:
-        raise OtherCodebook(stored.head[2:].hex())
-    fences = {source: stored.fences[10 * i : 10 * i + 10] for i, source in enumerate(SOURCES)}
+    header = header_of(codebook, levels)
+    no_fences = _NO_FENCE * len(SOURCE_TOPICS)
+    stored = HistoryParts(header, no_fences, [], []) if value is None else split_parts(value)
+    if stored.header[1:] != header[1:]:
+        raise OtherCodebookError(stored.header[2:].hex())
+    fences = {source: stored.fences[10 * i : 10 * i + 10] for i, source in enumerate(SOURCE_TOPICS)}
     entries = set(stored.entries)
-    nexts: dict[str, int] = {}
+    next_offsets: dict[str, int] = {}
     for topic, fence in fences.items():
-        same = int.from_bytes(fence[:4], "big") == incarnations[topic]
-        nexts[topic] = int.from_bytes(fence[4:], "big") if same else 0
-    reached = dict(nexts)
+        is_same_incarnation = int.from_bytes(fence[:4], "big") == incarnations[topic]
+        next_offsets[topic] = int.from_bytes(fence[4:], "big") if is_same_incarnation else 0
+    next_after = dict(next_offsets)
     applied = skipped = 0
     for source, offset, entry in changes:
         if source is not None:
-            if offset < nexts[source]:
+            if offset < next_offsets[source]:
                 skipped += 1
                 continue
-            reached[source] = max(reached[source], offset + 1)
+            next_after[source] = max(next_after[source], offset + 1)
         applied += 1
         entries.add(entry)
     if not applied:
         return value, 0, skipped
-    for topic in SOURCES:
-        if reached[topic] > nexts[topic]:
-            fences[topic] = incarnations[topic].to_bytes(4, "big") + reached[topic].to_bytes(6, "big")
-    kept = bounded(sorted(entries), bounds)
-    return join(Parts(start, b"".join(fences.values()), stored.waiting, kept)), applied, skipped
+    for topic in SOURCE_TOPICS:
+        if next_after[topic] > next_offsets[topic]:
+            fences[topic] = incarnations[topic].to_bytes(4, "big") + next_after[topic].to_bytes(6, "big")
+    bounded = keep_newest(sorted(entries), bounds)
+    parts = HistoryParts(header, b"".join(fences.values()), stored.waiting, bounded)
+    return join_parts(parts), applied, skipped
 
 
-def bounded(entries: Sequence[bytes], bounds: HistorySettings) -> list[bytes]:
-    """The entries, oldest first, that a history may hold; those of any codebooks."""
-    kept = list(entries[-bounds.max_length :])
-    if not kept:
-        return kept
-    oldest = int.from_bytes(kept[-1][:6], "big") - bounds.max_age_days * _DAY_MS
-    return [entry for entry in kept if int.from_bytes(entry[:6], "big") >= oldest]
+def keep_newest(entries: Sequence[bytes], bounds: HistorySettings) -> list[bytes]:
+    """The entries within the bounds, of those given oldest first; they may be of several codebooks."""
+    newest = list(entries[-bounds.max_length :])
+    if not newest:
+        return newest
+    oldest = int.from_bytes(newest[-1][:6], "big") - bounds.max_age_days * _DAY_MS
+    return [entry for entry in newest if int.from_bytes(entry[:6], "big") >= oldest]
 
 
-def cut(value: bytes) -> Parts:
+def split_parts(value: bytes) -> HistoryParts:
     """A history's parts. Raises SidstreamError on another layout version."""
     if value[0] not in (VERSION, WAITING):
         raise SidstreamError(
@@ -225,30 +230,32 @@ def cut(value: bytes) -> Parts:
             at += 5 + size
     size = 10 + 2 * value[1]
     entries = [value[place : place + size] for place in range(at, len(value), size)]
-    return Parts(value[:_FENCES_AT], value[_FENCES_AT:_ENTRIES_AT], waiting, entries)
+    return HistoryParts(value[:_FENCES_AT], value[_FENCES_AT:_ENTRIES_AT], waiting, entries)
 
 
-def join(parts: Parts) -> bytes:
-    """The bytes of a history; layout 2 only where entries wait."""
+def join_parts(parts: HistoryParts) -> bytes:
+    """The bytes of a history; layout 2 only where it has waiting entries."""
     block = b"".join(
         bytes.fromhex(tag) + bytes(((len(entry) - 10) // 2,)) + entry for tag, entry in parts.waiting
     )
     layout = bytes((WAITING if block else VERSION,))
-    sized = len(block).to_bytes(4, "big") + block if block else b""
-    return layout + parts.head[1:] + parts.fences + sized + b"".join(parts.entries)
+    waiting_block = len(block).to_bytes(4, "big") + block if block else b""
+    return layout + parts.header[1:] + parts.fences + waiting_block + b"".join(parts.entries)
 
 
-def decode(value: bytes | None) -> History:
+def decode_history(value: bytes | None) -> History:
     """Read a packed history; None is an empty one. Raises SidstreamError on another layout version."""
     if value is None:
         return History("", [])
-    stored = cut(value)
+    stored = split_parts(value)
     fences = {
-        source: Fence(
+        source: OffsetFence(
             int.from_bytes(stored.fences[10 * i : 10 * i + 4], "big"),
             int.from_bytes(stored.fences[10 * i + 4 : 10 * i + 10], "big"),
         )
-        for i, source in enumerate(SOURCES)
+        for i, source in enumerate(SOURCE_TOPICS)
     }
     waiting = [(tag, unpack_entry(entry)) for tag, entry in stored.waiting]
-    return History(stored.head[2:].hex(), [unpack_entry(entry) for entry in stored.entries], fences, waiting)
+    return History(
+        stored.header[2:].hex(), [unpack_entry(entry) for entry in stored.entries], fences, waiting
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-# Between braces stands the hash tag: all keys of a user share one slot of a Redis Cluster, so that one
-# script may touch them together; the two hashes of a codebook do too.
+# The hash tag is between braces: all keys of a user are in one slot of a Redis Cluster, so that one script
+# may use them together; so are the two hashes of a codebook.
 
 
 def history(user_id: str) -> str:
@@ -14,7 +14,7 @@ def history(user_id: str) -> str:
 
 
 def user_of_history(key: bytes) -> str:
-    """The user whose packed history stands under this key."""
+    """The user whose packed history has this key."""
     return key[3:-1].decode()
 
 
@@ -36,7 +36,8 @@ def outcomes(user_id: str) -> str:
 def sums(trial: str, user_id: str) -> str:
     """Hash of one user in one trial: arm, bundle, and `<cohort>:i`, `<cohort>:c`, `<cohort>:o`.
 
-    Impressions, clicks and orders of the requests first seen in that cohort (time // length); 0 is not kept.
+    Impressions, clicks and orders of the requests whose window starts in that cohort (time // length); a
+    field that is 0 is not stored.
     """
     return f"sums:{trial}:{{{user_id}}}"
 
@@ -48,12 +49,12 @@ def sums_pattern(trial: str) -> str:
 
 
 def outcomes_rules() -> str:
-    """Hash window_ms, lateness_ms, cohort_ms, partitions: what the agents make the sums by."""
+    """Hash window_ms, lateness_ms, cohort_ms, partitions: the rules by which the agents sum outcomes."""
     return "outcomes-rules"
 
 
 def health(trial: str) -> str:
-    """Hash of what serving saw of each arm in one trial: requests, failures, times, invalid mass."""
+    """Hash of serving's counts of each arm in one trial: requests, failures, times, invalid mass."""
     return f"health:{trial}"
 
 
@@ -63,7 +64,7 @@ def sids(codebook: str) -> str:
 
 
 def slots(codebook: str) -> str:
-    """Hash packed SID -> item_id under one codebook: which slots are taken."""
+    """Hash packed SID -> item_id under one codebook: the taken slots."""
     return f"slots:{{{codebook}}}"
 
 
@@ -78,7 +79,7 @@ def parked_items(partition: int) -> str:
 
 
 def due(stage: str, partition: int) -> str:
-    """Sorted set of a partition's users with open state, by the event time (ms) at which it matures."""
+    """Sorted set of a partition's users with open state, by the event time (ms) at which a window closes."""
     return f"due:{stage}:{{{partition}}}"
 
 
@@ -87,6 +88,6 @@ def clock(partition: int) -> str:
     return f"clock:{{{partition}}}"
 
 
-def hashed(user_id: str) -> str:
+def anonymous_user(user_id: str) -> str:
     """Twelve hex digits that stand for a user in logs: equal ids stay equal, the id stays private."""
     return blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

@@ -1,13 +1,16 @@
-"""Redis clients from the settings, and which of their errors mean that the server is away."""
+"""Redis: clients from the settings, Lua scripts, pipelines, and which errors mean that the server is away."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha1
 from typing import Any
 
 import redis
 import redis.asyncio
 from redis import exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from streams.errors import SidstreamError
 from streams.settings import RedisSettings
@@ -29,8 +32,8 @@ OUTAGES: tuple[type[BaseException], ...] = (
 )
 
 
-def url(settings: RedisSettings) -> str:
-    """The server's address. Raises SidstreamError when none is known."""
+def redis_url(settings: RedisSettings) -> str:
+    """The server's address. Raises SidstreamError where the settings have none."""
     if settings.url is None:
         raise SidstreamError(
             "no Redis address: start the local stack with `sidstream up`, or set SIDSTREAM_REDIS__URL"
@@ -38,29 +41,57 @@ def url(settings: RedisSettings) -> str:
     return settings.url.get_secret_value()
 
 
-def client(settings: RedisSettings) -> redis.Redis:
+def redis_client(settings: RedisSettings) -> redis.Redis:
     """A blocking client; replies are bytes."""
-    return redis.Redis.from_url(url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-
-
-def async_client(settings: RedisSettings) -> redis.asyncio.Redis:
-    """A client for asyncio; replies are bytes."""
-    return redis.asyncio.Redis.from_url(
-        url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+    return redis.Redis.from_url(
+        redis_url(settings), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
     )
 
 
-async def run_pipeline(store: redis.asyncio.Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Send raw commands in one go, without a transaction; return raw replies in order.
+def async_redis_client(
+    settings: RedisSettings, timeout_s: float = _TIMEOUT_S, retries: bool = True
+) -> redis.asyncio.Redis:
+    """A client for asyncio; replies are bytes.
 
-    Raises the first reply that is an error, after all were read.
+    `timeout_s`: for connecting and for each reply. `retries` False: a command is sent once, for callers that
+    have their own deadline, or whose commands may not take effect twice.
     """
-    async with store.pipeline(transaction=False) as pipe:
-        for command in commands:
-            pipe.execute_command(*command)
-        results: list[Any] = await pipe.execute(raise_on_error=False)
-    for result in results:
-        # Not by the pipeline itself: its message quotes the command, and with it the user's id.
-        if isinstance(result, Exception):
-            raise result
-    return results
+    options: dict[str, Any] = {} if retries else {"retry": Retry(NoBackoff(), 0)}
+    return redis.asyncio.Redis.from_url(
+        redis_url(settings), socket_timeout=timeout_s, socket_connect_timeout=timeout_s, **options
+    )
+
+
+class RedisScript:
+    """A Lua script that Redis runs by its SHA-1 (EVALSHA): a call sends forty characters, not the source."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._sha = sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+    def command(self, keys: Sequence[str], arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """One call of the script, for `run_pipeline`."""
+        return ("EVALSHA", self._sha, len(keys), *keys, *arguments)
+
+
+async def run_pipeline(
+    store: redis.asyncio.Redis, commands: Sequence[tuple[Any, ...]], script: RedisScript | None = None
+) -> list[Any]:
+    """Send raw commands in one round trip, without a transaction; return raw replies in order.
+
+    `script`: the one that the commands call. Where the server does not have it (it was restarted), it is
+    loaded and all commands are sent again, so they must be idempotent. Raises the first reply that is an
+    error, after all were read.
+    """
+    while True:
+        async with store.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            replies: list[Any] = await pipe.execute(raise_on_error=False)
+        # Not raised by the pipeline itself: its message quotes the command, and with it the user's id.
+        error = next((reply for reply in replies if isinstance(reply, Exception)), None)
+        if error is None:
+            return replies
+        if script is None or not isinstance(error, exceptions.NoScriptError):
+            raise error
+        await store.script_load(script.source)

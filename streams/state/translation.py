@@ -1,9 +1,9 @@
 """A history under another codebook: old SID -> item -> new SID, and nothing is lost.
 
-A new codebook gives every item another SID. A history is brought over entry by entry; time, kind and event
-hash stay, and with them its order. An entry whose item has no SID under the new codebook waits: it stays in
-the history as it is, with the tag of its own codebook, and takes its place once the item has one. Bringing a
-history over twice is bringing it over once, and there and back again gives the same entries.
+A new codebook gives every item another SID. A history is recoded entry by entry; time, kind and event hash
+stay, and with them the order. An entry whose item has no SID under the new codebook waits: it stays in the
+history unchanged, with the tag of its own codebook, and takes its place once the item has a SID. Recoding a
+history twice is the same as once, and recoding it to another codebook and back gives the same entries.
 """
 
 from __future__ import annotations
@@ -15,82 +15,83 @@ from streams.settings import HistorySettings
 from streams.state.history import (
     VERSION,
     WAITING,
-    Entry,
-    Parts,
-    bounded,
-    cut,
-    head,
-    join,
-    tag_of,
+    HistoryEntry,
+    HistoryParts,
+    codebook_tag,
+    header_of,
+    join_parts,
+    keep_newest,
+    split_parts,
     unpack_entry,
 )
+from streams.state.redisdb import RedisScript
 
-# (tag of a codebook, packed SID under it) -> packed SID of the same item under the codebook that is wanted.
-Translate = Callable[[str, bytes], bytes | None]
+# (tag of a codebook, packed SID under it) -> packed SID of the same item under the target codebook, if any.
+TranslateSid = Callable[[str, bytes], bytes | None]
 
-# KEYS history | ARGV expected value, new value. 0: somebody else changed it meanwhile, and nothing was done.
-REPLACE: Final = """
+# KEYS history | ARGV expected value, new value. Returns 0 and changes nothing where the value is another one.
+REPLACE_IF_UNCHANGED: Final = RedisScript("""
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 return 1
-"""
+""")
 
 
-def recode(
-    value: bytes, translate: Translate, *, codebook: str, levels: int, bounds: HistorySettings
+def recode_history(
+    value: bytes, translate: TranslateSid, *, codebook: str, levels: int, bounds: HistorySettings
 ) -> bytes:
     """The history under `codebook`, whose SIDs have `levels` codes. Fences are kept.
 
     Raises SidstreamError on another layout version.
     """
-    stored = cut(value)
-    wanted = tag_of(codebook)
+    stored = split_parts(value)
+    target_tag = codebook_tag(codebook)
     entries: set[bytes] = set()
     waiting: list[tuple[bytes, str]] = []
-    for tag, entry in _all(stored):
-        sid = entry[10:] if tag == wanted else translate(tag, entry[10:])
+    for tag, entry in _tagged_entries(stored):
+        sid = entry[10:] if tag == target_tag else translate(tag, entry[10:])
         if sid is None:
             waiting.append((entry, tag))
         else:
             entries.add(entry[:10] + sid)
-    # Bounded apart: what waits may not push out what is known. In the order of all histories.
-    kept = set(bounded([entry for entry, _ in sorted(waiting)], bounds))
-    return join(
-        Parts(
-            head(codebook, levels),
+    # Bounded apart, so that waiting entries push out no translated one; sorted, as in every history.
+    waiting_within_bounds = set(keep_newest([entry for entry, _ in sorted(waiting)], bounds))
+    return join_parts(
+        HistoryParts(
+            header_of(codebook, levels),
             stored.fences,
-            [(tag, entry) for entry, tag in sorted(set(waiting)) if entry in kept],
-            bounded(sorted(entries), bounds),
+            [(tag, entry) for entry, tag in sorted(set(waiting)) if entry in waiting_within_bounds],
+            keep_newest(sorted(entries), bounds),
         )
     )
 
 
-def under(value: bytes | None, codebook: str, translate: Translate) -> list[Entry]:
-    """The entries of a history that can be told under `codebook`, oldest first; the others are left out.
+def entries_under(value: bytes | None, codebook: str, translate: TranslateSid) -> list[HistoryEntry]:
+    """The entries of a history that have a SID under `codebook`, oldest first, without the others.
 
-    Changes nothing. Raises SidstreamError on another layout version.
+    Raises SidstreamError on another layout version.
     """
     if value is None:
         return []
-    wanted = tag_of(codebook)
-    found: set[bytes] = set()
-    for tag, entry in _all(cut(value)):
-        sid = entry[10:] if tag == wanted else translate(tag, entry[10:])
+    target_tag = codebook_tag(codebook)
+    translated: set[bytes] = set()
+    for tag, entry in _tagged_entries(split_parts(value)):
+        sid = entry[10:] if tag == target_tag else translate(tag, entry[10:])
         if sid is not None:
-            found.add(entry[:10] + sid)
-    return [unpack_entry(entry) for entry in sorted(found)]
+            translated.add(entry[:10] + sid)
+    return [unpack_entry(entry) for entry in sorted(translated)]
 
 
-def foreign(start: bytes, codebook: str) -> bool:
-    """Whether the history with these first 6 bytes has anything to bring over to `codebook`.
+def needs_recoding(header: bytes, codebook: str) -> bool:
+    """Whether the history with these first 6 bytes has entries to recode to `codebook`.
 
-    No bytes (the history is gone) and those of a layout that is not known here have nothing.
+    False for no bytes (the history is deleted) and for another layout version.
     """
-    if start[:1] == bytes((WAITING,)):
+    if header[:1] == bytes((WAITING,)):
         return True
-    return start[:1] == bytes((VERSION,)) and start[2:6].hex() != tag_of(codebook)
+    return header[:1] == bytes((VERSION,)) and header[2:6].hex() != codebook_tag(codebook)
 
 
-def _all(stored: Parts) -> list[tuple[str, bytes]]:
-    own = stored.head[2:].hex()
-    return [*stored.waiting, *((own, entry) for entry in stored.entries)]
+def _tagged_entries(stored: HistoryParts) -> list[tuple[str, bytes]]:
+    own_tag = stored.header[2:].hex()
+    return [*stored.waiting, *((own_tag, entry) for entry in stored.entries)]

@@ -14,20 +14,20 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from streams.errors import SidstreamError
 from streams.events import Event, Recommendation, Trigger
 from streams.settings import KafkaSettings
-from streams.wire import bulk
-from streams.wire.admin import missing, names, unreachable
+from streams.wire import bulk_writer
+from streams.wire.admin import missing_topic_error, topic_names, unreachable_error
 from streams.wire.connect import client_options
-from streams.wire.records import fitting, record
-from streams.wire.replies import Reader, Replies, no_answer
+from streams.wire.records import kafka_record, require_size_within_limit
+from streams.wire.replies import RecommendationReader, Replies, no_answer_error
 
-# A broker that restarts is back within this time, and the producer has retried until then.
+# A broker that restarts is back within this time; the producer retries until then.
 _DELIVERY_S = 30.0
-# How long a send waits to learn where a topic's partitions are.
+# How long a send waits for the metadata of a topic's partitions.
 _METADATA_MS = 10_000
 
 
-class Delivered(NamedTuple):
-    """Where the broker has put a record."""
+class DeliveredRecord(NamedTuple):
+    """The place of a record on the broker."""
 
     topic: str
     partition: int
@@ -41,7 +41,9 @@ class Client:
     replica acknowledges. Raises SidstreamError when no broker answers.
     """
 
-    def __init__(self, kafka: KafkaSettings, open_reader: Callable[[], Reader] | None = None) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, open_reader: Callable[[], RecommendationReader] | None = None
+    ) -> None:
         self._kafka = kafka
         try:
             self._producer = KafkaProducer(
@@ -58,8 +60,8 @@ class Client:
                 metrics_enabled=False,
             )
         except KafkaError as error:
-            raise unreachable(kafka, error) from error
-        self._replies = Replies(open_reader or partial(_at_the_end, kafka))
+            raise unreachable_error(kafka, error) from error
+        self._replies = Replies(open_reader or partial(_reader_at_end, kafka))
 
     def __enter__(self) -> Self:
         return self
@@ -69,40 +71,40 @@ class Client:
     ) -> None:
         self.close()
 
-    def publish(self, event: Event) -> Delivered:
-        """Send one event and return where it stands, confirmed by the broker.
+    def publish(self, event: Event) -> DeliveredRecord:
+        """Send one event and return its place, confirmed by the broker.
 
         Raises SidstreamError when the event breaks the contract, is too large, or is not confirmed in time.
         """
-        made = record(event, self._kafka.max_event_bytes)
-        return self._send(type(event).__name__, made.topic, made.key, made.value)
+        record = kafka_record(event, self._kafka.max_event_bytes)
+        return self._send(type(event).__name__, record.topic, record.key, record.value)
 
-    def publish_raw(self, topic: str, key: bytes | None, value: bytes) -> Delivered:
-        """Send bytes as they are, unchecked but for their size: what a faulty producer would do."""
-        fitting("The value", key, value, self._kafka.max_event_bytes)
+    def publish_raw(self, topic: str, key: bytes | None, value: bytes) -> DeliveredRecord:
+        """Send bytes without a check but of their size, as a faulty producer would."""
+        require_size_within_limit("The value", key, value, self._kafka.max_event_bytes)
         return self._send("the value", topic, key, value)
 
     def publish_all(self, events: Iterable[Event], on_progress: Callable[[int], None] | None = None) -> int:
-        """Send many events in the order given, confirmed; return how many (`wire.bulk.publish_all`)."""
-        return bulk.publish_all(self._kafka, events, on_progress)
+        """Send many events in the order given, confirmed; return their number."""
+        return bulk_writer.publish_all(self._kafka, events, on_progress)
 
     def submit(self, trigger: Trigger, timeout: float = 30.0) -> Future[Recommendation]:
-        """Send a trigger and return a future for its answer, so that many can be under way.
+        """Send a trigger and return a future for its answer, so that many can be in flight.
 
         The future fails with SidstreamError when no answer came within `timeout` seconds, when the trigger
         was not delivered, or when reading answers ended.
         """
-        made = record(trigger, self._kafka.max_event_bytes)
+        record = kafka_record(trigger, self._kafka.max_event_bytes)
         self._replies.start()
         future = self._replies.expect(trigger.request_id, timeout)
         try:
-            sent = self._producer.send(made.topic, key=made.key, value=made.value)
+            delivery = self._producer.send(record.topic, key=record.key, value=record.value)
         except KafkaError as error:
-            self._replies.fail(trigger.request_id, self._undelivered("Trigger", made.topic, error))
+            self._replies.fail(trigger.request_id, self._undelivered_error("Trigger", record.topic, error))
             return future
-        sent.add_errback(
+        delivery.add_errback(
             lambda error: self._replies.fail(
-                trigger.request_id, self._undelivered("Trigger", made.topic, error)
+                trigger.request_id, self._undelivered_error("Trigger", record.topic, error)
             )
         )
         return future
@@ -113,33 +115,33 @@ class Client:
         try:
             return future.result(timeout)
         except TimeoutError as error:
-            failure = no_answer(trigger.request_id, timeout)
+            failure = no_answer_error(trigger.request_id, timeout)
             self._replies.fail(trigger.request_id, failure)
             raise failure from error
 
     def close(self) -> None:
-        """Confirm what is under way, fail what still waits for an answer, and end both threads."""
+        """Confirm records in flight, fail requests without an answer, and end both threads."""
         self._replies.close()
         self._producer.close(timeout=_DELIVERY_S)
 
-    def _send(self, what: str, topic: str, key: bytes | None, value: bytes) -> Delivered:
+    def _send(self, description: str, topic: str, key: bytes | None, value: bytes) -> DeliveredRecord:
         try:
-            placed = self._producer.send(topic, key=key, value=value).get(timeout=_DELIVERY_S + 5)
+            metadata = self._producer.send(topic, key=key, value=value).get(timeout=_DELIVERY_S + 5)
         except KafkaError as error:
-            raise self._undelivered(what, topic, error) from error
-        return Delivered(placed.topic, placed.partition, placed.offset)
+            raise self._undelivered_error(description, topic, error) from error
+        return DeliveredRecord(metadata.topic, metadata.partition, metadata.offset)
 
-    def _undelivered(self, what: str, topic: str, error: BaseException) -> SidstreamError:
-        # kafka-python names a missing topic, a dead broker and a slow one alike: a time-out.
-        if isinstance(error, KafkaTimeoutError) and topic not in names(self._kafka):
-            return missing(topic)
+    def _undelivered_error(self, description: str, topic: str, error: BaseException) -> SidstreamError:
+        # kafka-python raises a time-out for a missing topic, a dead broker and a slow one alike.
+        if isinstance(error, KafkaTimeoutError) and topic not in topic_names(self._kafka):
+            return missing_topic_error(topic)
         return SidstreamError(
-            f"Kafka did not confirm {what} on topic {topic} ({type(error).__name__}: {error}): check the "
-            "broker with `sidstream status`, then send it again with the same event_id"
+            f"Kafka did not confirm {description} on topic {topic} ({type(error).__name__}: {error}): check "
+            "the broker with `sidstream status`, then send it again with the same event_id"
         )
 
 
-def _at_the_end(kafka: KafkaSettings) -> Reader:
+def _reader_at_end(kafka: KafkaSettings) -> RecommendationReader:
     """A consumer without group at the end of every partition of `recommendations`, positions resolved."""
     topic = Recommendation.topic
     try:
@@ -153,15 +155,15 @@ def _at_the_end(kafka: KafkaSettings) -> Reader:
             metrics_enabled=False,
         )
     except KafkaError as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable_error(kafka, error) from error
     try:
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
         if not partitions:
-            raise missing(topic)
+            raise missing_topic_error(topic)
         consumer.assign(partitions)
         consumer.seek_to_end(*partitions)
         for partition in partitions:
-            # The end is looked up lazily: an answer that came before the look-up would be missed.
+            # The consumer asks for the end lazily: an answer that came before would be missed.
             if consumer.position(partition, timeout_ms=_METADATA_MS) is None:
                 raise SidstreamError(
                     f"the end of {topic} partition {partition.partition} is not known after "
@@ -170,5 +172,5 @@ def _at_the_end(kafka: KafkaSettings) -> Reader:
     except BaseException:
         consumer.close()
         raise
-    reader: Reader = consumer
+    reader: RecommendationReader = consumer
     return reader

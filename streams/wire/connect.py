@@ -9,8 +9,8 @@ from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 
 
-def bootstrap(kafka: KafkaSettings) -> list[str]:
-    """The brokers' addresses. Raises SidstreamError when none is known."""
+def bootstrap_servers(kafka: KafkaSettings) -> list[str]:
+    """The brokers' addresses. Raises SidstreamError where the settings have none."""
     if not kafka.bootstrap:
         raise SidstreamError(
             "no Kafka address: start the local stack with `sidstream up`, or set SIDSTREAM_KAFKA__BOOTSTRAP"
@@ -18,7 +18,7 @@ def bootstrap(kafka: KafkaSettings) -> list[str]:
     return [address.strip() for address in kafka.bootstrap.split(",") if address.strip()]
 
 
-def _security(kafka: KafkaSettings) -> dict[str, Any]:
+def _security_options(kafka: KafkaSettings) -> dict[str, Any]:
     options: dict[str, Any] = {"security_protocol": kafka.security_protocol}
     if kafka.security_protocol.endswith("SSL"):
         options["ssl_context"] = ssl.create_default_context(cafile=kafka.ssl_cafile)
@@ -32,4 +32,4 @@ def _security(kafka: KafkaSettings) -> dict[str, Any]:
 
 def client_options(kafka: KafkaSettings) -> dict[str, Any]:
     """Keyword arguments that kafka-python's and aiokafka's clients share."""
-    return {"bootstrap_servers": bootstrap(kafka), **_security(kafka)}
+    return {"bootstrap_servers": bootstrap_servers(kafka), **_security_options(kafka)}

@@ -1,4 +1,4 @@
-"""Records that cannot be applied, written with their bytes, their place and the reason."""
+"""Records that cannot be applied, written to `dead-letters` with their bytes, their place and the reason."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from prometheus_client import Counter
 
 from streams.events import DeadLetter, encode
 
-DEAD_LETTERS: Final = Counter(
+DEAD_LETTER_COUNT: Final = Counter(
     "sidstream_dead_letters_total", "Records that could not be applied", ["stage", "reason"]
 )
-# A message from a decoder may quote what it read.
+# A decoder's message may quote its input.
 _DETAIL_CHARS: Final = 500
-# What is kept of a value that is too large for the topic even so: enough to see what it was.
+# Bytes that a dead letter keeps of a value too large for the topic: enough to recognise it.
 _CUT_BYTES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedRecord:
     """A record (topic, partition, offset, key, value), and why it was refused."""
 
     record: Any
@@ -36,8 +36,8 @@ class Refusal:
     attempt: int = 1
 
 
-def dead_letter(refusal: Refusal) -> DeadLetter:
-    """The event for a refused record; the same record refused again by the same stage has the same id."""
+def dead_letter(refusal: RefusedRecord) -> DeadLetter:
+    """The event for a refused record; its id is the same where a stage refuses the record again."""
     record = refusal.record
     content = msgspec.msgpack.encode(
         [record.topic, record.partition, record.offset, refusal.stage, record.key, record.value]
@@ -56,25 +56,25 @@ def dead_letter(refusal: Refusal) -> DeadLetter:
     )
 
 
-async def write(producer: AIOKafkaProducer, refusals: Iterable[Refusal]) -> None:
-    """Write them all and return when the broker has them. Raises KafkaError when it does not take them."""
+async def write_dead_letters(producer: AIOKafkaProducer, refusals: Iterable[RefusedRecord]) -> None:
+    """Write dead letters and return when the broker has them. Raises KafkaError when it refuses one."""
     refusals = list(refusals)
     letters = [dead_letter(refusal) for refusal in refusals]
-    await asyncio.gather(*[_send(producer, letter) for letter in letters])
+    await asyncio.gather(*[_send_dead_letter(producer, letter) for letter in letters])
     for refusal in refusals:
-        DEAD_LETTERS.labels(refusal.stage, refusal.reason).inc()
+        DEAD_LETTER_COUNT.labels(refusal.stage, refusal.reason).inc()
 
 
-async def _send(producer: AIOKafkaProducer, letter: DeadLetter) -> None:
+async def _send_dead_letter(producer: AIOKafkaProducer, letter: DeadLetter) -> None:
     try:
         await producer.send_and_wait(letter.topic, encode(letter), key=letter.key)
     except MessageSizeTooLargeError:
         # Base64 grows a value by a third; one close to the limit may then be over it.
         value = base64.b64decode(letter.value_base64 or "")
-        cut = msgspec.structs.replace(
+        shortened = msgspec.structs.replace(
             letter,
             value_base64=base64.b64encode(value[:_CUT_BYTES]).decode(),
             key_base64=(letter.key_base64 or "")[: 4 * 1024] or None,
             detail=f"{letter.detail} (the first {_CUT_BYTES} of {len(value)} bytes are kept)",
         )
-        await producer.send_and_wait(cut.topic, encode(cut), key=cut.key)
+        await producer.send_and_wait(shortened.topic, encode(shortened), key=shortened.key)

@@ -1,4 +1,4 @@
-"""An event as a Kafka record: topic, key, value, partition; refused before sending when it would not fit."""
+"""An event as a Kafka record: topic, key, value and partition, and whether its size fits the topic."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from kafka.partitioner.default import murmur2
 from streams.errors import SidstreamError
 from streams.events import Event, EventError, decode, encode
 
-# What a batch of one record adds to key and value: 61 bytes of header, then at most 32 of attributes and
+# Bytes that a batch of one record adds to key and value: 61 of header, then at most 32 of attributes and
 # variable-length integers (Kafka protocol, record batch format 2). The topic's limit counts the batch.
 BATCH_OVERHEAD = 96
 
 
-class Record(NamedTuple):
-    """What goes to the broker."""
+class KafkaRecord(NamedTuple):
+    """A record before it has a partition and an offset."""
 
     topic: str
     key: bytes
     value: bytes
 
 
-# Shops see the same users and items again and again, and murmur2 in Python costs more than the rest.
+# Users and items repeat, and murmur2 in Python costs more than the rest of sending.
 @lru_cache(maxsize=1 << 17)
 def partition_of(key: bytes, partitions: int) -> int:
     """The partition of a key, as Kafka's Java producer chooses it: positive murmur2 modulo the partitions."""
     return int(murmur2(key) & 0x7FFFFFFF) % partitions
 
 
-def record(event: Event, max_event_bytes: int) -> Record:
+def kafka_record(event: Event, max_event_bytes: int) -> KafkaRecord:
     """The event's record.
 
     Raises SidstreamError when the event breaks the contract (it would end in dead letters) or weighs more
@@ -41,15 +41,15 @@ def record(event: Event, max_event_bytes: int) -> Record:
         decode(type(event), value)
     except EventError as error:
         raise SidstreamError(f"{type(event).__name__} {event.event_id} was not sent: {error}") from error
-    return Record(event.topic, event.key, fitting(type(event).__name__, event.key, value, max_event_bytes))
+    require_size_within_limit(type(event).__name__, event.key, value, max_event_bytes)
+    return KafkaRecord(event.topic, event.key, value)
 
 
-def fitting(what: str, key: bytes | None, value: bytes, max_event_bytes: int) -> bytes:
-    """The value, if it fits the topic. Raises SidstreamError when it is larger than the limit."""
+def require_size_within_limit(name: str, key: bytes | None, value: bytes, max_event_bytes: int) -> None:
+    """Raise SidstreamError where a record weighs more than the topics take; the error calls it `name`."""
     size = len(key or b"") + len(value) + BATCH_OVERHEAD
     if size > max_event_bytes:
         raise SidstreamError(
-            f"{what} weighs {size:,} bytes on the wire, the topics take {max_event_bytes:,}: "
+            f"{name} weighs {size:,} bytes on the wire, the topics take {max_event_bytes:,}: "
             "send less in it, or raise SIDSTREAM_KAFKA__MAX_EVENT_BYTES before the topics are made"
         )
-    return value

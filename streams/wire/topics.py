@@ -1,4 +1,4 @@
-"""The topics: partitions, cleanup policy and retention, stated, never left to a broker's defaults."""
+"""The topics with their partitions, cleanup policy and retention, so that no broker default applies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _COMPACT_SEGMENT_MS = 3_600_000
 
 
 @dataclass(frozen=True)
-class Topic:
-    """One topic: what it carries, how it is cut and how long it is kept."""
+class TopicSpec:
+    """One topic: its event type, number of partitions and configuration."""
 
     name: str
     event: type[events.Event]
@@ -22,7 +22,7 @@ class Topic:
 
     @property
     def compacted(self) -> bool:
-        """True where only the newest record of a key is kept."""
+        """True where the topic keeps only the newest record of a key."""
         return self.configs["cleanup.policy"] == "compact"
 
 
@@ -31,27 +31,27 @@ _COMPACTED = frozenset({"catalog", "users", "sids", "rollout"})
 _SINGLE = frozenset({"rollout"})
 
 
-def topics(kafka: KafkaSettings) -> tuple[Topic, ...]:
-    """All topics of the product, as the settings want them."""
-    made = []
+def all_topics(kafka: KafkaSettings) -> tuple[TopicSpec, ...]:
+    """All topics of the product, under the settings."""
+    specs = []
     for event in events.EVENTS:
-        limit = kafka.max_event_bytes
+        max_bytes = kafka.max_event_bytes
         if event is events.DeadLetter:
-            # It carries a whole record of another topic, in base64.
-            limit *= 2
-        configs = {"max.message.bytes": str(limit)}
+            # A dead letter carries a whole record of another topic, in base64.
+            max_bytes *= 2
+        configs = {"max.message.bytes": str(max_bytes)}
         if kafka.replication >= 3:
-            # Confirmed by all that are in sync must mean more than one.
+            # A confirmation by all replicas in sync must mean more than one replica.
             configs["min.insync.replicas"] = "2"
         if event.topic in _COMPACTED:
             configs |= {"cleanup.policy": "compact", "segment.ms": str(_COMPACT_SEGMENT_MS)}
         else:
-            # CreateTime would let a replay of an old year expire at once: retention counts arrival.
+            # Retention counts from arrival: by CreateTime a replay of an old year would expire at once.
             configs |= {
                 "cleanup.policy": "delete",
                 "retention.ms": str(kafka.retention_days * 86_400_000),
                 "message.timestamp.type": "LogAppendTime",
             }
         partitions = 1 if event.topic in _SINGLE else kafka.partitions
-        made.append(Topic(event.topic, event, partitions, configs))
-    return tuple(made)
+        specs.append(TopicSpec(event.topic, event, partitions, configs))
+    return tuple(specs)

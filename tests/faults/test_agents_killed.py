@@ -30,13 +30,13 @@ def metric(port: int, outcome: str) -> int:
     """How many purchases this worker counted so."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            found = re.search(
+            sample = re.search(
                 rf'^sidstream_events_total{{outcome="{outcome}",topic="purchases"}} (\S+)',
                 answer.read().decode(), re.M,
             )  # fmt: skip
     except OSError:
         return 0
-    return int(float(found.group(1))) if found else 0
+    return int(float(sample.group(1))) if sample else 0
 
 
 def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_path: Path) -> None:
@@ -51,20 +51,20 @@ def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_
         with worker(kafka, url, tmp_path / "codebook", log, codebook_check_s=0.5, **options):
             wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, WAIT_S, "SIDs")
         begin, end = parse_time("2011-10-01"), parse_time("2011-12-01")
-        total = replay(kafka, shop, begin, end, catalog=False).sent
+        total = replay(kafka, shop, begin, end, catalog=False).record_count
 
         def in_histories() -> int:
             names = list(store.scan_iter(match="h:*", count=1000))
-            return sum(len(history.decode(store.get(name)).entries) for name in names)
+            return sum(len(history.decode_history(store.get(name)).entries) for name in names)
 
-        seen_twice = kills = 0
-        while not seen_twice and kills < KILLS:
+        repeated = kills = 0
+        while not repeated and kills < KILLS:
             port = free_port()
             process = start_worker(kafka, url, tmp_path / "codebook", log, metrics_port=port, **options)
             try:
                 # In mid-replay: this worker has done something, and much is left.
                 wait_until(lambda: metric(port, "in_history") > 2000, WAIT_S, "progress")  # noqa: B023
-                seen_twice += metric(port, "repeated")
+                repeated += metric(port, "repeated")
                 assert process.poll() is None, log.read_text()[-3000:]
             finally:
                 process.kill()
@@ -84,8 +84,8 @@ def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_
                 lambda: all(store.get(keys.history(user)) == value for user, value in expected.items()),
                 WAIT_S, "histories equal to the pure replay",
             )  # fmt: skip
-            seen_twice += metric(port, "repeated")
-        assert seen_twice > 0, f"{kills} kills, and no record was seen twice: the test did not bite"
+            repeated += metric(port, "repeated")
+        assert repeated > 0, f"{kills} kills, and no record was seen twice: the test did not bite"
         assert {name.decode() for name in store.scan_iter(match="h:*")} == {keys.history(u) for u in expected}
         assert total > 80_000
         assert not sum(end_offsets(kafka, "dead-letters").values())

@@ -18,8 +18,8 @@ from registry.bundles.rewards import Offer
 from streams.errors import SidstreamError
 from streams.events import Purchase
 from streams.replay.online_retail import OnlineRetail
-from streams.replay.rees46 import Rees46, find
-from streams.replay.source import Source
+from streams.replay.rees46 import Rees46, find_rees46_file
+from streams.replay.source import EventSource
 from trainer.evaluation.sequences import SequenceDataset, group_events_by_user
 from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME
 
@@ -106,10 +106,10 @@ def _online_retail(folder: Path | None) -> SequenceDataset:
 
 
 def _rees46(folder: Path | None) -> SequenceDataset:
-    return _from_replay_source("rees46", Rees46(find(folder)))
+    return _from_replay_source("rees46", Rees46(find_rees46_file(folder)))
 
 
-def _from_replay_source(name: str, log: Source, mark_purchases: bool = True) -> SequenceDataset:
+def _from_replay_source(name: str, log: EventSource, mark_purchases: bool = True) -> SequenceDataset:
     """Clicks, carts and purchases of a log alike; `mark_purchases`: keep which are purchases."""
     users, items, ts, bought = [], [], [], []
     for event in log.events():

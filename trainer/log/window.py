@@ -12,17 +12,15 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import TopicPartition
 
 from registry.bundles.context import Attributes, Context, Counts, counted
 from registry.bundles.prompt import Sid
 from streams import events
-from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from streams.state import profile
-from streams.wire.admin import incarnations, missing, spans, unreachable
-from streams.wire.connect import client_options
+from streams.wire.admin import incarnations, missing_topic_error, offset_spans
+from streams.wire.topic_reader import read_ranges
 from trainer.log.log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
 from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
@@ -32,9 +30,6 @@ TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "user
 _KEYED = ("catalog", "users", "sids")
 # Rows in memory before a file is written: a year of a shop is one file, and a large backlog still fits.
 _FILE_ROWS = 1_000_000
-_FETCH_BYTES = 8 * 1024 * 1024
-# Without a record for so long the broker counts as gone.
-_SILENCE_S = 30.0
 
 
 class _EventTime(msgspec.Struct):
@@ -101,7 +96,9 @@ class Window:
                 continue
             record = decoder.decode(value)
             newest_record = newest.get(record.user_id)
-            if newest_record is None or profile.order(record) >= profile.order(newest_record):
+            if newest_record is None or profile.newest_order_key(record) >= profile.newest_order_key(
+                newest_record
+            ):
                 newest[record.user_id] = record
         return {user: profile_record.attributes for user, profile_record in newest.items()}
 
@@ -257,54 +254,23 @@ class _TopicBuffer:
         self.refused = 0
 
 
-async def _read_to_ends(
-    kafka: KafkaSettings, log: InteractionLog, buffers: dict[str, _TopicBuffer], ends: dict[TopicPartition,
-    int],
-    advance: Callable[[int], None] | None,
+async def _read_into_log(
+    buffers: dict[str, _TopicBuffer], kafka: KafkaSettings, log: InteractionLog,
+    ranges: Mapping[TopicPartition, tuple[int, int]], advance: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
-    consumer = AIOKafkaConsumer(
-        **client_options(kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest",
-        max_partition_fetch_bytes=_FETCH_BYTES,
-    )  # fmt: skip
-    try:
-        await consumer.start()
-    except KafkaError as error:
-        await consumer.stop()
-        raise unreachable(kafka, error) from error
-    try:
-        consumer.assign(list(ends))
-        for at in ends:
-            consumer.seek(at, buffers[at.topic].begin[at.partition])
-        unread = set(ends)
-        last_record_at = time.monotonic()
-        while unread:
-            polled = await consumer.getmany(*unread, timeout_ms=500)
-            now_ms = time.time_ns() // 1_000_000
-            for at, records in polled.items():
-                buffer = buffers[at.topic]
-                for record in records:
-                    if record.offset < ends[at]:
-                        buffer.add(at.partition, record, now_ms)
-                if advance:
-                    advance(len(records))
-                if len(buffer.columns[0]) >= _FILE_ROWS:
-                    buffer.flush(log)
-            for at in list(unread):
-                # Compaction leaves gaps: the position tells how far a partition was read.
-                if await consumer.position(at) >= ends[at]:
-                    buffers[at.topic].end[at.partition] = ends[at]
-                    unread.discard(at)
-            if polled:
-                last_record_at = time.monotonic()
-            elif time.monotonic() - last_record_at > _SILENCE_S:
-                names = ", ".join(sorted({at.topic for at in unread}))
-                raise SidstreamError(
-                    f"Kafka sent no record of {names} for {_SILENCE_S:.0f} seconds; see `sidstream doctor`"
-                )
-    except KafkaError as error:
-        raise unreachable(kafka, error) from error
-    finally:
-        await consumer.stop()
+    """Read the ranges into the buffers, and the buffers into the log."""
+    async for at, records in read_ranges(kafka, ranges):
+        now_ms = time.time_ns() // 1_000_000
+        buffer = buffers[at.topic]
+        for record in records:
+            buffer.add(at.partition, record, now_ms)
+        if advance:
+            advance(len(records))
+        if len(buffer.columns[0]) >= _FILE_ROWS:
+            buffer.flush(log)
+    for at, (_, end) in ranges.items():
+        # Compaction leaves gaps: the last record may lie below the end that was read.
+        buffers[at.topic].end[at.partition] = end
     for buffer in buffers.values():
         buffer.flush(log)
 
@@ -321,25 +287,24 @@ def read_window(
     that was made again since then is new as a whole. `advance(n)` is called for every n records read. Raises
     SidstreamError when the broker does not answer or a topic is missing.
     """
-    now = spans(kafka)
+    now = offset_spans(kafka)
     lives = incarnations(kafka)
     buffers: dict[str, _TopicBuffer] = {}
-    ends: dict[TopicPartition, int] = {}
+    unread: dict[TopicPartition, tuple[int, int]] = {}
     ranges: Ranges = {}
     for topic in TOPICS:
         if topic not in now:
-            raise missing(topic)
+            raise missing_topic_error(topic)
         logged = log.ends(topic, lives[topic])
         begin = {number: max(logged.get(number, 0), span.begin) for number, span in now[topic].items()}
         buffers[topic] = _TopicBuffer(topic, lives[topic], begin)
         for number, span in now[topic].items():
             if begin[number] < span.end:
-                ends[TopicPartition(topic, number)] = span.end
+                unread[TopicPartition(topic, number)] = (begin[number], span.end)
         before = (parent or {}).get(topic, {})
         ranges[topic] = {}
         for number, span in now[topic].items():
             old = before.get(number, (0, 0))[1]
             ranges[topic][number] = (old if old <= span.end else 0, span.end)
-    if ends:
-        asyncio.run(_read_to_ends(kafka, log, buffers, ends, advance))
+    asyncio.run(_read_into_log(buffers, kafka, log, unread, advance))
     return Window(log, ranges, {topic: lives[topic] for topic in TOPICS})

@@ -24,7 +24,7 @@ from registry.experiment.offpolicy import Floats
 from registry.experiment.statistics import Estimate
 from streams.errors import SidstreamError
 from streams.events import Exploration
-from streams.state.keys import hashed
+from streams.state.keys import anonymous_user
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline.ranking import sid_scores
 from trainer.sequences.batches import Int32, Int64, context_tensor, pad_items
@@ -112,7 +112,7 @@ def logged_explorations(
         drawn=starts[:-1] + np.array([event.chosen for event, _ in usable], dtype=np.int64),
         propensity=np.array([event.propensity for event, _ in usable], dtype=np.float64),
         reward=np.array([clicked for _, clicked in usable], dtype=np.float64),
-        users=np.array([hashed(event.user_id) for event, _ in usable], dtype=np.str_),
+        users=np.array([anonymous_user(event.user_id) for event, _ in usable], dtype=np.str_),
         left_out=dict(left_out),
     )
 

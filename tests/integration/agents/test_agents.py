@@ -13,10 +13,9 @@ import pytest
 import redis
 from kafka import KafkaProducer
 
-from agents.app import check
+from agents.app import check_prerequisites
 from harness.agents_worker import worker, write_codebook
-from harness.servers import read_all, wait_until
-from registry.releases.current import read_newest
+from harness.servers import wait_until
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -32,10 +31,11 @@ from streams.events import (
 )
 from streams.settings import KafkaSettings, RedisSettings
 from streams.state import history, keys
-from streams.wire.admin import create_topics, delete_topics, end_offsets, lag
-from streams.wire.bulk import publish_all
+from streams.wire.admin import consumer_group_lag, create_topics, delete_topics, end_offsets
+from streams.wire.bulk_writer import publish_all
 from streams.wire.connect import client_options
 from streams.wire.records import partition_of
+from streams.wire.topic_reader import read_newest_events, read_records
 from tests.conftest import FreshStack
 from tests.reference_pairs import reference
 
@@ -64,19 +64,19 @@ def buy(user: str, number: int, at: int, request: str | None = None) -> Purchase
 
 def read(kafka: KafkaSettings, topic: str) -> list[dict[str, Any]]:
     """Every record of a topic."""
-    return [json.loads(record.value) for record in read_all(kafka, topic)]
+    return [json.loads(record.value) for record in read_records(kafka, topic)]
 
 
 def count(kafka: KafkaSettings, topic: str) -> int:
     return sum(end_offsets(kafka, topic).values())
 
 
-def entries(store: redis.Redis, user: str) -> list[history.Entry]:
-    return history.decode(store.get(keys.history(user))).entries
+def entries(store: redis.Redis, user: str) -> list[history.HistoryEntry]:
+    return history.decode_history(store.get(keys.history(user))).entries
 
 
 def total(store: redis.Redis) -> int:
-    return sum(len(history.decode(store.get(key)).entries) for key in store.scan_iter(match="h:*"))
+    return sum(len(history.decode_history(store.get(key)).entries) for key in store.scan_iter(match="h:*"))
 
 
 def test_what_cannot_be_applied_ends_in_dead_letters_and_its_neighbours_are_applied(
@@ -87,20 +87,20 @@ def test_what_cannot_be_applied_ends_in_dead_letters_and_its_neighbours_are_appl
     publish_all(kafka, [item(n) for n in range(10)])
     good = json.loads(encode(buy("u", 0, 0)))
 
-    def but(**fields: Any) -> bytes:
+    def with_fields(**fields: Any) -> bytes:
         return json.dumps({**good, "event_id": json.dumps(fields), **fields}).encode()
 
-    bad = {
+    refused_values = {
         "malformed_json": b'{"schema_version": 1, ',
-        "unknown_schema_version": but(schema_version=7),
-        "invalid_field": but(price=-1.0),
+        "unknown_schema_version": with_fields(schema_version=7),
+        "invalid_field": with_fields(price=-1.0),
         "not_utf8": b'{"user_id": "\xff\xfe"}',
-        "timestamp_in_future": but(ts=32_503_680_000_000),
+        "timestamp_in_future": with_fields(ts=32_503_680_000_000),
         "empty": b"",
-        "unknown_item": but(item_id="never-listed"),
+        "unknown_item": with_fields(item_id="never-listed"),
     }
     producer = KafkaProducer(**client_options(kafka))
-    for n, value in enumerate(bad.values()):
+    for n, value in enumerate(refused_values.values()):
         producer.send("purchases", key=b"u", value=encode(buy("u", n, n)))
         producer.send("purchases", key=b"u", value=value)
     producer.send("purchases", key=b"u", value=encode(buy("u", 9, 9)))
@@ -111,15 +111,17 @@ def test_what_cannot_be_applied_ends_in_dead_letters_and_its_neighbours_are_appl
         redis.Redis.from_url(url) as store,
         worker(kafka, url, tmp_path / "codebook", tmp_path / "log", park_seconds=1, codebook_check_s=0.5),
     ):
-        wait_until(lambda: count(kafka, "dead-letters") >= len(bad) + 1, WAIT_S, "dead letters")
-        wait_until(lambda: total(store) == len(bad) + 1, WAIT_S, "the neighbours' history")
+        wait_until(lambda: count(kafka, "dead-letters") >= len(refused_values) + 1, WAIT_S, "dead letters")
+        wait_until(lambda: total(store) == len(refused_values) + 1, WAIT_S, "the neighbours' history")
         wait_until(lambda: not list(store.scan_iter(match="parked*")), WAIT_S, "no event still parked")
         letters = [letter for letter in read(kafka, "dead-letters") if letter["source"] == "purchases"]
-        assert {letter["reason"]: base64.b64decode(letter["value_base64"]) for letter in letters} == bad
+        assert {
+            letter["reason"]: base64.b64decode(letter["value_base64"]) for letter in letters
+        } == refused_values
         assert {base64.b64decode(letter["key_base64"]) for letter in letters} == {b"u"}
-        assert sorted(letter["offset"] for letter in letters) == list(range(1, 2 * len(bad), 2))
+        assert sorted(letter["offset"] for letter in letters) == list(range(1, 2 * len(refused_values), 2))
         assert {letter["stage"] for letter in letters if letter["reason"] == "unknown_item"} == {"histories"}
-        assert count(kafka, "dead-letters") == len(bad) + 1
+        assert count(kafka, "dead-letters") == len(refused_values) + 1
 
 
 def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_applied(
@@ -141,16 +143,16 @@ def test_events_before_their_items_and_items_before_the_codebook_wait_and_are_ap
         assert not list(store.scan_iter(match="parked*"))
         assert not count(kafka, "dead-letters")
         # SIDs in Redis, in the histories and on the topic are the same ones, and no two items share one.
-        told = {a.item_id: tuple(a.sid) for a in read_newest(kafka, SidAssignment).values()}
-        held = store.hgetall(keys.sids(codebook.id))
-        assert {i.decode(): history.unpack_sid(sid) for i, sid in held.items()} == told
-        assert len(set(told.values())) == len(told) == 6
-        assert [entry.sid for entry in entries(store, "u")] == [told[f"i{n}"] for n in range(6)]
+        published_sids = {a.item_id: tuple(a.sid) for a in read_newest_events(kafka, SidAssignment).values()}
+        redis_sids = store.hgetall(keys.sids(codebook.id))
+        assert {i.decode(): history.unpack_sid(sid) for i, sid in redis_sids.items()} == published_sids
+        assert len(set(published_sids.values())) == len(published_sids) == 6
+        assert [entry.sid for entry in entries(store, "u")] == [published_sids[f"i{n}"] for n in range(6)]
 
         published = count(kafka, "sids")
         publish_all(kafka, [item(1, "another title altogether"), item(6)])
         wait_until(lambda: count(kafka, "sids") > published, WAIT_S, "the SID of the new item")
-        assert read_newest(kafka, SidAssignment)[f"{codebook.id}/i1"].sid == list(told["i1"])
+        assert read_newest_events(kafka, SidAssignment)[f"{codebook.id}/i1"].sid == list(published_sids["i1"])
         assert count(kafka, "sids") == published + 1
 
 
@@ -167,14 +169,14 @@ def test_pairs_equal_the_reference_whatever_the_order_of_arrival(
         user, at = f"u{rng.randrange(40)}", rng.randrange(0, 7_200_000, 1000)
         if rng.random() < 0.3:
             request = f"r{n}"
-            shown = rng.sample(range(12), 6)
+            shown_items = rng.sample(range(12), 6)
             log.append(
                 Impression.new(
-                    user_id=user, item_ids=[f"i{s}" for s in shown], ts=T0 + at, request_id=request,
+                    user_id=user, item_ids=[f"i{s}" for s in shown_items], ts=T0 + at, request_id=request,
                     event_id=f"i-{request}",
                 )
             )  # fmt: skip
-            for s in shown[: rng.randrange(4)]:
+            for s in shown_items[: rng.randrange(4)]:
                 log.append(click(user, s, at + rng.randrange(1000, 900_000), request))
                 if rng.random() < 0.5:
                     log.append(buy(user, s, at + rng.randrange(1000, 900_000), request))
@@ -182,8 +184,8 @@ def test_pairs_equal_the_reference_whatever_the_order_of_arrival(
             log.append(click(user, rng.randrange(12), at))
             if rng.random() < 0.3:
                 log.append(buy(user, rng.randrange(12), at + rng.randrange(0, 900_000)))
-    wanted = reference(log, window * 1000, 8)
-    assert len(wanted) > 100
+    expected = reference(log, window * 1000, 8)
+    assert len(expected) > 100
     arrival = sorted(log, key=lambda event: event.ts + rng.randrange(0, lateness * 1000))
     # Half an hour after the last event every window is closed.
     end = max(event.ts for event in log) - T0 + 3_600_000
@@ -195,20 +197,20 @@ def test_pairs_equal_the_reference_whatever_the_order_of_arrival(
         kafka, url, tmp_path / "codebook", tmp_path / "log", attribution_window_s=window,
         allowed_lateness_s=lateness, idle_s=5, batch_size=97,
     ):  # fmt: skip
-        wait_until(lambda: count(kafka, "preferences") >= len(wanted), WAIT_S, "the pairs")
-    made = read(kafka, "preferences")
-    assert len({pair["event_id"] for pair in made}) == len(wanted)
+        wait_until(lambda: count(kafka, "preferences") >= len(expected), WAIT_S, "the pairs")
+    records = read(kafka, "preferences")
+    assert len({pair["event_id"] for pair in records}) == len(expected)
     decided = {
         (p["user_id"], p["scheme"], p["request_id"] or p["ts"], p["chosen_item"], tuple(p["rejected_items"]))
-        for p in made
+        for p in records
     }
-    assert decided == wanted
+    assert decided == expected
     with redis.Redis.from_url(url) as store:
-        for raw in made:
-            pair = PreferencePair.new(**raw)
-            past = entries(store, pair.user_id)
-            inside = [list(e.sid) for e in past if e.ts < pair.ts]
-            assert pair.history == inside[: len(pair.history)]
+        for record in records:
+            pair = PreferencePair.new(**record)
+            history_entries = entries(store, pair.user_id)
+            earlier_sids = [list(e.sid) for e in history_entries if e.ts < pair.ts]
+            assert pair.history == earlier_sids[: len(pair.history)]
             assert len(pair.rejected) == len(pair.rejected_items)
 
 
@@ -220,7 +222,7 @@ def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(
     publish_all(kafka, [item(n) for n in range(6)])
     rng = random.Random(3)
     log: list[Event] = []
-    wanted: dict[str, Counter[str]] = {}
+    expected: dict[str, Counter[str]] = {}
     for n in range(200):
         user, request = f"u{n % 20}", f"r{n}"
         ranked = [RankedItem(f"i{s}", [1, 2, 3], -1.0) for s in range(4)]
@@ -238,7 +240,7 @@ def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(
         log.append(
             Impression.new(user_id=user, item_ids=["i0", "i1", "i5"], ts=T0 + n + 1, request_id=request)
         )
-        tally = wanted.setdefault(user, Counter(impressions=0, clicks=0, orders=0))
+        tally = expected.setdefault(user, Counter(impressions=0, clicks=0, orders=0))
         tally["impressions"] += 2
         if rng.random() < 0.6:
             log += [click(user, 0, n + 5, request), click(user, 0, n + 6, request)]
@@ -249,28 +251,30 @@ def test_sums_by_arm_survive_a_second_reading_of_the_whole_log(
     publish_all(kafka, log)
 
     def sums(store: redis.Redis) -> dict[str, Counter[str]]:
-        found = {}
+        sums_by_user = {}
         for key in store.scan_iter(match=keys.sums_pattern("t")):
             row = {k.decode(): v.decode() for k, v in store.hgetall(key).items()}
             assert (row["arm"], row["bundle"]) == ("champion", "b")
             user, cohort = key.decode().split("{")[1].rstrip("}"), T0 // 3_600_000
             kinds = {"i": "impressions", "c": "clicks", "o": "orders"}
-            found[user] = Counter({name: int(row.get(f"{cohort}:{kind}", 0)) for kind, name in kinds.items()})
-        return found
+            sums_by_user[user] = Counter(
+                {name: int(row.get(f"{cohort}:{kind}", 0)) for kind, name in kinds.items()}
+            )
+        return sums_by_user
 
     with redis.Redis.from_url(url) as store:
         for group in ("first", "second"):
             with worker(kafka, url, tmp_path / "codebook", tmp_path / group, group=group, idle_s=600):
-                wait_until(lambda: sums(store) == wanted, WAIT_S, "the sums")
+                wait_until(lambda: sums(store) == expected, WAIT_S, "the sums")
                 done = f"{group} has read everything"
                 wait_until(lambda: caught_up(kafka, group), WAIT_S, done)  # noqa: B023
-                assert sums(store) == wanted
+                assert sums(store) == expected
 
 
 def caught_up(kafka: KafkaSettings, group: str) -> bool:
     """True when the group has committed every record."""
     try:
-        return lag(kafka, group) == 0
+        return consumer_group_lag(kafka, group) == 0
     except SidstreamError:  # the group has not begun
         return False
 
@@ -301,8 +305,8 @@ def test_without_the_topics_the_worker_says_so_in_one_sentence(kafka: KafkaSetti
     delete_topics(kafka)
     store = RedisSettings.model_validate({"url": redis_url})
     with pytest.raises(SidstreamError, match="topics create"):
-        check(kafka, store)
+        check_prerequisites(kafka, store)
     create_topics(kafka)
-    check(kafka, store)
+    check_prerequisites(kafka, store)
     with pytest.raises(SidstreamError, match="SIDSTREAM_REDIS__URL"):
-        check(kafka, RedisSettings.model_validate({"url": "redis://127.0.0.1:1/0"}))
+        check_prerequisites(kafka, RedisSettings.model_validate({"url": "redis://127.0.0.1:1/0"}))

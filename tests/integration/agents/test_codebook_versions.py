@@ -32,10 +32,10 @@ from streams.events import (
 from streams.settings import KafkaSettings
 from streams.state import history, keys
 from streams.wire.admin import end_offsets
-from streams.wire.bulk import publish_all
+from streams.wire.bulk_writer import publish_all
 from streams.wire.client import Client
 from tests.conftest import FreshStack
-from tests.serving_support import PATIENCE_S, Versions, running
+from tests.serving_support import PATIENCE_S, BundlesByVersion, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -58,20 +58,22 @@ def assigned(codebook: Codebook, items: Iterable[str]) -> list[SidAssignment]:
     return [SidAssignment.new(item_id=i, sid=list(sids[i]), codebook=codebook.id) for i in items]
 
 
-def acts(rng: random.Random, users: int, count: int, name: str, items: list[str] = ITEMS) -> list[Event]:
+def random_events(
+    rng: random.Random, users: int, count: int, name: str, items: list[str] = ITEMS
+) -> list[Event]:
     """Clicks and purchases in any order of time."""
-    made: list[Event] = []
+    events: list[Event] = []
     for n in range(count):
-        known = {
+        fields = {
             "user_id": f"u{n % users}", "item_id": rng.choice(items), "ts": T0 + rng.randrange(10**8),
             "event_id": f"{name}-{n}",
         }  # fmt: skip
-        made.append(Click.new(**known) if rng.random() < 0.7 else Purchase.new(**known, price=1.0))
-    return made
+        events.append(Click.new(**fields) if rng.random() < 0.7 else Purchase.new(**fields, price=1.0))
+    return events
 
 
-def pure(kafka: KafkaSettings, codebook: Codebook) -> dict[str, bytes]:
-    """{user: history} of all that is on the topics, by the pure function alone, under one codebook."""
+def expected_histories(kafka: KafkaSettings, codebook: Codebook) -> dict[str, bytes]:
+    """{user: history} of all events on the topics under one codebook, by the pure function."""
     packed = {item: history.pack_sid(sid) for item, sid in SIDS[codebook.id].items()}
     return replayed_histories(kafka, packed, codebook.id, len(codebook.sizes))
 
@@ -85,34 +87,34 @@ def tags(store: redis.Redis) -> list[str]:
     return [value[2:6].hex() for value in stored(store).values()]
 
 
-def begun(store: redis.Redis, codebook: Codebook, users: Iterable[int]) -> bool:
+def has_recoded_history(store: redis.Redis, codebook: Codebook, users: Iterable[int]) -> bool:
     """Whether one of these users has a history under a codebook: fast, as `tags` is not."""
-    with store.pipeline(transaction=False) as asked:
+    with store.pipeline(transaction=False) as pipeline:
         for user in users:
-            asked.getrange(keys.history(f"u{user}"), 2, 5)
-        return bytes.fromhex(codebook.id[:8]) in asked.execute()
+            pipeline.getrange(keys.history(f"u{user}"), 2, 5)
+        return bytes.fromhex(codebook.id[:8]) in pipeline.execute()
 
 
-def told(store: redis.Redis) -> int:
-    """How many events the histories hold, those that wait included."""
-    some = [history.decode(value) for value in stored(store).values()]
-    return sum(len(one.entries) + len(one.waiting) for one in some)
+def count_entries(store: redis.Redis) -> int:
+    """The number of entries in all histories, waiting ones included."""
+    histories = [history.decode_history(value) for value in stored(store).values()]
+    return sum(len(decoded.entries) + len(decoded.waiting) for decoded in histories)
 
 
-def everywhere(store: redis.Redis, codebook: Codebook, users: int) -> bool:
+def all_recoded(store: redis.Redis, codebook: Codebook, users: int) -> bool:
     return tags(store) == [codebook.id[:8]] * users
 
 
 def release(action: str, trial: str, **arms: tuple[str, Bundle]) -> Rollout:
-    made = [
+    rollout_arms = [
         Arm(name=name.replace("_", "-"), bundle=bundle.id, weight=1 / len(arms), version=version)
         for name, (version, bundle) in arms.items()
     ]
-    return Rollout.new(name="sidstream", action=action, trial=trial, arms=made)
+    return Rollout.new(name="sidstream", action=action, trial=trial, arms=rollout_arms)
 
 
 def ranking(answer: Recommendation) -> list[tuple[str, list[int], float]]:
-    return [(one.item_id, one.sid, pytest.approx(one.score)) for one in answer.items]
+    return [(ranked.item_id, ranked.sid, pytest.approx(ranked.score)) for ranked in answer.items]
 
 
 def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rollback_finds_its_own(
@@ -121,8 +123,8 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
     kafka, url = fresh_stack()
     rng = random.Random(4)
     users, late = 30, ITEMS[14:]
-    first, second = acts(rng, users, 300, "a"), acts(rng, users // 2, 60, "b", ITEMS[:14])
-    bundles = Versions(
+    first, second = random_events(rng, users, 300, "a"), random_events(rng, users // 2, 60, "b", ITEMS[:14])
+    bundles = BundlesByVersion(
         v1=write_tiny_bundle(tmp_path / "v1", OLD_SIZES, 1),
         v2=write_tiny_bundle(tmp_path / "v2", NEW_SIZES, 2, codebook_seed=1),
     )
@@ -139,28 +141,28 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
     ):
 
         def ask(user: str) -> Recommendation:
-            made = Trigger.new(request_id=f"r{next(requests)}", user_id=user, item_id=ITEMS[0], k=5)
-            return client.ask(made, PATIENCE_S)
+            trigger = Trigger.new(request_id=f"r{next(requests)}", user_id=user, item_id=ITEMS[0], k=5)
+            return client.ask(trigger, PATIENCE_S)
 
         client.publish(release("start", "t1", champion=v1))
-        wait_until(lambda: stored(store) == pure(kafka, OLD), WAIT_S, "the old histories")
+        wait_until(lambda: stored(store) == expected_histories(kafka, OLD), WAIT_S, "the old histories")
         with running(kafka, url, bundles) as agent:
             agent.wait_ready()
             before = {user: ranking(ask(user)) for user in ("u0", "u29")}
 
             # The new codebook comes, at first without the SIDs of two items; then more events.
             publish_all(kafka, assigned(NEW, ITEMS[:14]))
-            wait_until(lambda: everywhere(store, NEW, users), WAIT_S, "histories under the new codebook")
-            waiting = [history.decode(value).waiting for value in stored(store).values()]
+            wait_until(lambda: all_recoded(store, NEW, users), WAIT_S, "histories under the new codebook")
+            waiting = [history.decode_history(value).waiting for value in stored(store).values()]
             expected = [event for event in first if event.item_id in late]  # type: ignore[attr-defined]
             assert sum(map(len, waiting)) == len(expected) > 0
-            assert {e.sid for some in waiting for _, e in some} == {SIDS[OLD.id][item] for item in late}
+            assert {e.sid for entries in waiting for _, e in entries} == {SIDS[OLD.id][item] for item in late}
             # The champion knows its users as well as before: what waits is told as well.
             assert {user: ranking(ask(user)) for user in before} == before
 
             publish_all(kafka, second)
             count = len(first) + len(second)
-            wait_until(lambda: told(store) == count, WAIT_S, "the events of both times")
+            wait_until(lambda: count_entries(store) == count, WAIT_S, "the events of both times")
             # Champion and challenger of two codebooks answer from the same histories.
             trial = release("trial", "t2", champion=v1, challenger_sft=v2)
             client.publish(trial)
@@ -178,13 +180,13 @@ def test_histories_move_to_a_new_codebook_while_bundles_of_both_answer_and_a_rol
 
             # The two items get their SIDs: every entry stands in its place, as if it had always done.
             publish_all(kafka, assigned(NEW, late))
-            wait_until(lambda: stored(store) == pure(kafka, NEW), WAIT_S, "the new histories")
+            wait_until(lambda: stored(store) == expected_histories(kafka, NEW), WAIT_S, "the new histories")
 
             # Back: the old bundle answers from histories under the new codebook as from its own.
             client.publish(release("rollback", "t3", champion=v1))
             wait_until(lambda: ask("u1").trial == "t3", PATIENCE_S, "the rollback")
             for user in ("u0", "u29"):
-                store.set(keys.history(f"twin-{user}"), pure(kafka, OLD)[user])
+                store.set(keys.history(f"twin-{user}"), expected_histories(kafka, OLD)[user])
                 back, twin = ask(user), ask(f"twin-{user}")
                 assert (back.bundle, back.fallback) == (v1[1].id, None)
                 assert ranking(back) == ranking(twin)
@@ -201,23 +203,28 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
     OLD.save(tmp_path / "codebook")
     publish_all(kafka, [CatalogItem.new(item_id=i, title=i) for i in ITEMS])
     publish_all(kafka, assigned(OLD, ITEMS))
-    publish_all(kafka, acts(rng, users, users, "a"))
+    publish_all(kafka, random_events(rng, users, users, "a"))
     process = start_worker(kafka, url, tmp_path / "codebook", tmp_path / "log")
     with redis.Redis.from_url(url) as store:
         try:
-            wait_until(lambda: told(store) == users, WAIT_S, "the old histories")
+            wait_until(lambda: count_entries(store) == users, WAIT_S, "the old histories")
             publish_all(kafka, assigned(NEW, ITEMS))
-            some = range(0, users, 40)
-            wait_until(lambda: begun(store, NEW, some), WAIT_S, "the first of the new ones", pause=0)
+            sampled_users = range(0, users, 40)
+            wait_until(
+                lambda: has_recoded_history(store, NEW, sampled_users),
+                WAIT_S,
+                "the first of the new ones",
+                pause=0,
+            )
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
         done = tags(store).count(NEW.id[:8])
         assert 0 < done < users, "killed in the middle"
         # Events for some of those that the dead worker left behind.
-        publish_all(kafka, acts(rng, users, users // 2, "b"))
+        publish_all(kafka, random_events(rng, users, users // 2, "b"))
         with worker(kafka, url, tmp_path / "codebook", tmp_path / "log"):
-            wait_until(lambda: told(store) == users + users // 2, WAIT_S, "all events")
-            wait_until(lambda: everywhere(store, NEW, users), WAIT_S, "histories under the new codebook")
-            assert stored(store) == pure(kafka, NEW)
+            wait_until(lambda: count_entries(store) == users + users // 2, WAIT_S, "all events")
+            wait_until(lambda: all_recoded(store, NEW, users), WAIT_S, "histories under the new codebook")
+            assert stored(store) == expected_histories(kafka, NEW)
     assert sum(end_offsets(kafka, "dead-letters").values()) == 0

@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from streams.settings import HistorySettings
 from streams.state import history
-from streams.state.history import Change, OtherCodebook, apply, pack_entry, pack_sid, script_arguments
-from streams.state.translation import REPLACE, recode
+from streams.state.history import (
+    HistoryChange,
+    OtherCodebookError,
+    apply_changes,
+    pack_entry,
+    pack_sid,
+    script_arguments,
+)
+from streams.state.translation import REPLACE_IF_UNCHANGED, recode_history
 
 pytestmark = pytest.mark.integration
 
@@ -25,7 +32,7 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
         yield client
 
 
-def some(_tag: str, packed: bytes) -> bytes | None:
+def translate_most(_tag: str, packed: bytes) -> bytes | None:
     """Another SID for most, none for those that begin with 0 or 255: their entries wait."""
     return None if packed[:2] in (b"\x00\x00", b"\x00\xff") else packed[::-1]
 
@@ -51,12 +58,15 @@ batches = st.lists(st.lists(change, max_size=12), min_size=1, max_size=5)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_script_and_function_agree_on_every_sequence_of_batches(store, batches, length, days, lives) -> None:
     bounds = HistorySettings(max_length=length, max_age_days=days)
-    script, replace = store.register_script(history.SCRIPT), store.register_script(REPLACE)
+    script, replace = (
+        store.register_script(history.APPLY_CHANGES.source),
+        store.register_script(REPLACE_IF_UNCHANGED.source),
+    )
     store.delete("h:{test}")
     value: bytes | None = None
     for batch, (book, incarnation) in zip(batches, lives, strict=False):
         changes = [
-            Change(source, offset, pack_entry(ts, kind, event, pack_sid(sid)))
+            HistoryChange(source, offset, pack_entry(ts, kind, event, pack_sid(sid)))
             for source, offset, ts, kind, event, sid in batch
         ]
         incarnations = {"clicks": incarnation, "purchases": 5}
@@ -64,17 +74,17 @@ def test_script_and_function_agree_on_every_sequence_of_batches(store, batches, 
             changes, codebook=book, levels=3, incarnations=incarnations, bounds=bounds
         )
         try:
-            value, applied, skipped = apply(
+            value, applied, skipped = apply_changes(
                 value, changes, codebook=book, levels=3, incarnations=incarnations, bounds=bounds
             )
-        except OtherCodebook:
-            assert script(keys=["h:{test}"], args=arguments) == history.OTHER_CODEBOOK
+        except OtherCodebookError:
+            assert script(keys=["h:{test}"], args=arguments) == history.OTHER_CODEBOOK_RESULT
             assert store.get("h:{test}") == value
             assert value is not None
-            new = recode(value, some, codebook=book, levels=3, bounds=bounds)
+            new = recode_history(value, translate_most, codebook=book, levels=3, bounds=bounds)
             assert replace(keys=["h:{test}"], args=[value + b"x", new]) == 0
             assert replace(keys=["h:{test}"], args=[value, new]) == 1
-            value, applied, skipped = apply(
+            value, applied, skipped = apply_changes(
                 new, changes, codebook=book, levels=3, incarnations=incarnations, bounds=bounds
             )
         assert script(keys=["h:{test}"], args=arguments) == [applied, skipped]
@@ -84,10 +94,10 @@ def test_script_and_function_agree_on_every_sequence_of_batches(store, batches, 
 def test_a_history_of_another_layout_is_left_alone(store) -> None:
     store.set("h:{test}", b"\x09" + bytes(30))
     bounds = HistorySettings()
-    changes = [Change(None, 0, pack_entry(1, 1, "e", pack_sid((1, 2, 3))))]
+    changes = [HistoryChange(None, 0, pack_entry(1, 1, "e", pack_sid((1, 2, 3))))]
     arguments = script_arguments(
         changes, codebook=BOOKS[0], levels=3, incarnations={"clicks": 1, "purchases": 1}, bounds=bounds
     )
     with pytest.raises(redis.ResponseError, match="layout 9"):
-        store.register_script(history.SCRIPT)(keys=["h:{test}"], args=arguments)
+        store.register_script(history.APPLY_CHANGES.source)(keys=["h:{test}"], args=arguments)
     assert store.get("h:{test}") == b"\x09" + bytes(30)

@@ -31,9 +31,9 @@ def test_the_years_histories_equal_a_pure_replay_of_the_file_byte_for_byte(
             wait_until(lambda: store.hlen(keys.sids(codebook.id)) == items, 300, "a SID for every item")
             # As on a first start: events after SIDs. (An event that overtakes its item's SID is parked, and
             # applied without moving the fence: the same entries under other offsets.)
-            assert replay(kafka, shop, catalog=False).sent == 396_337
+            assert replay(kafka, shop, catalog=False).record_count == 396_337
             sids = {item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook.id)).items()}
-            lives = {source: incarnations(kafka)[source] for source in history.SOURCES}
+            lives = {source: incarnations(kafka)[source] for source in history.SOURCE_TOPICS}
             expected = pure_histories(shop, sids, codebook.id, len(codebook.sizes), lives, PARTITIONS)
             assert len(expected) == 4_334
 

@@ -14,13 +14,13 @@ from kafka import KafkaProducer
 
 from harness.agents_worker import worker, write_codebook
 from harness.servers import wait_until
-from serving.histories import Histories, Stored
+from serving.history_reader import HistoryReader, StoredUser
 from streams.errors import SidstreamError
 from streams.events import UserProfile, encode
 from streams.settings import KafkaSettings, RedisSettings
 from streams.state import keys, profile
-from streams.wire.admin import end_offsets, lag
-from streams.wire.bulk import publish_all
+from streams.wire.admin import consumer_group_lag, end_offsets
+from streams.wire.bulk_writer import publish_all
 from streams.wire.connect import client_options
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -49,17 +49,17 @@ profiles = st.builds(
 @given(st.lists(profiles, min_size=1, max_size=8, unique_by=lambda one: (one.ts, one.event_id)), st.randoms())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_and_any_repetition_leaves_the_newest(store, events, random) -> None:
-    script = store.register_script(profile.SCRIPT)
+    script = store.register_script(profile.STORE_IF_NEWER.source)
     key = keys.profile("u")
     store.delete(key)
-    seen = [*events, *random.choices(events, k=4)]
-    random.shuffle(seen)
-    for event in seen:
-        script(keys=[key], args=[profile.pack(event)])
-    newest = max(events, key=profile.order)
+    arrivals = [*events, *random.choices(events, k=4)]
+    random.shuffle(arrivals)
+    for event in arrivals:
+        script(keys=[key], args=[profile.pack_profile(event)])
+    newest = max(events, key=profile.newest_order_key)
     assert newest.ts == max(event.ts for event in events)
-    assert store.get(key) == profile.pack(newest)
-    assert profile.unpack(store.get(key)) == newest.attributes
+    assert store.get(key) == profile.pack_profile(newest)
+    assert profile.unpack_profile(store.get(key)) == newest.attributes
     assert script(keys=[key], args=[b""]) == 1
     assert store.get(key) is None
     assert script(keys=[key], args=[b""]) == 0
@@ -69,11 +69,13 @@ def test_another_layout_is_named_and_not_written_over(store) -> None:
     key = keys.profile("later")
     store.set(key, b"\x02" + bytes(20))
     with pytest.raises(redis.ResponseError, match="profile of layout 2"):
-        store.register_script(profile.SCRIPT)(keys=[key], args=[profile.pack(about("later", 0))])
+        store.register_script(profile.STORE_IF_NEWER.source)(
+            keys=[key], args=[profile.pack_profile(about("later", 0))]
+        )
     store.delete(key)
-    for value in (b"\x02" + bytes(20), b"", profile.pack(about("u", 0))[:15] + b"[]"):
+    for value in (b"\x02" + bytes(20), b"", profile.pack_profile(about("u", 0))[:15] + b"[]"):
         with pytest.raises(SidstreamError, match="replay the topic users"):
-            profile.unpack(value)
+            profile.unpack_profile(value)
 
 
 def test_the_newest_profile_stands_in_redis_and_a_replay_changes_nothing(
@@ -103,27 +105,33 @@ def test_the_newest_profile_stands_in_redis_and_a_replay_changes_nothing(
             wait_until(lambda: set(store.keys("u:*")) == names, WAIT_S, "profiles")
             wait_until(lambda: sum(end_offsets(kafka, "dead-letters").values()) == 1, WAIT_S, "a dead letter")
             wait_until(
-                lambda: profile.unpack(store.get("u:{u}")) == {"country": "Peru"}, WAIT_S, "the newest"
+                lambda: profile.unpack_profile(store.get("u:{u}")) == {"country": "Peru"},
+                WAIT_S,
+                "the newest",
             )
             before = {name: store.get(name) for name in names}
             publish_all(kafka, [events[1], events[0], events[2], events[1]])
             publish_all(kafka, [about("last", 1)])
             wait_until(lambda: store.get("u:{last}") is not None, WAIT_S, "what was sent last")
-            wait_until(lambda: lag(kafka, "sidstream-agents-users") == 0, WAIT_S, "the end of the topic")
+            wait_until(
+                lambda: consumer_group_lag(kafka, "sidstream-agents-users") == 0,
+                WAIT_S,
+                "the end of the topic",
+            )
             assert {name: store.get(name) for name in names} == before
             # As long as a history: there is no expiry.
             assert store.ttl("u:{u}") == -1
 
 
 def test_serving_reads_a_users_history_and_profile_together(store, redis_url: str) -> None:
-    packed = profile.pack(about("both", 1, country="Peru"))
+    packed = profile.pack_profile(about("both", 1, country="Peru"))
     store.mset({keys.history("both"): b"h", keys.profile("both"): packed, keys.profile("new"): packed})
 
-    async def read() -> list[Stored] | None:
-        histories = Histories(RedisSettings.model_validate({"url": redis_url}), 5.0, 5.0)
+    async def read() -> list[StoredUser] | None:
+        histories = HistoryReader(RedisSettings.model_validate({"url": redis_url}), 5.0, 5.0)
         try:
             return await histories.read(["nobody", "both", "new"])
         finally:
             await histories.close()
 
-    assert asyncio.run(read()) == [Stored(None, None), Stored(b"h", packed), Stored(None, packed)]
+    assert asyncio.run(read()) == [StoredUser(None, None), StoredUser(b"h", packed), StoredUser(None, packed)]

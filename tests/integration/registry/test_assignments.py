@@ -18,7 +18,7 @@ from streams.settings import KafkaSettings
 from streams.state import keys
 from streams.wire.client import Client
 from tests.conftest import FreshStack
-from tests.serving_support import PATIENCE_S, Versions, running
+from tests.serving_support import PATIENCE_S, BundlesByVersion, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -31,13 +31,13 @@ WEIGHTS = {"champion": 0.3, "challenger-sft": 0.25, "challenger-dpo": 0.25, "anc
 @pytest.fixture
 def stack(
     fresh_stack: FreshStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[KafkaSettings, str, Versions, Client]]:
+) -> Iterator[tuple[KafkaSettings, str, BundlesByVersion, Client]]:
     """Fresh Kafka and Redis, also as the commands' settings, a catalogue, and a bundle for every arm."""
     kafka, url = fresh_stack()
     monkeypatch.setenv("SIDSTREAM_KAFKA__BOOTSTRAP", str(kafka.bootstrap))
     monkeypatch.setenv("SIDSTREAM_REDIS__URL", url)
     monkeypatch.chdir(tmp_path)
-    source = Versions(
+    source = BundlesByVersion(
         **{name: write_tiny_bundle(tmp_path / name, SIZES, seed) for seed, name in enumerate(WEIGHTS)}
     )
     book = tiny_codebook(SIZES).id
@@ -49,7 +49,9 @@ def stack(
 
 
 def test_thirty_users_have_the_same_arm_in_serving_in_the_sums_and_by_the_command(
-    stack: tuple[KafkaSettings, str, Versions, Client], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stack: tuple[KafkaSettings, str, BundlesByVersion, Client],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     kafka, url, source, client = stack
     write_codebook(tmp_path / "codebook")

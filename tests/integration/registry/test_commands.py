@@ -11,7 +11,7 @@ from registry.bundles.embedder import WordLlamaEmbedder
 from registry.bundles.store import CHAMPION, DPO, SFT
 from registry.experiment.decision import recompute
 from registry.releases import release
-from registry.releases.current import current_rollout, read_newest
+from registry.releases.current import current_rollout
 from registry.releases.rollout import assign
 from registry.settings import RolloutSettings
 from sidstream.cli import app
@@ -21,6 +21,7 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, SidAssignment
 from streams.state import keys
 from streams.wire.client import Client
+from streams.wire.topic_reader import read_newest_events
 
 pytestmark = pytest.mark.integration
 
@@ -60,7 +61,7 @@ def test_fitting_publishes_a_sid_for_every_item_and_a_codebook_that_agrees(stack
     commands.codebook_fit(as_json=True)
     made = told(capsys)
     assert (made["items"], made["codebook"]) == (300, registry.current_codebook())
-    sids = read_newest(kafka, SidAssignment)
+    sids = read_newest_events(kafka, SidAssignment)
     assert len(sids) == len({tuple(row.sid) for row in sids.values()}) == 300
     assert {row.codebook for row in sids.values()} == {made["codebook"]}
     # i0 is the first to choose a slot, so it has the greedy one of its newest title.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import redis
 
-from agents.attribution.outcomes import OutcomeRules, tell_rules
+from agents.attribution.outcomes import OutcomeRules, store_rules
 from harness.servers import wait_until
 from registry.experiment.outcomes import mature_until, read_all_outcomes, read_outcomes
 from registry.releases.lease import lease_key, promoter
@@ -134,9 +134,9 @@ def test_sums_that_are_no_whole_numbers_by_cohort_are_refused_without_naming_the
 
 def test_a_worker_with_other_rules_is_warned_about_and_the_newest_rules_stand(store, redis_url, caplog):
     async def tell(rules):
-        connection = redisdb.async_client(RedisSettings.model_validate({"url": redis_url}))
+        connection = redisdb.async_redis_client(RedisSettings.model_validate({"url": redis_url}))
         try:
-            await tell_rules(connection, rules, PARTITIONS)
+            await store_rules(connection, rules, PARTITIONS)
         finally:
             await connection.aclose()
 

@@ -19,8 +19,8 @@ from registry.releases.current import current_rollout
 from registry.releases.rollout import arm_of
 from registry.settings import RolloutSettings
 from sidstream.cli import app
+from sidstream.continuous_delivery import ContinuousDelivery
 from sidstream.settings import load
-from sidstream.unattended import Cycle
 from streams.errors import SidstreamError
 from streams.state import keys
 from streams.wire.client import Client
@@ -97,7 +97,7 @@ def loop(fresh_stack, registry, outbox, tmp_path, monkeypatch):
             event = release.start_trial(registry, client, sft, dpo, settings.rollout, 0.0)
             return CycleResult(versions={"sft": sft, "dpo": dpo}, action=event.action, trial=event.trial)
 
-        cycle = Cycle(
+        cycle = ContinuousDelivery(
             settings, registry, connection, lambda: current_rollout(kafka, registry.name), train, promoting
         )
         yield cycle, Shop(connection, kafka, registry.name), client

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from harness.servers import free_port, local_redis, read_all, wait_until
+from harness.servers import free_port, local_redis, wait_until
 from registry.bundles.rewards import Rewards
 from registry.experiment.health import Health, read_health
 from serving.agent import ServingAgent
@@ -34,9 +34,10 @@ from streams.events import (
 )
 from streams.settings import HistorySettings, KafkaSettings, RedisSettings
 from streams.state import history, keys, profile
-from streams.wire.admin import admin, end_offsets
+from streams.wire.admin import admin_client, end_offsets
 from streams.wire.client import Client
-from tests.serving_support import PATIENCE_S, Versions, running
+from streams.wire.topic_reader import read_records
+from tests.serving_support import PATIENCE_S, BundlesByVersion, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = pytest.mark.integration
@@ -57,11 +58,11 @@ def catalogue(rows, codebook=None) -> list:
 
 
 def rollout(**arms) -> Rollout:
-    made = [
+    listed_arms = [
         Arm(name=name.replace("_", "-"), bundle=bundle.id, weight=1 / len(arms), version=version)
         for name, (version, bundle) in arms.items()
     ]
-    return Rollout.new(name="sidstream", action="start", trial="t1", arms=made)
+    return Rollout.new(name="sidstream", action="start", trial="t1", arms=listed_arms)
 
 
 def trigger(number: int | str, **fields) -> Trigger:
@@ -70,7 +71,7 @@ def trigger(number: int | str, **fields) -> Trigger:
 
 def dead_letters(kafka: KafkaSettings, count: int) -> list[DeadLetter]:
     wait_until(lambda: sum(end_offsets(kafka, "dead-letters").values()) >= count, PATIENCE_S, "dead letters")
-    return [decode(DeadLetter, record.value) for record in read_all(kafka, "dead-letters")]
+    return [decode(DeadLetter, record.value) for record in read_records(kafka, "dead-letters")]
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def stack(fresh_stack: Callable, tmp_path):
     """Fresh Kafka and Redis, half of the catalogue listed, bundle `v1` in service."""
     kafka, redis_url = fresh_stack()
     popular = [item(7), item(3)]
-    source = Versions(v1=write_tiny_bundle(tmp_path / "v1", SIZES, 1, popular))
+    source = BundlesByVersion(v1=write_tiny_bundle(tmp_path / "v1", SIZES, 1, popular))
     with Client(kafka) as client:
         client.publish_all(catalogue(range(32)))
         client.publish(rollout(champion=("v1", source.bundles["v1"])))
@@ -87,8 +88,8 @@ def stack(fresh_stack: Callable, tmp_path):
 
 def test_a_trigger_is_answered_from_history_and_trigger_with_bundle_and_arm_named(stack):
     kafka, redis_url, source, client = stack
-    value, _, _ = history.apply(
-        None, [history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
+    value, _, _ = history.apply_changes(
+        None, [history.HistoryChange(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
         codebook=tiny_codebook(SIZES).id, levels=3, incarnations={"clicks": 1, "purchases": 1},
         bounds=HistorySettings(),
     )  # fmt: skip
@@ -105,11 +106,11 @@ def test_a_trigger_is_answered_from_history_and_trigger_with_bundle_and_arm_name
         assert agent.metric(f'sidstream_model_info{{arm="champion",{info}}}') == 1
         assert agent.metric('sidstream_invalid_mass_count{level="2"}') == 2
     assert (answer.fallback, stranger.fallback, unknown.fallback) == (None, "trigger_only", "popular")
-    assert len({one.item_id for one in answer.items}) == 10
-    assert not {item(0), item(9)} & {one.item_id for one in answer.items}
+    assert len({ranked.item_id for ranked in answer.items}) == 10
+    assert not {item(0), item(9)} & {ranked.item_id for ranked in answer.items}
     assert (answer.bundle, answer.arm, answer.trial) == (source.bundles["v1"].id, "champion", "t1")
     assert (answer.scene, answer.trigger_item_id, answer.user_id) == ("home", item(0), "u1")
-    assert [one.item_id for one in unknown.items][:2] == [item(7), item(3)]
+    assert [ranked.item_id for ranked in unknown.items][:2] == [item(7), item(3)]
 
 
 def test_scene_profile_and_preferences_reach_the_model_of_an_answer(stack, tmp_path):
@@ -122,26 +123,27 @@ def test_scene_profile_and_preferences_reach_the_model_of_an_answer(stack, tmp_p
     client.publish(rollout(champion=("v2", source.bundles["v2"])))
     with redis.Redis.from_url(redis_url) as connection:
         connection.set(
-            keys.profile("u4"), profile.pack(UserProfile.new(user_id="u4", attributes={"country": "peru"}))
+            keys.profile("u4"),
+            profile.pack_profile(UserProfile.new(user_id="u4", attributes={"country": "peru"})),
         )
     number = itertools.count(100)
 
-    def asked(user="u1", **fields) -> Recommendation:
+    def ask_with(user="u1", **fields) -> Recommendation:
         return client.ask(trigger(next(number), user_id=user, k=32, **fields), PATIENCE_S)
 
     def order(answer: Recommendation) -> list[str]:
-        return [one.item_id for one in answer.items]
+        return [ranked.item_id for ranked in answer.items]
 
     with running(kafka, redis_url, source) as agent:
         agent.wait_ready()
-        plain, again, home = asked(), asked(), asked(scene="home")
-        preferred, profiled = asked(preferences={"commission": 2.0}), asked("u4")
-        unheard = asked(scene="attic", preferences={"price": 1})
-    assert order(plain) == order(again) == order(unheard)
+        plain, repeated, home = ask_with(), ask_with(), ask_with(scene="home")
+        preferred, profiled = ask_with(preferences={"commission": 2.0}), ask_with("u4")
+        unheard = ask_with(scene="attic", preferences={"price": 1})
+    assert order(plain) == order(repeated) == order(unheard)
     assert (plain.conditions, preferred.conditions, unheard.conditions) == (None, {"commission": 1}, None)
-    told = [order(one) for one in (plain, home, preferred, profiled)]
-    assert all(set(one) == set(told[0]) for one in told)
-    assert len(set(map(tuple, told))) == 4
+    orders = [order(answer) for answer in (plain, home, preferred, profiled)]
+    assert all(set(each) == set(orders[0]) for each in orders)
+    assert len(set(map(tuple, orders))) == 4
 
 
 def test_an_item_listed_later_is_recommended_and_one_withdrawn_is_not_without_a_restart(stack):
@@ -149,7 +151,7 @@ def test_an_item_listed_later_is_recommended_and_one_withdrawn_is_not_without_a_
     number = itertools.count()
 
     def answered() -> set[str]:
-        return {one.item_id for one in client.ask(trigger(next(number), k=100), PATIENCE_S).items}
+        return {ranked.item_id for ranked in client.ask(trigger(next(number), k=100), PATIENCE_S).items}
 
     with running(kafka, redis_url, source) as agent:
         agent.wait_ready()
@@ -165,7 +167,7 @@ def test_a_new_rollout_swaps_the_bundle_under_steady_requests_without_an_error(s
     kafka, redis_url, source, client = stack
     source.bundles["v2"] = write_tiny_bundle(tmp_path / "v2", SIZES, 2)
     old, new = source.bundles["v1"].id, source.bundles["v2"].id
-    seen: list[str | None] = []
+    bundles_of_answers: list[str | None] = []
     failures: list[BaseException] = []
     enough = threading.Event()
 
@@ -177,7 +179,7 @@ def test_a_new_rollout_swaps_the_bundle_under_steady_requests_without_an_error(s
                 answer = client.ask(trigger(number), PATIENCE_S)
                 assert len(answer.items) == 10
                 assert answer.fallback == "trigger_only"
-                seen.append(answer.bundle)
+                bundles_of_answers.append(answer.bundle)
             except BaseException as error:
                 failures.append(error)
                 return
@@ -187,18 +189,20 @@ def test_a_new_rollout_swaps_the_bundle_under_steady_requests_without_an_error(s
         asking = threading.Thread(target=ask_on)
         asking.start()
         try:
-            wait_until(lambda: seen or failures, PATIENCE_S, "an answer of the old bundle")
+            wait_until(lambda: bundles_of_answers or failures, PATIENCE_S, "an answer of the old bundle")
             client.publish(
                 rollout(champion=("missing", source.bundles["v1"]), anchor=("v2", source.bundles["v2"]))
             )
             client.publish(rollout(champion=("v2", source.bundles["v2"])))
-            wait_until(lambda: seen.count(new) > 5 or failures, PATIENCE_S, "answers of the new bundle")
+            wait_until(
+                lambda: bundles_of_answers.count(new) > 5 or failures, PATIENCE_S, "answers of the new bundle"
+            )
         finally:
             enough.set()
             asking.join(PATIENCE_S)
     assert failures == []
-    swap = seen.index(new)
-    assert (set(seen[:swap]), set(seen[swap:])) == ({old}, {new})
+    swap = bundles_of_answers.index(new)
+    assert (set(bundles_of_answers[:swap]), set(bundles_of_answers[swap:])) == ({old}, {new})
 
 
 def test_a_bad_trigger_becomes_a_dead_letter_as_it_came_and_the_next_is_answered(stack):
@@ -215,7 +219,7 @@ def test_a_bad_trigger_becomes_a_dead_letter_as_it_came_and_the_next_is_answered
             client.publish_raw("triggers", b"u1", value)
         assert len(client.ask(trigger("after"), PATIENCE_S).items) == 10
         letters = dead_letters(kafka, len(bad))
-    triggers = {(one.partition, one.offset): one.value for one in read_all(kafka, "triggers")}
+    triggers = {(record.partition, record.offset): record.value for record in read_records(kafka, "triggers")}
     assert {letter.reason for letter in letters} == {reason for _, reason in bad}
     for letter in letters:
         assert base64.b64decode(letter.value_base64 or "") == triggers[letter.partition, letter.offset]
@@ -226,7 +230,7 @@ def test_a_bad_trigger_becomes_a_dead_letter_as_it_came_and_the_next_is_answered
 def test_an_answer_goes_to_reply_to_as_well_and_a_wrong_name_costs_nobody_an_answer(stack):
     kafka, redis_url, source, client = stack
     topic = f"replies-{time.time_ns()}"
-    with admin(kafka) as connection:
+    with admin_client(kafka) as connection:
         connection.create_topics({topic: {"num_partitions": 1, "replication_factor": 1}})
     with running(kafka, redis_url, source) as agent:
         agent.wait_ready()
@@ -236,7 +240,7 @@ def test_an_answer_goes_to_reply_to_as_well_and_a_wrong_name_costs_nobody_an_ans
         ]
         letters = dead_letters(kafka, 2)
     assert [len(answer.items) for answer in answers] == [10] * 4
-    assert [json.loads(one.value)["request_id"] for one in read_all(kafka, topic)] == ["r0"]
+    assert [json.loads(record.value)["request_id"] for record in read_records(kafka, topic)] == ["r0"]
     assert {letter.reason for letter in letters} == {"reply_topic"}
     assert any("no-such-topic" in letter.detail for letter in letters)
     assert len(letters) == 2
@@ -254,20 +258,24 @@ def test_without_redis_requests_are_answered_without_histories_and_with_them_whe
         (tmp_path / "redis").mkdir()
         with local_redis(tmp_path / "redis", port) as url:
             with redis.Redis.from_url(url) as connection:
-                value, _, _ = history.apply(
+                value, _, _ = history.apply_changes(
                     None,
-                    [history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5])))],
+                    [
+                        history.HistoryChange(
+                            None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(SIDS[5]))
+                        )
+                    ],
                     codebook=tiny_codebook(SIZES).id, levels=3,
                     incarnations={"clicks": 1, "purchases": 1}, bounds=HistorySettings(),
                 )  # fmt: skip
                 connection.set(keys.history("u1"), value)
-            again = client.ask(trigger(2), PATIENCE_S)
-    assert (alone.fallback, again.fallback) == ("trigger_only", None)
+            repeated = client.ask(trigger(2), PATIENCE_S)
+    assert (alone.fallback, repeated.fallback) == ("trigger_only", None)
 
 
 def test_an_agent_without_any_rollout_answers_and_names_no_bundle(fresh_stack):
     kafka, redis_url = fresh_stack()
-    with Client(kafka) as client, running(kafka, redis_url, Versions()) as agent:
+    with Client(kafka) as client, running(kafka, redis_url, BundlesByVersion()) as agent:
         empty = client.ask(trigger(1), PATIENCE_S)
         client.publish_all(catalogue(range(4)))
         number = itertools.count(2)
@@ -278,7 +286,7 @@ def test_an_agent_without_any_rollout_answers_and_names_no_bundle(fresh_stack):
         assert agent.agent.waiting_for is None
     assert (empty.fallback, empty.items) == ("no_catalog", [])
     assert (answer.fallback, answer.bundle, answer.arm) == ("popular", None, None)
-    assert [one.item_id for one in answer.items] == [item(1), item(2), item(3)]
+    assert [ranked.item_id for ranked in answer.items] == [item(1), item(2), item(3)]
 
 
 def test_triggers_sent_while_no_agent_ran_are_answered_when_one_comes(stack):
@@ -304,11 +312,14 @@ def test_an_explored_answer_comes_with_the_draw_that_its_first_item_is_from(stac
     kafka, redis_url, source, client = stack
     with running(kafka, redis_url, source, explore=0.5, explore_candidates=5) as agent:
         agent.wait_ready()
-        asked = [trigger(number, user_id=f"u{number}") for number in range(40)]
-        answers = {one.request_id: one for one in (client.ask(each, PATIENCE_S) for each in asked)}
+        triggers = [trigger(number, user_id=f"u{number}") for number in range(40)]
+        answers = {
+            answer.request_id: answer for answer in (client.ask(each, PATIENCE_S) for each in triggers)
+        }
         unknown = client.ask(trigger("unknown", item_id=None), PATIENCE_S)
     events = {
-        one.request_id: one for one in (decode(Exploration, r.value) for r in read_all(kafka, "explorations"))
+        event.request_id: event
+        for event in (decode(Exploration, r.value) for r in read_records(kafka, "explorations"))
     }
     assert unknown.fallback == "popular"
     assert 5 < len(events) < 35
@@ -320,10 +331,10 @@ def test_an_explored_answer_comes_with_the_draw_that_its_first_item_is_from(stac
         assert (answer.items[0].sid, answer.items[0].score) == (
             event.candidates[event.chosen], event.scores[event.chosen],
         )  # fmt: skip
-        rest = [one.sid for place, one in enumerate(answer.items) if place > 0]
+        rest = [ranked.sid for place, ranked in enumerate(answer.items) if place > 0]
         assert rest[:4] == [sid for sid in event.candidates if sid != answer.items[0].sid]
     for name in answers.keys() - events.keys():
-        scores = [one.score for one in answers[name].items]
+        scores = [ranked.score for ranked in answers[name].items]
         assert scores == sorted(scores, reverse=True)
 
 
@@ -334,12 +345,14 @@ def test_a_draw_that_topics_are_too_small_for_costs_nobody_an_answer(stack):
         agent.wait_ready()
         assert len(client.ask(trigger(1), PATIENCE_S).items) == 10
         assert len(client.ask(trigger(2, exclude=[item(row) for row in range(4, 32)]), PATIENCE_S).items) == 3
-    assert [decode(Exploration, one.value).request_id for one in read_all(kafka, "explorations")] == ["r2"]
+    assert [
+        decode(Exploration, record.value).request_id for record in read_records(kafka, "explorations")
+    ] == ["r2"]
 
 
 def test_exploring_without_the_topic_for_it_is_refused_at_the_start(stack):
     kafka, redis_url, source, _ = stack
-    with admin(kafka) as connection:
+    with admin_client(kafka) as connection:
         connection.delete_topics(["explorations"])
 
     async def start() -> None:
@@ -364,12 +377,16 @@ def test_what_every_arms_model_did_is_in_redis_when_the_agent_has_stopped(stack,
         agent.wait_ready()
         answers = [client.ask(trigger(number, user_id=f"u{number}"), PATIENCE_S) for number in range(30)]
         client.ask(trigger("unknown", user_id="u0", item_id=None), PATIENCE_S)
-    kept = health(redis_url)
-    assert set(kept) == {"champion", "challenger-sft"}
-    for arm, seen in kept.items():
+    health_by_arm = health(redis_url)
+    assert set(health_by_arm) == {"champion", "challenger-sft"}
+    for arm, health_of_arm in health_by_arm.items():
         count = sum(answer.arm == arm for answer in answers)
-        assert (seen.requests, seen.failed, sum(seen.times.values())) == (count, 0, count)
-        assert 0 < seen.invalid <= count
+        assert (health_of_arm.requests, health_of_arm.failed, sum(health_of_arm.times.values())) == (
+            count,
+            0,
+            count,
+        )
+        assert 0 < health_of_arm.invalid <= count
     with redis.Redis.from_url(redis_url) as connection:
         assert 29 * 86_400 < connection.ttl(keys.health("t1")) <= 30 * 86_400
 
@@ -402,9 +419,13 @@ def test_an_arm_without_users_answers_nobody_and_its_model_is_watched(stack, tmp
         agent.wait_ready()
         for number in range(10):
             client.ask(trigger(number, user_id=f"u{number}"), PATIENCE_S)
-    kept = health(redis_url, "t2")
-    made = [decode(Recommendation, record.value) for record in read_all(kafka, "recommendations")]
-    assert [(one.arm, one.bundle) for one in made] == [("champion", source.bundles["v1"].id)] * 10
-    assert kept["champion"].requests == 10
-    shadow = kept["challenger-sft"]
+    health_by_arm = health(redis_url, "t2")
+    recommendations = [
+        decode(Recommendation, record.value) for record in read_records(kafka, "recommendations")
+    ]
+    assert [(answer.arm, answer.bundle) for answer in recommendations] == [
+        ("champion", source.bundles["v1"].id)
+    ] * 10
+    assert health_by_arm["champion"].requests == 10
+    shadow = health_by_arm["challenger-sft"]
     assert 1 <= shadow.requests == sum(shadow.times.values()) <= 10

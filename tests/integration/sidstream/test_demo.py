@@ -22,9 +22,9 @@ def bare(tmp_path: Path) -> dict[str, str]:
     """An environment whose PATH is an empty folder, and whose state is a temporary one."""
     empty = tmp_path / "bin"
     empty.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SIDSTREAM_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SIDSTREAM_")}
     return {
-        **kept,
+        **inherited,
         "PATH": str(empty),
         "SIDSTREAM_STACK__HOME": str(tmp_path / "state"),
         "SIDSTREAM_TRAINER__HOME": str(tmp_path / "trainer"),
@@ -48,22 +48,33 @@ def _sidstream(environment: dict[str, str], *arguments: str) -> subprocess.Compl
 def test_the_demo_closes_the_loop_on_a_machine_with_python_packages_only(bare: dict[str, str]) -> None:
     try:
         demo = _sidstream(
-            bare, "demo", "--since", "2011-11-01", "--train-seconds", "8", "--sessions", "150", "--json"
-        )
+            bare, "demo", "--since", "2011-11-01", "--train-seconds", "8", "--sessions", "150", "--seed", "3",
+            "--json",
+        )  # fmt: skip
         assert demo.returncode == 0, demo.stderr
         result = json.loads(demo.stdout.splitlines()[-1])
         assert [stage["name"] for stage in result["stages"]] == [
             "stack", "catalogue", "events", "first model", "in service", "shoppers", "second model", "trial",
             "gate", "next answer",
         ]  # fmt: skip
+        assert result["seed"] == 3
         assert result["verdict"] in {"promote", "reject", "inconclusive"}
         assert len(result["before"]) == len(result["after"]) == 3
+        # What a benchmark reads of a demo: who was served, what the gate saw, what a page showed and shows.
+        assert {name.split()[0] for name in result["sessions"]["trial"]["arms"]} >= {
+            "champion",
+            "challenger-sft",
+        }
+        assert result["gate"]["arms"][result["winner"]]["bundle"]
+        assert len(result["page"]["in_trial"]) == len(result["page"]["now"]) == 10
         assert "warn" not in demo.stderr.lower(), demo.stderr
 
         # What the demo tells a person to type works while the stack is up.
-        asked = _sidstream(bare, "recommend", "--user", "17850", "--item", "85123A", "-k", "3", "--json")
-        assert asked.returncode == 0, asked.stderr
-        answer = json.loads(asked.stdout)
+        recommendation_run = _sidstream(
+            bare, "recommend", "--user", "17850", "--item", "85123A", "-k", "3", "--json"
+        )
+        assert recommendation_run.returncode == 0, recommendation_run.stderr
+        answer = json.loads(recommendation_run.stdout)
         assert len(answer["items"]) == 3
         assert answer["bundle"]
     finally:

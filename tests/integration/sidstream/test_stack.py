@@ -18,9 +18,9 @@ import redis
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from harness.servers import free_port, kafka_settings, local_kafka, wait_until
-from sidstream.stack.children import born
+from sidstream.stack.children import process_identity
 from streams.settings import KafkaSettings
-from streams.wire.admin import admin
+from streams.wire.admin import admin_client
 
 # A start takes seconds on an idle machine; a busy one may need minutes for the three servers.
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -38,9 +38,9 @@ class Stack:
         tools = folder / "bin"
         tools.mkdir()
         for name in _BASICS:
-            found = shutil.which(name)
-            assert found, f"{name} is missing"
-            (tools / name).symlink_to(found)
+            tool_path = shutil.which(name)
+            assert tool_path, f"{name} is missing"
+            (tools / name).symlink_to(tool_path)
         own = {key: value for key, value in os.environ.items() if not key.startswith(("SIDSTREAM_", "JAVA"))}
         self.folder = folder
         self.environment = {
@@ -77,25 +77,25 @@ class Stack:
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack without MLflow's server, which takes longest to start."""
-    made = Stack(tmp_path, SIDSTREAM_REGISTRY__TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
-    yield made
-    made.run("down")
+    stack = Stack(tmp_path, SIDSTREAM_REGISTRY__TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    yield stack
+    stack.run("down")
 
 
 @pytest.fixture
 def whole_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack with all three servers."""
-    made = Stack(tmp_path)
-    yield made
-    made.run("down")
+    stack = Stack(tmp_path)
+    yield stack
+    stack.run("down")
 
 
-def _processes(shown: dict[str, Any]) -> list[int]:
-    return [service["pid"] for service in shown["services"] if service["pid"]]
+def _processes(status: dict[str, Any]) -> list[int]:
+    return [service["pid"] for service in status["services"] if service["pid"]]
 
 
-def _redis(shown: dict[str, Any]) -> redis.Redis:
-    return redis.Redis.from_url(shown["redis"], decode_responses=True)
+def _redis(status: dict[str, Any]) -> redis.Redis:
+    return redis.Redis.from_url(status["redis"], decode_responses=True)
 
 
 def _publish(kafka: KafkaSettings, value: bytes) -> None:
@@ -106,74 +106,76 @@ def _publish(kafka: KafkaSettings, value: bytes) -> None:
 def _first(kafka: KafkaSettings) -> bytes:
     with KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest") as consumer:
         consumer.assign([TopicPartition("clicks", 0)])
-        got: list[bytes] = []
+        values: list[bytes] = []
 
         def read() -> bool:
             for records in consumer.poll(timeout_ms=200).values():
-                got.extend(record.value for record in records)
-            return bool(got)
+                values.extend(record.value for record in records)
+            return bool(values)
 
         wait_until(read, 30, "the record")
-        return got[0]
+        return values[0]
 
 
 def test_a_bare_machine_gets_a_stack_that_a_second_up_finds_and_a_kill_ends(whole_stack: Stack) -> None:
-    shown = whole_stack.up()
-    assert shown["phase"] == "up"
-    assert shown["found"] is False
-    assert {service["name"]: service["state"] for service in shown["services"]} == dict.fromkeys(
+    status = whole_stack.up()
+    assert status["phase"] == "up"
+    assert status["found"] is False
+    assert {service["name"]: service["state"] for service in status["services"]} == dict.fromkeys(
         ("mlflow", "redis", "kafka"), "up"
     )
-    with admin(kafka_settings(shown["kafka"])) as client:
+    with admin_client(kafka_settings(status["kafka"])) as client:
         assert {"clicks", "dead-letters"} <= {topic["name"] for topic in client.describe_topics()}
-    with _redis(shown) as connection:
+    with _redis(status) as connection:
         assert connection.config_get("appendonly") == {"appendonly": "yes"}
         assert connection.config_get("bind") == {"bind": "127.0.0.1"}
-    with urllib.request.urlopen(f"{shown['mlflow']}/version", timeout=10) as answer:
+    with urllib.request.urlopen(f"{status['mlflow']}/version", timeout=10) as answer:
         assert answer.status == 200
 
-    again = whole_stack.up()
-    assert again["found"] is True
-    assert again | {"found": False} == shown
+    second_start = whole_stack.up()
+    assert second_start["found"] is True
+    assert second_start | {"found": False} == status
 
-    pids = _processes(shown)
+    pids = _processes(status)
     assert len(pids) == 3
-    everything = [shown["pid"], *pids, *_below(pids)]
-    os.kill(shown["pid"], 9)
-    wait_until(lambda: all(born(pid) is None for pid in everything), 30, "the end of every process")
-    status = whole_stack.start("status")
-    assert status.returncode == 1
-    assert json.loads(status.stdout)["phase"] == "down"
+    everything = [status["pid"], *pids, *_below(pids)]
+    os.kill(status["pid"], 9)
+    wait_until(
+        lambda: all(process_identity(pid) is None for pid in everything), 30, "the end of every process"
+    )
+    status_run = whole_stack.start("status")
+    assert status_run.returncode == 1
+    assert json.loads(status_run.stdout)["phase"] == "down"
 
 
 def _below(pids: list[int]) -> list[int]:
     """Processes of the sessions that these lead."""
-    listed = subprocess.run(["ps", "-eo", "pid=,sess="], capture_output=True, text=True, check=True)
-    pairs = [line.split() for line in listed.stdout.splitlines()]
+    ps_output = subprocess.run(["ps", "-eo", "pid=,sess="], capture_output=True, text=True, check=True)
+    pairs = [line.split() for line in ps_output.stdout.splitlines()]
     return [int(pid) for pid, session in pairs if int(session) in pids]
 
 
 def test_data_and_ports_survive_a_kill_and_a_down_and_purge_removes_all(stack: Stack) -> None:
-    shown = stack.up()
-    kafka = kafka_settings(shown["kafka"])
+    status = stack.up()
+    kafka = kafka_settings(status["kafka"])
     _publish(kafka, b"kept")
-    with _redis(shown) as connection:
+    with _redis(status) as connection:
         connection.set("h:{u}", "kept")
         # everysec: what is a second old is on disk, whatever happens next
         wait_until(lambda: connection.info("persistence")["aof_pending_bio_fsync"] == 0, 30, "the sync")
 
-    os.kill(shown["pid"], 9)
-    again = stack.up()
-    assert again["found"] is False
-    assert again["pid"] != shown["pid"]
-    with _redis(again) as connection:
+    os.kill(status["pid"], 9)
+    second_start = stack.up()
+    assert second_start["found"] is False
+    assert second_start["pid"] != status["pid"]
+    with _redis(second_start) as connection:
         assert connection.get("h:{u}") == "kept"
-    assert _first(kafka_settings(again["kafka"])) == b"kept"
+    assert _first(kafka_settings(second_start["kafka"])) == b"kept"
 
     assert stack.run("down")["stopped"] is True
-    assert all(born(pid) is None for pid in [again["pid"], *_processes(again)])
+    assert all(process_identity(pid) is None for pid in [second_start["pid"], *_processes(second_start)])
     third = stack.up()
-    assert (third["kafka"], third["redis"]) == (again["kafka"], again["redis"])
+    assert (third["kafka"], third["redis"]) == (second_start["kafka"], second_start["redis"])
     with _redis(third) as connection:
         assert connection.get("h:{u}") == "kept"
     assert _first(kafka_settings(third["kafka"])) == b"kept"
@@ -184,22 +186,22 @@ def test_data_and_ports_survive_a_kill_and_a_down_and_purge_removes_all(stack: S
 
 def test_two_ups_at_once_make_one_stack_and_a_dead_server_is_started_again(stack: Stack) -> None:
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: stack.up(), range(2))
-    assert one["pid"] == other["pid"]
-    assert sorted([one["found"], other["found"]]) == [False, True]
-    with _redis(one) as connection:
+        first, other = pool.map(lambda _: stack.up(), range(2))
+    assert first["pid"] == other["pid"]
+    assert sorted([first["found"], other["found"]]) == [False, True]
+    with _redis(first) as connection:
         connection.set("h:{u}", "kept")
 
     def server() -> dict[str, Any]:
-        shown = json.loads(stack.start("status").stdout)
-        return next(service for service in shown["services"] if service["name"] == "redis")
+        status = json.loads(stack.start("status").stdout)
+        return next(service for service in status["services"] if service["name"] == "redis")
 
     before = server()
     os.kill(before["pid"], 9)
     wait_until(lambda: server()["state"] == "up" and server()["restarts"] == 1, 60, "the restart")
 
     assert server()["pid"] != before["pid"]
-    with _redis(one) as connection:
+    with _redis(first) as connection:
         assert connection.get("h:{u}") == "kept"
     assert "redis ended with exit code 137" in (stack.home / "logs" / "supervisor.log").read_text()
 
@@ -225,7 +227,7 @@ def test_a_start_that_fails_says_why_in_one_line_and_leaves_nothing_running(tmp_
 def test_three_brokers_form_a_cluster_that_survives_the_loss_of_one(tmp_path: Path) -> None:
     with local_kafka(tmp_path, brokers=3) as cluster:
         kafka = kafka_settings(cluster.bootstrap)
-        with admin(kafka) as client:
+        with admin_client(kafka) as client:
             described = client.describe_cluster()
             assert sorted(broker["broker_id"] for broker in described["brokers"]) == [1, 2, 3]
             client.create_topics({"clicks": {"num_partitions": 1, "replication_factor": 3}})

@@ -28,7 +28,7 @@ def environment(kafka: KafkaSettings, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SIDSTREAM_STACK__HOME", str(tmp_path / "state"))
 
 
-def typed(*arguments: str, stdin: str | None = None) -> dict[str, Any]:
+def run_command(*arguments: str, stdin: str | None = None) -> dict[str, Any]:
     """Run a command with --json; what it printed. Raises what the command raises."""
     app = typer.Typer()
     for name in ("replay", "publish", "topics_create", "topics_list", "topics_delete", "contract"):
@@ -43,39 +43,42 @@ def typed(*arguments: str, stdin: str | None = None) -> dict[str, Any]:
 
 def test_topics_are_created_listed_and_deleted_only_when_meant(kafka: KafkaSettings) -> None:
     delete_topics(kafka)
-    assert typed("topics-list")["topics"][0]["partitions"] is None
-    assert "clicks" in typed("topics-create")["created"]
-    assert typed("topics-create")["created"] == []
-    listed = {row["topic"]: row for row in typed("topics-list")["topics"]}
-    assert (listed["clicks"]["partitions"], listed["clicks"]["records"]) == (kafka.partitions, 0)
-    assert (listed["catalog"]["cleanup"], listed["catalog"]["key"]) == ("compact", "item_id")
+    assert run_command("topics-list")["topics"][0]["partitions"] is None
+    assert "clicks" in run_command("topics-create")["created"]
+    assert run_command("topics-create")["created"] == []
+    topics_by_name = {row["topic"]: row for row in run_command("topics-list")["topics"]}
+    assert (topics_by_name["clicks"]["partitions"], topics_by_name["clicks"]["records"]) == (
+        kafka.partitions,
+        0,
+    )
+    assert (topics_by_name["catalog"]["cleanup"], topics_by_name["catalog"]["key"]) == ("compact", "item_id")
     with pytest.raises(SidstreamError, match="--yes"):
-        typed("topics-delete")
-    assert "clicks" in typed("topics-delete", "--yes")["deleted"]
+        run_command("topics-delete")
+    assert "clicks" in run_command("topics-delete", "--yes")["deleted"]
 
 
 def test_replay_makes_the_topics_and_says_what_it_sent(kafka: KafkaSettings) -> None:
     delete_topics(kafka)
-    sent = typed(
+    result = run_command(
         "replay", "online-retail", "--from", "2011-12-09T12:00", "--to", "2011-12-10", "--only", "events"
     )
-    assert sent["topics"] == {"purchases": sent["sent"]}
-    assert sent["sent"] == sum(end_offsets(kafka, "purchases").values()) > 0
-    assert sent["last_ts"] == 1_323_435_000_000
-    assert typed("replay", "online-retail", "--only", "catalog")["topics"] == {
+    assert result["topics"] == {"purchases": result["sent"]}
+    assert result["sent"] == sum(end_offsets(kafka, "purchases").values()) > 0
+    assert result["last_ts"] == 1_323_435_000_000
+    assert run_command("replay", "online-retail", "--only", "catalog")["topics"] == {
         "catalog": 3_659, "users": 4_334,
     }  # fmt: skip
 
 
 def test_a_file_with_a_bad_line_is_sent_only_when_meant(kafka: KafkaSettings, tmp_path: Path) -> None:
-    typed("topics-create")
+    run_command("topics-create")
     before = end_offsets(kafka, "clicks")
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(SidstreamError, match="line 1 is no event of clicks: not_utf8"):
-        typed("replay", str(path), "--topic", "clicks")
+        run_command("replay", str(path), "--topic", "clicks")
     assert end_offsets(kafka, "clicks") == before
-    assert typed("replay", str(path), "--topic", "clicks", "--raw")["sent"] == 1
+    assert run_command("replay", str(path), "--topic", "clicks", "--raw")["sent"] == 1
     (record,) = read_new(kafka, "clicks", 1, before)
     assert record.value == b"\xff\xfe"
 
@@ -96,7 +99,7 @@ def test_a_file_with_a_bad_line_is_sent_only_when_meant(kafka: KafkaSettings, tm
 )
 def test_what_a_command_cannot_do_it_says_in_one_line(arguments: tuple[str, ...], named: str) -> None:
     with pytest.raises(SidstreamError) as refused:
-        typed(*arguments)
+        run_command(*arguments)
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -105,15 +108,17 @@ def test_what_a_command_cannot_do_it_says_in_one_line(arguments: tuple[str, ...]
 def test_publish_fills_in_what_every_event_has_and_says_where_it_stands(
     kafka: KafkaSettings, by_pipe: bool
 ) -> None:
-    typed("topics-create")
+    run_command("topics-create")
     before = end_offsets(kafka, "clicks")
     text = '{"user_id": "17850", "item_id": "85123A"}'
-    placed = typed("publish", "clicks", stdin=text) if by_pipe else typed("publish", "clicks", text)
+    position = (
+        run_command("publish", "clicks", stdin=text) if by_pipe else run_command("publish", "clicks", text)
+    )
     (record,) = read_new(kafka, "clicks", 1, before)
-    assert (placed["partition"], placed["offset"]) == (record.partition, record.offset)
-    assert decode(Click, record.value).event_id == placed["event_id"]
+    assert (position["partition"], position["offset"]) == (record.partition, record.offset)
+    assert decode(Click, record.value).event_id == position["event_id"]
 
 
 def test_contract_writes_the_documents(tmp_path: Path) -> None:
-    assert len(typed("contract", str(tmp_path))["files"]) == len(EVENTS) + 1
+    assert len(run_command("contract", str(tmp_path))["files"]) == len(EVENTS) + 1
     assert json.loads((tmp_path / "asyncapi.json").read_text())["asyncapi"] == "3.0.0"

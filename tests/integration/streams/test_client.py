@@ -1,4 +1,4 @@
-"""The client against a real broker: what it says is delivered is there, and every question ends."""
+"""The client against a real broker: a confirmed record is there, and every request ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from streams.events import Click, Purchase, Recommendation, Trigger, UserProfile
 from streams.settings import KafkaSettings
 from streams.wire.admin import create_topics, end_offsets
 from streams.wire.client import Client
-from streams.wire.records import BATCH_OVERHEAD, partition_of, record
-from streams.wire.replies import Reader
+from streams.wire.records import BATCH_OVERHEAD, kafka_record, partition_of
+from streams.wire.replies import RecommendationReader
 from tests.responder import Responder, read_new
 
 pytestmark = pytest.mark.integration
@@ -31,8 +31,8 @@ def topics(kafka: KafkaSettings) -> KafkaSettings:
 
 @pytest.fixture
 def client(topics: KafkaSettings) -> Iterator[Client]:
-    with Client(topics) as made:
-        yield made
+    with Client(topics) as opened_client:
+        yield opened_client
 
 
 def trigger(user_id: str = "u", **fields: object) -> Trigger:
@@ -43,10 +43,10 @@ def test_a_published_event_stands_where_the_client_says(topics: KafkaSettings, c
     before = end_offsets(topics, "purchases")
     event = Purchase.new(user_id="käufer-7", item_id="85123A", price=2.55)
     placed = client.publish(event)
-    (found,) = read_new(topics, "purchases", 1, before)
-    assert (found.topic, found.partition, found.offset) == placed
-    assert found.partition == partition_of(event.key, len(before))
-    assert decode(Purchase, found.value) == event
+    (record,) = read_new(topics, "purchases", 1, before)
+    assert (record.topic, record.partition, record.offset) == placed
+    assert record.partition == partition_of(event.key, len(before))
+    assert decode(Purchase, record.value) == event
 
 
 def test_many_events_arrive_once_each_in_order_within_a_user_and_are_counted(
@@ -60,10 +60,10 @@ def test_many_events_arrive_once_each_in_order_within_a_user_and_are_counted(
     records = read_new(topics, "clicks", len(sent), before)
     assert len(records) == len(sent)
     by_user: dict[str, list[int]] = defaultdict(list)
-    for found in sorted(records, key=lambda found: (found.partition, found.offset)):
-        event = decode(Click, found.value)
+    for record in sorted(records, key=lambda record: (record.partition, record.offset)):
+        event = decode(Click, record.value)
         by_user[event.user_id].append(int(event.item_id))
-        assert found.partition == partition_of(event.key, len(before))
+        assert record.partition == partition_of(event.key, len(before))
     assert sorted(item for items in by_user.values() for item in items) == list(range(20_000))
     assert all(items == sorted(items) for items in by_user.values())
 
@@ -88,8 +88,8 @@ def test_the_largest_event_that_the_client_takes_the_broker_takes_too(
             user_id="u", event_id="e", ts=1_767_225_600_000, attributes={"a": "x" * length}
         )
 
-    made = record(event(0), topics.max_event_bytes)
-    length = topics.max_event_bytes - BATCH_OVERHEAD - len(made.key) - len(made.value)
+    empty_record = kafka_record(event(0), topics.max_event_bytes)
+    length = topics.max_event_bytes - BATCH_OVERHEAD - len(empty_record.key) - len(empty_record.value)
     with pytest.raises(SidstreamError, match="weighs 262,145"):
         client.publish(event(length + 1))
     assert client.publish(event(length)).topic == "users"
@@ -104,27 +104,27 @@ def test_a_topic_that_is_not_there_is_named(client: Client) -> None:
 def test_bytes_that_are_no_event_can_be_sent_on_purpose(topics: KafkaSettings, client: Client) -> None:
     before = end_offsets(topics, "clicks")
     client.publish_raw("clicks", b"k", b"\xff")
-    (found,) = read_new(topics, "clicks", 1, before)
-    assert (found.key, found.value) == (b"k", b"\xff")
+    (record,) = read_new(topics, "clicks", 1, before)
+    assert (record.key, record.value) == (b"k", b"\xff")
 
 
 def test_a_question_gets_its_own_answer(topics: KafkaSettings, client: Client) -> None:
     with Responder(topics):
-        asked = trigger("17850", item_id="85123A")
-        answer = client.ask(asked, timeout=30)
+        request = trigger("17850", item_id="85123A")
+        answer = client.ask(request, timeout=30)
     assert (answer.request_id, answer.user_id, answer.trigger_item_id) == (
-        asked.request_id,
+        request.request_id,
         "17850",
         "85123A",
     )
 
 
 def test_a_question_nobody_answers_ends_in_time_and_says_what_to_check(client: Client) -> None:
-    asked = trigger()
+    request = trigger()
     with pytest.raises(
-        SidstreamError, match=f"no answer to request {asked.request_id} within 0.2 s.*sidstream status"
+        SidstreamError, match=f"no answer to request {request.request_id} within 0.2 s.*sidstream status"
     ):
-        client.ask(asked, timeout=0.2)
+        client.ask(request, timeout=0.2)
     with pytest.raises(SidstreamError, match="no answer to request"):
         client.submit(trigger(), timeout=0.2).result(30)
 
@@ -135,9 +135,9 @@ def test_many_questions_from_many_threads_are_under_way_at_once(
     def shop(number: int) -> list[tuple[Trigger, Recommendation]]:
         futures = []
         for n in range(50):
-            asked = trigger(f"user-{number}-{n}")
-            futures.append((asked, client.submit(asked, timeout=60)))
-        return [(asked, future.result(60)) for asked, future in futures]
+            request = trigger(f"user-{number}-{n}")
+            futures.append((request, client.submit(request, timeout=60)))
+        return [(request, future.result(60)) for request, future in futures]
 
     with Responder(topics), ThreadPoolExecutor(8) as pool:
         pairs = [pair for answers in pool.map(shop, range(8)) for pair in answers]
@@ -159,7 +159,7 @@ def test_when_reading_answers_dies_questions_under_way_are_told_why(topics: Kafk
         def close(self) -> None:
             """Nothing is held."""
 
-    def reader() -> Reader:
+    def reader() -> RecommendationReader:
         return Cut()
 
     with Client(topics, open_reader=reader) as client:

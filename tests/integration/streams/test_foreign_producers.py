@@ -20,12 +20,12 @@ from streams.events import (
 )
 from streams.settings import KafkaSettings
 from streams.wire.admin import end_offsets
-from streams.wire.bulk import publish_all
+from streams.wire.bulk_writer import publish_all
 from streams.wire.records import partition_of
 from tests import foreign_producers as foreign
 from tests.conftest import FreshStack
 from tests.responder import read_new
-from tests.serving_support import Versions, running
+from tests.serving_support import BundlesByVersion, running
 from tests.tiny_bundle import tiny_codebook, write_tiny_bundle
 
 pytestmark = pytest.mark.integration
@@ -47,7 +47,7 @@ def answering(fresh_stack: FreshStack, tmp_path: Path) -> Iterator[KafkaSettings
     ]
     arm = Arm(name="champion", bundle=bundle.id, weight=1.0, version="1")
     publish_all(kafka, [*facts, Rollout.new(name="sidstream", action="start", trial="t", arms=[arm])])
-    with running(kafka, url, Versions(**{"1": bundle})) as agent:
+    with running(kafka, url, BundlesByVersion(**{"1": bundle})) as agent:
         agent.wait_ready()
         yield kafka
 

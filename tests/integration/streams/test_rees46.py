@@ -14,7 +14,7 @@ from harness.servers import wait_until
 from streams.errors import SidstreamError
 from streams.replay import DATA_VARIABLE, Rees46
 from streams.replay.engine import replay
-from streams.replay.rees46 import find
+from streams.replay.rees46 import find_rees46_file
 from streams.settings import KafkaSettings
 from streams.state import history
 from streams.wire.admin import end_offsets
@@ -35,7 +35,7 @@ def rees46() -> Rees46:
     named = os.environ.get(DATA_VARIABLE)
     folder = Path(named) if named else Path(__file__).parents[4] / "shared" / "data"
     try:
-        return Rees46(find(folder))
+        return Rees46(find_rees46_file(folder))
     except SidstreamError as error:
         pytest.skip(str(error))
 
@@ -47,9 +47,9 @@ def test_every_event_is_accounted_for_and_every_pair_is_the_references(
     write_codebook(tmp_path / "codebook", sizes=(32, 32, 256))
     replay(kafka, rees46)
     events = list(rees46.events())
-    wanted = Counter(pair[1] for pair in reference(events, WINDOW_S * 1000, MOST))
+    expected_counts = Counter(pair[1] for pair in reference(events, WINDOW_S * 1000, MOST))
     assert len(events) == EVENTS
-    assert wanted["purchased_over_clicked"] > 50
+    assert expected_counts["purchased_over_clicked"] > 50
     # The last pairs wait for a window and the lateness after the last event; idle topics let time go on with
     # the wall clock, so event time is pushed on instead: one event a partition, far after the log.
     with (
@@ -64,7 +64,7 @@ def test_every_event_is_accounted_for_and_every_pair_is_the_references(
             names = list(store.scan_iter(match="h:*", count=1000))
             if not names:
                 return 0
-            return sum(len(history.decode(value).entries) for value in store.mget(names) if value)
+            return sum(len(history.decode_history(value).entries) for value in store.mget(names) if value)
 
         def accounted() -> int:
             return entries() + dropped + sum(end_offsets(kafka, "dead-letters").values())
@@ -75,11 +75,11 @@ def test_every_event_is_accounted_for_and_every_pair_is_the_references(
         wait_until(lambda: accounted() == EVENTS, WAIT_S, "every event in a history or in dead letters")
         assert not list(store.scan_iter(match="parked*"))
         _push_event_time_on(kafka, events[-1].ts + 4 * WINDOW_S * 1000)
-        total = sum(wanted.values())
+        total = sum(expected_counts.values())
         wait_until(lambda: sum(end_offsets(kafka, "preferences").values()) >= total, WAIT_S, "the pairs")
-    made = read(kafka, "preferences")
-    unique = {pair["event_id"]: pair for pair in made}
-    assert Counter(pair["scheme"] for pair in unique.values()) == wanted
+    pairs = read(kafka, "preferences")
+    unique = {pair["event_id"]: pair for pair in pairs}
+    assert Counter(pair["scheme"] for pair in unique.values()) == expected_counts
     decided = {
         (p["user_id"], p["scheme"], p["request_id"] or p["ts"], p["chosen_item"], tuple(p["rejected_items"]))
         for p in unique.values()
@@ -90,7 +90,7 @@ def test_every_event_is_accounted_for_and_every_pair_is_the_references(
 def _push_event_time_on(kafka: KafkaSettings, ts: int) -> None:
     """One impression without a request in every partition."""
     from streams.events import Impression
-    from streams.wire.bulk import publish_all
+    from streams.wire.bulk_writer import publish_all
     from streams.wire.records import partition_of
 
     users: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""A log of the past on a real broker: all of it, once, in event time, at the pace that was asked for."""
+"""A log of the past on a real broker: every event once, in event time, at the requested speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Event, Purchase, UserProfile, decode, encode
 from streams.replay import JsonLines, OnlineRetail
 from streams.replay.engine import replay, replay_raw
-from streams.replay.source import inside
+from streams.replay.source import in_time_range
 from streams.wire.admin import end_offsets
 from tests.conftest import FreshStack
 from tests.responder import read_new
@@ -35,7 +35,7 @@ class Few:
 
     def events(self, start: int | None = None, end: int | None = None) -> Iterator[Event]:
         for n in range(3):
-            if inside(T + 300 * n, start, end):
+            if in_time_range(T + 300 * n, start, end):
                 yield Click.new(event_id=f"e{n}", ts=T + 300 * n, user_id="u", item_id="i")
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
@@ -49,7 +49,7 @@ def test_a_window_of_the_year_arrives_once_with_each_user_in_event_time(fresh_st
     done = replay(kafka, shop, start=DECEMBER_8, on_progress=progress.append)
     expected = list(shop.events(DECEMBER_8))
     assert done.topics == {"catalog": 3_659, "users": 4_334, "purchases": len(expected)}
-    assert done.sent == sum(progress) == sum(done.topics.values())
+    assert done.record_count == sum(progress) == sum(done.topics.values())
     assert (done.first_ts, done.last_ts) == (expected[0].ts, expected[-1].ts)
 
     records = read_new(kafka, "purchases", len(expected), dict.fromkeys(end_offsets(kafka, "purchases"), 0))
@@ -57,10 +57,10 @@ def test_a_window_of_the_year_arrives_once_with_each_user_in_event_time(fresh_st
     for record in sorted(records, key=lambda record: (record.partition, record.offset)):
         event = decode(Purchase, record.value)
         arrived[event.user_id].append(event)
-    wanted: dict[str, list[Purchase]] = defaultdict(list)
+    expected_by_user: dict[str, list[Purchase]] = defaultdict(list)
     for event in expected:
-        wanted[event.user_id].append(event)
-    assert arrived == wanted
+        expected_by_user[event.user_id].append(event)
+    assert arrived == expected_by_user
 
 
 def test_each_part_can_be_left_out(fresh_stack: FreshStack) -> None:
@@ -72,10 +72,10 @@ def test_each_part_can_be_left_out(fresh_stack: FreshStack) -> None:
 
 def test_speed_is_a_multiple_of_the_time_it_took(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
-    begun = time.monotonic()
+    started_at = time.monotonic()
     replay(kafka, Few(), catalog=False, speed=1.0)
     # A lower bound, not a speed: 600 ms of the past take at least that long at speed 1.
-    assert time.monotonic() - begun >= 0.6
+    assert time.monotonic() - started_at >= 0.6
     stamps = [
         r.timestamp for r in read_new(kafka, "clicks", 3, dict.fromkeys(end_offsets(kafka, "clicks"), 0))
     ]

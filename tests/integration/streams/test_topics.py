@@ -1,4 +1,4 @@
-"""Topics on a real broker: made once, checked afterwards, and one life of a topic told from the next."""
+"""Topics on a real broker: created once, checked afterwards; a topic created again is a new one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from streams.errors import SidstreamError
 from streams.events import BY_TOPIC, Click
 from streams.settings import KafkaSettings
 from streams.wire.admin import (
-    admin,
+    admin_client,
+    consumer_group_lag,
     create_topics,
     delete_topics,
     end_offsets,
     incarnations,
-    lag,
-    names,
-    spans,
+    offset_spans,
+    topic_names,
 )
 from streams.wire.connect import client_options
-from streams.wire.topics import topics
+from streams.wire.topics import all_topics
 from tests.conftest import FreshStack
 
 pytestmark = pytest.mark.integration
@@ -29,22 +29,22 @@ pytestmark = pytest.mark.integration
 
 def test_creating_makes_what_is_missing_with_its_partitions_and_policy(kafka: KafkaSettings) -> None:
     delete_topics(kafka)
-    assert not set(BY_TOPIC) & names(kafka)
+    assert not set(BY_TOPIC) & topic_names(kafka)
     assert set(create_topics(kafka)) == set(BY_TOPIC)
     assert create_topics(kafka) == []
-    assert {name: len(held) for name, held in spans(kafka).items()} == {
-        t.name: t.partitions for t in topics(kafka)
+    assert {name: len(partitions) for name, partitions in offset_spans(kafka).items()} == {
+        t.name: t.partitions for t in all_topics(kafka)
     }
 
     from kafka.admin import ConfigResource, ConfigResourceType
 
-    from streams.wire.admin import admin
+    from streams.wire.admin import admin_client
 
-    with admin(kafka) as client:
-        found = client.describe_configs(
-            [ConfigResource(ConfigResourceType.TOPIC, t.name) for t in topics(kafka)]
+    with admin_client(kafka) as client:
+        topic_configs = client.describe_configs(
+            [ConfigResource(ConfigResourceType.TOPIC, t.name) for t in all_topics(kafka)]
         )
-    described = str(found)
+    described = str(topic_configs)
     assert "compact" in described
     assert str(kafka.max_event_bytes) in described
 
@@ -79,7 +79,7 @@ def test_a_topic_that_is_made_again_has_another_incarnation(kafka: KafkaSettings
 def test_a_topic_that_is_given_more_partitions_has_another_incarnation(fresh_stack: FreshStack) -> None:
     kafka, _ = fresh_stack()
     first = incarnations(kafka)
-    with admin(kafka) as client:
+    with admin_client(kafka) as client:
         client.create_partitions({"clicks": NewPartitions(2 * kafka.partitions)})
     wait_until(lambda: incarnations(kafka)["clicks"] != first["clicks"], 20, "another incarnation")
     after = incarnations(kafka)
@@ -92,7 +92,7 @@ def test_lag_counts_what_a_group_has_not_committed(fresh_stack: FreshStack) -> N
 
     kafka, _ = fresh_stack()
     with pytest.raises(SidstreamError, match="group nobody reads no topic"):
-        lag(kafka, "nobody")
+        consumer_group_lag(kafka, "nobody")
     with Client(kafka) as client:
         client.publish_all(Click.new(user_id=f"u{n}", item_id="i") for n in range(20))
         assert sum(end_offsets(kafka, "clicks").values()) == 20
@@ -101,18 +101,18 @@ def test_lag_counts_what_a_group_has_not_committed(fresh_stack: FreshStack) -> N
             read = 0
             while read < 20:
                 read += sum(map(len, consumer.poll(timeout_ms=500).values()))
-            assert lag(kafka, "readers") == 20
+            assert consumer_group_lag(kafka, "readers") == 20
             consumer.commit()
-        assert lag(kafka, "readers") == 0
+        assert consumer_group_lag(kafka, "readers") == 0
         client.publish_all(Click.new(user_id=f"u{n}", item_id="i") for n in range(7))
-    assert lag(kafka, "readers") == 7
+    assert consumer_group_lag(kafka, "readers") == 7
 
 
 def test_a_broker_that_is_not_there_is_named() -> None:
     with pytest.raises(SidstreamError, match=r"Kafka at 127\.0\.0\.1:9 does not answer.*sidstream up"):
-        names(KafkaSettings(bootstrap="127.0.0.1:9"))
+        topic_names(KafkaSettings(bootstrap="127.0.0.1:9"))
 
 
 def test_a_missing_address_says_how_to_give_one() -> None:
     with pytest.raises(SidstreamError, match="SIDSTREAM_KAFKA__BOOTSTRAP"):
-        names(KafkaSettings())
+        topic_names(KafkaSettings())

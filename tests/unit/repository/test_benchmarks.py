@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_gate_keeps_its_error_rates_and_the_published_rule_does_not():
-    made = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gate", "--quick"],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     )
-    rows = [json.loads(line) for line in made.stdout.splitlines()]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
     harmless = [row for row in rows if row["claim"] == "at most .05"]
     assert len(harmless) >= 4
     # Twenty trials a figure, with a fixed seed: at a true 5 %, four or more come once in sixty times.

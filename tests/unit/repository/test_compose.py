@@ -45,10 +45,10 @@ def lock() -> str:
 
 def compose_schema() -> dict[str, Any]:
     """The published Compose Specification schema, as the check-jsonschema wheel carries it."""
-    found = importlib.util.find_spec("check_jsonschema")
-    assert found is not None
-    assert found.submodule_search_locations
-    folder = Path(found.submodule_search_locations[0])
+    spec = importlib.util.find_spec("check_jsonschema")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0])
     return json.loads((folder / "builtin_schemas/vendor/compose-spec.json").read_text())
 
 
@@ -192,15 +192,18 @@ def test_the_commands_exist(services: dict[str, dict[str, Any]]) -> None:
 
 def test_prometheus_reads_every_service_that_has_metrics(services: dict[str, dict[str, Any]]) -> None:
     scraped = yaml.safe_load((ROOT / "ops/prometheus.yml").read_text())["scrape_configs"]
-    seen = {
-        (name, found["port"]) for job in scraped for found in job["dns_sd_configs"] for name in found["names"]
+    scraped_ports = {
+        (name, target["port"])
+        for job in scraped
+        for target in job["dns_sd_configs"]
+        for name in target["names"]
     }
     expected = set()
     for name, service in services.items():
         for variable, value in service.get("environment", {}).items():
             if variable.startswith("SIDSTREAM_") and variable.endswith("PORT"):
                 expected.add((name, value))
-    assert seen == expected
+    assert scraped_ports == expected
     assert {job["job_name"] for job in scraped} == {name for name, _ in expected}
 
 
@@ -261,9 +264,11 @@ def test_a_part_holds_all_that_the_installed_package_asks_for(lock: str, package
 
     from packaging.requirements import Requirement
 
-    wanted = [Requirement(text) for text in requires(package) or []]
+    requirements = [Requirement(text) for text in requires(package) or []]
     needed = {
-        lock_subset.normalised(need.name) for need in wanted if not need.marker or need.marker.evaluate()
+        lock_subset.normalised(need.name)
+        for need in requirements
+        if not need.marker or need.marker.evaluate()
     }
     assert needed, package
     assert needed <= set(lock_subset.subset(lock, [package]))

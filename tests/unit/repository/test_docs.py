@@ -12,7 +12,7 @@ import pytest
 from streams.events import BY_TOPIC, Event, EventError, decode
 from streams.settings import KafkaSettings
 from streams.wire.records import partition_of
-from streams.wire.topics import topics
+from streams.wire.topics import all_topics
 
 ROOT = Path(__file__).resolve().parents[3]
 EVENTS_MD = (ROOT / "docs/events.md").read_text()
@@ -39,7 +39,7 @@ def examples() -> list[tuple[str, str]]:
 
 def tables(text: str) -> dict[str, list[list[str]]]:
     """The rows of each table of `text`, by the table's first heading."""
-    found: dict[str, list[list[str]]] = {}
+    tables_by_heading: dict[str, list[list[str]]] = {}
     current: list[list[str]] | None = None
     for line in text.splitlines():
         if not line.startswith("|"):
@@ -47,10 +47,10 @@ def tables(text: str) -> dict[str, list[list[str]]]:
             continue
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if current is None:
-            current = found.setdefault(cells[0].strip(" |"), [])
+            current = tables_by_heading.setdefault(cells[0].strip(" |"), [])
         elif not set(line) <= set("|- "):
             current.append(cells)
-    return found
+    return tables_by_heading
 
 
 def names(rows: list[list[str]]) -> list[str]:
@@ -94,9 +94,9 @@ def test_required_and_optional_fields_are_told_apart(topic: str) -> None:
 
 def test_the_table_of_topics_is_what_is_created() -> None:
     documented = {row[0].strip("`"): row for row in tables(EVENTS_MD)["topic"]}
-    made = {topic.name: topic for topic in topics(KafkaSettings())}
-    assert set(documented) == set(made)
-    for name, topic in made.items():
+    topics_by_name = {topic.name: topic for topic in all_topics(KafkaSettings())}
+    assert set(documented) == set(topics_by_name)
+    for name, topic in topics_by_name.items():
         assert documented[name][1] == f"`{topic.event.key_name()}`", name
         assert documented[name][3] == topic.configs["cleanup.policy"], name
         assert topic.partitions == (1 if name == "rollout" else 4), name
@@ -135,18 +135,18 @@ def test_the_reasons_of_refusal_are_documented(value: bytes, reason: str) -> Non
 
 def reasons_in_sources() -> set[str]:
     """Every reason that a record may be refused for, as the sources write it down."""
-    place = {"Refusal": 2, "_refusal": 1, "EventError": 0}
-    found: set[str] = set()
-    files = [ROOT / "streams/events.py", ROOT / "streams/wire/batches.py", ROOT / "serving/agent.py"]
+    place = {"RefusedRecord": 2, "_refusal": 1, "EventError": 0}
+    reasons: set[str] = set()
+    files = [ROOT / "streams/events.py", ROOT / "streams/wire/batch_loop.py", ROOT / "serving/agent.py"]
     for path in [*files, *(ROOT / "agents").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in place:
                 at = place[node.func.id]
                 if at < len(node.args) and isinstance(node.args[at], ast.Constant):
-                    found.add(node.args[at].value)
+                    reasons.add(node.args[at].value)
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason":
-                found |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
-    return found
+                reasons |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
+    return reasons
 
 
 def test_every_reason_of_a_dead_letter_is_documented() -> None:
@@ -184,9 +184,9 @@ def test_the_settings_named_in_documents_exist() -> None:
     from sidstream.settings import Settings
 
     named = {
-        found
+        setting
         for document in DOCUMENTS
-        for found in re.findall(r"SIDSTREAM_([A-Z]+)__([A-Z_]+)", document.read_text())
+        for setting in re.findall(r"SIDSTREAM_([A-Z]+)__([A-Z_]+)", document.read_text())
     }
     dotted = {
         (section.upper(), field.upper())

@@ -45,11 +45,11 @@ TRAINING = {
 def tracked() -> list[Path]:
     """Files of the repository: tracked, and new ones that are not ignored."""
     if (ROOT / ".git").exists():
-        listed = subprocess.run(
+        ls_files_output = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        files = [ROOT / name for name in listed.split("\0") if name]
+        files = [ROOT / name for name in ls_files_output.split("\0") if name]
     else:
         files = [path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.parts)]
     return [path for path in files if path.is_file()]
@@ -72,7 +72,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
 def unpickling(source: str) -> list[str]:
     """What in a Python source reads or writes pickles."""
     tree = ast.parse(source)
-    found = [name for _, name in imports(tree) if name in PICKLES]
+    pickle_uses = [name for _, name in imports(tree) if name in PICKLES]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -80,18 +80,18 @@ def unpickling(source: str) -> list[str]:
         owner = ast.unparse(node.func.value)
         call = f"{owner}.{node.func.attr}"
         if call == "torch.load" and not _is(keywords.get("weights_only"), True):
-            found.append("torch.load without weights_only=True")
+            pickle_uses.append("torch.load without weights_only=True")
         if call in ("torch.save", "torch.jit.load"):
-            found.append(call)
+            pickle_uses.append(call)
         if (
             node.func.attr == "load"
             and owner in ("np", "numpy")
             and not _is(keywords.get("allow_pickle"), None)
         ):
-            found.append("numpy.load with allow_pickle")
+            pickle_uses.append("numpy.load with allow_pickle")
         if node.func.attr in ("to_pickle", "read_pickle"):
-            found.append(node.func.attr)
-    return found
+            pickle_uses.append(node.func.attr)
+    return pickle_uses
 
 
 def _is(node: ast.expr | None, value: object) -> bool:
@@ -110,10 +110,10 @@ def test_no_file_names_a_package_index() -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # Parquet and images
-        for found in INDEXES.finditer(text):
-            if not (MAY_NAME_MAVEN.match(name) and MAVEN.search(found.group())):
-                line = text.count("\n", 0, found.start()) + 1
-                named.append(f"{name}:{line}: {found.group()}")
+        for match in INDEXES.finditer(text):
+            if not (MAY_NAME_MAVEN.match(name) and MAVEN.search(match.group())):
+                line = text.count("\n", 0, match.start()) + 1
+                named.append(f"{name}:{line}: {match.group()}")
     assert named == []
 
 
@@ -127,8 +127,10 @@ def test_the_search_for_indexes_sees_one(line: str) -> None:
 
 
 def test_the_product_neither_pickles_nor_unpickles() -> None:
-    found = {path.relative_to(ROOT).as_posix(): unpickling(path.read_text()) for path in sources(*PRODUCT)}
-    assert {name: how for name, how in found.items() if how} == {}
+    pickle_uses = {
+        path.relative_to(ROOT).as_posix(): unpickling(path.read_text()) for path in sources(*PRODUCT)
+    }
+    assert {name: how for name, how in pickle_uses.items() if how} == {}
 
 
 @pytest.mark.parametrize(
@@ -146,18 +148,18 @@ def test_the_search_for_pickles_lets_safe_calls_pass() -> None:
 
 
 def test_only_the_trainer_imports_training_libraries() -> None:
-    found = [
+    offences = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in sources(*(package for package in PRODUCT if package != "trainer"))
         for _, name in imports(ast.parse(path.read_text()))
         if name in TRAINING
     ]
-    assert found == []
+    assert offences == []
 
 
 def test_the_front_door_opens_the_trainer_only_inside_functions() -> None:
     """Settings are light; any other module of the trainer, imported at the top, would bring torch along."""
-    found = []
+    offences = []
     for path in sources("sidstream"):
         for node in ast.parse(path.read_text()).body:
             for statement, name in (
@@ -165,8 +167,8 @@ def test_the_front_door_opens_the_trainer_only_inside_functions() -> None:
             ):
                 inside = ast.unparse(statement)
                 if name == "trainer" and "trainer.settings" not in inside and not _type_checking(node):
-                    found.append(f"{path.relative_to(ROOT)}: {inside}")
-    assert found == []
+                    offences.append(f"{path.relative_to(ROOT)}: {inside}")
+    assert offences == []
 
 
 def _type_checking(node: ast.stmt) -> bool:

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.catalogue import Catalogue
-from serving.decoding.index import SidIndex
+from serving.catalogue import ServingCatalogue
+from serving.decoding.sid_index import SidIndex
 from streams.events import CatalogItem, SidAssignment
 from streams.state.history import pack_sid
 
@@ -61,7 +61,7 @@ def test_an_index_grown_event_by_event_equals_one_built_at_once(case):
     sids, flags, mixed, refreshes = case
 
     async def grow():
-        catalogue = Catalogue(delay_s=0)
+        catalogue = ServingCatalogue(delay_s=0)
         for at, event in enumerate(mixed):
             feed(catalogue, event)
             if at in refreshes:
@@ -79,7 +79,7 @@ def test_an_index_grown_event_by_event_equals_one_built_at_once(case):
 def test_a_change_is_in_the_index_without_anyone_asking_for_it():
     async def watch():
         built = asyncio.Event()
-        catalogue = Catalogue(delay_s=0, on_build=lambda *_: built.set())
+        catalogue = ServingCatalogue(delay_s=0, on_build=lambda *_: built.set())
         running = asyncio.create_task(catalogue.run())
         sizes = []
         for row in range(3):
@@ -96,7 +96,7 @@ def test_a_change_is_in_the_index_without_anyone_asking_for_it():
 
 def test_an_item_without_a_catalogue_record_or_deleted_from_it_is_not_active():
     async def go():
-        catalogue = Catalogue(delay_s=0)
+        catalogue = ServingCatalogue(delay_s=0)
         feed(catalogue, sid_event("known", (1, 1)))
         feed(catalogue, sid_event("unlisted", (1, 2)))
         feed(catalogue, item_event("known"))
@@ -111,7 +111,7 @@ def test_an_item_without_a_catalogue_record_or_deleted_from_it_is_not_active():
 
 def test_an_sid_is_never_moved_shared_or_of_another_length():
     async def go():
-        catalogue = Catalogue(delay_s=0)
+        catalogue = ServingCatalogue(delay_s=0)
         for item, sid in (("a", (1, 1)), ("a", (1, 2)), ("b", (1, 1)), ("c", (1, 1, 1)), ("d", (0, 5))):
             feed(catalogue, sid_event(item, sid))
         await catalogue.refresh()
@@ -123,7 +123,7 @@ def test_an_sid_is_never_moved_shared_or_of_another_length():
 
 def test_each_codebook_has_its_own_index_and_the_newest_stands_in_for_none():
     async def go():
-        catalogue = Catalogue(delay_s=0)
+        catalogue = ServingCatalogue(delay_s=0)
         # In the order of partitions, not of time; and an item that was late under the old one.
         feed(catalogue, sid_event("a", (2, 0, 3), "new", T0 + 5))
         feed(catalogue, sid_event("a", (1, 1), "old", T0))
@@ -135,7 +135,7 @@ def test_each_codebook_has_its_own_index_and_the_newest_stands_in_for_none():
 
 
 def test_an_sid_of_another_codebook_is_translated_by_its_item():
-    catalogue = Catalogue(delay_s=0)
+    catalogue = ServingCatalogue(delay_s=0)
     old, new = "00000000aaaaaaaa", "11111111bbbbbbbb"
     for row in range(3000):  # more than a table starts with
         feed(catalogue, sid_event(f"i{row}", (row // 60, row % 60), old))

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 from fastapi.testclient import TestClient
 
-from serving.gateway import gateway
+from serving.gateway import create_app
 from serving.settings import GatewaySettings
 from streams.errors import SidstreamError
 from streams.events import RankedItem, Recommendation, decode
@@ -22,8 +22,8 @@ def answer_to(trigger) -> Recommendation:
     )  # fmt: skip
 
 
-class Asked:
-    """Stands for the client: keeps the triggers, answers them as told."""
+class AnsweringClient:
+    """Stands for the Kafka client: keeps the triggers and answers each by `answer`."""
 
     def __init__(self, answer=answer_to):
         self.answer = answer
@@ -44,20 +44,20 @@ class Asked:
 
 
 def http(client=None, waiting=lambda: None, **settings):
-    client = client or Asked()
-    return TestClient(gateway(GatewaySettings(**settings), lambda: client, waiting))
+    client = client or AnsweringClient()
+    return TestClient(create_app(GatewaySettings(**settings), lambda: client, waiting))
 
 
 def test_a_request_needs_no_more_than_a_user_and_its_answer_is_the_agents():
-    client = Asked()
+    client = AnsweringClient()
     with http(client) as caller:
         answer = caller.post("/v1/recommend", json={"user_id": "u", "item_id": "i", "k": 3, "scene": "home"})
     assert answer.status_code == 200
-    made = decode(Recommendation, answer.content)
+    recommendation = decode(Recommendation, answer.content)
     (trigger,) = client.triggers
     assert (trigger.user_id, trigger.item_id, trigger.k, trigger.scene) == ("u", "i", 3, "home")
-    assert (made.request_id, made.scene) == (trigger.request_id, "home")
-    assert [item.item_id for item in made.items] == ["i0", "i1", "i2"]
+    assert (recommendation.request_id, recommendation.scene) == (trigger.request_id, "home")
+    assert [item.item_id for item in recommendation.items] == ["i0", "i1", "i2"]
     assert client.closed
 
 
@@ -78,7 +78,7 @@ def test_a_request_needs_no_more_than_a_user_and_its_answer_is_the_agents():
     ],
 )
 def test_a_wrong_body_is_refused_with_the_field_and_never_sent(body, says):
-    client = Asked()
+    client = AnsweringClient()
     with http(client) as caller:
         answer = caller.post("/v1/recommend", content=body)
     assert (answer.status_code, says in answer.json()["error"]) == (400, True), answer.text
@@ -91,7 +91,7 @@ def late(trigger):
 
 @pytest.mark.parametrize(("waiting", "status"), [(None, 504), ("no serving agent has joined", 503)])
 def test_no_answer_is_a_504_with_the_remedy_or_a_503_where_nobody_could_answer(waiting, status):
-    with http(Asked(late), lambda: waiting) as caller:
+    with http(AnsweringClient(late), lambda: waiting) as caller:
         answer = caller.post("/v1/recommend", json={"user_id": "u"})
     assert answer.status_code == status
     assert (waiting or "check that serving runs") in answer.json()["error"]
@@ -101,7 +101,7 @@ def test_kafka_that_does_not_answer_is_a_503():
     def refuse():
         raise SidstreamError("Kafka at h:1 does not answer")
 
-    with TestClient(gateway(GatewaySettings(), refuse, refuse)) as caller:
+    with TestClient(create_app(GatewaySettings(), refuse, refuse)) as caller:
         answers = [caller.post("/v1/recommend", json={"user_id": "u"}), caller.get("/health/ready")]
         assert caller.get("/health/live").status_code == 200
     assert [answer.status_code for answer in answers] == [503, 503]
@@ -111,7 +111,7 @@ def test_kafka_that_does_not_answer_is_a_503():
 def test_a_client_that_is_stuck_is_a_504():
     stuck = threading.Event()
 
-    class Stuck(Asked):
+    class Stuck(AnsweringClient):
         def submit(self, trigger, timeout=30.0):
             assert stuck.wait(60)
             return super().submit(trigger)
@@ -131,7 +131,7 @@ def test_a_request_id_under_way_is_refused_to_the_second_caller():
         assert go_on.wait(60)
         return answer_to(trigger)
 
-    with http(Asked(wait), timeout_s=60) as caller:
+    with http(AnsweringClient(wait), timeout_s=60) as caller:
         first = []
         body = {"user_id": "u", "request_id": "r"}
         asking = threading.Thread(target=lambda: first.append(caller.post("/v1/recommend", json=body)))
@@ -141,11 +141,11 @@ def test_a_request_id_under_way_is_refused_to_the_second_caller():
         go_on.set()
         asking.join(60)
         third = caller.post("/v1/recommend", json=body)
-    assert [one.status_code for one in (first[0], second, third)] == [200, 409, 200]
+    assert [answer.status_code for answer in (first[0], second, third)] == [200, 409, 200]
 
 
 def test_with_a_token_only_its_bearer_is_served_and_health_stays_open():
-    client = Asked()
+    client = AnsweringClient()
     with http(client, token="s3cret") as caller:
         answers = [
             caller.post("/v1/recommend", json={"user_id": "u"}, headers=headers).status_code

@@ -20,7 +20,7 @@ SETTING = re.compile(r"^#([a-z_0-9]+) =(.*)$", re.MULTILINE)
 
 def uncommented(text: str) -> dict[str, Any]:
     """The file with every setting switched on; one without a default becomes an empty string."""
-    return tomllib.loads(SETTING.sub(lambda found: f"{found[1]} ={found[2] or ' ' + repr('')}", text))
+    return tomllib.loads(SETTING.sub(lambda match: f"{match[1]} ={match[2] or ' ' + repr('')}", text))
 
 
 def fields(model: type[BaseModel]) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def test_its_keys_are_the_settings() -> None:
 
 
 def test_its_values_are_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = re.sub(r"^#[a-z_0-9]+ =$", "", EXAMPLE.read_text(), flags=re.MULTILINE)
-    (tmp_path / "all.toml").write_text(SETTING.sub(r"\1 =\2", given))
+    with_values = re.sub(r"^#[a-z_0-9]+ =$", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+    (tmp_path / "all.toml").write_text(SETTING.sub(r"\1 =\2", with_values))
     monkeypatch.chdir(tmp_path)
     plain = Settings()
     monkeypatch.setenv("SIDSTREAM_CONFIG", str(tmp_path / "all.toml"))

@@ -47,7 +47,7 @@ def test_a_named_file_is_read_and_an_absent_one_is_an_error(
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[serving]\nbeam = 0\n", "serving.decoding.beam is 0"),
+        ("[serving]\nbeam = 0\n", "serving.beam is 0"),
         ("[serving]\nbeem = 5\n", "serving.beem is 5"),
         ("[sreving]\nbeam = 5\n", "sreving"),
         ("[kafka]\npartitions = 'many'\n", "kafka.partitions is 'many'"),
@@ -76,9 +76,9 @@ def test_a_secret_that_does_not_fit_is_not_printed(monkeypatch: pytest.MonkeyPat
 def test_secrets_are_masked_in_the_settings_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDSTREAM_REDIS__URL", "redis://:hunter2@127.0.0.1:1/0")
     monkeypatch.setenv("SIDSTREAM_KAFKA__SASL_PASSWORD", "hunter3")
-    shown = repr(read())
-    assert "hunter2" not in shown
-    assert "hunter3" not in shown
+    text_of_settings = repr(read())
+    assert "hunter2" not in text_of_settings
+    assert "hunter3" not in text_of_settings
 
 
 def test_without_a_stack_the_settings_are_as_given(alone: Path) -> None:

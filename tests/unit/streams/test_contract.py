@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from streams.contract import SENT, asyncapi, documents, schema, write
+from streams.contract import PRODUCER_TOPICS, asyncapi, documents, schema, write_documents
 from streams.events import BY_TOPIC, EVENTS, EventError, decode
 from streams.settings import KafkaSettings
-from streams.wire.topics import topics
+from streams.wire.topics import all_topics
 
 REFERENCE = Path(__file__).resolve().parents[3] / "docs" / "reference"
 HEAD = {"schema_version": 1, "event_id": "e-1", "ts": 1_767_225_600_000}
@@ -72,9 +72,9 @@ JSON_VALUES = st.one_of(
 
 
 def validator(topic: str) -> Draft202012Validator:
-    made = schema(BY_TOPIC[topic])
-    Draft202012Validator.check_schema(made)
-    return Draft202012Validator(made)
+    json_schema = schema(BY_TOPIC[topic])
+    Draft202012Validator.check_schema(json_schema)
+    return Draft202012Validator(json_schema)
 
 
 VALIDATORS = {topic: validator(topic) for topic in BY_TOPIC}
@@ -92,11 +92,11 @@ def accepted(topic: str, fields: object) -> tuple[bool, bool]:
 
 
 def test_the_files_are_what_the_types_say(tmp_path: Path) -> None:
-    written = write(KafkaSettings(), tmp_path)
-    made = {path.relative_to(tmp_path) for path in written}
-    kept = {path.relative_to(REFERENCE) for path in REFERENCE.rglob("*.json")}
-    assert kept == made, "run `sidstream contract docs/reference`"
-    for path in made:
+    written = write_documents(KafkaSettings(), tmp_path)
+    generated = {path.relative_to(tmp_path) for path in written}
+    committed = {path.relative_to(REFERENCE) for path in REFERENCE.rglob("*.json")}
+    assert committed == generated, "run `sidstream contract docs/reference`"
+    for path in generated:
         assert (REFERENCE / path).read_text() == (tmp_path / path).read_text(), (
             f"docs/reference/{path} is not what the types say: run `sidstream contract docs/reference`"
         )
@@ -181,9 +181,9 @@ def resolve(document: dict[str, Any], reference: str) -> Any:
 
 def test_every_reference_of_the_asyncapi_document_leads_somewhere() -> None:
     document = asyncapi(KafkaSettings())
-    found = set(references(document))
-    assert found
-    for reference in found:
+    all_references = set(references(document))
+    assert all_references
+    for reference in all_references:
         resolve(document, reference)
 
 
@@ -208,7 +208,7 @@ def test_the_asyncapi_document_names_every_topic_with_key_partitions_cleanup_and
     kafka = KafkaSettings(partitions=8)
     document = asyncapi(kafka)
     assert set(document["channels"]) == {kind.topic for kind in EVENTS}
-    for topic in topics(kafka):
+    for topic in all_topics(kafka):
         channel = document["channels"][topic.name]
         binding = channel["bindings"]["kafka"]
         assert (channel["address"], binding["topic"]) == (topic.name, topic.name)
@@ -216,5 +216,5 @@ def test_the_asyncapi_document_names_every_topic_with_key_partitions_cleanup_and
         assert binding["topicConfiguration"]["cleanup.policy"] == [topic.configs["cleanup.policy"]]
         message = document["components"]["messages"][topic.event.__name__]
         assert topic.event.key_name() in message["bindings"]["kafka"]["key"]["description"]
-        action = "send" if topic.name in SENT else "receive"
+        action = "send" if topic.name in PRODUCER_TOPICS else "receive"
         assert document["operations"][f"{action}-{topic.name}"]["action"] == action

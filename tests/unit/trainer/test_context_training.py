@@ -11,9 +11,9 @@ import torch
 
 from registry.bundles.context import Context
 from registry.bundles.ranking import Ranking
-from serving.bundles import LoadedBundle, Service
-from serving.decoding.index import SidIndex
+from serving.bundle_loader import LoadedBundle, LoadedRollout
 from serving.decoding.onnx_generator import OnnxGenerator
+from serving.decoding.sid_index import SidIndex
 from serving.exploration import Explorer
 from serving.recommender import Recommender, Request
 from streams.events import Arm, Rollout, Trigger, UserProfile
@@ -34,7 +34,7 @@ BOOK = "00000000aaaaaaaa"
 
 
 @pytest.fixture(scope="module")
-def made() -> Shop:
+def tiny() -> Shop:
     return shop(users=120, scenes=True, epochs=20, batch_positions=128, lr=1e-2, patience=100)
 
 
@@ -176,14 +176,16 @@ def answered(
     )
     index = SidIndex.build(np.array(tiny.catalogue.sids), tiny.catalogue.item_ids)
     ask = Recommender(lambda _: index, 9, None, Explorer(1.0, 1, 1.0))
-    change = history.Change(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(sid_of(7))))
-    stored_history, _, _ = history.apply(
+    change = history.HistoryChange(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(sid_of(7))))
+    stored_history, _, _ = history.apply_changes(
         None, [change], codebook=BOOK, levels=3, incarnations={"clicks": 1, "purchases": 1},
         bounds=HistorySettings(),
     )  # fmt: skip
-    about = profile.pack(UserProfile.new(user_id="u", attributes=attributes))
+    about = profile.pack_profile(UserProfile.new(user_id="u", attributes=attributes))
     trigger = Trigger.new(request_id="r", user_id="u", k=5, scene=scene)
-    (answer,) = ask.recommend([Request(trigger, stored_history, about)], Service(rollout, {"b0": bundle}))
+    (answer,) = ask.recommend(
+        [Request(trigger, stored_history, about)], LoadedRollout(rollout, {"b0": bundle})
+    )
     assert answer.exploration is not None
     items = answer.recommendation.items
     return [one.item_id for one in items], [one.score for one in items], answer.exploration.context

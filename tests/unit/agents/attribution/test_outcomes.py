@@ -8,8 +8,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.attribution import outcomes
-from agents.attribution.outcomes import OutcomeRules
+from agents.attribution.outcomes import OpenOutcomes, OutcomeRules
 from streams.events import Click, Event, Impression, Purchase, RankedItem, Recommendation
 from tests.reference_outcomes import Owner, reference
 
@@ -42,21 +41,21 @@ Cohorts = dict[int, list[int]]
 
 def by_cohort(*events: Event) -> dict[Owner, Cohorts]:
     """What the sums of user u hold after the events, each in a step of its own, through storage."""
-    found: dict[Owner, Cohorts] = {}
-    stored = msgspec.msgpack.encode(outcomes.Open())
+    sums_by_owner: dict[Owner, Cohorts] = {}
+    stored = msgspec.msgpack.encode(OpenOutcomes())
     for event in events:
-        state = msgspec.msgpack.decode(stored, type=outcomes.Open)
-        outcomes.add(state, event, RULES, None)
-        for moved in outcomes.recount(state, RULES):
-            cohorts = found.setdefault((moved.trial, "u", moved.arm, moved.bundle), {})
-            total = cohorts.setdefault(moved.cohort, [0, 0, 0])
-            for place, number in enumerate((moved.impressions, moved.clicks, moved.orders)):
+        state = msgspec.msgpack.decode(stored, type=OpenOutcomes)
+        state.add_event(event, RULES, None)
+        for change in state.take_sum_changes(RULES):
+            cohorts = sums_by_owner.setdefault((change.trial, "u", change.arm, change.bundle), {})
+            total = cohorts.setdefault(change.cohort, [0, 0, 0])
+            for place, number in enumerate((change.impressions, change.clicks, change.orders)):
                 total[place] += number
                 assert total[place] >= 0
             if not any(total):
-                del cohorts[moved.cohort]
+                del cohorts[change.cohort]
         stored = msgspec.msgpack.encode(state)
-    return {owner: cohorts for owner, cohorts in found.items() if cohorts}
+    return {owner: cohorts for owner, cohorts in sums_by_owner.items() if cohorts}
 
 
 def sums(*events: Event) -> Counter[str]:
@@ -87,25 +86,25 @@ def test_events_that_come_before_their_answer_are_joined_when_it_comes() -> None
 
 
 def test_a_request_that_never_got_an_answer_is_counted_as_unattributed_and_forgotten() -> None:
-    state = outcomes.Open()
+    state = OpenOutcomes()
     for event in (show("ab", 1), click("a", 5), click("b", 6)):
-        outcomes.add(state, event, RULES, None)
-    assert outcomes.close(state, T0 + 6 + 2 * W + L - 1, RULES) == 0
-    assert outcomes.close(state, T0 + 6 + 2 * W + L, RULES) == 3
+        state.add_event(event, RULES, None)
+    assert state.forget_finished(T0 + 6 + 2 * W + L - 1, RULES) == 0
+    assert state.forget_finished(T0 + 6 + 2 * W + L, RULES) == 3
     assert not state.requests
 
 
 def test_an_event_older_than_what_was_forgotten_changes_nothing() -> None:
-    state = outcomes.Open()
-    assert not outcomes.add(state, click("a", 0), RULES, T0 + 2 * W + L)
-    assert state == outcomes.Open()
+    state = OpenOutcomes()
+    assert not state.add_event(click("a", 0), RULES, T0 + 2 * W + L)
+    assert state == OpenOutcomes()
 
 
 def test_two_trials_of_a_user_are_summed_apart() -> None:
-    state = outcomes.Open()
+    state = OpenOutcomes()
     for event in (answer(trial="t1"), answer(request="q", trial="t2"), show("a", 1), show("ab", 1, "q")):
-        outcomes.add(state, event, RULES, None)
-    assert {s.trial: s.impressions for s in outcomes.recount(state, RULES)} == {"t1": 1, "t2": 2}
+        state.add_event(event, RULES, None)
+    assert {s.trial: s.impressions for s in state.take_sum_changes(RULES)} == {"t1": 1, "t2": 2}
 
 
 FIRST = T0 // C
@@ -134,13 +133,13 @@ def test_without_an_impression_the_answer_gives_the_cohort() -> None:
 
 
 def test_requests_that_change_places_between_two_cohorts_move_nothing() -> None:
-    state = outcomes.Open()
+    state = OpenOutcomes()
     for event in (answer(), answer(request="q"), show("a", at(2)), show("a", at(1), "q")):
-        outcomes.add(state, event, RULES, None)
-    assert len(outcomes.recount(state, RULES)) == 2
-    outcomes.add(state, show("a", at(1)), RULES, None)
-    state.requests["q"].shown_at = T0 + at(2)
-    assert outcomes.recount(state, RULES) == []
+        state.add_event(event, RULES, None)
+    assert len(state.take_sum_changes(RULES)) == 2
+    state.add_event(show("a", at(1)), RULES, None)
+    state.requests["q"].first_shown_at = T0 + at(2)
+    assert state.take_sum_changes(RULES) == []
 
 
 requests = st.sampled_from("rq")
@@ -160,6 +159,6 @@ def test_sums_equal_a_recomputation_of_the_whole_log_in_any_order_and_with_repea
     log, other_trial, answered, random
 ) -> None:
     once = [answer(), answer(answered, "bcx", "q", other_trial), *log]
-    again = once + random.sample(once, random.randint(0, len(once)))
-    random.shuffle(again)
-    assert by_cohort(*again) == reference(once, W, C)
+    with_repeats = once + random.sample(once, random.randint(0, len(once)))
+    random.shuffle(with_repeats)
+    assert by_cohort(*with_repeats) == reference(once, W, C)

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.attribution import pairs
-from agents.attribution.windows import Fences, Rules, fenced
+from agents.attribution.pairs import MAX_SLATES, OpenPairWindows, PairDecision, PairRules, pair_id
+from agents.attribution.window_stage import Fences, WindowRules, unapplied_events
 from streams.events import Click, Event, Impression, Purchase, RankedItem, Recommendation
-from streams.wire.batches import Incoming
+from streams.wire.batch_stage import ReceivedEvent
 from tests.reference_pairs import Pair, reference
 
 T0 = 1_600_000_000_000
 W, L = 1000, 100
-RULES = Rules(W, L)
+RULES = WindowRules(W, L)
 
 
 def click(item: str, at: int, request: str | None = None, kind: str = "click") -> Click:
@@ -43,69 +43,77 @@ class User:
     """One user's state as the stage keeps it: encoded between steps, deleted when empty."""
 
     def __init__(self, most: int = 8) -> None:
-        self.most = most
+        self.rules = PairRules(RULES, most, lambda item: item != "unknown")
         self.stored: bytes | None = None
-        self.matured: int | None = None
-        self.made: list[pairs.Decision] = []
+        self.closed_until: int | None = None
+        self.decisions: list[PairDecision] = []
 
     def add(self, *events: Event) -> None:
         state = self._state()
-        kept = [pairs.add(state, event, RULES, self.matured) for event in events]
-        if any(kept) or self.stored is not None:
+        changed = [state.add_event(event, RULES, self.closed_until) for event in events]
+        if any(changed) or self.stored is not None:
             self.stored = msgspec.msgpack.encode(state)
 
-    def mature(self, at: int) -> None:
+    def close_windows(self, at: int) -> None:
         watermark = T0 + at
-        if self.matured is not None and watermark <= self.matured:
+        if self.closed_until is not None and watermark <= self.closed_until:
             return
-        self.matured = watermark
+        self.closed_until = watermark
         if self.stored is None:
             return
         state = self._state()
-        due = pairs.due(state, RULES)
-        made = pairs.close(state, watermark, RULES, self.most, lambda item: item != "unknown")
-        if made:
+        due = state.next_due(RULES)
+        decisions = state.close_due(watermark, self.rules)
+        if decisions:
             assert due is not None
             assert due <= watermark, "the index would not have found this user"
-        self.made += made
-        after = pairs.due(state, RULES, watermark)
+        self.decisions += decisions
+        after = state.next_due(RULES, watermark)
         assert after is None or after > watermark
-        self.stored = None if pairs.empty(state, watermark, RULES) else msgspec.msgpack.encode(state)
+        self.stored = None if state.is_finished(watermark, RULES) else msgspec.msgpack.encode(state)
 
     def pairs(self) -> set[Pair]:
-        return {("u", d.scheme, d.request_id or d.moment, d.chosen, d.rejected) for d in self.made}
+        return {("u", d.scheme, d.request_id or d.moment, d.chosen, d.rejected) for d in self.decisions}
 
-    def _state(self) -> pairs.Open:
-        return pairs.Open() if self.stored is None else msgspec.msgpack.decode(self.stored, type=pairs.Open)
+    def _state(self) -> OpenPairWindows:
+        return (
+            OpenPairWindows()
+            if self.stored is None
+            else msgspec.msgpack.decode(self.stored, type=OpenPairWindows)
+        )
 
 
-def decided(*events: Event, most: int = 8) -> list[pairs.Decision]:
+def decided(*events: Event, most: int = 8) -> list[PairDecision]:
     user = User(most)
     user.add(*events)
-    user.mature(100_000)
-    return user.made
+    user.close_windows(100_000)
+    return user.decisions
 
 
 def test_a_purchase_is_preferred_to_what_was_clicked_and_not_bought() -> None:
-    (made,) = decided(click("a", 0), click("b", 10), click("x", 20), buy("x", 30))
-    assert (made.scheme, made.chosen, made.rejected) == ("purchased_over_clicked", "x", ("b", "a"))
-    assert made.ts == T0 + 30
-    assert made.before == T0  # nothing of the decision is in its own history
+    (decision,) = decided(click("a", 0), click("b", 10), click("x", 20), buy("x", 30))
+    assert (decision.scheme, decision.chosen, decision.rejected) == (
+        "purchased_over_clicked",
+        "x",
+        ("b", "a"),
+    )
+    assert decision.ts == T0 + 30
+    assert decision.before == T0  # nothing of the decision is in its own history
 
 
 def test_nothing_is_decided_before_every_click_in_reach_has_matured() -> None:
     user = User()
     user.add(click("a", 0), buy("x", 30))
-    user.mature(30 + W + L - 1)
-    assert not user.made
-    user.mature(30 + W + L)
-    assert len(user.made) == 1
+    user.close_windows(30 + W + L - 1)
+    assert not user.decisions
+    user.close_windows(30 + W + L)
+    assert len(user.decisions) == 1
 
 
 def test_a_clicked_item_that_is_bought_later_in_its_window_is_never_rejected() -> None:
     assert not decided(click("a", 0), buy("x", 30), buy("a", W))
-    (made,) = decided(click("a", 0), buy("x", 30), buy("a", W + 1))
-    assert made.rejected == ("a",)
+    (decision,) = decided(click("a", 0), buy("x", 30), buy("a", W + 1))
+    assert decision.rejected == ("a",)
 
 
 def test_what_was_bought_before_the_click_is_not_rejected_while_it_is_near() -> None:
@@ -113,13 +121,13 @@ def test_what_was_bought_before_the_click_is_not_rejected_while_it_is_near() -> 
 
 
 def test_only_the_most_recent_rejected_items_are_kept() -> None:
-    (made,) = decided(*[click(item, n) for n, item in enumerate("abcdef")], buy("x", 50), most=3)
-    assert made.rejected == ("f", "e", "d")
+    (decision,) = decided(*[click(item, n) for n, item in enumerate("abcdef")], buy("x", 50), most=3)
+    assert decision.rejected == ("f", "e", "d")
 
 
 def test_a_cart_counts_as_a_click() -> None:
-    (made,) = decided(click("a", 0, kind="cart"), buy("x", 30))
-    assert made.rejected == ("a",)
+    (decision,) = decided(click("a", 0, kind="cart"), buy("x", 30))
+    assert decision.rejected == ("a",)
 
 
 def test_items_without_a_sid_are_left_out() -> None:
@@ -133,96 +141,98 @@ def test_a_pair_has_the_scene_of_its_request_and_a_state_from_before_scenes_is_r
     user.add(show("ab", 1), answer, buy("b", 9, "r"))
     assert user.stored is not None
     body = msgspec.msgpack.decode(user.stored)
-    user.mature(100_000)
-    assert [made.scene for made in user.made] == ["cart"]
-    assert [made.scene for made in decided(click("a", 0), buy("x", 30))] == [None]
+    user.close_windows(100_000)
+    assert [decision.scene for decision in user.decisions] == ["cart"]
+    assert [decision.scene for decision in decided(click("a", 0), buy("x", 30))] == [None]
     # Slates are arrays, and the scene their last place.
     (slate,) = body[3].values()
     assert slate.pop() == "cart"
     old = User()
     old.stored = msgspec.msgpack.encode(body)
-    old.mature(100_000)
-    assert [(made.scene, made.chosen) for made in old.made] == [(None, "b")]
+    old.close_windows(100_000)
+    assert [(decision.scene, decision.chosen) for decision in old.decisions] == [(None, "b")]
 
 
 def test_a_slate_gives_the_three_schemes_nearest_to_the_top_first() -> None:
     answer = Recommendation.new(
         request_id="r", user_id="u", ts=T0, items=[RankedItem("a", [1], -1.0)], trigger_item_id="t"
     )
-    made = decided(answer, show("abcdef", 1), click("c", 5, "r"), click("b", 6, "r"), buy("b", 9, "r"))
-    got = {(d.scheme, d.chosen): d.rejected for d in made}
-    assert got == {
+    decisions = decided(answer, show("abcdef", 1), click("c", 5, "r"), click("b", 6, "r"), buy("b", 9, "r"))
+    rejected_by_choice = {(d.scheme, d.chosen): d.rejected for d in decisions}
+    assert rejected_by_choice == {
         ("purchased_over_clicked", "b"): ("c",),
         ("purchased_over_shown", "b"): ("a", "d", "e", "f"),
         ("clicked_over_shown", "b"): ("a", "d", "e", "f"),
         ("clicked_over_shown", "c"): ("a", "d", "e", "f"),
     }
-    assert {d.trigger for d in made} == {"t"}
-    assert {d.before for d in made} == {T0 + 1}
+    assert {d.trigger for d in decisions} == {"t"}
+    assert {d.before for d in decisions} == {T0 + 1}
 
 
 def test_events_of_a_request_do_not_count_as_organic() -> None:
-    made = decided(show("ab", 0), click("a", 1, "r"), buy("x", 30))
-    assert {d.scheme for d in made} == {"clicked_over_shown"}
+    decisions = decided(show("ab", 0), click("a", 1, "r"), buy("x", 30))
+    assert {d.scheme for d in decisions} == {"clicked_over_shown"}
 
 
 def test_a_recommendation_that_was_never_shown_gives_nothing_and_is_forgotten() -> None:
     user = User()
     user.add(Recommendation.new(request_id="r", user_id="u", ts=T0, items=[]))
-    user.mature(2 * W + L + 1)
-    assert not user.made
+    user.close_windows(2 * W + L + 1)
+    assert not user.decisions
     assert user.stored is None
 
 
 def test_slates_that_are_never_shown_do_not_pile_up() -> None:
     user = User()
-    for n in range(pairs.MAX_SLATES + 50):
+    for n in range(MAX_SLATES + 50):
         user.add(Recommendation.new(request_id=f"r{n}", user_id="u", ts=T0 + 10**9 + n, items=[]))
     user.add(show("ab", 1), click("a", 2, "r"))
-    user.mature(W + L + 1)
-    assert len(user.made) == 1
+    user.close_windows(W + L + 1)
+    assert len(user.decisions) == 1
     assert user.stored is not None
-    assert len(msgspec.msgpack.decode(user.stored, type=pairs.Open).slates) <= pairs.MAX_SLATES
+    assert len(msgspec.msgpack.decode(user.stored, type=OpenPairWindows).slates) <= MAX_SLATES
 
 
 def test_a_state_is_deleted_once_nothing_can_ask_for_it() -> None:
     user = User()
     user.add(click("a", 0), buy("x", 30), show("ab", 5), click("a", 6, "r"))
-    user.mature(30 + 2 * W + L - 1)
+    user.close_windows(30 + 2 * W + L - 1)
     assert user.stored is not None
-    user.mature(30 + 2 * W + L)
+    user.close_windows(30 + 2 * W + L)
     assert user.stored is None
 
 
 def test_a_pair_id_depends_on_the_decision_and_not_on_the_order_of_the_rejected() -> None:
-    one = pairs.Decision("purchased_over_clicked", T0, T0, "x", ("a", "b"), moment=T0)
-    two = pairs.Decision("purchased_over_clicked", T0, T0 - 5, "x", ("b", "a"), moment=T0)
-    assert pairs.pair_id("u", one, "book") == pairs.pair_id("u", two, "book")
-    assert pairs.pair_id("u", one, "book") != pairs.pair_id("v", one, "book")
-    assert pairs.pair_id("u", one, "book") != pairs.pair_id("u", one, "other")
+    first = PairDecision("purchased_over_clicked", T0, T0, "x", ("a", "b"), moment=T0)
+    second = PairDecision("purchased_over_clicked", T0, T0 - 5, "x", ("b", "a"), moment=T0)
+    assert pair_id("u", first, "book") == pair_id("u", second, "book")
+    assert pair_id("u", first, "book") != pair_id("v", first, "book")
+    assert pair_id("u", first, "book") != pair_id("u", first, "other")
 
 
 def test_a_closed_slate_that_is_seen_again_decides_nothing_anew() -> None:
     log = [show("abc", 0), click("a", 5, "r"), click("b", 6, "r"), buy("a", 9, "r")]
     user = User()
     user.add(*log)
-    user.mature(W + L)
-    made = len(user.made)
-    assert made
+    user.close_windows(W + L)
+    decision_count = len(user.decisions)
+    assert decision_count
     for at in (W + L + 1, 2 * W + L + 3, 3 * W + L):
         user.add(*log)
-        user.mature(at)
-    assert len(user.made) == made
+        user.close_windows(at)
+    assert len(user.decisions) == decision_count
 
 
 def test_the_fences_let_an_event_pass_once_and_start_anew_with_a_new_topic() -> None:
-    def incoming(offset: int) -> Incoming:
-        return Incoming(SimpleNamespace(topic="clicks", offset=offset), offset)
+    def received(offset: int) -> ReceivedEvent:
+        return ReceivedEvent(SimpleNamespace(topic="clicks", offset=offset), offset)
 
     fences: Fences = {}
-    assert [e for _, e in fenced(fences, [incoming(3), incoming(4)], {"clicks": 7})] == [3, 4]
-    assert [e for _, e in fenced(fences, [incoming(3), incoming(4), incoming(5)], {"clicks": 7})] == [5]
-    assert [e for _, e in fenced(fences, [incoming(0), incoming(1)], {"clicks": 8})] == [0, 1]
+    assert [e for _, e in unapplied_events(fences, [received(3), received(4)], {"clicks": 7})] == [3, 4]
+    assert [
+        e for _, e in unapplied_events(fences, [received(3), received(4), received(5)], {"clicks": 7})
+    ] == [5]
+    assert [e for _, e in unapplied_events(fences, [received(0), received(1)], {"clicks": 8})] == [0, 1]
     assert fences == {"clicks": (8, 2)}
 
 
@@ -258,20 +268,22 @@ def test_any_order_within_the_lateness_gives_the_pairs_of_the_whole_log(repeat, 
             zip([e.ts + d for e, d in zip(log, late, strict=True)], range(len(log)), log, strict=True)
         )
     ]
-    user, seen = User(most), T0
+    user, newest_ts = User(most), T0
     for place, incoming in enumerate(arrival):
         user.add(incoming)
         if repeat:
             user.add(data.draw(st.sampled_from(arrival[: place + 1])))
-        seen = max(seen, incoming.ts)
+        newest_ts = max(newest_ts, incoming.ts)
         if data.draw(st.booleans()):
-            user.mature(seen - T0)
-    user.mature(100_000)
+            user.close_windows(newest_ts - T0)
+    user.close_windows(100_000)
     spread = _spread(log)
     assert {p for p in user.pairs() if p[2] not in spread} == {
         p for p in reference(log, W, most) if p[2] not in spread
     }
-    assert len(user.made) == len({(d.scheme, d.request_id or d.moment, d.chosen) for d in user.made})
+    assert len(user.decisions) == len(
+        {(d.scheme, d.request_id or d.moment, d.chosen) for d in user.decisions}
+    )
 
 
 @given(log=st.lists(crowded, min_size=8, max_size=25), data=st.data(), most=st.integers(1, 4))
@@ -279,18 +291,18 @@ def test_any_order_within_the_lateness_gives_the_pairs_of_the_whole_log(repeat, 
 def test_nothing_is_rejected_before_its_window_closed_nor_what_was_bought_in_it(log, data, most) -> None:
     # A decision's window: before and after its purchase, or after the first impression of its request.
     arrival = sorted(log, key=lambda e: e.ts + data.draw(st.integers(0, L)))
-    user, seen, made = User(most), T0, 0
+    user, newest_ts, checked = User(most), T0, 0
     for incoming in arrival:
         user.add(incoming)
-        seen = max(seen, incoming.ts)
-        user.mature(seen - T0)
-        for decision in user.made[made:]:
-            assert decision.moment + W + L <= seen
-        made = len(user.made)
-    user.mature(100_000)
+        newest_ts = max(newest_ts, incoming.ts)
+        user.close_windows(newest_ts - T0)
+        for decision in user.decisions[checked:]:
+            assert decision.moment + W + L <= newest_ts
+        checked = len(user.decisions)
+    user.close_windows(100_000)
     bought = [(e.item_id, e.ts) for e in log if isinstance(e, Purchase)]
     spread = _spread(log)
-    for decision in user.made:
+    for decision in user.decisions:
         if decision.request_id in spread:
             continue
         opened = decision.moment
@@ -300,19 +312,19 @@ def test_nothing_is_rejected_before_its_window_closed_nor_what_was_bought_in_it(
         ]  # fmt: skip
         for item in decision.rejected:
             if decision.request_id is not None:
-                kept = [opened]
+                window_starts = [opened]
             else:
-                kept = [opened - W, *(ts for clicked, ts in clicks if clicked == item)]
+                window_starts = [opened - W, *(ts for clicked, ts in clicks if clicked == item)]
             assert item != decision.chosen
-            assert not any(i == item and ts <= at <= ts + W for ts in kept for i, at in bought)
+            assert not any(i == item and ts <= at <= ts + W for ts in window_starts for i, at in bought)
 
 
 def _spread(log: list[Event]) -> set[str]:
     """Requests whose events reach further than the window from the first impression, or begin before it."""
-    found = set()
+    requests = set()
     for request in "qr":
         times = [e.ts for e in log if getattr(e, "request_id", None) == request]
         looks = [e.ts for e in log if isinstance(e, Impression) and e.request_id == request]
         if times and (not looks or min(times) < min(looks) - W or max(times) > min(looks) + 2 * W):
-            found.add(request)
-    return found
+            requests.add(request)
+    return requests

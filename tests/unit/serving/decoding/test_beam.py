@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.decoding.beam import search
-from serving.decoding.index import SidIndex
+from serving.decoding.beam import beam_search
+from serving.decoding.sid_index import SidIndex
 
 
 class Table:
@@ -81,7 +81,7 @@ def catalogues(draw):
 
 
 def answers(generator, index, requests, beam):
-    rankings = search(
+    rankings = beam_search(
         generator, index,
         [prompt for prompt, _, _ in requests],
         [[index.leaf_of(str(row)) for row in rows] for _, rows, _ in requests],
@@ -99,23 +99,23 @@ def make(sids, active=None):
 def test_a_beam_as_wide_as_the_catalogue_is_the_exhaustive_search(case):
     sizes, sids, active, requests = case
     generator = Table(sizes)
-    found, rankings = answers(generator, make(sids, active), requests, beam=len(sids))
-    for (prompt, excluded, k), got, ranking in zip(requests, found, rankings, strict=True):
+    answered_sids, rankings = answers(generator, make(sids, active), requests, beam=len(sids))
+    for (prompt, excluded, k), answered, ranking in zip(requests, answered_sids, rankings, strict=True):
         allowed = [sid for row, sid in enumerate(sids) if active[row] and row not in excluded]
-        want = exhaustive(generator, prompt, allowed)[:k]
-        assert got == [sid for sid, _ in want]
-        assert ranking.scores.tolist() == [score for _, score in want]
+        expected = exhaustive(generator, prompt, allowed)[:k]
+        assert answered == [sid for sid, _ in expected]
+        assert ranking.scores.tolist() == [score for _, score in expected]
 
 
 @settings(max_examples=150, deadline=None)
 @given(catalogues(), st.integers(1, 3))
 def test_a_narrow_beam_answers_k_allowed_items_whenever_k_are_allowed(case, beam):
     sizes, sids, active, requests = case
-    found, _ = answers(Table(sizes), make(sids, active), requests, beam)
-    for (_, excluded, k), got in zip(requests, found, strict=True):
+    answered_sids, _ = answers(Table(sizes), make(sids, active), requests, beam)
+    for (_, excluded, k), answered in zip(requests, answered_sids, strict=True):
         allowed = {sid for row, sid in enumerate(sids) if active[row] and row not in excluded}
-        assert set(got) <= allowed
-        assert len(got) == len(set(got)) == min(k, len(allowed))
+        assert set(answered) <= allowed
+        assert len(answered) == len(set(answered)) == min(k, len(allowed))
 
 
 @settings(max_examples=50, deadline=None)
@@ -124,15 +124,15 @@ def test_requests_in_one_call_get_the_answers_they_would_get_alone(case, beam):
     sizes, sids, active, requests = case
     index = make(sids, active)
     together, _ = answers(Table(sizes), index, requests, beam)
-    assert together == [answers(Table(sizes), index, [one], beam)[0][0] for one in requests]
+    assert together == [answers(Table(sizes), index, [request], beam)[0][0] for request in requests]
 
 
 def test_equal_scores_go_to_the_lower_sid():
     sids = [(a, b) for a in range(4) for b in range(4)][::-1]
     generator = Level((4, 4, 4))
     index = make([(a, b, c) for a, b in sids for c in range(4)])
-    found, _ = answers(generator, index, [([], set(), 5)], beam=2)
-    assert found == [[(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 1, 0)]]
+    answered_sids, _ = answers(generator, index, [([], set(), 5)], beam=2)
+    assert answered_sids == [[(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 1, 0)]]
     # Equal scores do not widen the beam.
     assert generator.rows == [1, 4, 5]
 
@@ -148,8 +148,8 @@ def test_a_request_without_an_allowed_item_does_not_disturb_its_neighbours():
     sids = [(0, 0), (0, 1), (1, 0)]
     generator = Table((2, 2))
     requests = [([], {0, 1, 2}, 3), ([(0, 0)], set(), 3)]
-    found, _ = answers(generator, make(sids), requests, beam=3)
-    assert found == [[], [sid for sid, _ in exhaustive(generator, [(0, 0)], sids)]]
+    answered_sids, _ = answers(generator, make(sids), requests, beam=3)
+    assert answered_sids == [[], [sid for sid, _ in exhaustive(generator, [(0, 0)], sids)]]
 
 
 def test_invalid_mass_is_the_probability_on_codes_without_an_allowed_item():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.bundles import load, warm_up
+from serving.bundle_loader import open_bundle, warm_up
 from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from tests.tiny_bundle import Weights, write_tiny_bundle
@@ -29,7 +29,7 @@ def test_a_bundle_whose_graph_does_not_open_names_the_file(tmp_path):
     bundle = write_tiny_bundle(tmp_path, SIZES)
     (tmp_path / "step_1.onnx").write_bytes(b"not a graph")
     with pytest.raises(SidstreamError, match=r"step_1\.onnx does not open"):
-        load(bundle, threads=1)
+        open_bundle(bundle, threads=1)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ def test_free_ports_are_distinct_and_free() -> None:
 
 
 def test_a_port_is_kept_while_it_is_free() -> None:
-    kept, taken = free_ports(2)
-    assert free_ports(1, [kept]) == [kept]
+    free, occupied = free_ports(2)
+    assert free_ports(1, [free]) == [free]
     with socket.socket() as holder:
-        holder.bind(("127.0.0.1", taken))
+        holder.bind(("127.0.0.1", occupied))
         holder.listen()
-        first, second = free_ports(2, [taken, kept])
-    assert first != taken
-    assert second == kept
+        first, second = free_ports(2, [occupied, free])
+    assert first != occupied
+    assert second == free
 
 
 def test_data_of_one_broker_are_not_taken_for_three(tmp_path: Path) -> None:
@@ -41,5 +41,5 @@ def test_a_cluster_names_every_broker(tmp_path: Path) -> None:
     cluster = LocalKafka.plan(tmp_path, tmp_path / "jars", brokers=3)
     assert len(cluster.bootstrap.split(",")) == 3
     assert len(set(cluster.ports)) == 6
-    again = LocalKafka.plan(tmp_path, tmp_path / "jars", brokers=3, keep=cluster.ports)
-    assert again.bootstrap == cluster.bootstrap
+    restarted = LocalKafka.plan(tmp_path, tmp_path / "jars", brokers=3, keep=cluster.ports)
+    assert restarted.bootstrap == cluster.bootstrap

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from harness.servers import wait_until
-from sidstream.stack.children import Child, born, end_session, spawn
+from sidstream.stack.children import Child, end_session, process_identity, spawn
 
 # A command with a process of its own below it, which tells both pids.
 _TWO = ["sh", "-c", "sleep 600 & echo $$ $! > pids; wait"]
@@ -28,8 +28,8 @@ def _pids(folder: Path) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
-def _gone(pids: list[int]) -> bool:
-    return all(born(pid) is None for pid in pids)
+def _all_ended(pids: list[int]) -> bool:
+    return all(process_identity(pid) is None for pid in pids)
 
 
 def test_a_killed_parent_takes_its_children_and_theirs_along(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_a_killed_parent_takes_its_children_and_theirs_along(tmp_path: Path) -> 
         [sys.executable, "-c", parent], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}
     )
     pids = _pids(tmp_path)
-    assert not _gone(pids[:1])
+    assert not _all_ended(pids[:1])
 
     process.kill()
     process.wait()
 
-    wait_until(lambda: _gone(pids), 30, "the end of the children")
+    wait_until(lambda: _all_ended(pids), 30, "the end of the children")
 
 
 def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
@@ -66,26 +66,26 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
 
     child.kill()
     assert not child.alive
-    assert born(child.pid) is None
+    assert process_identity(child.pid) is None
 
 
 def test_a_killed_child_takes_along_what_it_started(tmp_path: Path) -> None:
     child, pids = _two(tmp_path)
     child.kill()
-    wait_until(lambda: _gone(pids), 30, "the end of the session")
+    wait_until(lambda: _all_ended(pids), 30, "the end of the session")
 
 
 def test_what_a_child_started_ends_when_the_child_ends(tmp_path: Path) -> None:
     child, pids = _two(tmp_path)
     os.kill(pids[0], signal.SIGKILL)
-    wait_until(lambda: _gone(pids), 30, "the end of the session")
+    wait_until(lambda: _all_ended(pids), 30, "the end of the session")
     assert child.wait(30) == 128 + signal.SIGKILL
 
 
 def test_the_end_of_the_go_between_ends_the_child(tmp_path: Path) -> None:
     child, pids = _two(tmp_path)
     child.process.kill()
-    wait_until(lambda: child.exit_code is not None and _gone(pids), 30, "the end of the session")
+    wait_until(lambda: child.exit_code is not None and _all_ended(pids), 30, "the end of the session")
 
 
 def test_stop_asks_first_and_kills_what_does_not_listen(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_stop_asks_first_and_kills_what_does_not_listen(tmp_path: Path) -> None:
     deaf = spawn("deaf", ["sh", "-c", "trap '' TERM; echo on; sleep 600"], tmp_path / "b")
     wait_until(lambda: "on" in (tmp_path / "b").read_text(), 30, "the trap")
     deaf.stop(grace=0.2)
-    assert born(deaf.pid) is None
+    assert process_identity(deaf.pid) is None
 
 
 def test_a_command_that_cannot_run_says_so_in_its_log(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_a_session_is_ended_only_under_its_own_identity(tmp_path: Path) -> None:
     end_session(child.pid, "another life of this pid", timeout=5)
     assert child.alive
 
-    identity = born(child.pid)
+    identity = process_identity(child.pid)
     assert identity is not None
     end_session(child.pid, identity, timeout=30)
-    wait_until(lambda: _gone(pids), 30, "the end of the session")
+    wait_until(lambda: _all_ended(pids), 30, "the end of the session")
 
 
 def test_a_large_log_is_set_aside_at_the_next_start(tmp_path: Path) -> None:

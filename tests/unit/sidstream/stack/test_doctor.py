@@ -9,7 +9,7 @@ import pytest
 from harness.servers import free_port
 from sidstream.settings import Settings
 from sidstream.stack import doctor, servers
-from sidstream.stack.doctor import Check, examine
+from sidstream.stack.doctor import Check, run_checks
 
 
 def test_a_line_shows_the_remedy_only_where_something_fails() -> None:
@@ -27,7 +27,7 @@ def test_addresses_that_do_not_answer_fail_with_the_setting_to_correct(tmp_path:
         "redis": {"url": f"redis://:secret@127.0.0.1:{nobody}/0"},
         "registry": {"tracking_uri": f"http://127.0.0.1:{nobody}"},
     })  # fmt: skip
-    checks = {check.name: check for check in examine(settings)}
+    checks = {check.name: check for check in run_checks(settings)}
     for name, remedy in [
         ("jars", "SIDSTREAM_STACK__MAVEN_REPOSITORY"),
         ("kafka", "SIDSTREAM_KAFKA__BOOTSTRAP"),

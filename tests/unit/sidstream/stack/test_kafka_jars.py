@@ -54,7 +54,7 @@ def repository(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_the_list_pins_kafka_with_all_its_dependencies() -> None:
-    jars = kafka_jars.pinned()
+    jars = kafka_jars.pinned_jars()
     assert len(jars) == 45
     own = {jar.version for jar in jars if jar.group == "org.apache.kafka"}
     assert own == {kafka_jars.KAFKA_VERSION}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.servers import wait_until
-from sidstream.stack.children import born, spawn
+from sidstream.stack.children import process_identity, spawn
 from sidstream.stack.control import down, report, up
 from sidstream.stack.settings import StackSettings
 from sidstream.stack.state import (
@@ -21,9 +21,9 @@ from sidstream.stack.state import (
     ServiceState,
     StackState,
     addresses,
-    living,
-    locked,
+    is_running,
     read_state,
+    stack_lock,
     write_state,
 )
 from streams.errors import SidstreamError
@@ -33,7 +33,7 @@ def _running(home: Path) -> StackState:
     """The state of a stack whose supervisor is this very process."""
     home.mkdir(parents=True, exist_ok=True)
     state = StackState(
-        phase="up", pid=os.getpid(), born=born(os.getpid()), kafka="127.0.0.1:1", redis="redis://127.0.0.1:2/0",
+        phase="up", pid=os.getpid(), born=process_identity(os.getpid()), kafka="127.0.0.1:1", redis="redis://127.0.0.1:2/0",
         mlflow="http://127.0.0.1:3", gateway_host="127.0.0.1", gateway_port=4,
     )  # fmt: skip
     write_state(home, state)
@@ -53,12 +53,12 @@ def test_addresses_are_those_of_a_living_stack(tmp_path: Path) -> None:
 
 
 def test_the_state_of_a_killed_supervisor_is_stale(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    identity = born(gone.pid)
-    gone.wait()
-    state = _running(tmp_path).model_copy(update={"pid": gone.pid, "born": identity or "boot:1"})
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    identity = process_identity(ended.pid)
+    ended.wait()
+    state = _running(tmp_path).model_copy(update={"pid": ended.pid, "born": identity or "boot:1"})
     write_state(tmp_path, state)
-    assert not living(read_state(tmp_path))
+    assert not is_running(read_state(tmp_path))
     assert addresses(StackSettings.model_validate({"home": tmp_path})) is None
     assert report(state, tmp_path)["phase"] == "down"
 
@@ -106,10 +106,10 @@ def test_the_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
     inside = threading.Event()
 
     def enter() -> None:
-        with locked(tmp_path):
+        with stack_lock(tmp_path):
             inside.set()
 
-    with locked(tmp_path):
+    with stack_lock(tmp_path):
         other = threading.Thread(target=enter)
         other.start()
         assert not inside.wait(0.3)
@@ -122,11 +122,11 @@ def test_a_lock_on_a_removed_folder_is_not_a_lock(tmp_path: Path) -> None:
     inside = threading.Event()
 
     def enter() -> None:
-        with locked(home):
+        with stack_lock(home):
             assert (home / LOCK_FILE).exists()
             inside.set()
 
-    with locked(home):
+    with stack_lock(home):
         other = threading.Thread(target=enter)
         other.start()
         shutil.rmtree(home)
@@ -137,12 +137,12 @@ def test_a_lock_on_a_removed_folder_is_not_a_lock(tmp_path: Path) -> None:
 def test_down_ends_what_a_killed_supervisor_left_and_keeps_the_data(tmp_path: Path) -> None:
     child = spawn("left", ["sleep", "600"], tmp_path / "logs" / "left.log")
     (tmp_path / "kafka").mkdir()
-    left = ServiceState(name="left", state="up", pid=child.pid, born=born(child.pid))
+    left = ServiceState(name="left", state="up", pid=child.pid, born=process_identity(child.pid))
     write_state(tmp_path, StackState(phase="up", pid=2**22 + 1, born="boot:1", services=[left]))
 
     assert down(StackSettings.model_validate({"home": tmp_path})) is False
 
-    wait_until(lambda: born(child.pid) is None, 30, "the end of what was left")
+    wait_until(lambda: process_identity(child.pid) is None, 30, "the end of what was left")
     state = read_state(tmp_path)
     assert state is not None
     assert (state.phase, state.pid) == ("down", None)
@@ -181,12 +181,14 @@ def test_the_current_folder_is_never_removed(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("asked", "lacks"), [({"brokers": 3}, "1 broker"), ({}, "--infra"), ({"trainer": True}, "--infra")]
+    ("options", "lacks"), [({"brokers": 3}, "1 broker"), ({}, "--infra"), ({"trainer": True}, "--infra")]
 )
-def test_a_second_up_that_asks_for_more_is_told(tmp_path: Path, asked: dict[str, object], lacks: str) -> None:
+def test_a_second_up_that_asks_for_more_is_refused_with_what_is_lacking(
+    tmp_path: Path, options: dict[str, object], lacks: str
+) -> None:
     from sidstream.settings import Settings
 
     write_state(tmp_path, _running(tmp_path).model_copy(update={"infra": True}))
-    stack = {"home": str(tmp_path), "brokers": asked.get("brokers", 1)}
+    stack = {"home": str(tmp_path), "brokers": options.get("brokers", 1)}
     with pytest.raises(SidstreamError, match=lacks):
-        up(Settings.model_validate({"stack": stack}), trainer=bool(asked.get("trainer")))
+        up(Settings.model_validate({"stack": stack}), trainer=bool(options.get("trainer")))

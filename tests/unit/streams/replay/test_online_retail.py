@@ -11,7 +11,7 @@ import pytest
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Purchase, UserProfile, decode, encode
-from streams.replay import OnlineRetail, past_of, source_of
+from streams.replay import OnlineRetail, source_of, user_item_sequences
 from streams.replay.online_retail import FILE
 
 DECEMBER_2011 = 1_322_697_600_000
@@ -51,7 +51,7 @@ def test_no_cancellation_fee_or_gift_is_a_purchase(purchases: list[Purchase]) ->
 
 def test_each_line_of_an_invoice_is_an_event_of_its_own_in_event_time(purchases: list[Purchase]) -> None:
     assert len({event.event_id for event in purchases}) == len(purchases)
-    assert all(one.ts <= next_.ts for one, next_ in itertools.pairwise(purchases))
+    assert all(event.ts <= next_event.ts for event, next_event in itertools.pairwise(purchases))
 
 
 def test_the_first_row_is_what_the_file_says(purchases: list[Purchase]) -> None:
@@ -62,8 +62,8 @@ def test_the_first_row_is_what_the_file_says(purchases: list[Purchase]) -> None:
 
 
 def test_reading_twice_gives_the_same_events(items: dict[str, CatalogItem]) -> None:
-    again = OnlineRetail()
-    assert {item.item_id: item for item in again.catalogue()} == items
+    second_reading = OnlineRetail()
+    assert {item.item_id: item for item in second_reading.catalogue()} == items
 
 
 def test_every_item_bought_is_in_the_catalogue_and_both_follow_the_contract(
@@ -91,7 +91,7 @@ def test_a_window_holds_its_start_and_not_its_end(shop: OnlineRetail, purchases:
 
 
 def test_a_users_past_is_their_items_oldest_first(shop: OnlineRetail, purchases: list[Purchase]) -> None:
-    past = past_of(shop)
+    past = user_item_sequences(shop)
     assert len(past) == 4_334
     assert past["17850"] == [event.item_id for event in purchases if event.user_id == "17850"]
 
@@ -103,13 +103,15 @@ def test_every_user_has_the_country_of_the_first_purchase(
     for event in purchases:
         first.setdefault(event.user_id, event.ts)
     profiles = list(shop.profiles())
-    assert {one.user_id: one.ts for one in profiles} == first
-    assert len(profiles) == len({one.event_id for one in profiles}) == 4_334
-    assert all(decode(UserProfile, encode(one)) == one for one in profiles)
+    assert {profile_event.user_id: profile_event.ts for profile_event in profiles} == first
+    assert len(profiles) == len({profile_event.event_id for profile_event in profiles}) == 4_334
+    assert all(decode(UserProfile, encode(profile_event)) == profile_event for profile_event in profiles)
     assert list(OnlineRetail().profiles()) == profiles
-    counts = Counter(one.attributes["country"] for one in profiles)
+    counts = Counter(profile_event.attributes["country"] for profile_event in profiles)
     assert counts.most_common(2) == [("United Kingdom", 3_916), ("Germany", 94)]
-    assert [one.attributes for one in profiles if one.user_id == "12583"] == [{"country": "France"}]
+    assert [profile_event.attributes for profile_event in profiles if profile_event.user_id == "12583"] == [
+        {"country": "France"}
+    ]
 
 
 def test_an_unknown_log_is_named() -> None:

@@ -11,7 +11,7 @@ import pytest
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Purchase, decode, encode
 from streams.replay import Rees46, source_of
-from streams.replay.rees46 import find
+from streams.replay.rees46 import find_rees46_file
 
 HEADER = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session\n"
 ROWS = (
@@ -72,7 +72,7 @@ def test_a_window_and_its_count_agree(file: Path) -> None:
 def test_the_file_is_found_by_name_by_folder_or_the_error_says_how(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find(tmp_path) == find(file.parent) == find(file) == file
+    assert find_rees46_file(tmp_path) == find_rees46_file(file.parent) == find_rees46_file(file) == file
     monkeypatch.delenv("SIDSTREAM_DATA", raising=False)
     with pytest.raises(SidstreamError, match="--data or SIDSTREAM_DATA"):
         source_of("rees46")

@@ -12,14 +12,14 @@ from streams.state import history
 from streams.state.history import (
     CLICK,
     PURCHASE,
-    Change,
-    OtherCodebook,
-    apply,
-    cut,
-    decode,
-    join,
+    HistoryChange,
+    OtherCodebookError,
+    apply_changes,
+    decode_history,
+    join_parts,
     pack_entry,
     pack_sid,
+    split_parts,
 )
 
 BOOK = "0123456789abcdef"
@@ -33,20 +33,22 @@ def bounds(length: int = 50, days: int = 400) -> HistorySettings:
 
 def change(
     source: str | None, offset: int, ts: int, event_id: str, sid: tuple[int, ...] = (1, 2, 3)
-) -> Change:
+) -> HistoryChange:
     kind = PURCHASE if source == "purchases" else CLICK
-    return Change(source, offset, pack_entry(ts, kind, event_id, pack_sid(sid)))
+    return HistoryChange(source, offset, pack_entry(ts, kind, event_id, pack_sid(sid)))
 
 
-def run(value: bytes | None, changes: list[Change], limits: HistorySettings | None = None) -> bytes | None:
-    return apply(
+def run(
+    value: bytes | None, changes: list[HistoryChange], limits: HistorySettings | None = None
+) -> bytes | None:
+    return apply_changes(
         value, changes, codebook=BOOK, levels=3, incarnations=LIVES, bounds=limits or bounds()
     )[0]  # fmt: skip
 
 
 def test_a_history_decodes_to_what_was_applied() -> None:
     value = run(None, [change("purchases", 4, T0 + 5, "b", (7, 8, 9)), change("clicks", 2, T0, "a")])
-    decoded = decode(value)
+    decoded = decode_history(value)
     assert decoded.codebook_tag == BOOK[:8]
     assert [(e.ts, e.kind, e.sid) for e in decoded.entries] == [
         (T0, CLICK, (1, 2, 3)), (T0 + 5, PURCHASE, (7, 8, 9)),
@@ -62,16 +64,16 @@ entries = st.lists(
 )
 
 
-def _changes(raw: list[tuple[str, int, int]]) -> list[Change]:
+def _changes(raw: list[tuple[str, int, int]]) -> list[HistoryChange]:
     # Offsets per topic in log order, as Kafka gives them.
     counts = {"clicks": 0, "purchases": 0}
-    made = []
+    packed_changes = []
     for source, day, code in raw:
-        made.append(
+        packed_changes.append(
             change(source, counts[source], T0 + day * 86_400_000, f"{source}{counts[source]}", (1, 2, code))
         )
         counts[source] += 1
-    return made
+    return packed_changes
 
 
 @given(entries, st.randoms(use_true_random=False), st.integers(1, 12), st.integers(1, 20))
@@ -98,7 +100,7 @@ def test_redelivery_of_any_part_of_the_log_changes_nothing(raw, data, length) ->
 def test_the_fence_skips_what_it_has_seen_and_counts_it() -> None:
     log = [change("clicks", n, T0 + n, f"e{n}") for n in range(5)]
     value = run(None, log[:3])
-    _, applied, skipped = apply(
+    _, applied, skipped = apply_changes(
         value, log, codebook=BOOK, levels=3, incarnations=LIVES, bounds=bounds()
     )  # fmt: skip
     assert (applied, skipped) == (2, 3)
@@ -106,19 +108,19 @@ def test_the_fence_skips_what_it_has_seen_and_counts_it() -> None:
 
 def test_a_topic_made_anew_starts_its_offsets_again() -> None:
     value = run(None, [change("clicks", 100, T0, "old")])
-    again, applied, _ = apply(
+    after_recreation, applied, _ = apply_changes(
         value, [change("clicks", 0, T0 + 1, "new")], codebook=BOOK, levels=3,
         incarnations={**LIVES, "clicks": 8}, bounds=bounds(),
     )  # fmt: skip
     assert applied == 1
-    assert decode(again).fences["clicks"] == (8, 1)
-    assert len(decode(again).entries) == 2
+    assert decode_history(after_recreation).fences["clicks"] == (8, 1)
+    assert len(decode_history(after_recreation).entries) == 2
 
 
 def test_a_history_under_another_codebook_takes_no_change_before_it_is_brought_over() -> None:
     value = run(None, [change("clicks", 3, T0, "a")])
-    with pytest.raises(OtherCodebook, match=BOOK[:8]):
-        apply(
+    with pytest.raises(OtherCodebookError, match=BOOK[:8]):
+        apply_changes(
             value, [change("purchases", 0, T0, "b")], codebook="f" * 16, levels=3, incarnations=LIVES,
             bounds=bounds(),
         )  # fmt: skip
@@ -131,11 +133,11 @@ def test_entries_that_wait_are_carried_along_and_come_back_as_they_were() -> Non
         ("ffffffff", pack_entry(T0 - 1, CLICK, "b", pack_sid((4, 5)))),
         ("eeeeeeee", pack_entry(T0, 3, "c", pack_sid((6,)))),
     ]
-    held = join(cut(value)._replace(waiting=waiting))
-    assert cut(held).waiting == waiting
-    later = run(held, [change("clicks", 3, T0 + 1, "d")])
-    assert cut(later or b"").waiting == waiting
-    decoded = decode(later)
+    with_waiting = join_parts(split_parts(value)._replace(waiting=waiting))
+    assert split_parts(with_waiting).waiting == waiting
+    later = run(with_waiting, [change("clicks", 3, T0 + 1, "d")])
+    assert split_parts(later or b"").waiting == waiting
+    decoded = decode_history(later)
     assert [(tag, e.ts, e.sid) for tag, e in decoded.waiting] == [
         ("ffffffff", T0 - 1, (4, 5)), ("eeeeeeee", T0, (6,)),
     ]  # fmt: skip
@@ -144,14 +146,14 @@ def test_entries_that_wait_are_carried_along_and_come_back_as_they_were() -> Non
 
 
 def test_no_history_is_an_empty_one() -> None:
-    assert decode(None).entries == []
+    assert decode_history(None).entries == []
 
 
 def test_another_layout_is_refused_with_the_remedy() -> None:
     with pytest.raises(SidstreamError, match=r"layout 9.*replay"):
-        decode(b"\x09" + bytes(30))
+        decode_history(b"\x09" + bytes(30))
 
 
 def test_a_codebook_id_that_is_not_hex_is_refused() -> None:
     with pytest.raises(SidstreamError, match="hex"):
-        history.head("not-hex-at-all", 3)
+        history.header_of("not-hex-at-all", 3)

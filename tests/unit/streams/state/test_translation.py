@@ -11,16 +11,16 @@ from streams.settings import HistorySettings
 from streams.state.history import (
     CLICK,
     PURCHASE,
-    Change,
-    apply,
-    cut,
-    decode,
+    HistoryChange,
+    apply_changes,
+    decode_history,
     event_hash,
     pack_entry,
     pack_sid,
+    split_parts,
     unpack_entry,
 )
-from streams.state.translation import foreign, recode, under
+from streams.state.translation import entries_under, needs_recoding, recode_history
 
 OLD, NEW, NEWER = "00000000aaaaaaaa", "11111111bbbbbbbb", "22222222cccccccc"
 LEVELS = {OLD: 2, NEW: 3, NEWER: 1}
@@ -40,15 +40,15 @@ def bounds(length=50, days=400):
     return HistorySettings(max_length=length, max_age_days=days)
 
 
-def translator(codebook, known=ITEMS):
+def translator(codebook, known_items=ITEMS):
     """Into `codebook`, under which only `known` items have a SID."""
-    held = {
+    item_by_sid = {
         (book[:8], pack_sid(sid)): item for book, sids in SIDS.items() for item, sid in sids.items()
     }  # fmt: skip
 
     def translate(tag, packed):
-        item = held.get((tag, packed))
-        return pack_sid(SIDS[codebook][item]) if item in known else None
+        item = item_by_sid.get((tag, packed))
+        return pack_sid(SIDS[codebook][item]) if item in known_items else None
 
     return translate
 
@@ -59,26 +59,26 @@ def packed(minute, kind, item, codebook):
     )  # fmt: skip
 
 
-def made(events, codebook, limits=None, value=None):
+def history_under(events, codebook, limits=None, value=None):
     """The history of (minute, kind, item) events; offsets in the order in which they come."""
     changes = [
-        Change("purchases" if kind == PURCHASE else "clicks", at, packed(minute, kind, item, codebook))
+        HistoryChange("purchases" if kind == PURCHASE else "clicks", at, packed(minute, kind, item, codebook))
         for at, (minute, kind, item) in enumerate(events)
     ]
-    return apply(
+    return apply_changes(
         value, changes, codebook=codebook, levels=LEVELS[codebook], incarnations=LIVES,
         bounds=limits or bounds(),
     )[0]  # fmt: skip
 
 
-def moved(value, codebook, known=ITEMS, limits=None):
-    return recode(
-        value, translator(codebook, known), codebook=codebook, levels=LEVELS[codebook],
+def recoded(value, codebook, known_items=ITEMS, limits=None):
+    return recode_history(
+        value, translator(codebook, known_items), codebook=codebook, levels=LEVELS[codebook],
         bounds=limits or bounds(),
     )  # fmt: skip
 
 
-def told(history):
+def without_sids(history):
     return [(e.ts, e.kind, e.event_hash) for e in history]
 
 
@@ -92,40 +92,44 @@ some_items = st.sets(st.sampled_from(ITEMS))
 @given(events, st.integers(1, 30))
 def test_a_history_brought_over_is_the_one_that_the_new_codebook_would_have_made(log, length) -> None:
     limits = bounds(length)
-    assert moved(made(log, OLD, limits), NEW, limits=limits) == made(log, NEW, limits)
+    assert recoded(history_under(log, OLD, limits), NEW, limits=limits) == history_under(log, NEW, limits)
 
 
 @given(events, some_items)
-def test_bringing_over_twice_is_bringing_over_once(log, known) -> None:
-    once = moved(made(log, OLD), NEW, known)
-    assert moved(once, NEW, known) == once
+def test_bringing_over_twice_is_bringing_over_once(log, known_items) -> None:
+    recoded_once = recoded(history_under(log, OLD), NEW, known_items)
+    assert recoded(recoded_once, NEW, known_items) == recoded_once
 
 
 @given(events, some_items)
-def test_order_kinds_times_and_events_are_kept_and_only_what_has_no_sid_waits(log, known) -> None:
-    before = decode(made(log, OLD))
-    after = decode(moved(made(log, OLD), NEW, known))
-    assert sorted(told([*after.entries, *(entry for _, entry in after.waiting)])) == told(before.entries)
-    assert told(after.entries) == sorted(told(after.entries))
-    assert {entry.sid for entry in after.entries} <= {SIDS[NEW][item] for item in known}
-    assert {entry.sid for _, entry in after.waiting} <= {SIDS[OLD][item] for item in set(ITEMS) - known}
+def test_order_kinds_times_and_events_are_kept_and_only_what_has_no_sid_waits(log, known_items) -> None:
+    before = decode_history(history_under(log, OLD))
+    after = decode_history(recoded(history_under(log, OLD), NEW, known_items))
+    assert sorted(without_sids([*after.entries, *(entry for _, entry in after.waiting)])) == without_sids(
+        before.entries
+    )
+    assert without_sids(after.entries) == sorted(without_sids(after.entries))
+    assert {entry.sid for entry in after.entries} <= {SIDS[NEW][item] for item in known_items}
+    assert {entry.sid for _, entry in after.waiting} <= {SIDS[OLD][item] for item in set(ITEMS) - known_items}
     assert {tag for tag, _ in after.waiting} <= {OLD[:8]}
     assert (after.codebook_tag, after.fences) == (NEW[:8], before.fences)
 
 
 @given(events, some_items, events, some_items)
 def test_what_waited_takes_its_place_when_its_sids_come_whatever_happened_meanwhile(
-    log, known, later, by_then
+    log, known_items, later, by_then
 ) -> None:
     # An event whose item has no SID under the new codebook is not in the history, but parked.
-    seen = [event for event in later if event[2] in known]
-    value = moved(made(log, OLD), NEW, known)
-    if seen:
-        value = made([(minute + 50, *rest) for minute, *rest in seen], NEW, value=_fenceless(value))
-    value = moved(moved(value, NEW, known | by_then), NEW)
-    assert decode(value).waiting == []
-    everything = [*log, *((minute + 50, *rest) for minute, *rest in seen)]
-    assert decode(value).entries == decode(made(everything, NEW)).entries
+    translated = [event for event in later if event[2] in known_items]
+    value = recoded(history_under(log, OLD), NEW, known_items)
+    if translated:
+        value = history_under(
+            [(minute + 50, *rest) for minute, *rest in translated], NEW, value=_fenceless(value)
+        )
+    value = recoded(recoded(value, NEW, known_items | by_then), NEW)
+    assert decode_history(value).waiting == []
+    everything = [*log, *((minute + 50, *rest) for minute, *rest in translated)]
+    assert decode_history(value).entries == decode_history(history_under(everything, NEW)).entries
 
 
 def _fenceless(value):
@@ -134,19 +138,21 @@ def _fenceless(value):
 
 
 @given(events, some_items, some_items)
-def test_there_and_back_gives_the_same_history(log, known, known_newer) -> None:
-    value = made(log, OLD)
-    assert moved(moved(value, NEW, known), OLD) == value
-    assert moved(moved(moved(value, NEW, known), NEWER, known_newer), OLD) == value
+def test_there_and_back_gives_the_same_history(log, known_items, known_newer) -> None:
+    value = history_under(log, OLD)
+    assert recoded(recoded(value, NEW, known_items), OLD) == value
+    assert recoded(recoded(recoded(value, NEW, known_items), NEWER, known_newer), OLD) == value
 
 
 @given(events, some_items)
-def test_a_reader_of_either_codebook_sees_the_same_events_without_a_change(log, known) -> None:
-    value = moved(made(log, OLD), NEW, known)
-    assert under(value, OLD, translator(OLD)) == decode(made(log, OLD)).entries
-    seen = under(value, NEW, translator(NEW, known))
-    assert [entry.sid for entry in seen] == [
-        SIDS[NEW][item] for item in map(_item_of, decode(made(log, OLD)).entries) if item in known
+def test_a_reader_of_either_codebook_sees_the_same_events_without_a_change(log, known_items) -> None:
+    value = recoded(history_under(log, OLD), NEW, known_items)
+    assert entries_under(value, OLD, translator(OLD)) == decode_history(history_under(log, OLD)).entries
+    translated = entries_under(value, NEW, translator(NEW, known_items))
+    assert [entry.sid for entry in translated] == [
+        SIDS[NEW][item]
+        for item in map(_item_of, decode_history(history_under(log, OLD)).entries)
+        if item in known_items
     ]
 
 
@@ -158,41 +164,52 @@ def _item_of(entry):
 def test_what_waits_is_bounded_apart_so_that_it_pushes_nothing_out() -> None:
     log = [(minute, CLICK, minute % 8) for minute in range(40)]
     limits = bounds(5)
-    both = moved(made(log, OLD, bounds(40)), NEW, {0, 1}, limits)
-    assert [e.ts for e in decode(both).entries] == [T0 + m * 60_000 for m in range(40) if m % 8 < 2][-5:]
-    assert [e.ts for _, e in decode(both).waiting] == [T0 + m * 60_000 for m in range(40) if m % 8 > 1][-5:]
+    both = recoded(history_under(log, OLD, bounds(40)), NEW, {0, 1}, limits)
+    assert [e.ts for e in decode_history(both).entries] == [T0 + m * 60_000 for m in range(40) if m % 8 < 2][
+        -5:
+    ]
+    assert [e.ts for _, e in decode_history(both).waiting] == [
+        T0 + m * 60_000 for m in range(40) if m % 8 > 1
+    ][-5:]
 
 
 def test_the_same_event_told_under_two_codebooks_is_one() -> None:
-    value = moved(made([(1, CLICK, 3)], OLD), NEW, set())
-    again = made([(1, CLICK, 3)], NEW, value=_fenceless(value))
-    assert len(decode(again).entries) == len(decode(again).waiting) == 1
-    assert len(under(again, NEW, translator(NEW))) == 1
-    assert moved(again, NEW) == again[:6].replace(b"\x02", b"\x01", 1) + again[6:26] + cut(again).entries[0]
+    value = recoded(history_under([(1, CLICK, 3)], OLD), NEW, set())
+    with_both = history_under([(1, CLICK, 3)], NEW, value=_fenceless(value))
+    assert len(decode_history(with_both).entries) == len(decode_history(with_both).waiting) == 1
+    assert len(entries_under(with_both, NEW, translator(NEW))) == 1
+    assert (
+        recoded(with_both, NEW)
+        == with_both[:6].replace(b"\x02", b"\x01", 1) + with_both[6:26] + split_parts(with_both).entries[0]
+    )
 
 
 def test_the_sids_of_a_codebook_that_nobody_knows_any_more_are_kept() -> None:
-    value = made([(1, CLICK, 3), (2, PURCHASE, 4)], OLD)
-    kept = recode(value, lambda _tag, _sid: None, codebook=NEW, levels=3, bounds=bounds())
-    assert decode(kept).entries == []
-    assert [entry for _, entry in decode(kept).waiting] == decode(value).entries
-    assert under(kept, NEW, lambda _tag, _sid: None) == []
+    value = history_under([(1, CLICK, 3), (2, PURCHASE, 4)], OLD)
+    without_translation = recode_history(
+        value, lambda _tag, _sid: None, codebook=NEW, levels=3, bounds=bounds()
+    )
+    assert decode_history(without_translation).entries == []
+    assert [entry for _, entry in decode_history(without_translation).waiting] == decode_history(
+        value
+    ).entries
+    assert entries_under(without_translation, NEW, lambda _tag, _sid: None) == []
 
 
 def test_only_histories_with_something_to_bring_over_are_foreign() -> None:
-    old = made([(1, CLICK, 3)], OLD)
-    assert not foreign(old[:6], OLD)
-    assert foreign(old[:6], NEW)
-    assert foreign(moved(old, NEW, set())[:6], NEW)
-    assert not foreign(moved(old, NEW)[:6], NEW)
-    assert not foreign(b"", NEW)
-    assert not foreign(b"\x09" + old[1:6], NEW)
+    old = history_under([(1, CLICK, 3)], OLD)
+    assert not needs_recoding(old[:6], OLD)
+    assert needs_recoding(old[:6], NEW)
+    assert needs_recoding(recoded(old, NEW, set())[:6], NEW)
+    assert not needs_recoding(recoded(old, NEW)[:6], NEW)
+    assert not needs_recoding(b"", NEW)
+    assert not needs_recoding(b"\x09" + old[1:6], NEW)
 
 
 def test_no_history_has_no_entries_and_another_layout_is_refused() -> None:
-    assert under(None, NEW, translator(NEW)) == []
+    assert entries_under(None, NEW, translator(NEW)) == []
     with pytest.raises(SidstreamError, match=r"layout 9.*replay"):
-        under(b"\x09" + bytes(30), NEW, translator(NEW))
+        entries_under(b"\x09" + bytes(30), NEW, translator(NEW))
 
 
 def test_an_entry_unpacks_to_what_it_was_packed_from() -> None:

@@ -9,7 +9,7 @@ from kafka.partitioner import DefaultPartitioner
 
 from streams.errors import SidstreamError
 from streams.events import Click, Purchase, SidAssignment, UserProfile
-from streams.wire.records import BATCH_OVERHEAD, fitting, partition_of, record
+from streams.wire.records import BATCH_OVERHEAD, kafka_record, partition_of, require_size_within_limit
 
 # org.apache.kafka.common.utils.UtilsTest.testMurmur2, as Java's signed integers.
 JAVA = {
@@ -47,9 +47,9 @@ def test_bulk_and_single_publishing_agree_on_the_partition(key: bytes, partition
 
 def test_a_record_has_the_topic_the_key_and_the_json_of_its_event() -> None:
     click = Click.new(user_id="käufer", item_id="85123A", event_id="e", ts=1_767_225_600_000)
-    made = record(click, LIMIT)
-    assert (made.topic, made.key) == ("clicks", "käufer".encode())
-    assert made.value.startswith(b'{"schema_version":1,"event_id":"e","ts":1767225600000,')
+    click_record = kafka_record(click, LIMIT)
+    assert (click_record.topic, click_record.key) == ("clicks", "käufer".encode())
+    assert click_record.value.startswith(b'{"schema_version":1,"event_id":"e","ts":1767225600000,')
 
 
 def test_the_sids_of_an_item_under_two_codebooks_have_two_keys_so_that_compaction_keeps_both() -> None:
@@ -60,7 +60,7 @@ def test_the_sids_of_an_item_under_two_codebooks_have_two_keys_so_that_compactio
 def test_an_event_above_the_limit_is_refused_in_one_sentence_with_type_size_and_limit() -> None:
     huge = UserProfile.new(user_id="u", attributes={"about": "x" * LIMIT})
     with pytest.raises(SidstreamError) as refused:
-        record(huge, LIMIT)
+        kafka_record(huge, LIMIT)
     text = str(refused.value)
     assert text.startswith("UserProfile weighs 262,")
     assert "262,144" in text
@@ -69,9 +69,9 @@ def test_an_event_above_the_limit_is_refused_in_one_sentence_with_type_size_and_
 
 
 def test_the_limit_counts_key_value_and_what_a_batch_adds() -> None:
-    assert fitting("v", b"key", bytes(100), 100 + 3 + BATCH_OVERHEAD)
+    require_size_within_limit("v", b"key", bytes(100), 100 + 3 + BATCH_OVERHEAD)
     with pytest.raises(SidstreamError):
-        fitting("v", b"key", bytes(100), 100 + 3 + BATCH_OVERHEAD - 1)
+        require_size_within_limit("v", b"key", bytes(100), 100 + 3 + BATCH_OVERHEAD - 1)
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_an_event_that_would_end_in_dead_letters_is_not_sent(change: dict[str, o
     fields = {"schema_version": 1, "event_id": "e1", "ts": 1_767_225_600_000, "user_id": "u", "item_id": "i"}
     broken = Purchase(**{**fields, "price": 1.0, **change})  # type: ignore[arg-type]
     with pytest.raises(SidstreamError, match="Purchase e1 was not sent") as refused:
-        record(broken, LIMIT)
+        kafka_record(broken, LIMIT)
     assert named in str(refused.value)

@@ -47,17 +47,17 @@ def script() -> Script:
 
 @pytest.fixture
 def replies(script: Script) -> Any:
-    made = Replies(lambda: script)
-    made.start()
-    yield made
-    made.close()
+    started = Replies(lambda: script)
+    started.start()
+    yield started
+    started.close()
 
 
 def answer(request_id: str) -> bytes:
     return encode(Recommendation.new(request_id=request_id, user_id="u", items=[]))
 
 
-def why(future: Future[Any]) -> str:
+def error_text(future: Future[Any]) -> str:
     error = future.exception(timeout=10)
     assert isinstance(error, SidstreamError)
     return str(error)
@@ -83,12 +83,12 @@ def test_answers_to_others_and_bytes_that_are_no_answer_change_nothing(
 def test_an_answer_that_breaks_the_contract_fails_its_request_only(replies: Replies, script: Script) -> None:
     broken, whole = replies.expect("broken", 30), replies.expect("whole", 30)
     script.give(b'{"schema_version":1,"request_id":"broken"}', answer("whole"))
-    assert "answer to request broken breaks the contract" in why(broken)
+    assert "answer to request broken breaks the contract" in error_text(broken)
     assert whole.result(10).request_id == "whole"
 
 
 def test_a_request_without_an_answer_fails_and_says_what_to_check(replies: Replies) -> None:
-    text = why(replies.expect("lost", 0.05))
+    text = error_text(replies.expect("lost", 0.05))
     assert "no answer to request lost within 0.05 s" in text
     assert "sidstream status" in text
 
@@ -97,7 +97,7 @@ def test_when_reading_dies_everybody_who_waits_is_told_why(replies: Replies, scr
     waiting = [replies.expect(f"r{n}", 600) for n in range(3)]
     script.give(RuntimeError("the wire was cut"))
     for future in waiting:
-        assert "RuntimeError: the wire was cut" in why(future)
+        assert "RuntimeError: the wire was cut" in error_text(future)
     assert script.closed.wait(10)
 
 
@@ -108,7 +108,7 @@ def test_after_reading_died_a_new_start_reads_again(script: Script) -> None:
     replies.start()
     first = replies.expect("r1", 600)
     script.give(RuntimeError("gone"))
-    why(first)
+    error_text(first)
     assert script.closed.wait(10)
 
     with pytest.raises(SidstreamError, match="ask again"):
@@ -165,7 +165,7 @@ def test_closing_ends_the_thread_and_whoever_waits(script: Script) -> None:
     replies.close()
     assert set(threading.enumerate()) == before
     assert script.closed.is_set()
-    assert "closed before the answer came" in why(future)
+    assert "closed before the answer came" in error_text(future)
     with pytest.raises(SidstreamError, match="client is closed"):
         replies.expect("late", 1)
     with pytest.raises(SidstreamError, match="client is closed"):

@@ -108,7 +108,7 @@ def test_the_command_tells_draws_and_withdraws_by_the_trainers_log(
 ) -> None:
     pairs = [pair("a", "bc"), pair("d", "e", 50), pair("d", "e", 50)]
     monkeypatch.setattr(
-        "registry.releases.current.read_all", lambda kafka, kind: [("u", event) for event in pairs]
+        "streams.wire.topic_reader.read_events", lambda kafka, kind: [("u", event) for event in pairs]
     )
     monkeypatch.setenv("SIDSTREAM_TRAINER__HOME", str(tmp_path))
     text = CliRunner().invoke(app, ["pairs", "report"]).stdout

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.bundles.prompt import BOS, EOS, PAD, TITLE, Prompt
+from registry.bundles.prompt import BOS, PAD, TITLE, Prompt
 from tests.tiny_shop import SIZES, shop
 from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM, new_generator
@@ -186,7 +186,7 @@ def test_generate_under_the_constraint_gives_only_known_sids_and_the_beam_the_sa
     ids = torch.tensor([[PAD] * (length - len(row)) + row for row in flat])
     answers = model.generate(
         ids, attention_mask=(ids != PAD).long(), num_beams=20, num_return_sequences=20, length_penalty=0.0,
-        prefix_allowed_tokens_fn=lambda _, tokens: sid_set.allowed_tokens(tokens[length:].tolist()) or [EOS],
+        prefix_allowed_tokens_fn=lambda _, tokens: sid_set.allowed_tokens(tokens[length:].tolist()),
         max_new_tokens=3, use_cache=False, do_sample=False, eos_token_id=None,
     )[:, length:].view(3, 20, 3)  # fmt: skip
     spelled = [[tiny_shop.prompt.sid(answer) for answer in row] for row in answers.tolist()]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import NAMES, Offer, Rewards, said, with_rewards
-from serving.bundles import LoadedBundle, Service
-from serving.decoding.index import SidIndex
+from serving.bundle_loader import LoadedBundle, LoadedRollout
 from serving.decoding.onnx_generator import OnnxGenerator
+from serving.decoding.sid_index import SidIndex
 from serving.exploration import Explorer
 from serving.recommender import Recommender, Request
 from streams.events import Arm, Recommendation, Rollout, Trigger
@@ -225,7 +225,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
 
     def answered(**wishes: float) -> Recommendation:
         trigger = Trigger.new(request_id="r", user_id="u", item_id="i07", k=1, preferences=wishes or None)
-        (answer,) = ask.recommend([Request(trigger, None)], Service(rollout, {"b0": bundle}))
+        (answer,) = ask.recommend([Request(trigger, None)], LoadedRollout(rollout, {"b0": bundle}))
         return answer.recommendation
 
     def price(answer: Recommendation) -> float | None:

@@ -38,7 +38,9 @@ def clicking(**settings: object) -> Shop:
     return replace(tiny, log=log, rows=rows, context=context)
 
 
-def seen(tiny: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> LoggedExplorations:
+def unclicked_explorations(
+    tiny: Shop, *shown: tuple[list[int], int], clicked: bool = False
+) -> LoggedExplorations:
     """Explorations whose answer is the second of each pair, after the first."""
     actual = [
         (exploration(at, prompt=[list(sid_of(i)) for i in past], candidates=[list(sid_of(item))],
@@ -53,7 +55,7 @@ def seen(tiny: Shop, *shown: tuple[list[int], int], clicked: bool = False) -> Lo
 
 def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> None:
     tiny = clicking(users=5)
-    logged = seen(tiny, ([1, 2], 9), ([3], 3), ([40], 7), ([5], 41))
+    logged = unclicked_explorations(tiny, ([1, 2], 9), ([3], 3), ([40], 7), ([5], 41))
     actual = unclicked_answers(logged, tiny.catalogue, ANY, BINS, tiny.context, 0)
     assert actual is not None
     # The page's own item and one that is not in the catalogue are no answers; of a past, what is known stays.
@@ -64,12 +66,21 @@ def test_what_was_shown_and_not_clicked_is_an_answer_that_brought_no_click() -> 
     assert actual.rewards.tolist() == [refused, refused]
     assert actual.always_visible.tolist() == [[token > 0 for token in refused]] * 2
     assert (
-        unclicked_answers(seen(tiny, ([1], 2), clicked=True), tiny.catalogue, ANY, BINS, tiny.context, 0)
+        unclicked_answers(
+            unclicked_explorations(tiny, ([1], 2), clicked=True), tiny.catalogue, ANY, BINS, tiny.context, 0
+        )
         is not None
     )
     assert (
         len(
-            unclicked_answers(seen(tiny, ([1], 2), clicked=True), tiny.catalogue, ANY, BINS, tiny.context, 0)
+            unclicked_answers(
+                unclicked_explorations(tiny, ([1], 2), clicked=True),
+                tiny.catalogue,
+                ANY,
+                BINS,
+                tiny.context,
+                0,
+            )
             or ()
         )
         == 0
@@ -141,7 +152,9 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
 def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
     tiny = clicking(users=20, rewards={"ignored_share": share})
     shown = [([at % ITEMS], (at + 5) % ITEMS) for at in range(300)]
-    answers = unclicked_answers(seen(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0)
+    answers = unclicked_answers(
+        unclicked_explorations(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0
+    )
     rows = TrainingRows(
         tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers
     )
@@ -158,7 +171,9 @@ def taught() -> tuple[Shop, GeneratorForCausalLM]:
     begins, sizes = rng.integers(0, ITEMS, 240), rng.integers(1, 9, 240)
     walks = [(begin + np.arange(size)) % ITEMS for begin, size in zip(begins, sizes, strict=True)]
     shown = [(walk.tolist(), int(walk[-1] + 5) % ITEMS) for walk in walks]
-    answers = unclicked_answers(seen(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0)
+    answers = unclicked_answers(
+        unclicked_explorations(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0
+    )
     rows = TrainingRows(
         tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers
     )
