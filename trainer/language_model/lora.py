@@ -112,9 +112,9 @@ class VocabularyTranslation:
         ids = [token for piece in pieces for token in piece]
         return TokenRow(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool), row.weight)
 
-    def foreign_ids(self, ours: Sequence[int]) -> list[int]:
+    def foreign_ids(self, own_ids: Sequence[int]) -> list[int]:
         """Token ids in the foreign vocabulary."""
-        return [token for token in ours for token in self.table[token]]
+        return [piece for token in own_ids for piece in self.table[token]]
 
     def translate_preference(self, row: PreferenceRow) -> PreferenceRow:
         """A preference row in the foreign vocabulary."""

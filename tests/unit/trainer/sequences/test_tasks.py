@@ -121,8 +121,8 @@ def test_no_text_looks_at_what_is_held_out() -> None:
 def test_a_summary_has_the_words_most_typical_of_the_history() -> None:
     tiny = pair_shop()
     row = tiny.rows.summary_row(np.array([4, 9, 5]))
-    history, words, mark, words = parts(tiny, row.ids.tolist())
-    assert (history, words, mark) == ([4, 9, 5], [], TITLE)
+    history, before_mark, mark, words = parts(tiny, row.ids.tolist())
+    assert (history, before_mark, mark) == ([4, 9, 5], [], TITLE)
     two, one, thing = tiny.rows.title_words[4][1], tiny.rows.title_words[9][1], tiny.rows.title_words[4][0]
     # `thing` is in all three, but in every title; items 4 and 5 share a word that no other has.
     assert words == [two, one, thing, EOS]
