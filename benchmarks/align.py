@@ -67,7 +67,7 @@ SCENE = "item-page"
 
 
 @dataclass
-class Jury:
+class TrueRateJudge:
     """Shoppers, each with a trigger and a prompt, and the truth about them."""
 
     truth: Truth
@@ -77,9 +77,9 @@ class Jury:
     context: Context
     profiles: dict[str, dict[str, str]]
     items: dict[Sid, str]
-    known: SidSet
+    sid_set: SidSet
 
-    def judge(self, model: GeneratorForCausalLM, bundle: Bundle) -> tuple[float, float]:
+    def true_rates(self, model: GeneratorForCausalLM, bundle: Bundle) -> tuple[float, float]:
         """True (CTR, CVR) of the ten best items for every shopper, without the trigger item.
 
         Ranked as the bundle is served, but for its rule about past items.
@@ -87,12 +87,12 @@ class Jury:
         sids = list(self.items)
         row_of = {sid: row for row, sid in enumerate(sids)}
         codes = np.array([bundle.prompt.tokens(sid) for sid in sids], dtype=np.int64)
-        ranker = CatalogueRanker(model, codes, self.known, 2 * SHOWN)
+        ranker = CatalogueRanker(model, codes, self.sid_set, 2 * SHOWN)
         users = [shopper.user_id for shopper in self.shoppers]
-        said = self.context.rows([SCENE] * len(users), users, self.profiles)
+        context_rows = self.context.rows([SCENE] * len(users), users, self.profiles)
         histories = [np.array([row_of[sid] for sid in prompt]) for prompt in self.prompts]
-        found = ranker.candidates(histories, ranker.states(histories, said))
-        order = found.order(read_ranking(bundle.path).dense_weight)
+        candidates = ranker.candidates(histories, ranker.states(histories, context_rows))
+        order = candidates.order(read_ranking(bundle.path).dense_weight)
         clicks = purchases = shown = 0.0
         for shopper, trigger, best in zip(self.shoppers, self.triggers, order.tolist(), strict=True):
             named = (self.items[sids[row]] for row in best if row >= 0)
@@ -104,35 +104,40 @@ class Jury:
         return clicks / shown, purchases / clicks
 
 
-def jury(settings: Settings, bundle: Bundle, shoppers: int = SHOPPERS) -> Jury:
+def draw_judge(settings: Settings, bundle: Bundle, shoppers: int = SHOPPERS) -> TrueRateJudge:
     """So many shoppers of the demo, by seed."""
     log = source_of("online-retail")
     truth = Truth(list(log.catalogue()), settings.shoppers)
-    everybody = population(truth, user_item_sequences(log))
+    candidates_to_judge = population(truth, user_item_sequences(log))
     rng = np.random.default_rng(settings.shoppers.seed)
-    chosen = [everybody[i] for i in rng.choice(len(everybody), shoppers, replace=False)]
-    triggers = [shopper.trigger(truth, rng) for shopper in chosen]
-    wanted = bundle.manifest.codebook
+    chosen_shoppers = [
+        candidates_to_judge[i] for i in rng.choice(len(candidates_to_judge), shoppers, replace=False)
+    ]
+    triggers = [shopper.trigger(truth, rng) for shopper in chosen_shoppers]
+    codebook = bundle.manifest.codebook
     newest = read_newest_events(settings.kafka, SidAssignment).values()
-    sids = {event.item_id: tuple(event.sid) for event in newest if event.codebook == wanted}
+    sids = {event.item_id: tuple(event.sid) for event in newest if event.codebook == codebook}
     with redis_client(settings.redis) as store:
         pasts = [
             [entry.sid for entry in history.decode_history(store.get(keys.history(shopper.user_id))).entries]
-            for shopper in chosen
+            for shopper in chosen_shoppers
         ]
     prompts = [
         prompt_sids(past, sids[trigger], bundle.prompt.max_items)
         for past, trigger in zip(pasts, triggers, strict=True)
     ]
-    known = SidSet(list(sids.values()), bundle.prompt)
+    sid_set = SidSet(list(sids.values()), bundle.prompt)
     profiles = {
-        one.user_id: one.attributes for one in read_newest_events(settings.kafka, UserProfile).values()
+        profile.user_id: profile.attributes
+        for profile in read_newest_events(settings.kafka, UserProfile).values()
     }
     items = {sid: item for item, sid in sids.items()}
-    return Jury(truth, chosen, triggers, prompts, read_context(bundle.path), profiles, items, known)
+    return TrueRateJudge(
+        truth, chosen_shoppers, triggers, prompts, read_context(bundle.path), profiles, items, sid_set
+    )
 
 
-def pairs_of(settings: Settings, bundle: Bundle) -> list[PreferencePair]:
+def read_window_pairs(settings: Settings, bundle: Bundle) -> list[PreferencePair]:
     """The preference pairs of the window that the bundle was made from."""
     ranges = {
         TopicPartition("preferences", int(number)): (begin, end)
@@ -155,37 +160,39 @@ def main() -> None:
     if not tuned:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
-    court = jury(settings, bundle)
-    material = read_cycle_inputs(
+    judge = draw_judge(settings, bundle)
+    inputs = read_cycle_inputs(
         settings.trainer, settings.kafka, registry, from_scratch=False,
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
     )  # fmt: skip
     sequences = TrainingRows(
-        material.log,
-        material.split,
-        material.catalogue,
-        material.tokenizer,
-        material.prompt,
+        inputs.log,
+        inputs.split,
+        inputs.catalogue,
+        inputs.tokenizer,
+        inputs.prompt,
         settings.trainer,
-        material.negative_feedback,
+        inputs.negative_feedback,
     )
     with tempfile.TemporaryDirectory() as folder:
-        pairs = pairs_of(settings, bundle)
-        ctr, cvr = court.judge(load_model(bundle.model)[0], bundle)
+        pairs = read_window_pairs(settings, bundle)
+        ctr, cvr = judge.true_rates(load_model(bundle.model)[0], bundle)
         print(json.dumps({"variant": "none", "ctr": round(ctr, 4), "cvr": round(cvr, 4)}), flush=True)
-        for name, changed in VARIANTS:
-            dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changed})
-            chosen = settings.trainer.model_copy(update={"dpo": dpo})
+        for name, changes in VARIANTS:
+            dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changes})
+            trainer_settings = settings.trainer.model_copy(update={"dpo": dpo})
             rows = preference_rows(
-                pairs, bundle.manifest.codebook, bundle.prompt, dpo, court.context, court.profiles
+                pairs, bundle.manifest.codebook, bundle.prompt, dpo, judge.context, judge.profiles
             )
             model, tokenizer = load_model(bundle.model)
             began = time.perf_counter()
-            aligned, result = align(model, tokenizer, rows, chosen, Path(folder) / name, sequences=sequences)
+            aligned, result = align(
+                model, tokenizer, rows, trainer_settings, Path(folder) / name, sequences=sequences
+            )
             seconds = time.perf_counter() - began
-            ctr, cvr = court.judge(aligned, bundle)
+            ctr, cvr = judge.true_rates(aligned, bundle)
             line = {
-                "variant": name, **changed, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
+                "variant": name, **changes, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
                 "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": len(rows),
                 "steps": result.steps, "seconds": round(seconds, 1),
             }  # fmt: skip

@@ -55,13 +55,13 @@ ENVIRONMENT = {
     "SIDSTREAM_ROLLOUT__MAX_HOURS": "40",
     "SIDSTREAM_TRAINER__SCHEDULE__EVERY_MINUTES": "0.000001",
 }
-FIRST_SESSIONS, BURST = 2500, 1200
+FIRST_SESSIONS, SESSIONS_PER_TURN = 2500, 1200
 # A taste turns by some 12 degrees a cycle; one item of a hundred goes and one comes.
-TURN, TURNOVER = 0.2, 0.01
+TASTE_DRIFT, TURNOVER = 0.2, 0.01
 BOTS, BOT_EVENTS = 3000, 12
 
 
-class World:
+class DriftingShop:
     """The shop: who visits, what they like, what is on sale; all of it drifts."""
 
     def __init__(self, settings: Settings, client: Client, seed: int, cycles: int, start_ts: int) -> None:
@@ -70,27 +70,27 @@ class World:
         log = source_of("online-retail")
         self.items = list(log.catalogue())
         self.pasts = user_item_sequences(log)
-        self.coming = self._novelties(cycles)
-        self.truth = Truth([*self.items, *self.coming], settings.shoppers)
+        self.future_items = self._new_items(cycles)
+        self.truth = Truth([*self.items, *self.future_items], settings.shoppers)
         self.shoppers = population(self.truth, self.pasts)
-        self.prices = {item.item_id: item.price or 0.0 for item in (*self.items, *self.coming)}
+        self.prices = {item.item_id: item.price or 0.0 for item in (*self.items, *self.future_items)}
         self.now = start_ts
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         self.sessions = 0
 
-    def _novelties(self, cycles: int) -> list[CatalogItem]:
+    def _new_items(self, cycles: int) -> list[CatalogItem]:
         """New items: the first half of one title and the second of another."""
-        made = []
+        items = []
         for n in range(cycles * round(TURNOVER * len(self.items))):
             a, b = (self.items[int(i)] for i in self.random.choice(len(self.items), 2))
             words = (
                 *a.title.split()[: len(a.title.split()) // 2 + 1],
                 *b.title.split()[len(b.title.split()) // 2 :],
             )
-            made.append(CatalogItem.new(item_id=f"new-{n}", title=" ".join(words), price=a.price))
-        return made
+            items.append(CatalogItem.new(item_id=f"new-{n}", title=" ".join(words), price=a.price))
+        return items
 
-    def shop(self, sessions: int) -> None:
+    def visit_and_wait(self, sessions: int) -> None:
         """Let shoppers visit, and wait until the agents have applied all of it."""
         trip = ShoppingTrip(self.client, self.truth, self.shoppers, self.settings.shoppers, self.now)
         result = trip.run(sessions, self.prices)
@@ -102,7 +102,7 @@ class World:
                 setattr(total, field.name, getattr(total, field.name) + getattr(tally, field.name))
         self.drain()
 
-    def served(self, trial: str) -> None:
+    def wait_until_served(self, trial: str) -> None:
         """Wait until answers come from the newest rollout; half a minute at most."""
         for _ in range(300):
             request = Trigger.new(request_id=uuid.uuid4().hex, user_id=self.shoppers[0].user_id, ts=self.now)
@@ -120,28 +120,30 @@ class World:
         for shopper in self.shoppers:
             moved = (
                 shopper.taste
-                + TURN * self.random.standard_normal(len(shopper.taste)) / len(shopper.taste) ** 0.5
+                + TASTE_DRIFT * self.random.standard_normal(len(shopper.taste)) / len(shopper.taste) ** 0.5
             )
             shopper.taste = moved / np.linalg.norm(moved)
         count = round(TURNOVER * len(self.items))
-        gone = [self.items.pop(int(self.random.integers(len(self.items)))) for _ in range(count)]
-        news, self.coming = self.coming[:count], self.coming[count:]
-        self.items += news
+        removed = [self.items.pop(int(self.random.integers(len(self.items)))) for _ in range(count)]
+        arriving, self.future_items = self.future_items[:count], self.future_items[count:]
+        self.items += arriving
         leaving = [
             CatalogItem.new(item_id=item.item_id, title=item.title, price=item.price, active=False)
-            for item in gone
+            for item in removed
         ]
-        self.client.publish_all([*leaving, *news])
+        self.client.publish_all([*leaving, *arriving])
         self.drain()
 
     def poison(self) -> int:
         """Bots that look like shoppers buy what is worth least and fits them least. How many events."""
-        worst = [self.truth.items[row] for row in np.argsort(self.truth.value)[:200]]
+        worst_items = [self.truth.items[row] for row in np.argsort(self.truth.value)[:200]]
         on_sale = {item.item_id for item in self.items}
-        worst = [item for item in worst if item in on_sale]
+        worst_items = [item for item in worst_items if item in on_sale]
         chosen = self.random.choice(len(self.shoppers), BOTS)
         events = [
-            event for n, at in enumerate(chosen) for event in self._bot(n, self.shoppers[int(at)], worst)
+            event
+            for n, at in enumerate(chosen)
+            for event in self._bot(n, self.shoppers[int(at)], worst_items)
         ]
         events.sort(key=lambda event: event.ts)
         sent = self.client.publish_all(events)
@@ -149,12 +151,12 @@ class World:
         self.drain()
         return sent
 
-    def _bot(self, number: int, copied: Shopper, worst: list[str]) -> Iterator[Event]:
+    def _bot(self, number: int, copied: Shopper, worst_items: list[str]) -> Iterator[Event]:
         user, ts = f"bot-{number}", self.now + number * 1000
         for n, item in enumerate(copied.past[-BOT_EVENTS:]):
             yield Click.new(event_id=f"{user}-{ts}-a{n}", user_id=user, item_id=item, ts=ts + n)
         for n in range(BOT_EVENTS):
-            item = worst[int(self.random.integers(len(worst)))]
+            item = worst_items[int(self.random.integers(len(worst_items)))]
             at = ts + 1000 * (n + 1)
             yield Click.new(event_id=f"{user}-{ts}-c{n}", user_id=user, item_id=item, ts=at)
             yield Purchase.new(event_id=f"{user}-{ts}-p{n}", user_id=user, item_id=item, ts=at + 1, price=1.0)
@@ -166,10 +168,10 @@ def stack(home: Path) -> Iterator[int]:
     os.environ |= ENVIRONMENT | {"SIDSTREAM_STACK__HOME": str(home)}
 
     def run(*arguments: str) -> dict[str, Any]:
-        made = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "sidstream", *arguments, "--json"], stdout=subprocess.PIPE, check=True
         )
-        answer: dict[str, Any] = json.loads(made.stdout)
+        answer: dict[str, Any] = json.loads(completed.stdout)
         return answer
 
     run("up")
@@ -181,19 +183,19 @@ def stack(home: Path) -> Iterator[int]:
         run("down", "--purge")
 
 
-def in_service(settings: Settings) -> Rollout:
+def rollout_in_service(settings: Settings) -> Rollout:
     """The newest rollout of a stack that has one."""
     rollout = current_rollout(settings.kafka, settings.registry.name)
     assert rollout is not None, "a model is in service"
     return rollout
 
 
-def told(turn: Turn) -> dict[str, Any]:
+def turn_line(turn: Turn) -> dict[str, Any]:
     return {"did": turn.did, "sentence": turn.sentence, "trial": turn.trial}
 
 
-def play(
-    settings: Settings, world: World, cycles: int, poison: int | None, first_seconds: float
+def run_cycles(
+    settings: Settings, world: DriftingShop, cycles: int, poison: int | None, first_seconds: float
 ) -> list[dict[str, Any]]:
     """Run the cycles; one row each."""
     registry = Registry(settings.registry)
@@ -223,14 +225,14 @@ def play(
         while len(rows) < cycles:
             turn = cycle.turn()
             if turn.did != "wait":
-                print(json.dumps(told(turn)), flush=True)
+                print(json.dumps(turn_line(turn)), flush=True)
             if turn.acted:
-                world.served(in_service(settings).trial)
+                world.wait_until_served(rollout_in_service(settings).trial)
             if turn.did == "train":
                 candidates = turn.details["versions"]
-                world.shop(FIRST_SESSIONS if "base" in candidates else BURST)
+                world.visit_and_wait(FIRST_SESSIONS if "base" in candidates else SESSIONS_PER_TURN)
             elif turn.did in ("wait", "advance", "skip"):
-                world.shop(BURST)
+                world.visit_and_wait(SESSIONS_PER_TURN)
             elif turn.did == "rollback":
                 rows[-1] |= {"rolled_back": turn.sentence}
             else:
@@ -240,7 +242,7 @@ def play(
                 rows.append({
                     "cycle": len(rows) + 1, "poisoned": trained - 1 == poison, "did": turn.did,
                     "sentence": turn.sentence, "candidates": candidates,
-                    "champion": in_service(settings).arms[0].version,
+                    "champion": rollout_in_service(settings).arms[0].version,
                     "decision": turn.record and turn.record["decision"],
                     "true_ctr_cvr_sessions": arms, "sessions": world.sessions - sessions,
                     "seconds": round(time.monotonic() - begun),
@@ -250,28 +252,30 @@ def play(
                 world.tallies.clear()
                 world.drift()
                 if turn.did == "refuse":
-                    world.shop(BURST)
+                    world.visit_and_wait(SESSIONS_PER_TURN)
     return rows
 
 
 def figures(rows: list[dict[str, Any]], poison: int | None, command: str, seed: int) -> list[dict[str, Any]]:
     """One line a figure."""
-    made = [("10 cycles run unattended", "cycles ended by a verdict or a stated refusal", len(rows)),
-            ("none", "promotions", sum(row["did"] == "promote" for row in rows))]  # fmt: skip
+    figures_of_run = [
+        ("10 cycles run unattended", "cycles ended by a verdict or a stated refusal", len(rows)),
+        ("none", "promotions", sum(row["did"] == "promote" for row in rows)),
+    ]
     if poison is not None:
-        (bad,) = (row for row in rows if row["poisoned"])
-        kept = bad["did"] == "promote" and "rolled_back" not in bad
-        made.append(
+        (poisoned_row,) = (row for row in rows if row["poisoned"])
+        stayed = poisoned_row["did"] == "promote" and "rolled_back" not in poisoned_row
+        figures_of_run.append(
             (
                 "a poisoned model is refused or rolled back",
                 "poisoned models that stayed in service",
-                int(kept),
+                int(stayed),
             )
         )
     dataset = "UCI Online Retail, simulated shoppers with drift"
     return [
         line(claim, dataset, "closed loop on the local stack", metric, value, seed, command)
-        for claim, metric, value in made
+        for claim, metric, value in figures_of_run
     ]
 
 
@@ -285,17 +289,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first-seconds", type=float, default=60.0, help="training of the first model")
     parser.add_argument("--out", type=Path, help="append the figures to this file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     set_thread_environment()
     with tempfile.TemporaryDirectory(prefix="sidstream-") as folder, stack(Path(folder) / "stack") as last_ts:
         settings = load()
         with Client(settings.kafka) as client:
-            world = World(settings, client, given.seed, given.cycles, last_ts + 86_400_000)
-            rows = play(settings, world, given.cycles, given.poison, given.first_seconds)
+            world = DriftingShop(settings, client, options.seed, options.cycles, last_ts + 86_400_000)
+            rows = run_cycles(settings, world, options.cycles, options.poison, options.first_seconds)
     command = f"python -m benchmarks.cycles {' '.join(sys.argv[1:])}".strip()
-    lines = "".join(json.dumps(figure) + "\n" for figure in figures(rows, given.poison, command, given.seed))
-    if given.out:
-        with given.out.open("a") as out:
+    lines = "".join(
+        json.dumps(figure) + "\n" for figure in figures(rows, options.poison, command, options.seed)
+    )
+    if options.out:
+        with options.out.open("a") as out:
             out.write(lines)
     print(lines, end="")
 

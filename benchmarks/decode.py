@@ -44,7 +44,7 @@ BEAM = 20
 _STEPS, _BATCH, _RATE = 60, 32, 2e-3
 
 
-def real_year() -> tuple[tuple[int, ...], dict[str, Sid], list[list[Sid]]]:
+def online_retail_sids() -> tuple[tuple[int, ...], dict[str, Sid], list[list[Sid]]]:
     """The codebook's sizes, every item's SID, and every customer's purchases as SIDs, oldest first."""
     shop = OnlineRetail()
     fit = fit_codebook(list(shop.catalogue()), WordLlamaEmbedder(), CodebookSettings.model_validate({}))
@@ -56,12 +56,12 @@ def real_year() -> tuple[tuple[int, ...], dict[str, Sid], list[list[Sid]]]:
     )
 
 
-def flat(prompt: Prompt, sids: Sequence[Sid]) -> list[int]:
+def token_sequence(prompt: Prompt, sids: Sequence[Sid]) -> list[int]:
     """The token sequence that transformers sees: BOS, then the items' codes."""
     return [BOS, *(token for sid in sids for token in prompt.tokens(sid))]
 
 
-def trained(
+def train_generator(
     prompt: Prompt, pasts: Sequence[Sequence[Sid]], steps: int, batch: int = _BATCH, **shape: Any
 ) -> GeneratorForCausalLM:
     """A generator after `steps` steps of next-token training on random pieces of the pasts."""
@@ -74,7 +74,7 @@ def trained(
         rows = []
         for at in rng.integers(0, len(pasts), batch):
             begin = int(rng.integers(0, max(1, len(pasts[at]) - prompt.max_items)))
-            rows.append(flat(prompt, pasts[at][begin : begin + prompt.max_items]))
+            rows.append(token_sequence(prompt, pasts[at][begin : begin + prompt.max_items]))
         ids = torch.full((batch, max(map(len, rows))), PAD)
         for at, row in enumerate(rows):
             ids[at, : len(row)] = torch.tensor(row)
@@ -85,7 +85,7 @@ def trained(
     return model.eval()
 
 
-def slow(
+def transformers_decoder(
     model: GeneratorForCausalLM, prompt: Prompt, sids: Sequence[Sid]
 ) -> Callable[[Sequence[Sequence[Sid]]], list[Ranked]]:
     """transformers' beam search over the SIDs: histories -> for each the best SIDs and their scores."""
@@ -97,23 +97,23 @@ def slow(
     children = {prefix: sorted(tokens) for prefix, tokens in trie.items()}
 
     def decode(histories: Sequence[Sequence[Sid]]) -> list[Ranked]:
-        rows = [flat(prompt, history) for history in histories]
+        rows = [token_sequence(prompt, history) for history in histories]
         start = max(map(len, rows))
         ids = torch.tensor([[PAD] * (start - len(row)) + row for row in rows])
-        made = model.generate(
+        generated = model.generate(
             ids, attention_mask=(ids != PAD).long(), num_beams=BEAM, num_return_sequences=BEAM,
             length_penalty=0.0, max_new_tokens=len(prompt.sizes), do_sample=False, use_cache=False,
             prefix_allowed_tokens_fn=lambda _, tokens: children[tuple(tokens[start:].tolist())],
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
-        found = [prompt.sid(row[start:].tolist()) for row in made.sequences]
-        ranked = list(zip(found, made.sequences_scores.tolist(), strict=True))
+        sids_found = [prompt.sid(row[start:].tolist()) for row in generated.sequences]
+        ranked = list(zip(sids_found, generated.sequences_scores.tolist(), strict=True))
         return [ranked[at : at + BEAM] for at in range(0, len(ranked), BEAM)]
 
     return decode
 
 
-def fast(
+def serving_decoder(
     folder: Path, prompt: Prompt, sids: Sequence[Sid], threads: int
 ) -> Callable[[Sequence[Sequence[Sid]]], list[Ranked]]:
     """Serving's beam search over the same SIDs, from the graphs in `folder`."""
@@ -126,15 +126,15 @@ def fast(
         return [
             [
                 (tuple(index.sid(leaf)), score)
-                for leaf, score in zip(one.leaves, one.scores.tolist(), strict=True)
+                for leaf, score in zip(ranking.leaves, ranking.scores.tolist(), strict=True)
             ]
-            for one in rankings
+            for ranking in rankings
         ]
 
     return decode
 
 
-def timed(
+def timed_decode(
     decode: Callable[[Sequence[Sequence[Sid]]], list[Ranked]], histories: Sequence[Sequence[Sid]]
 ) -> tuple[list[Ranked], float]:
     """All answers, asked one by one after a warm-up, and the median time of one in milliseconds."""
@@ -154,12 +154,12 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="folder of a bundle; default: a model made here")
     parser.add_argument("--steps", type=int, default=_STEPS, help="training steps of the model made here")
     parser.add_argument("--threads", type=int, default=1, help="of both sides")
-    given = parser.parse_args()
+    options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    sizes, sids, pasts = real_year()
-    with tempfile.TemporaryDirectory() as made:
-        if given.bundle:
-            bundle = load_bundle(given.bundle)
+    sizes, sids, pasts = online_retail_sids()
+    with tempfile.TemporaryDirectory() as generated:
+        if options.bundle:
+            bundle = load_bundle(options.bundle)
             prompt, folder = bundle.prompt, bundle.path
             if prompt.sizes != sizes:
                 parser.error(
@@ -167,28 +167,28 @@ def main() -> None:
                 )
             model = GeneratorForCausalLM.from_pretrained(bundle.model).eval()
         else:
-            prompt, folder = Prompt(sizes, 50), Path(made)
-            model = trained(prompt, pasts, given.steps)
+            prompt, folder = Prompt(sizes, 50), Path(generated)
+            model = train_generator(prompt, pasts, options.steps)
             export_generator(model, folder)
-        torch.set_num_threads(given.threads)
-        chosen = np.random.default_rng(0).permutation(len(pasts))[: given.histories]
+        torch.set_num_threads(options.threads)
+        chosen = np.random.default_rng(0).permutation(len(pasts))[: options.histories]
         histories = [prompt_sids(pasts[at], None, prompt.max_items) for at in chosen]
-        every = sorted(sids.values())
-        ours, ours_ms = timed(fast(folder, prompt, every, given.threads), histories)
-        theirs, theirs_ms = timed(slow(model, prompt, every), histories)
-    same = sum(
+        all_sids = sorted(sids.values())
+        ours, ours_ms = timed_decode(serving_decoder(folder, prompt, all_sids, options.threads), histories)
+        theirs, theirs_ms = timed_decode(transformers_decoder(model, prompt, all_sids), histories)
+    equal_answers = sum(
         [sid for sid, _ in left] == [sid for sid, _ in right]
         for left, right in zip(ours, theirs, strict=True)
     )
-    apart = max(
+    largest_difference = max(
         abs(mine - other)
         for left, right in zip(ours, theirs, strict=True)
         for (_, mine), (_, other) in zip(left, right, strict=True)
     )
     result = {
-        "benchmark": "decode", "histories": len(histories), "items": len(every), "beam": BEAM,
-        "parameters": model.num_parameters(), "threads": given.threads, "same": same,
-        "largest_score_difference": apart, "serving_ms": round(ours_ms, 2),
+        "benchmark": "decode", "histories": len(histories), "items": len(all_sids), "beam": BEAM,
+        "parameters": model.num_parameters(), "threads": options.threads, "same": equal_answers,
+        "largest_score_difference": largest_difference, "serving_ms": round(ours_ms, 2),
         "transformers_ms": round(theirs_ms, 2), "ratio": round(theirs_ms / ours_ms, 1),
     }  # fmt: skip
     print(json.dumps(result))

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import RESULTS, line, put_table, share
+from benchmarks.results import RESULTS, exact_share, line, put_table, write_lines
 
 BEGIN, END = "<!-- seeds -->\n", "<!-- end of seeds -->\n"
 COMMAND = "python -m benchmarks.demo_seeds"
@@ -48,25 +48,27 @@ _HOUR_MS = 3_600_000
 
 def main() -> None:
     """Run the demo and a null trial with every seed."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
-    asked.add_argument("--out", type=Path, required=True, help="file of JSON lines: read first, appended to")
-    asked.add_argument("--sessions", type=int, help="as of `sidstream demo`; default: its own")
-    asked.add_argument("--publish", action="store_true", help="put figures and table into docs/results")
-    given = asked.parse_args()
-    if given.publish and given.sessions:
-        asked.error("the page is of the demo as it is: leave out --sessions, or --publish")
-    rows = {row["seed"]: row for row in _read(given.out)}
-    for seed in given.seeds:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines: read first, appended to")
+    parser.add_argument("--sessions", type=int, help="as of `sidstream demo`; default: its own")
+    parser.add_argument("--publish", action="store_true", help="put figures and table into docs/results")
+    options = parser.parse_args()
+    if options.publish and options.sessions:
+        parser.error("the page is of the demo as it is: leave out --sessions, or --publish")
+    rows = {row["seed"]: row for row in _read(options.out)}
+    for seed in options.seeds:
         if seed in rows:
             print(f"seed {seed}: there already", file=sys.stderr)
             continue
-        rows[seed] = seeded(seed, given.sessions)
-        with given.out.open("a") as out:
+        rows[seed] = seeded(seed, options.sessions)
+        with options.out.open("a") as out:
             out.write(json.dumps(rows[seed]) + "\n")
         print(json.dumps(rows[seed]), flush=True)
-    if given.publish:
-        publish([rows[seed] for seed in given.seeds], RESULTS)
+    if options.publish:
+        publish([rows[seed] for seed in options.seeds], RESULTS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +197,7 @@ class Stack:
 
 def judged(versions: dict[str, str]) -> dict[str, list[float]]:
     """True [CTR, CVR] by arm, of what the registry's versions show to 2,000 shoppers on the running stack."""
-    from benchmarks.align import jury
+    from benchmarks.align import draw_judge
     from registry.bundles.store import Registry
     from sidstream.commands.train import set_thread_environment
     from sidstream.settings import load
@@ -205,9 +207,9 @@ def judged(versions: dict[str, str]) -> dict[str, list[float]]:
     settings = load()
     registry = Registry(settings.registry)
     bundles = {arm: registry.fetch(version) for arm, version in versions.items()}
-    court = jury(settings, bundles[CHAMPION], _JURY)
+    judge = draw_judge(settings, bundles[CHAMPION], _JURY)
     return {
-        arm: [round(rate, 5) for rate in court.judge(load_model(bundle.model)[0], bundle)]
+        arm: [round(rate, 5) for rate in judge.true_rates(load_model(bundle.model)[0], bundle)]
         for arm, bundle in bundles.items()
     }
 
@@ -255,8 +257,8 @@ def described(demo: dict[str, Any]) -> dict[str, Any]:
         "counted": counted(demo),
         "pairs": second["pairs"],
         "gate": [
-            {"target": one["target"], "control": one["control"], "verdict": one["verdict"]} | figures(one)
-            for one in demo["gate"]["comparisons"]
+            {name: compared[name] for name in ("target", "control", "verdict")} | figures(compared)
+            for compared in demo["gate"]["comparisons"]
         ],
         "shown": shown_truth(demo["sessions"]["trial"]),
         "unanswered": demo["sessions"]["trial"]["unanswered"],
@@ -283,12 +285,12 @@ def publish(rows: list[dict[str, Any]], folder: Path) -> None:
     """One line a figure into demo.jsonl, and the tables into demo.md."""
     seeds = " ".join(str(row["seed"]) for row in rows)
     command = f"{COMMAND} --seeds {seeds} --out FILE --publish"
-    lines = [one for row in rows for one in _lines(row, command)]
+    lines = [figure for row in rows for figure in _lines(row, command)]
     lines += [
         line(claim, DATASET, "sidstream demo", metric, found["value"], None, command) | found
         for claim, metric, found in _shares(rows)
     ]
-    (folder / "demo.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write_lines(folder / "demo.jsonl", lines)
     put_table(folder / "demo.md", BEGIN, END, tables(rows))
 
 
@@ -303,8 +305,9 @@ def _lines(row: dict[str, Any], command: str) -> list[dict[str, Any]]:
             ("the promoted arm is better in truth", row["right"]), ("best arm in truth", row["best"]),
             *((f"true CTR, {arm}", rates[0]) for arm, rates in row["truth"].items()),
             *((f"true CVR, {arm}", rates[1]) for arm, rates in row["truth"].items()),
-            *((f"CVR, p of {one['target']} above {one['control']}", (one["cvr"] or {}).get("p_above"))
-              for one in row["gate"]),
+            *((f"CVR, p of {compared['target']} above {compared['control']}",
+               (compared["cvr"] or {}).get("p_above"))
+              for compared in row["gate"]),
             ("null trial, verdict", row["null"]["compared"]), ("null trial, CVR, p", null.get("p_above")),
         ]  # fmt: skip
     return [line(claim, DATASET, "sidstream demo", metric, value, row["seed"], command)
@@ -324,7 +327,7 @@ def _shares(rows: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]
         ("a null challenger is promoted once in twenty times at most", "null trials that promote",
          sum(row["null"]["compared"] == "promote" for row in ended), len(ended)),
     ]  # fmt: skip
-    return [(claim, metric, share(count, of)) for claim, metric, count, of in counted if of]
+    return [(claim, metric, exact_share(count, of)) for claim, metric, count, of in counted if of]
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -338,10 +341,10 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         if row["failed"]:
             made.append(_cells([str(row["seed"]), "", f"failed: {row['failed']}", *[""] * (len(head) - 3)]))
             continue
-        values = ", ".join(_p(one["cvr"]) for one in row["gate"])
-        said = row["verdict"] + (f" {row['winner']}" if row["winner"] != CHAMPION else "")
+        values = ", ".join(_p(compared["cvr"]) for compared in row["gate"])
+        decision = row["verdict"] + (f" {row['winner']}" if row["winner"] != CHAMPION else "")
         made.append(_cells([
-            str(row["seed"]), f"{row['seconds']:.0f}", said, _over(row, DPO, 1), _over(row, DPO, 0),
+            str(row["seed"]), f"{row['seconds']:.0f}", decision, _over(row, DPO, 1), _over(row, DPO, 0),
             _over(row, SFT, 1), {True: "yes", False: "no", None: ""}[row["right"]], values,
             f"{row['null']['compared']}, p {_p(row['null']['figures']['cvr'])}",
         ]))  # fmt: skip

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.results import line, publish_shares, share
+from benchmarks.results import exact_share, line, publish_shares
 from registry.experiment.gate import MODES, compare
 from registry.experiment.sample_size import ExpectedRates, users_needed
 from registry.experiment.statistics import ArmSums
@@ -69,7 +69,7 @@ ADS = Population("simulated users: CTR .05, CVR .05, 7 impressions")
 SHOP = Population("simulated users: CTR .2, CVR .2, 20 impressions", 0.2, 0.2, 20.0)
 
 
-def looks(
+def arm_sums_at_looks(
     random: np.random.Generator, population: Population, users: int, ctr: float, cvr: float
 ) -> Iterator[ArmSums]:
     """The sums of one arm at each look, users in the order of their arrival.
@@ -102,35 +102,39 @@ def looks(
         yield ArmSums(int((i > 0).sum()), *map(int, figures))
 
 
-def trial(seed: np.random.SeedSequence, scenario: Scenario) -> set[str]:
+def simulate_trial(seed: np.random.SeedSequence, scenario: Scenario) -> set[str]:
     """What happened in one trial: `<mode> <verdict> once` (at any look), `... last`, and CVR claims."""
     random = np.random.default_rng(seed)
-    target = looks(random, scenario.population, scenario.users, scenario.ctr, scenario.cvr)
-    control = looks(random, scenario.population, scenario.users, 1.0, 1.0)
-    happened = set()
+    target = arm_sums_at_looks(random, scenario.population, scenario.users, scenario.ctr, scenario.cvr)
+    control = arm_sums_at_looks(random, scenario.population, scenario.users, 1.0, 1.0)
+    outcomes = set()
     for look, (t, c) in enumerate(zip(target, control, strict=True), 1):
         for mode in scenario.modes:
-            made = compare("t", "c", {"t": t, "c": c}, SETTINGS, mode)
-            happened.add(f"{mode} {made.verdict} once")
+            comparison = compare("t", "c", {"t": t, "c": c}, SETTINGS, mode)
+            outcomes.add(f"{mode} {comparison.verdict} once")
             if look == LOOKS:
-                happened.add(f"{mode} {made.verdict} last")
-            if made.cvr and made.cvr["p_above"] is not None and made.cvr["p_above"] < SETTINGS.alpha:
-                happened.add(f"{mode} higher once")
-    return happened
+                outcomes.add(f"{mode} {comparison.verdict} last")
+            if (
+                comparison.cvr
+                and comparison.cvr["p_above"] is not None
+                and comparison.cvr["p_above"] < SETTINGS.alpha
+            ):
+                outcomes.add(f"{mode} higher once")
+    return outcomes
 
 
 def _chunk(job: tuple[list[np.random.SeedSequence], Scenario]) -> Counter[str]:
     seeds, scenario = job
-    return sum((Counter(trial(seed, scenario)) for seed in seeds), Counter())
+    return sum((Counter(simulate_trial(seed, scenario)) for seed in seeds), Counter())
 
 
-def run(pool: ProcessPoolExecutor, scenario: Scenario, trials: int, label: str) -> Counter[str]:
+def count_trials(pool: ProcessPoolExecutor, scenario: Scenario, trials: int, label: str) -> Counter[str]:
     """Counts over trials, the same for any number of processes."""
     seeds = np.random.SeedSequence(SEED).spawn(trials)
     jobs = [(seeds[n : n + _CHUNK], scenario) for n in range(0, trials, _CHUNK)]
     counts: Counter[str] = Counter()
-    for done, found in enumerate(pool.map(_chunk, jobs), 1):
-        counts += found
+    for done, chunk_counts in enumerate(pool.map(_chunk, jobs), 1):
+        counts += chunk_counts
         if sys.stderr.isatty() or done % 10 == 0:
             _progress(f"{label}: {min(done * _CHUNK, trials):,} of {trials:,} trials")
     _progress("")
@@ -145,27 +149,29 @@ def _progress(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def figure(population: Population, metric: str, claim: str, mode: str, count: int, of: int) -> dict[str, Any]:
+def share_line(
+    population: Population, metric: str, claim: str, mode: str, count: int, of: int
+) -> dict[str, Any]:
     """One line of the results: a share, and its 95 % interval."""
     return line(
         claim, population.name, f"gate, mode {mode}", metric, seed=SEED, command="python -m benchmarks.gate",
-        **share(count, of),
+        **exact_share(count, of),
     )  # fmt: skip
 
 
-def figures(pool: ProcessPoolExecutor, trials: int, users_of: float) -> Iterator[dict[str, Any]]:
+def figures(pool: ProcessPoolExecutor, trials: int, scale: float) -> Iterator[dict[str, Any]]:
     """Every figure of the benchmark; `users_of` scales the arms (1: as published)."""
     for population, users in ((ADS, 20_000), (SHOP, 4_000)):
-        users = round(users * users_of)
+        users = round(users * scale)
 
-        def said(
+        def metric_of(
             what: str, truth: str, population: Population = population, users: int = users
         ) -> tuple[Any, str]:
             return population, f"{what}; {truth}, {users:,} users an arm, {LOOKS} looks"
 
         truth = "no effect"
-        null = run(pool, Scenario(population, users), trials, f"{truth}, {population.name}")
-        for mode, happened, what, claim in (
+        null_counts = count_trials(pool, Scenario(population, users), trials, f"{truth}, {population.name}")
+        for mode, outcome, what, claim in (
             ("sequential", "promote once", "promoted at any look", "at most .05"),
             ("fixed", "promote once", "promoted at any look", "none: it is made for one look"),
             ("fixed", "promote last", "promoted at the last look", "at most .05"),
@@ -175,9 +181,9 @@ def figures(pool: ProcessPoolExecutor, trials: int, users_of: float) -> Iterator
             ("fixed", "higher once", "CVR found higher at any look", "none: it is made for one look"),
             ("sequential", "reject once", "rejected at any look", "at most .10: two harms"),
         ):
-            yield figure(*said(what, truth), claim, mode, null[f"{mode} {happened}"], trials)
+            yield share_line(*metric_of(what, truth), claim, mode, null_counts[f"{mode} {outcome}"], trials)
         truth = "CTR -12 %, CVR +20 %"
-        harm = run(
+        harm_counts = count_trials(
             pool, Scenario(population, users, ctr=0.88, cvr=1.2), trials, f"{truth}, {population.name}"
         )
         for mode, claim in (
@@ -185,19 +191,32 @@ def figures(pool: ProcessPoolExecutor, trials: int, users_of: float) -> Iterator
             ("fixed", "none: it is made for one look"),
             ("point", "none: the published rule"),
         ):
-            yield figure(
-                *said("promoted at any look", truth), claim, mode, harm[f"{mode} promote once"], trials
+            yield share_line(
+                *metric_of("promoted at any look", truth),
+                claim,
+                mode,
+                harm_counts[f"{mode} promote once"],
+                trials,
             )
     truth = "CVR +20 %, CTR 0"
     for mode in ("sequential", "fixed"):
         expected = ExpectedRates(ADS.cvr, 0.2, ADS.ctr, ADS.impressions)
-        users = round(users_needed(expected, SETTINGS, mode, 0.8) * users_of)
-        few = max(trials // 2, 1)
-        good = run(pool, Scenario(ADS, users, cvr=1.2, modes=(mode,)), few, f"{truth}, mode {mode}")
-        for happened, what in (("last", "promoted at the last look"), ("once", "promoted at any look")):
-            if mode == "sequential" or happened == "last":
+        users = round(users_needed(expected, SETTINGS, mode, 0.8) * scale)
+        alternative_trials = max(trials // 2, 1)
+        gain_counts = count_trials(
+            pool, Scenario(ADS, users, cvr=1.2, modes=(mode,)), alternative_trials, f"{truth}, mode {mode}"
+        )
+        for outcome, what in (("last", "promoted at the last look"), ("once", "promoted at any look")):
+            if mode == "sequential" or outcome == "last":
                 metric = f"{what}; {truth}, {users:,} users an arm (planned for .8), {LOOKS} looks"
-                yield figure(ADS, metric, "at least .80", mode, good[f"{mode} promote {happened}"], few)
+                yield share_line(
+                    ADS,
+                    metric,
+                    "at least .80",
+                    mode,
+                    gain_counts[f"{mode} promote {outcome}"],
+                    alternative_trials,
+                )
 
 
 def main() -> None:
@@ -209,13 +228,13 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="the figures do not depend on it"
     )
-    args = parser.parse_args()
+    options = parser.parse_args()
     rows = []
-    with ProcessPoolExecutor(args.processes) as pool:
-        for row in figures(pool, 20 if args.quick else 2000, 0.1 if args.quick else 1.0):
+    with ProcessPoolExecutor(options.processes) as pool:
+        for row in figures(pool, 20 if options.quick else 2000, 0.1 if options.quick else 1.0):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    if not args.quick:
+    if not options.quick:
         publish_shares("gate", rows, ["users", "trial and figure", "mode"], cells)
 
 

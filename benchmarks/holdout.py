@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ratchet import Ratchet, publish
-from benchmarks.rated_shop import Crowd, Rates
-from benchmarks.results import line, share
+from benchmarks.results import exact_share, line, markdown_table
+from benchmarks.true_rate_shop import SimulatedShoppers, TrueRates
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment.decision import judge
 from registry.experiment.statistics import arm_sums
@@ -41,81 +41,91 @@ GATE = GateSettings.model_validate({})
 ROLLOUT = RolloutSettings.model_validate({})
 
 
-def series(seed: int, held: float, ratchet: Ratchet, crowd: Crowd) -> tuple[float, int]:
+def run_series(
+    seed: int, hold_out: float, ratchet: Ratchet, shoppers: SimulatedShoppers
+) -> tuple[float, int]:
     """True CTR of the last champion over the first model's, and the number of promotions."""
-    random, first = np.random.default_rng(seed), crowd.first
+    random, first = np.random.default_rng(seed), shoppers.first
 
-    def own(mean: float) -> Any:
-        return random.beta(mean * crowd.cohesion, (1 - mean) * crowd.cohesion, crowd.users)
+    def user_rates(mean: float) -> Any:
+        return random.beta(mean * shoppers.cohesion, (1 - mean) * shoppers.cohesion, shoppers.users)
 
-    click, buy = own(first.ctr), own(first.cvr)
-    kept = random.random(crowd.users) < held
+    click, buy = user_rates(first.ctr), user_rates(first.cvr)
+    is_held_out = random.random(shoppers.users) < hold_out
     champion, promotions = first, 0
     for _ in range(TRIALS):
         cvr = champion.cvr * random.uniform(*ratchet.cvr)
-        truth = {SFT: Rates(champion.ctr * ratchet.ctr, cvr), CHAMPION: champion,
-                 DPO: Rates(champion.ctr * ratchet.ctr, cvr * ratchet.aligned)}  # fmt: skip
+        truth = {SFT: TrueRates(champion.ctr * ratchet.ctr, cvr), CHAMPION: champion,
+                 DPO: TrueRates(champion.ctr * ratchet.ctr, cvr * ratchet.aligned)}  # fmt: skip
         shares = np.array([ROLLOUT.sft, ROLLOUT.champion, ROLLOUT.dpo])
-        arm = random.choice(len(truth), crowd.users, p=shares / shares.sum())
-        weights = dict(zip(truth, (1 - held) * shares, strict=True))
-        if held and promotions:
-            arm[kept] = len(truth)
-            truth[ANCHOR], weights[ANCHOR] = first, held
+        arm = random.choice(len(truth), shoppers.users, p=shares / shares.sum())
+        weights = dict(zip(truth, (1 - hold_out) * shares, strict=True))
+        if hold_out and promotions:
+            arm[is_held_out] = len(truth)
+            truth[ANCHOR], weights[ANCHOR] = first, hold_out
         ctr, cvrs = (
             mean * np.array([getattr(rates, name) for rates in truth.values()])[arm] / getattr(first, name)
             for mean, name in ((click, "ctr"), (buy, "cvr"))
         )
-        seen = np.zeros((crowd.users, 3), np.int64)
+        user_sums = np.zeros((shoppers.users, 3), np.int64)
         for _ in range(LOOKS):
-            came = random.random(crowd.users) < crowd.days / LOOKS
-            shown = 10 * came * (1 + random.poisson(crowd.requests - 1, crowd.users))
-            clicked = random.binomial(shown, np.minimum(ctr, 1.0))
-            seen += np.stack([shown, clicked, random.binomial(clicked, np.minimum(cvrs, 1.0))], axis=1)
-            arms = {name: arm_sums(seen[(arm == n) & (seen[:, 0] > 0)]) for n, name in enumerate(truth)}
-            made = judge(arms, GATE, GATE.mode, weights, {name: name for name in truth})
-            if made.verdict != "inconclusive":
+            visits = random.random(shoppers.users) < shoppers.days / LOOKS
+            shown_items = 10 * visits * (1 + random.poisson(shoppers.requests - 1, shoppers.users))
+            clicked = random.binomial(shown_items, np.minimum(ctr, 1.0))
+            user_sums += np.stack(
+                [shown_items, clicked, random.binomial(clicked, np.minimum(cvrs, 1.0))], axis=1
+            )
+            arms = {
+                name: arm_sums(user_sums[(arm == n) & (user_sums[:, 0] > 0)]) for n, name in enumerate(truth)
+            }
+            decision = judge(arms, GATE, GATE.mode, weights, {name: name for name in truth})
+            if decision.verdict != "inconclusive":
                 break
-        if made.verdict == "promote":
-            champion, promotions = truth[made.winner], promotions + 1
+        if decision.verdict == "promote":
+            champion, promotions = truth[decision.winner], promotions + 1
     return champion.ctr / first.ctr, promotions
 
 
-def figures(pool: ProcessPoolExecutor, times: int, crowd: Crowd) -> Iterator[dict[str, Any]]:
+def figures(pool: ProcessPoolExecutor, times: int, shoppers: SimulatedShoppers) -> Iterator[dict[str, Any]]:
     """Every figure of the benchmark."""
     for name, ratchet in SERIES.items():
-        for held in SIZES:
-            ended = list(pool.map(series, range(times), repeat(held), repeat(ratchet), repeat(crowd),
-                                  chunksize=10))  # fmt: skip
-            ctr = np.array([end for end, _ in ended])
-            promotions = float(np.mean([count for _, count in ended]))
-            found: list[dict[str, Any]] = [
+        for hold_out in SIZES:
+            jobs = (range(times), repeat(hold_out), repeat(ratchet), repeat(shoppers))
+            results = list(pool.map(run_series, *jobs, chunksize=10))
+            ctr = np.array([end for end, _ in results])
+            promotions = float(np.mean([count for _, count in results]))
+            figures_of_size: list[dict[str, Any]] = [
                 {"metric": "promotions of 10, mean", "value": round(promotions, 2)},
                 {"metric": "last champion's true CTR over the first's, median",
                  "value": round(float(np.median(ctr)), 4)},
                 {"metric": "the same, lowest", "value": round(float(ctr.min()), 4)},
                 # A step below the margin is .857, two are .815.
-                *({"metric": f"the same below {bound}"} | share(int((ctr < bound).sum()), times)
+                *({"metric": f"the same below {bound}"} | exact_share(int((ctr < bound).sum()), times)
                   for bound in (0.9, 0.85)),
             ]  # fmt: skip
-            for one in found:
-                claim = "bounded near the margin" if name == "ratchet" and held else "for comparison"
-                model = f"gate alone, series {name}, hold-out {held:.0%}"
-                yield line(claim, f"simulated users: {json.dumps(asdict(crowd))}", model,
-                           seed=times, command=COMMAND, **one)  # fmt: skip
+            for figure in figures_of_size:
+                claim = "bounded near the margin" if name == "ratchet" and hold_out else "for comparison"
+                model = f"gate alone, series {name}, hold-out {hold_out:.0%}"
+                yield line(claim, f"simulated users: {json.dumps(asdict(shoppers))}", model,
+                           seed=times, command=COMMAND, **figure)  # fmt: skip
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
     """A row a series and size."""
     rows: dict[str, list[str]] = {}
-    for one in lines:
-        interval = "" if one["low"] is None else f" ({one['low']:.3f} to {one['high']:.3f})"
-        rows.setdefault(one["model"], []).append(f"{one['value']:g}{interval}")
-    head = ["series", "hold-out", *(one["metric"] for one in lines[: len(next(iter(rows.values())))])]
-    made = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for figure in lines:
+        interval = "" if figure["low"] is None else f" ({figure['low']:.3f} to {figure['high']:.3f})"
+        rows.setdefault(figure["model"], []).append(f"{figure['value']:g}{interval}")
+    headings = [
+        "series",
+        "hold-out",
+        *(figure["metric"] for figure in lines[: len(next(iter(rows.values())))]),
+    ]
+    table_rows = []
     for model, values in rows.items():
         _, name, size = model.split(", ")
-        made.append(f"| {name.split()[1]} | {size.split()[1]} | {' | '.join(values)} |")
-    return made
+        table_rows.append([name.split()[1], size.split()[1], *values])
+    return markdown_table(headings, table_rows)
 
 
 def main() -> None:
@@ -126,14 +136,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=200, help="series of each kind")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="file of JSON lines to put the figures into")
-    args = parser.parse_args()
+    options = parser.parse_args()
     lines = []
-    with ProcessPoolExecutor(args.processes) as pool:
-        for one in figures(pool, args.times, Crowd()):
-            print(json.dumps(one), flush=True)
-            lines.append(one)
-    if args.out:
-        publish(args.out, lines, "holdout", table(lines))
+    with ProcessPoolExecutor(options.processes) as pool:
+        for figure in figures(pool, options.times, SimulatedShoppers()):
+            print(json.dumps(figure), flush=True)
+            lines.append(figure)
+    if options.out:
+        publish(options.out, lines, "holdout", table(lines))
 
 
 if __name__ == "__main__":

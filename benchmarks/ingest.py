@@ -35,19 +35,19 @@ _APPLIED = re.compile(r'^sidstream_events_total{outcome="in_history",topic="purc
 _CPU = re.compile(r"^process_cpu_seconds_total (\S+)", re.M)
 
 
-def metric(port: int, pattern: re.Pattern[str]) -> float:
+def read_metric(port: int, pattern: re.Pattern[str]) -> float:
     """One of the worker's metrics; 0 while it is not there."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            found = pattern.search(answer.read().decode())
+            match = pattern.search(answer.read().decode())
     except OSError:
         return 0.0
-    return float(found.group(1)) if found else 0.0
+    return float(match.group(1)) if match else 0.0
 
 
-def applied(port: int) -> int:
+def applied_purchases(port: int) -> int:
     """Purchases in histories, as the worker counts them."""
-    return int(metric(port, _APPLIED))
+    return int(read_metric(port, _APPLIED))
 
 
 def main() -> None:
@@ -70,25 +70,27 @@ def main() -> None:
                     catalogue_s = time.perf_counter() - began
                 total = replay(kafka, shop, catalog=False).record_count
                 with worker(kafka, url, home / "codebook", home / "log", metrics_port=port):
-                    wait_until(lambda: applied(port) > 0, 300, "the first event")
-                    first, start, cpu = applied(port), time.perf_counter(), metric(port, _CPU)
-                    wait_until(lambda: applied(port) >= total, 600, "the last event")
-                    seconds, cpu = time.perf_counter() - start, metric(port, _CPU) - cpu
+                    wait_until(lambda: applied_purchases(port) > 0, 300, "the first event")
+                    first, start, cpu = applied_purchases(port), time.perf_counter(), read_metric(port, _CPU)
+                    wait_until(lambda: applied_purchases(port) >= total, 600, "the last event")
+                    seconds, cpu = time.perf_counter() - start, read_metric(port, _CPU) - cpu
                 users = [name.decode() for name in store.scan_iter(match="h:{*}", count=1000)]
-                used = sum(store.memory_usage(name, samples=0) for name in users)
+                redis_bytes = sum(store.memory_usage(name, samples=0) for name in users)
                 sids = {
                     item.decode(): packed for item, packed in store.hgetall(keys.sids(codebook.id)).items()
                 }
-                lives = {source: incarnations(kafka)[source] for source in history.SOURCE_TOPICS}
-                wanted = pure_histories(shop, sids, codebook.id, len(codebook.sizes), lives, PARTITIONS)
-                equal = len(users) == len(wanted) and all(
-                    store.get(keys.history(user)) == value for user, value in wanted.items()
+                topic_incarnations = {source: incarnations(kafka)[source] for source in history.SOURCE_TOPICS}
+                expected = pure_histories(
+                    shop, sids, codebook.id, len(codebook.sizes), topic_incarnations, PARTITIONS
+                )
+                equal = len(users) == len(expected) and all(
+                    store.get(keys.history(user)) == value for user, value in expected.items()
                 )
                 result = {
                     "events": total, "users": len(users), "seconds": round(seconds, 2),
                     "events_per_s": round((total - first) / seconds),
                     "events_per_cpu_s": round((total - first) / cpu),
-                    "redis_bytes_per_user": round(used / len(users)),
+                    "redis_bytes_per_user": round(redis_bytes / len(users)),
                     "other_redis_keys": store.dbsize() - len(users),
                     "catalogue_items": items, "catalogue_s_with_start": round(catalogue_s, 1),
                     "dead_letters": sum(end_offsets(kafka, "dead-letters").values()),

@@ -36,47 +36,47 @@ def main() -> None:
     parser.add_argument("--name", choices=("commission", "price"), default="commission")
     parser.add_argument("--users", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    settings, random = load(), np.random.default_rng(given.seed)
-    listed = read_newest_events(settings.kafka, CatalogItem)
-    spelled = {one.item_id for one in read_newest_events(settings.kafka, SidAssignment).values()}
+    options = parser.parse_args()
+    settings, random = load(), np.random.default_rng(options.seed)
+    catalogue = read_newest_events(settings.kafka, CatalogItem)
+    items_with_sid = {item.item_id for item in read_newest_events(settings.kafka, SidAssignment).values()}
     pasts = user_item_sequences(source_of("online-retail"))
-    users = [sorted(pasts)[at] for at in random.permutation(len(pasts))[: given.users]]
+    users = [sorted(pasts)[at] for at in random.permutation(len(pasts))[: options.users]]
     values: list[list[float]] = []
     seconds: list[list[float]] = []
-    wrong = shown = unheard = 0
+    invalid_items = shown = ignored_preferences = 0
     with Client(settings.kafka) as client:
         for user in users:
             page = pasts[user][int(random.integers(len(pasts[user])))]
-            made: dict[bool, tuple[float, float]] = {}
+            by_preference: dict[bool, tuple[float, float]] = {}
             for prefers in random.permutation([True, False]).tolist():
                 began = time.perf_counter()
-                answer = client.ask(_request(user, page, given.name if prefers else None), timeout=30)
-                took = time.perf_counter() - began
-                unheard += prefers and not answer.conditions
+                answer = client.ask(_request(user, page, options.name if prefers else None), timeout=30)
+                elapsed = time.perf_counter() - began
+                ignored_preferences += prefers and not answer.conditions
                 shown += len(answer.items)
-                wrong += _wrong(answer, listed, spelled)
-                made[prefers] = (_mean(answer, listed, given.name), took)
-            values.append([made[True][0], made[False][0]])
-            seconds.append([made[True][1], made[False][1]])
-    if unheard:
+                invalid_items += _invalid_items(answer, catalogue, items_with_sid)
+                by_preference[prefers] = (_mean(answer, catalogue, options.name), elapsed)
+            values.append([by_preference[True][0], by_preference[False][0]])
+            seconds.append([by_preference[True][1], by_preference[False][1]])
+    if ignored_preferences:
         raise SidstreamError(
-            f"{unheard} of {len(users)} answers had no conditions: the bundle in service has no rewards; "
-            "train one from scratch on a catalogue with prices and commission rates"
+            f"{ignored_preferences} of {len(users)} answers had no conditions: the bundle in service "
+            "has no rewards; train one from scratch on a catalogue with prices and commission rates"
         )
-    both = np.array(values)
-    change = intervals((both[:, 0] - both[:, 1])[:, None], np.arange(len(both)))[0]
-    base = float(both[:, 1].mean())
+    paired_values = np.array(values)
+    change = intervals((paired_values[:, 0] - paired_values[:, 1])[:, None], np.arange(len(paired_values)))[0]
+    baseline_mean = float(paired_values[:, 1].mean())
     times = np.median(np.array(seconds), axis=0)
-    command = f"python -m benchmarks.preferences --name {given.name} --users {given.users}"
+    command = f"python -m benchmarks.preferences --name {options.name} --users {options.users}"
     print(json.dumps(line(
-        f"a preference for {given.name} is followed", "UCI Online Retail, the demo's stack",
-        "the bundle in service", f"mean {given.name} of ten items, relative change",
-        round(change.value / base, 4), given.seed, command, round(change.low / base, 4),
-        round(change.high / base, 4),
+        f"a preference for {options.name} is followed", "UCI Online Retail, the demo's stack",
+        "the bundle in service", f"mean {options.name} of ten items, relative change",
+        round(change.value / baseline_mean, 4), options.seed, command, round(change.low / baseline_mean, 4),
+        round(change.high / baseline_mean, 4),
     ) | {
-        "with": round(float(both[:, 0].mean()), 4), "without": round(base, 4), "items": shown,
-        "not valid": wrong, "median_s_with": round(float(times[0]), 5),
+        "with": round(float(paired_values[:, 0].mean()), 4), "without": round(baseline_mean, 4),
+        "items": shown, "not valid": invalid_items, "median_s_with": round(float(times[0]), 5),
         "median_s_without": round(float(times[1]), 5), "ratio": round(float(times[0] / times[1]), 4),
     }))  # fmt: skip
 
@@ -88,23 +88,27 @@ def _request(user: str, page: str, name: str | None) -> Trigger:
     )  # fmt: skip
 
 
-def _wrong(answer: Recommendation, listed: dict[str, CatalogItem], spelled: set[str]) -> int:
+def _invalid_items(
+    answer: Recommendation, catalogue: dict[str, CatalogItem], items_with_sid: set[str]
+) -> int:
     """Items that are not for sale, or have no SID."""
     return sum(
-        one.item_id not in spelled or one.item_id not in listed or not listed[one.item_id].active
-        for one in answer.items
+        item.item_id not in items_with_sid
+        or item.item_id not in catalogue
+        or not catalogue[item.item_id].active
+        for item in answer.items
     )
 
 
-def _mean(answer: Recommendation, listed: dict[str, CatalogItem], name: str) -> float:
+def _mean(answer: Recommendation, catalogue: dict[str, CatalogItem], name: str) -> float:
     """The mean of what the items bring, in the shop's currency; of those that say."""
-    found = []
+    values = []
     for ranked in answer.items:
-        one = listed[ranked.item_id]
-        value = log_value(name, Offer(one.category, one.price, one.commission_rate))
+        item = catalogue[ranked.item_id]
+        value = log_value(name, Offer(item.category, item.price, item.commission_rate))
         if value is not None:
-            found.append(float(np.expm1(value)))
-    return float(np.mean(found)) if found else 0.0
+            values.append(float(np.expm1(value)))
+    return float(np.mean(values)) if values else 0.0
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.results import asks_for_data
-from trainer.evaluation.datasets import load
-from trainer.evaluation.run import evaluate
-from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained
-from trainer.evaluation.splits import Split, by_time
+from benchmarks.results import add_data_option
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import GeneratorRanker, TrainedGenerator, TrainingRecipe
+from trainer.evaluation.run import evaluate_ranker
+from trainer.evaluation.splits import EvaluationSplit, split_by_time
 
 # What is compared: (name, changes of the settings `trainer.pretrain`).
 VARIANTS: tuple[tuple[str, dict[str, float]], ...] = (
@@ -30,19 +30,22 @@ VARIANTS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def measure(split: Split, name: str, pretrain: dict[str, float], epochs: int, seed: int) -> dict[str, Any]:
+def measure(
+    split: EvaluationSplit, name: str, pretrain: dict[str, float], epochs: int, seed: int
+) -> dict[str, Any]:
     """One variant's figures with one seed."""
-    trained = Trained(Recipe({"epochs": epochs, "max_seconds": None, "pretrain": pretrain}))
-    ours = Ours(name, trained, "mixed")
+    trained = TrainedGenerator(TrainingRecipe({"epochs": epochs, "max_seconds": None, "pretrain": pretrain}))
+    ranker = GeneratorRanker(name, trained, "mixed")
 
-    def told(text: str) -> None:
+    def report_progress(text: str) -> None:
         print(f"{name}, seed {seed}: {text}", file=sys.stderr)
 
-    found = evaluate(split, ours, seed, ["none"], told)[0]
+    run = evaluate_ranker(split, ranker, seed, ["none"], report_progress)[0]
     stages = [stage for stage in (trained.result.pretraining, trained.result) if stage]
     return {
-        "claim": "not shown to be better", "dataset": split.data.name, "model": name, "seed": seed,
-        "HR@10": float(found.rows["HR@10"].mean()), "NDCG@10": float(found.rows["NDCG@10"].mean()),
+        "claim": "not shown to be better", "dataset": split.dataset.name, "model": name, "seed": seed,
+        "HR@10": float(run.target_metrics["HR@10"].mean()),
+        "NDCG@10": float(run.target_metrics["NDCG@10"].mean()),
         "validation NDCG@10": [stage.quality.ndcg10 for stage in stages if stage.quality],
         "passes": [stage.epochs for stage in stages], "steps": [stage.steps for stage in stages],
         "seconds": sum(stage.seconds for stage in stages),
@@ -56,17 +59,19 @@ def variants(names: list[str] | None) -> Iterator[tuple[str, dict[str, float]]]:
 
 def main() -> None:
     """Measure every variant with every seed."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("dataset")
-    asks_for_data(asked)
-    asked.add_argument("--seeds", type=int, default=2)
-    asked.add_argument("--epochs", type=int, default=6)
-    asked.add_argument("--variant", action="append", help="only this one; may be given again")
-    given = asked.parse_args()
-    split = by_time(load(given.dataset, given.data))
-    for seed in range(1, given.seeds + 1):
-        for name, changes in variants(given.variant):
-            print(json.dumps(measure(split, name, changes, given.epochs, seed)), flush=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset")
+    add_data_option(parser)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--variant", action="append", help="only this one; may be given again")
+    options = parser.parse_args()
+    split = split_by_time(load_dataset(options.dataset, options.data))
+    for seed in range(1, options.seeds + 1):
+        for name, changes in variants(options.variant):
+            print(json.dumps(measure(split, name, changes, options.epochs, seed)), flush=True)
 
 
 if __name__ == "__main__":

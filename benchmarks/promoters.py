@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import line, publish_shares, share
+from benchmarks.results import exact_share, line, publish_shares
 from harness.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
 from harness.registry_support import bundle
 from harness.servers import kafka_settings, local_kafka, local_mlflow, local_redis
@@ -54,34 +54,34 @@ class Drill:
         self.promoters, self.random = promoters, random.Random(seed)
         self.counts: Counter[str] = Counter()
 
-    def others(self) -> list[str]:
+    def non_champions(self) -> list[str]:
         """Every version but the champion, in random order."""
         champion = self.promoters.champion()
         return self.random.sample([version for version in VERSIONS if version != champion], len(VERSIONS) - 1)
 
     def trial(self, step: float) -> Rollout:
         """Begin a trial of two random versions."""
-        one, two, _ = self.others()
-        return self.promoters.trial(one, two, step)
+        first, second, _ = self.non_champions()
+        return self.promoters.trial(first, second, step)
 
     def step(self, action: str, rollout: Rollout, verdict: str | None = None) -> dict[str, Any]:
         """A step that could come next in the trial `rollout`, which is at step .1."""
-        one, two, _ = self.others()
+        first, second, _ = self.non_champions()
         verdict = verdict or self.random.choice(("promote", "reject", "inconclusive"))
         steps: dict[str, dict[str, Any]] = {
-            "trial": {"action": "trial", "sft": one, "dpo": two, "step": 1.0},
+            "trial": {"action": "trial", "sft": first, "dpo": second, "step": 1.0},
             "advance": {"action": "advance", "step": 1.0},
             "conclude": {"action": "conclude", "record": decided(rollout, verdict)},
-            "promote": {"action": "promote", "version": one},
+            "promote": {"action": "promote", "version": first},
             "rollback": {"action": "rollback"},
         }
         return steps[action]
 
-    def agreed(self, what: str, check: Callable[[], object]) -> None:
+    def count_agreement(self, what: str, assert_agreement: Callable[[], object]) -> None:
         """Count whether a check holds."""
         self.counts[f"{what} in all"] += 1
         try:
-            check()
+            assert_agreement()
         except AssertionError:
             print(f"{what}: they do not agree\n{traceback.format_exc()}", file=sys.stderr)
             return
@@ -92,45 +92,45 @@ class Drill:
         rollout = self.trial(0.1)
         steps = [self.step(action, rollout) for action in self.random.choices(ACTIONS, k=2)]
         patience = self.random.choice((0.0, _PATIENCE_S))
-        made = self.promoters.race(*steps, patience=patience)
-        self.counts["both steps held"] += sum("done" in row for row in made) == 2
+        results = self.promoters.race(*steps, patience=patience)
+        self.counts["both steps held"] += sum("done" in row for row in results) == 2
         self.counts["refused by the lease"] += any(
-            "another process" in row.get("refused", "") for row in made
+            "another process" in row.get("refused", "") for row in results
         )
 
-        def check() -> None:
+        def assert_agreement() -> None:
             # None was killed, and none lost its lease; a step may be refused by the rules.
-            assert len(made) == 2, made
-            assert not any("was lost" in row.get("refused", "") for row in made), made
+            assert len(results) == 2, results
+            assert not any("was lost" in row.get("refused", "") for row in results), results
             agree(self.promoters)
 
-        self.agreed("races", check)
+        self.count_agreement("races", assert_agreement)
 
     def kill(self, after: float) -> bool:
         """A random step, killed after so many seconds; False where it was done before."""
         rollout = self.trial(0.1)
         step = self.step(self.random.choice(ACTIONS), rollout)
-        old = self.promoters.champion()
-        made = self.promoters.end(self.promoters.begin(step, after=self.random.uniform(0, after)))
-        if made is not None:
+        champion_before = self.promoters.champion()
+        results = self.promoters.end(self.promoters.begin(step, after=self.random.uniform(0, after)))
+        if results is not None:
             return False
         between = self.promoters.champion()
         finishing = self.random.random() < 0.5
         following = {"action": "finish"} if finishing else self.step(self.random.choice(ACTIONS), rollout)
 
-        def check() -> None:
+        def assert_agreement() -> None:
             try:
                 self.promoters.take(following)
             except SidstreamError:
                 # Refused by the rules, as a conclusion of a trial that has ended; what was noted is finished.
                 self.counts["next steps refused"] += 1
-            new = agree(self.promoters)
+            champion_after = agree(self.promoters)
             if finishing:
-                assert between in (old, new)
-                self.counts["cut short before the note"] += new == old
+                assert between in (champion_before, champion_after)
+                self.counts["cut short before the note"] += champion_after == champion_before
             assert between in VERSIONS
 
-        self.agreed("random kills", check)
+        self.count_agreement("random kills", assert_agreement)
         return True
 
     def every_write(self, action: str) -> int:
@@ -140,11 +140,11 @@ class Drill:
             step = self.step(action, self.trial(0.1), "promote")
             writes = None
 
-            def check(step: dict[str, Any] = step, n: int = n) -> None:
+            def assert_agreement(step: dict[str, Any] = step, n: int = n) -> None:
                 nonlocal writes
                 writes = killed_before(self.promoters, step, n)
 
-            self.agreed(f"kills {action}", check)
+            self.count_agreement(f"kills {action}", assert_agreement)
             if writes is not None:
                 return writes
             n += 1
@@ -154,15 +154,15 @@ class Drill:
         for n in range(writes):
             step = self.step(action, self.trial(0.1), "promote")
             # A version that the stopped step does not name: who has won can be told.
-            other = self.others()[2]
+            other = self.non_champions()[2]
 
-            def check(step: dict[str, Any] = step, n: int = n, other: str = other) -> None:
-                made = stopped_before(self.promoters, step, n, {"action": "promote", "version": other})
-                assert made is not None
-                assert "lease" in made["refused"], made
+            def assert_agreement(step: dict[str, Any] = step, n: int = n, other: str = other) -> None:
+                results = stopped_before(self.promoters, step, n, {"action": "promote", "version": other})
+                assert results is not None
+                assert "lease" in results["refused"], results
                 self.counts["later step kept"] += self.promoters.champion() == other
 
-            self.agreed("stops", check)
+            self.count_agreement("stops", assert_agreement)
 
 
 @contextmanager
@@ -177,12 +177,12 @@ def recommender() -> Iterator[Promoters]:
         registry = Registry(RegistrySettings(tracking_uri=mlflow, name="drill", cache=folder / "cache"))
         for version in VERSIONS:
             assert registry.register(bundle(folder, int(version))) == version
-        made = Promoters(kafka, redis_url, registry, folder)
-        running.callback(made.close)
-        made.take({"action": "start", "version": "1"})
+        promoters = Promoters(kafka, redis_url, registry, folder)
+        running.callback(promoters.close)
+        promoters.take({"action": "start", "version": "1"})
         # So that there is a predecessor to go back to.
-        made.take({"action": "promote", "version": "2"})
-        yield made
+        promoters.take({"action": "promote", "version": "2"})
+        yield promoters
 
 
 def figures(drill: Drill, races: int, kills: int, actions: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -191,24 +191,24 @@ def figures(drill: Drill, races: int, kills: int, actions: tuple[str, ...]) -> I
     for n in range(races):
         drill.race()
         _progress(f"{n + 1} of {races} races")
-    yield figure("two promoters at once: they agree afterwards", "always", counts["races"], races)
-    yield figure(
+    yield share_line("two promoters at once: they agree afterwards", "always", counts["races"], races)
+    yield share_line(
         "two promoters at once: both steps held, one after the other",
         "none",
         counts["both steps held"],
         races,
     )
-    yield figure(
+    yield share_line(
         "two promoters at once: one refused by the lease", "none", counts["refused by the lease"], races
     )
-    usual = []
+    step_seconds = []
     for action in ACTIONS:
-        made = drill.promoters.race(drill.step(action, drill.trial(0.1)), patience=0.0)
-        usual.append(made[0].get("seconds", 0.0))
+        results = drill.promoters.race(drill.step(action, drill.trial(0.1)), patience=0.0)
+        step_seconds.append(results[0].get("seconds", 0.0))
     while counts["random kills in all"] < kills:
-        drill.kill(max(usual))
+        drill.kill(max(step_seconds))
         _progress(f"{counts['random kills in all']} of {kills} kills")
-    yield figure(
+    yield share_line(
         "kill -9 at a random moment: they agree after the next promoter",
         "always",
         counts["random kills"],
@@ -217,23 +217,23 @@ def figures(drill: Drill, races: int, kills: int, actions: tuple[str, ...]) -> I
     for action in actions:
         writes = drill.every_write(action)
         _progress(f"{action} killed before each of {writes} writes")
-        found, of = counts[f"kills {action}"], counts[f"kills {action} in all"]
-        yield figure(
+        agreements, attempts = counts[f"kills {action}"], counts[f"kills {action} in all"]
+        yield share_line(
             f"kill -9 before each write of `{action}`: they agree after the next promoter",
             "always",
-            found,
-            of,
+            agreements,
+            attempts,
         )
         drill.every_stop(action, writes)
         _progress(f"{action} stopped before each of {writes} writes")
     stops = counts["stops in all"]
-    yield figure(
+    yield share_line(
         "stopped past the lease before a write: they agree after the next promoter",
         "always",
         counts["stops"],
         stops,
     )
-    yield figure(
+    yield share_line(
         "stopped past the lease before a write: the later step is kept",
         "always",
         counts["later step kept"],
@@ -241,12 +241,12 @@ def figures(drill: Drill, races: int, kills: int, actions: tuple[str, ...]) -> I
     )
 
 
-def figure(metric: str, claim: str, count: int, of: int) -> dict[str, Any]:
+def share_line(metric: str, claim: str, count: int, attempts: int) -> dict[str, Any]:
     """One line of the results: a share, and its 95 % interval."""
     return line(
         claim, "four versions on MLflow (SQLite), Redis and Kafka", "release steps",
-        f"{metric}; {count} of {of}", seed=SEED, command="python -m benchmarks.promoters",
-        **share(count, of),
+        f"{metric}; {count} of {attempts}", seed=SEED, command="python -m benchmarks.promoters",
+        **exact_share(count, attempts),
     )  # fmt: skip
 
 
@@ -267,14 +267,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a twentieth; writes nothing")
-    args = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     with recommender() as promoters:
         quick = (RACES // 20, KILLS // 10, ("advance",))
-        for row in figures(Drill(promoters, SEED), *(quick if args.quick else (RACES, KILLS, ACTIONS))):
+        for row in figures(Drill(promoters, SEED), *(quick if options.quick else (RACES, KILLS, ACTIONS))):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    if not args.quick:
+    if not options.quick:
         publish_shares("promoters", rows, ["what was done", "what was seen", "times"], cells)
 
 

@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rated_shop import Crowd, Rates, Shop
-from benchmarks.results import RESULTS, line, put_table
+from benchmarks.results import RESULTS, line, markdown_table, put_table, read_lines, write_lines
+from benchmarks.true_rate_shop import SimulatedShoppers, TrueRates, TrueRateShop
 from harness.registry_support import Outbox, bundle
 from harness.servers import local_mlflow, local_redis
 from registry.arms import CHAMPION
@@ -52,7 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "point": {"gate": {"mode": "point"}},
 }
 VERDICTS = ("promote", "reject", "inconclusive")
-_LOOK_DAYS = 2
+_DAYS_PER_LOOK = 2
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Ratchet:
 
 
 @dataclass
-class Ran:
-    """One run: a row a verdict, with the champion's true rates over the first model's."""
+class RatchetRun:
+    """One run: a row for each verdict, with the true rates of the champion over those of the first model."""
 
     run: str
     seed: int
@@ -80,27 +80,30 @@ class Ran:
 
 
 @contextmanager
-def cycle_of(
-    settings: Settings, registry: Registry, url: str, crowd: Crowd, ratchet: Ratchet, seed: int
-) -> Iterator[tuple[ContinuousDelivery, Shop, Outbox]]:
+def unattended_cycle(
+    settings: Settings, registry: Registry, url: str, shoppers: SimulatedShoppers, ratchet: Ratchet, seed: int
+) -> Iterator[tuple[ContinuousDelivery, TrueRateShop, Outbox]]:
     """The unattended cycle on a shop of simulated users, training replaced by bundles with a truth."""
-    shop, outbox, made = Shop(url, crowd, settings, seed), Outbox(), iter(range(256))
+    shop, outbox, bundle_numbers = TrueRateShop(url, shoppers, settings, seed), Outbox(), iter(range(256))
     random = np.random.default_rng([seed, 1])
 
-    def register(kind: BundleKind, rates: Rates) -> str:
+    def register(kind: BundleKind, rates: TrueRates) -> str:
         with tempfile.TemporaryDirectory() as folder:
-            one = bundle(Path(folder), next(made), kind)
-            shop.truth[one.id] = rates
-            return registry.register(one)
+            new_bundle = bundle(Path(folder), next(bundle_numbers), kind)
+            shop.truth[new_bundle.id] = rates
+            return registry.register(new_bundle)
 
     def train() -> CycleResult:
         if registry.alias(CHAMPION) is None:
-            first = register("base", crowd.first)
+            first = register("base", shoppers.first)
             event = release.start(registry, outbox, first)
             return CycleResult(versions={"base": first}, action=event.action)
         parent = shop.truth[registry.fetch(CHAMPION).id]
         ctr, cvr = parent.ctr * ratchet.ctr, parent.cvr * random.uniform(*ratchet.cvr)
-        sft, dpo = register("sft", Rates(ctr, cvr)), register("dpo", Rates(ctr, cvr * ratchet.aligned))
+        sft, dpo = (
+            register("sft", TrueRates(ctr, cvr)),
+            register("dpo", TrueRates(ctr, cvr * ratchet.aligned)),
+        )
         event = release.start_trial(registry, outbox, sft, dpo, settings.rollout, settings.rollout.steps[0])
         return CycleResult(versions={"sft": sft, "dpo": dpo}, action=event.action, trial=event.trial)
 
@@ -120,35 +123,38 @@ def cycle_of(
         shop.close()
 
 
-def run(
+def run_ratchet(
     run: str, seed: int, cycles: int, registry: Registry, url: str, settings: Settings,
-    crowd: Crowd, ratchet: Ratchet,
-) -> Ran:  # fmt: skip
+    shoppers: SimulatedShoppers, ratchet: Ratchet,
+) -> RatchetRun:  # fmt: skip
     """`cycles` verdicts of one run."""
-    ran, began = Ran(run, seed), time.monotonic()
-    with cycle_of(settings, registry, url, crowd, ratchet, seed) as (cycle, shop, outbox):
-        since = (0, 0)
-        while len(ran.rows) < cycles:
+    ratchet_run, began = RatchetRun(run, seed), time.monotonic()
+    with unattended_cycle(settings, registry, url, shoppers, ratchet, seed) as (cycle, shop, outbox):
+        last_verdict_at = (0, 0)
+        while len(ratchet_run.rows) < cycles:
             turn = cycle.turn()
             rollout = outbox.events[-1]
             assert isinstance(rollout, Rollout)
             if turn.did in (*VERDICTS, "rollback", "refuse"):
                 champion = next(arm for arm in rollout.arms if arm.name == CHAMPION)
-                ran.rows.append(
-                    _row(turn, len(ran.rows) + 1, shop.truth[champion.bundle], crowd.first)
-                    | {"days": shop.day_number - since[0], "requests": shop.requests - since[1]}
+                ratchet_run.rows.append(
+                    _row(turn, len(ratchet_run.rows) + 1, shop.truth[champion.bundle], shoppers.first)
+                    | {
+                        "days": shop.day_number - last_verdict_at[0],
+                        "requests": shop.requests - last_verdict_at[1],
+                    }
                 )
-                since = shop.day_number, shop.requests
-                told = {"run": run, "seed": seed, "seconds": round(time.monotonic() - began, 1)}
-                print(json.dumps(told | ran.rows[-1]), flush=True)
+                last_verdict_at = shop.day_number, shop.requests
+                progress = {"run": run, "seed": seed, "seconds": round(time.monotonic() - began, 1)}
+                print(json.dumps(progress | ratchet_run.rows[-1]), flush=True)
             elif not turn.acted:
-                for _ in range(_LOOK_DAYS):
+                for _ in range(_DAYS_PER_LOOK):
                     shop.day(rollout)
-    ran.seconds = time.monotonic() - began
-    return ran
+    ratchet_run.seconds = time.monotonic() - began
+    return ratchet_run
 
 
-def _row(turn: Turn, cycle: int, champion: Rates, first: Rates) -> dict[str, Any]:
+def _row(turn: Turn, cycle: int, champion: TrueRates, first: TrueRates) -> dict[str, Any]:
     record = turn.record or {}
     last = (record.get("comparisons") or [{}])[-1].get("verdict")
     anchor = (record.get("anchor") or {}).get("verdict")
@@ -170,64 +176,63 @@ def settings_of(mlflow: str, name: str, cache: Path, changed: dict[str, Any]) ->
     } | changed)  # fmt: skip
 
 
-def _job(job: tuple[str, int, int, str, dict[str, Any], Crowd]) -> Ran:
-    name, seed, cycles, mlflow, changed, crowd = job
+def _job(job: tuple[str, int, int, str, dict[str, Any], SimulatedShoppers]) -> RatchetRun:
+    name, seed, cycles, mlflow, changed, shoppers = job
     with tempfile.TemporaryDirectory() as folder, local_redis(Path(folder) / "redis") as url:
         settings = settings_of(mlflow, f"{name}-{seed}", Path(folder) / "cache", RUNS[name] | changed)
-        return run(name, seed, cycles, Registry(settings.registry), url, settings, crowd, Ratchet())
+        return run_ratchet(
+            name, seed, cycles, Registry(settings.registry), url, settings, shoppers, Ratchet()
+        )
 
 
-def figures(ran: Ran, dataset: str) -> Iterator[dict[str, Any]]:
+def figures(ratchet_run: RatchetRun, dataset: str) -> Iterator[dict[str, Any]]:
     """The lines of one run."""
     claim = {
         "anchor": "stopped by the anchor",
         "none": "none: no hold-out",
         "point": "none: the published rule",
     }
-    found: dict[str, Any] = {
-        "promotions": sum(row["did"] == "promote" for row in ran.rows),
-        "first cycle refused by the anchor": ran.stopped["cycle"] if ran.stopped else None,
-        "true CTR of the champion over the first model's, at the end": ran.rows[-1]["ctr"],
-        "the same after each cycle": [row["ctr"] for row in ran.rows],
+    figures_of_run: dict[str, Any] = {
+        "promotions": sum(row["did"] == "promote" for row in ratchet_run.rows),
+        "first cycle refused by the anchor": ratchet_run.stopped["cycle"] if ratchet_run.stopped else None,
+        "true CTR of the champion over the first model's, at the end": ratchet_run.rows[-1]["ctr"],
+        "the same after each cycle": [row["ctr"] for row in ratchet_run.rows],
     }
-    for metric, value in found.items():
+    for metric, value in figures_of_run.items():
         yield line(
-            claim[ran.run],
+            claim[ratchet_run.run],
             dataset,
-            f"run {ran.run}",
-            f"{metric}; {len(ran.rows)} cycles",
+            f"run {ratchet_run.run}",
+            f"{metric}; {len(ratchet_run.rows)} cycles",
             value,
-            ran.seed,
+            ratchet_run.seed,
             COMMAND,
         )
 
 
-def table(made: Sequence[Ran]) -> list[str]:
+def table(runs: Sequence[RatchetRun]) -> list[str]:
     """For people: a row a run, and what the anchor said when it first refused."""
-    rows = [
-        "| run | seed | promotions | true CTR over the first model's, after each cycle | first refused by "
-        "the anchor | minutes |",
-        "|---|---|---|---|---|---|",
-    ]
-    for ran in made:
-        stopped = f"cycle {ran.stopped['cycle']}" if ran.stopped else "never"
-        promoted = sum(row["did"] == "promote" for row in ran.rows)
-        path = " ".join(f"{row['ctr']:.3f}" for row in ran.rows)
-        rows.append(f"| {ran.run} | {ran.seed} | {promoted} | {path} | {stopped} | {ran.seconds / 60:.1f} |")
-    said = [
-        f"- {ran.run}, seed {ran.seed}, cycle {ran.stopped['cycle']}: {ran.stopped['sentence']}."
-        for ran in made
-        if ran.stopped
-    ]
-    return [*rows, "", *said]
+    rows, refusals = [], []
+    for ratchet_run in runs:
+        name, seed, stopped = ratchet_run.run, str(ratchet_run.seed), ratchet_run.stopped
+        promoted = sum(row["did"] == "promote" for row in ratchet_run.rows)
+        rates = " ".join(f"{row['ctr']:.3f}" for row in ratchet_run.rows)
+        first_refusal = f"cycle {stopped['cycle']}" if stopped else "never"
+        rows.append([name, seed, str(promoted), rates, first_refusal, f"{ratchet_run.seconds / 60:.1f}"])
+        if stopped:
+            refusals.append(f"- {name}, seed {seed}, cycle {stopped['cycle']}: {stopped['sentence']}.")
+    headings = [
+        "run", "seed", "promotions", "true CTR over the first model's, after each cycle",
+        "first refused by the anchor", "minutes",
+    ]  # fmt: skip
+    return [*markdown_table(headings, rows), "", *refusals]
 
 
 def publish(out: Path, lines: Sequence[dict[str, Any]], mark: str, rows: Sequence[str]) -> None:
     """Put the lines into `out`, in place of those of the same command; and the table where
     docs/results/cycles.md has its mark."""
-    kept = [json.loads(one) for one in out.read_text().splitlines()] if out.exists() else []
-    kept = [one for one in kept if one["command"] != lines[0]["command"]]
-    out.write_text("".join(json.dumps(one) + "\n" for one in [*kept, *lines]))
+    other_lines = [row for row in read_lines(out) if row["command"] != lines[0]["command"]]
+    write_lines(out, [*other_lines, *lines])
     put_table(RESULTS / "cycles.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n", rows)
 
 
@@ -239,26 +244,27 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--cycles", type=int, default=10, help="verdicts of a run")
-    parser.add_argument("--users", type=int, default=Crowd.users, help="shoppers")
+    parser.add_argument("--users", type=int, default=SimulatedShoppers.users, help="shoppers")
     parser.add_argument("--anchor", type=float, help="share of users held out; default: settings")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="file of JSON lines to put the figures into")
-    args = parser.parse_args()
-    crowd = Crowd(users=args.users)
+    options = parser.parse_args()
+    shoppers = SimulatedShoppers(users=options.users)
     with tempfile.TemporaryDirectory() as folder, local_mlflow(Path(folder)) as mlflow:
+        anchor = {} if options.anchor is None else {"rollout": {"anchor": options.anchor}}
         jobs = [
-            (name, seed, args.cycles, mlflow,
-             {} if args.anchor is None or name == "none" else {"rollout": {"anchor": args.anchor}}, crowd)
-            for seed in range(1, args.seeds + 1) for name in args.runs
-        ]  # fmt: skip
-        made, dataset = [], f"simulated users: {json.dumps(asdict(crowd))}"
-        with ProcessPoolExecutor(args.processes) as pool:
-            for ran in pool.map(_job, jobs):
-                made.append(ran)
-                if args.out:
-                    lines = [one for other in made for one in figures(other, dataset)]
-                    publish(args.out, lines, "ratchet", table(made))
-    print("\n".join(table(made)))
+            (name, seed, options.cycles, mlflow, {} if name == "none" else anchor, shoppers)
+            for seed in range(1, options.seeds + 1)
+            for name in options.runs
+        ]
+        runs, dataset = [], f"simulated users: {json.dumps(asdict(shoppers))}"
+        with ProcessPoolExecutor(options.processes) as pool:
+            for ratchet_run in pool.map(_job, jobs):
+                runs.append(ratchet_run)
+                if options.out:
+                    lines = [figure for finished in runs for figure in figures(finished, dataset)]
+                    publish(options.out, lines, "ratchet", table(runs))
+    print("\n".join(table(runs)))
 
 
 if __name__ == "__main__":

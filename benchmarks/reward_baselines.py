@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streams.events import Reward
+from trainer.evaluation.generator_ranker import TrainedGenerator
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.sidstream_ranker import Trained
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import pad_items
 from trainer.tuning.losses import softmax_loss
@@ -28,13 +28,13 @@ STEPS, BATCH, LR = 120, 64, 5e-4
 # Strength of the pull to the reference, in MODPO; weight of the next-item loss beside it, where it has one.
 BETA, NEXT_ITEM = 0.1, 1.0
 # How much more an interaction weighs that brings the most, in the models that a soup is made of: e^5.
-SHARP = 5.0
+REWARD_SHARPNESS = 5.0
 # What is left to relevance, of the sum of all weights.
 RELEVANCE = 0.5
 
 
 @dataclass
-class Lesson:
+class RewardTrainingSet:
     """Recent interactions of the training part: histories, what came next, and what else was likely."""
 
     histories: list[Int64]
@@ -42,15 +42,19 @@ class Lesson:
     likely: Int64  # (N, C) the reference's best items
 
 
-def lesson(made: Trained, histories: list[Int64], targets: Int64) -> Lesson:
+def reward_training_set(
+    trained: TrainedGenerator, histories: list[Int64], targets: Int64
+) -> RewardTrainingSet:
     """Interactions with the twenty items that the model finds likely before each."""
-    newest = [row[-made.settings.max_items :] for row in histories]
-    return Lesson(newest, targets, made.ranker.best_items(newest, made.ranker.states(newest), 20).numpy())
+    newest = [row[-trained.settings.max_items :] for row in histories]
+    return RewardTrainingSet(
+        newest, targets, trained.ranker.best_items(newest, trained.ranker.states(newest), 20).numpy()
+    )
 
 
-def modpo(
-    made: Trained, seen: Lesson, rewards: Mapping[str, Float64], weights: Mapping[Reward, float], seed: int,
-    next_item: float = 0.0,
+def train_modpo(
+    trained: TrainedGenerator, training_set: RewardTrainingSet, rewards: Mapping[str, Float64],
+    weights: Mapping[Reward, float], seed: int, next_item: float = 0.0,
 ) -> GeneratorForCausalLM:  # fmt: skip
     """One model for one preference: -log sigmoid(1/w_0 (beta margin - w . (r_chosen - r_rejected))).
 
@@ -60,60 +64,77 @@ def modpo(
     """
     total = sum(weights.values()) or 1.0
     gain = sum((1 - RELEVANCE) * weight / total * rewards[name] for name, weight in weights.items())
-    worth = torch.tensor(np.broadcast_to(gain, (len(made.known.codes),)).copy(), dtype=torch.float32)
-    reference = made.model
+    item_gain = torch.tensor(
+        np.broadcast_to(gain, (len(trained.catalogue.codes),)).copy(), dtype=torch.float32
+    )
+    reference = trained.model
 
     def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
-        likely = seen.likely[rows, random.integers(seen.likely.shape[1], size=len(rows))]
-        chosen, rejected = torch.from_numpy(seen.targets[rows]), torch.from_numpy(likely)
-        now, query, every, (past, more) = _logits(made, policy, seen, rows)
+        likely = training_set.likely[rows, random.integers(training_set.likely.shape[1], size=len(rows))]
+        chosen, rejected = torch.from_numpy(training_set.targets[rows]), torch.from_numpy(likely)
+        policy_logits, query, item_vectors, (past, repeat_biases) = _logits(
+            trained, policy, training_set, rows
+        )
         with torch.no_grad():
-            before = _logits(made, reference, seen, rows)[0]
-        risen = now - before
-        margin = risen.gather(1, chosen[:, None])[:, 0] - risen.gather(1, rejected[:, None])[:, 0]
-        push = BETA * margin - (worth[chosen] - worth[rejected])
-        pulled = -F.logsigmoid(push / RELEVANCE)[chosen != rejected].mean()
+            reference_logits = _logits(trained, reference, training_set, rows)[0]
+        change = policy_logits - reference_logits
+        margin = change.gather(1, chosen[:, None])[:, 0] - change.gather(1, rejected[:, None])[:, 0]
+        margin_over_reward = BETA * margin - (item_gain[chosen] - item_gain[rejected])
+        modpo_loss = -F.logsigmoid(margin_over_reward / RELEVANCE)[chosen != rejected].mean()
         if not next_item:
-            return pulled
-        target = made.model.model.items.rows(torch.from_numpy(made.known.codes[seen.targets[rows]]))
-        return pulled + next_item * softmax_loss(query, every, target, 0.0, past, more)
+            return modpo_loss
+        target = trained.model.model.items.rows(
+            torch.from_numpy(trained.catalogue.codes[training_set.targets[rows]])
+        )
+        return modpo_loss + next_item * softmax_loss(query, item_vectors, target, 0.0, past, repeat_biases)
 
-    return _trained(made.model, loss, len(seen.targets), seed)
+    return _train_policy(trained.model, loss, len(training_set.targets), seed)
 
 
-def soup_parts(made: Trained, seen: Lesson, rewards: Mapping[str, Float64], seed: int
-               ) -> dict[str, GeneratorForCausalLM]:  # fmt: skip
-    """The model that goes on as it is ("") and one a reward, whose interactions weigh e^(SHARP r)."""
+def train_soup_parts(
+    trained: TrainedGenerator, training_set: RewardTrainingSet, rewards: Mapping[str, Float64], seed: int
+) -> dict[str, GeneratorForCausalLM]:
+    """The model that goes on as it is ("") and one a reward, whose rows weigh e^(REWARD_SHARPNESS r)."""
 
     def part(values: Float64 | None) -> GeneratorForCausalLM:
         def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
-            _, query, every, places = _logits(made, policy, seen, rows, whole=False)
-            target = made.model.model.items.rows(torch.from_numpy(made.known.codes[seen.targets[rows]]))
-            heavy = None
+            _, query, item_vectors, repeat_places = _logits(
+                trained, policy, training_set, rows, with_logits=False
+            )
+            target = trained.model.model.items.rows(
+                torch.from_numpy(trained.catalogue.codes[training_set.targets[rows]])
+            )
+            row_weights = None
             if values is not None:
-                heavy = torch.tensor(np.exp(SHARP * values[seen.targets[rows]]), dtype=torch.float32)
-            return softmax_loss(query, every, target, 0.0, places[0], places[1], heavy)
+                row_weights = torch.tensor(
+                    np.exp(REWARD_SHARPNESS * values[training_set.targets[rows]]), dtype=torch.float32
+                )
+            return softmax_loss(
+                query, item_vectors, target, 0.0, repeat_places[0], repeat_places[1], row_weights
+            )
 
-        return _trained(made.model, loss, len(seen.targets), seed)
+        return _train_policy(trained.model, loss, len(training_set.targets), seed)
 
     return {"": part(None)} | {name: part(values) for name, values in rewards.items()}
 
 
-def soup(parts: Mapping[str, GeneratorForCausalLM], weights: Mapping[Reward, float]) -> GeneratorForCausalLM:
+def average_soup(
+    parts: Mapping[str, GeneratorForCausalLM], weights: Mapping[Reward, float]
+) -> GeneratorForCausalLM:
     """The average of the parts' weights: RELEVANCE of the plain one, the rest by preference."""
     total = sum(weights.values())
     shares: dict[str, float] = (
         {name: (1 - RELEVANCE) * weight / total for name, weight in weights.items()} if total else {}
     )
     shares[""] = 1.0 - sum(shares.values())
-    made = copy.deepcopy(parts[""])
+    trained = copy.deepcopy(parts[""])
     with torch.no_grad():
-        for name, value in made.named_parameters():
+        for name, value in trained.named_parameters():
             value.copy_(sum(share * dict(parts[of].named_parameters())[name] for of, share in shares.items()))
-    return made
+    return trained
 
 
-def _trained(
+def _train_policy(
     start: GeneratorForCausalLM,
     loss: Callable[[GeneratorForCausalLM, Int64, np.random.Generator], Tensor],
     count: int,
@@ -129,15 +150,26 @@ def _trained(
 
 
 def _logits(
-    made: Trained, model: GeneratorForCausalLM, seen: Lesson, rows: Int64, whole: bool = True
+    trained: TrainedGenerator,
+    model: GeneratorForCausalLM,
+    training_set: RewardTrainingSet,
+    rows: Int64,
+    with_logits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], Tensor]]:
     """The dense head's logits (B, I) in the order of the catalogue; what they are made of, by table row."""
-    codes, lengths = pad_items([seen.histories[row] for row in rows.tolist()], made.known.codes)
+    codes, lengths = pad_items(
+        [training_set.histories[row] for row in rows.tolist()], trained.catalogue.codes
+    )
     query = model.model.queries(model.encode(codes, lengths))
-    every = model.model.items.vectors(model.model.embed_tokens.weight)
-    batch, past, more = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
-    places = ((batch, past), more)
-    if not whole:
-        return query, query, every, places
-    logits = (query @ every.T).index_put((batch, past), more, accumulate=True)
-    return logits[:, model.model.items.rows(torch.from_numpy(made.known.codes))], query, every, places
+    item_vectors = model.model.items.vectors(model.model.embed_tokens.weight)
+    batch, past, repeat_biases = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
+    repeat_places = ((batch, past), repeat_biases)
+    if not with_logits:
+        return query, query, item_vectors, repeat_places
+    logits = (query @ item_vectors.T).index_put((batch, past), repeat_biases, accumulate=True)
+    return (
+        logits[:, model.model.items.rows(torch.from_numpy(trained.catalogue.codes))],
+        query,
+        item_vectors,
+        repeat_places,
+    )

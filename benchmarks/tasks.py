@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import RESULTS, asks_for_data, line, put_table
-from trainer.evaluation.datasets import load
-from trainer.evaluation.metrics import hit_ranks
+from benchmarks.results import (
+    RESULTS,
+    add_data_option,
+    markdown_table,
+    mean_line,
+    put_table,
+    read_lines,
+    report_progress,
+    write_lines,
+)
+from trainer.evaluation.datasets import load_dataset
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe
+from trainer.evaluation.metrics import target_ranks
 from trainer.evaluation.sequences import Float64
-from trainer.evaluation.sidstream_ranker import Recipe, Trained
-from trainer.evaluation.splits import Queries, Split, by_time
-from trainer.evaluation.tasks import say, spell
+from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
+from trainer.evaluation.tasks import predict_words, search_items
 from trainer.sequences.tasks import search_prompt, summary_prompt
 
 BEGIN, END = "<!-- tasks -->\n", "<!-- end of tasks -->\n"
@@ -51,31 +58,31 @@ COLUMNS = ("next item HR@10", "bought HR@10", "search HR@10", "summary words")
 
 def weights(row: str) -> dict[str, float]:
     """The settings `trainer.weights` of a row."""
-    made: dict[str, float] = {}
-    for task, (there, absent) in TASKS.items():
-        made |= there if task in ROWS[row][1] else absent
-    return made
+    trained: dict[str, float] = {}
+    for task, (weights_with, weights_without) in TASKS.items():
+        trained |= weights_with if task in ROWS[row][1] else weights_without
+    return trained
 
 
-def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
-    """Column -> what each query, or each history, gets (N,). What a data set does not tell is left out.
+def figures(trained: TrainedGenerator, queries: Queries) -> dict[str, Float64]:
+    """Column -> the value of each query or history (N,). Columns that a data set cannot have are left out.
 
     A search has the history and 1 to 3 words of the target's title, the same ones for every row of the table.
-    A summary is right by the share of the words most typical of the history that are said, where as many are
-    said as there are.
+    A summary has as many predicted words as the history has typical ones; its value is the share of the
+    typical words among the predicted ones.
     """
-    lists = made.rank(queries.histories, K, "none", "mixed", queries.users)
-    found = {"next item HR@10": (hit_ranks(lists, queries.targets) >= 0).astype(float)}
+    lists = trained.rank(queries.histories, K, "none", "mixed", queries.users)
+    figures_by_column = {"next item HR@10": (target_ranks(lists, queries.targets) >= 0).astype(float)}
     if queries.bought is not None:
-        found["bought HR@10"] = found["next item HR@10"][queries.bought]
+        figures_by_column["bought HR@10"] = figures_by_column["next item HR@10"][queries.bought]
     titles, words, codes, limits = (
-        made.rows.title_words,
-        made.rows.words,
-        made.known.codes,
-        made.settings.tasks,
+        trained.rows.title_words,
+        trained.rows.words,
+        trained.catalogue.codes,
+        trained.settings.tasks,
     )
     rng = np.random.default_rng(0)
-    searches, targets, heard, wanted = [], [], [], []
+    searches, targets, summary_prompts, typical_words = [], [], [], []
     for past, target in zip(queries.histories, queries.targets.tolist(), strict=True):
         history = codes[past[-limits.history :]]
         if words.typical([titles[target]], 1):
@@ -83,119 +90,127 @@ def figures(made: Trained, queries: Queries) -> dict[str, Float64]:
             targets.append(target)
         typical = words.typical([titles[item] for item in past[-limits.history :]], limits.summary_words)
         if typical:
-            heard.append(summary_prompt(history))
-            wanted.append(typical)
-    spelled = spell(made.model, searches, made.set, made.known, K)
-    found["search HR@10"] = (hit_ranks(spelled, np.array(targets, np.int64)) >= 0).astype(float)
-    said = say(made.model, heard, [len(row) for row in wanted], made.rows.prompt.first_word)
-    found["summary words"] = np.array(
-        [len({*one} & {*other}) / len(other) for one, other in zip(said, wanted, strict=True)]
+            summary_prompts.append(summary_prompt(history))
+            typical_words.append(typical)
+    spelled = search_items(trained.model, searches, trained.sid_set, trained.catalogue, K)
+    search_ranks = target_ranks(spelled, np.array(targets, np.int64))
+    figures_by_column["search HR@10"] = (search_ranks >= 0).astype(float)
+    predicted_words = predict_words(
+        trained.model, summary_prompts, [len(row) for row in typical_words], trained.rows.prompt.first_word
     )
-    return found
+    figures_by_column["summary words"] = np.array(
+        [
+            len({*predicted} & {*typical}) / len(typical)
+            for predicted, typical in zip(predicted_words, typical_words, strict=True)
+        ]
+    )
+    return figures_by_column
 
 
-class Bench:
+class TasksBenchmark:
     """Rows of one data set and seed, each kept as a file of lines when it is done."""
 
-    def __init__(self, given: argparse.Namespace, split: Split) -> None:
-        self.given, self.split = given, split
-        at = np.sort(np.random.default_rng(0).permutation(len(split.test))[: given.queries])
+    def __init__(self, options: argparse.Namespace, split: EvaluationSplit) -> None:
+        self.options, self.split = options, split
+        at = np.sort(np.random.default_rng(0).permutation(len(split.test))[: options.queries])
         # What was bought is rare: none of it is left out.
         if split.test.bought is not None:
             at = np.union1d(at, np.flatnonzero(split.test.bought))
         self.queries = split.test.take(at)
-        limit = f" --max-seconds {given.max_seconds:g}" if given.max_seconds else ""
-        self.command = f"python -m benchmarks.tasks {given.dataset} --epochs {given.epochs}{limit}"
+        limit = f" --max-seconds {options.max_seconds:g}" if options.max_seconds else ""
+        self.command = f"python -m benchmarks.tasks {options.dataset} --epochs {options.epochs}{limit}"
 
     def rows(self) -> list[str]:
         """The rows that this data set can have: without clicks, all is bought."""
-        return [row for row in ROWS if row != "no-purchase" or self.split.data.bought is not None]
+        return [row for row in ROWS if row != "no-purchase" or self.split.dataset.bought is not None]
 
     def _path(self, row: str) -> Path:
-        about = f"{self.command} --queries {self.given.queries} --seed {self.given.seed}"
-        return self.given.work / f"tasks-{row}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.jsonl"
+        about = f"{self.command} --queries {self.options.queries} --seed {self.options.seed}"
+        return self.options.work / f"tasks-{row}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.jsonl"
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines of the rows that are done, in the order of the table."""
-        done = [self._path(row) for row in ROWS]
-        return [json.loads(text) for path in done if path.exists() for text in path.read_text().splitlines()]
+        return [row_line for row in ROWS for row_line in read_lines(self._path(row))]
 
     def measure(self, row: str) -> None:
-        """Train and count one row, unless it is there."""
+        """Train and measure one row, unless its file exists."""
         if self._path(row).exists():
             return
-        began = time.monotonic()
-        settings = {"epochs": self.given.epochs, "max_seconds": self.given.max_seconds}
-        made = Trained(Recipe(settings | {"weights": weights(row)}))
-        made.fit(self.split, self.given.seed, lambda text: _tell(f"{row}: {text}"))
-        lines = [self._line(row, name, values) for name, values in figures(made, self.queries).items()]
-        self._path(row).write_text("".join(json.dumps(one) + "\n" for one in lines))
-        _tell(f"{row}: {made.result.epochs:.1f} epochs, done in {time.monotonic() - began:.0f} s")
+        started = time.monotonic()
+        settings = {"epochs": self.options.epochs, "max_seconds": self.options.max_seconds}
+        trained = TrainedGenerator(TrainingRecipe(settings | {"weights": weights(row)}))
+        trained.fit(self.split, self.options.seed, lambda text: report_progress(f"{row}: {text}"))
+        lines = [self._line(row, name, values) for name, values in figures(trained, self.queries).items()]
+        write_lines(self._path(row), lines)
+        report_progress(
+            f"{row}: {trained.result.epochs:.1f} epochs, done in {time.monotonic() - started:.0f} s"
+        )
 
     def _line(self, row: str, column: str, values: Float64) -> dict[str, Any]:
-        mean, error = float(values.mean()), float(values.std()) / math.sqrt(len(values))
-        return line(
-            f"tasks: {ROWS[row][0]}", self.given.dataset, f"sidstream-{row}", column, round(mean, 4),
-            self.given.seed, self.command, round(mean - 1.96 * error, 4), round(mean + 1.96 * error, 4),
-            "none",
+        return mean_line(
+            f"tasks: {ROWS[row][0]}", self.options.dataset, f"sidstream-{row}", column, values,
+            self.options.seed, self.command, "none",
         )  # fmt: skip
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     """A row each training; a column each figure that some row has, with half its 95 % interval."""
-    columns = [name for name in COLUMNS if any(one["metric"] == name for one in lines)]
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for one in lines:
-        row = one["dataset"], one["claim"].partition(": ")[2]
-        found.setdefault(row, {})[one["metric"]] = one
-    made = ["| " + " | ".join(["data set", "trained on", *columns]) + " |", "|" + "---|" * (len(columns) + 2)]
-    for (dataset, words), of in found.items():
-        cells = [
-            f"{of[name]['value']:.4f} ± {of[name]['high'] - of[name]['value']:.4f}" if name in of else ""
-            for name in columns
-        ]
-        made.append("| " + " | ".join([dataset, words, *cells]) + " |")
-    return made
+    columns = [name for name in COLUMNS if any(row_line["metric"] == name for row_line in lines)]
+    lines_of_row: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row_line in lines:
+        row = row_line["dataset"], row_line["claim"].partition(": ")[2]
+        lines_of_row.setdefault(row, {})[row_line["metric"]] = row_line
+    rows = [
+        [dataset, words, *(_cell(by_column.get(name)) for name in columns)]
+        for (dataset, words), by_column in lines_of_row.items()
+    ]
+    return markdown_table(["data set", "trained on", *columns], rows)
+
+
+def _cell(row_line: dict[str, Any] | None) -> str:
+    if row_line is None:
+        return ""
+    return f"{row_line['value']:.4f} ± {row_line['high'] - row_line['value']:.4f}"
 
 
 def publish(lines: Sequence[dict[str, Any]], results: Path) -> None:
     """Put the lines and the page's table in place of those of the same data sets."""
-    kept = results / "tasks.jsonl"
-    before = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
-    fresh = {one["dataset"] for one in lines}
-    whole = [one for one in before if one["dataset"] not in fresh] + list(lines)
-    put_table(results / "tasks.md", BEGIN, END, table(whole))
-    kept.write_text("".join(json.dumps(one) + "\n" for one in whole))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    file = results / "tasks.jsonl"
+    measured = {row_line["dataset"] for row_line in lines}
+    all_lines = [row_line for row_line in read_lines(file) if row_line["dataset"] not in measured]
+    all_lines += lines
+    put_table(results / "tasks.md", BEGIN, END, table(all_lines))
+    write_lines(file, all_lines)
 
 
 def main() -> None:
     """Measure the rows that are not there yet; print all lines."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("dataset", choices=("rees46", "online-retail"))
-    asked.add_argument("--rows", help=f"with commas between: {', '.join(ROWS)}; default: all")
-    asks_for_data(asked)
-    asked.add_argument("--epochs", type=int, default=4)
-    asked.add_argument("--max-seconds", type=float, help="of each training; default: all epochs")
-    asked.add_argument("--queries", type=int, default=1500, help="of the test, drawn once")
-    asked.add_argument("--seed", type=int, default=1)
-    asked.add_argument("--work", type=Path, default=Path("tasks"), help="folder of what is done")
-    asked.add_argument("--publish", action="store_true", help="put the table into docs/results")
-    given = asked.parse_args()
-    bench = Bench(given, by_time(load(given.dataset, given.data)))
-    rows = given.rows.split(",") if given.rows else bench.rows()
-    wrong = [row for row in rows if row not in bench.rows()]
-    if wrong:
-        asked.error(f"{given.dataset} has no row {wrong[0]!r}: give some of {', '.join(bench.rows())}")
-    given.work.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", choices=("rees46", "online-retail"))
+    parser.add_argument("--rows", help=f"with commas between: {', '.join(ROWS)}; default: all")
+    add_data_option(parser)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--max-seconds", type=float, help="of each training; default: all epochs")
+    parser.add_argument("--queries", type=int, default=1500, help="of the test, drawn once")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("tasks"), help="folder of what is done")
+    parser.add_argument("--publish", action="store_true", help="put the table into docs/results")
+    options = parser.parse_args()
+    bench = TasksBenchmark(options, split_by_time(load_dataset(options.dataset, options.data)))
+    rows = options.rows.split(",") if options.rows else bench.rows()
+    unknown_rows = [row for row in rows if row not in bench.rows()]
+    if unknown_rows:
+        parser.error(
+            f"{options.dataset} has no row {unknown_rows[0]!r}: give some of {', '.join(bench.rows())}"
+        )
+    options.work.mkdir(parents=True, exist_ok=True)
     for row in rows:
         bench.measure(row)
-    for one in bench.lines():
-        print(json.dumps(one), flush=True)
-    if given.publish:
+    for row_line in bench.lines():
+        print(json.dumps(row_line), flush=True)
+    if options.publish:
         publish(bench.lines(), RESULTS)
 
 

@@ -30,17 +30,17 @@ class WordEmbedder:
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """float32 (N, 16)."""
-        rows = np.stack([sum((_word(word) for word in text.split()), np.zeros(DIM)) for text in texts])
+        rows = np.stack([sum((_word_vector(word) for word in text.split()), np.zeros(DIM)) for text in texts])
         return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
 
-def _word(word: str) -> np.ndarray:
+def _word_vector(word: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
     return np.random.default_rng(seed).standard_normal(DIM)
 
 
 class FileCodebooks:
-    """The registry, as far as the agents ask: the codebook in one file, once it is there."""
+    """In place of the registry for the agents: the codebook of one file, as soon as the file exists."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -55,7 +55,7 @@ class FileCodebooks:
         raise SidstreamError(f"codebook {codebook} has no encoder")
 
 
-def words_of(codebook: Codebook, _encoder: object) -> WordEmbedder:
+def word_embedder_of(codebook: Codebook, _encoder: object) -> WordEmbedder:
     """The tests' embedder, in the place of registry.bundles.embedder.load_embedder."""
     if codebook.embedder != WordEmbedder.id:
         raise SidstreamError(f"codebook {codebook.id} was fitted with embedder {codebook.embedder}")
@@ -74,29 +74,32 @@ def write_codebook(path: Path, sizes: Sequence[int] = (8, 8, 256), seed: int = 0
 
 @contextlib.contextmanager
 def worker(
-    kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents: Any
+    kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents_settings: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """One worker; stopped by SIGTERM at the end, where it must leave without an error."""
-    process = start(kafka, redis_url, codebook, log, **agents)
+    """A worker process; SIGTERM ends it with the block. AssertionError where its exit code is not 0."""
+    process = start_worker(kafka, redis_url, codebook, log, **agents_settings)
     try:
         yield process
         process.send_signal(signal.SIGTERM)
-        left = process.wait(60)
-        assert left == 0, f"the worker ended with exit code {left}:\n{log.read_text()[-3000:]}"
+        exit_code = process.wait(60)
+        assert exit_code == 0, f"the worker ended with exit code {exit_code}:\n{log.read_text()[-3000:]}"
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
 
 
-def start(
-    kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents: Any
+def start_worker(
+    kafka: KafkaSettings, redis_url: str, codebook: Path, log: Path, **agents_settings: Any
 ) -> subprocess.Popen[bytes]:
-    """One worker, for tests that kill it."""
-    configuration = {"kafka": kafka.model_dump(mode="json"), "redis": redis_url, "codebook": str(codebook)}
+    """A worker process without an end, for tests that kill it."""
+    configuration = {
+        "kafka": kafka.model_dump(mode="json"), "redis": redis_url, "codebook": str(codebook),
+        "agents": agents_settings,
+    }  # fmt: skip
     with log.open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "harness.agents_worker", json.dumps({**configuration, "agents": agents})],
+            [sys.executable, "-m", "harness.agents_worker", json.dumps(configuration)],
             stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent, env=os.environ,
         )  # fmt: skip
 
@@ -108,7 +111,7 @@ def main() -> None:
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
-    slot_allocator.load_embedder = words_of  # type: ignore[assignment,attr-defined]
+    slot_allocator.load_embedder = word_embedder_of  # type: ignore[assignment,attr-defined]
     configuration = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(

@@ -18,11 +18,11 @@ from streams.wire.topic_reader import read_records
 
 def pure_histories(
     shop: OnlineRetail, sids: Mapping[str, bytes], codebook: str, levels: int,
-    lives: Mapping[str, int], partitions: int,
+    topic_incarnations: Mapping[str, int], partitions: int,
 ) -> dict[str, bytes]:  # fmt: skip
-    """{user: packed history}. `sids` are packed; `lives` the incarnations of the topics.
+    """{user: packed history}. `sids` are packed; `topic_incarnations`: the incarnation of each topic.
 
-    Offsets are counted, not asked for: on a new topic the n-th purchase of a partition has offset n.
+    Offsets are counted, not read from Kafka: on a new topic the n-th purchase of a partition has offset n.
     """
     written: Counter[int] = Counter()
     changes: dict[str, list[HistoryChange]] = {}
@@ -31,7 +31,7 @@ def pure_histories(
         entry = pack_entry(event.ts, history.PURCHASE, event.event_id, sids[event.item_id])
         changes.setdefault(event.user_id, []).append(HistoryChange("purchases", written[partition], entry))
         written[partition] += 1
-    return _applied(changes, codebook, levels, lives)
+    return _apply_changes(changes, codebook, levels, topic_incarnations)
 
 
 def replayed_histories(
@@ -46,19 +46,27 @@ def replayed_histories(
             entry = pack_entry(event.ts, code, event.event_id, sids[event.item_id])
             changes.setdefault(event.user_id, []).append(HistoryChange(kind.topic, record.offset, entry))
     topic_incarnations = incarnations(kafka)
-    return _applied(
+    return _apply_changes(
         changes, codebook, levels, {source: topic_incarnations[source] for source in history.SOURCE_TOPICS}
     )
 
 
-def _applied(
-    changes: Mapping[str, list[HistoryChange]], codebook: str, levels: int, lives: Mapping[str, int]
+def _apply_changes(
+    changes: Mapping[str, list[HistoryChange]],
+    codebook: str,
+    levels: int,
+    topic_incarnations: Mapping[str, int],
 ) -> dict[str, bytes]:
     histories = {}
-    for user, mine in changes.items():
-        value, _, _ = history.apply_changes(
-            None, mine, codebook=codebook, levels=levels, incarnations=lives, bounds=HistorySettings()
+    for user, user_changes in changes.items():
+        history_bytes, _, _ = history.apply_changes(
+            None,
+            user_changes,
+            codebook=codebook,
+            levels=levels,
+            incarnations=topic_incarnations,
+            bounds=HistorySettings(),
         )
-        assert value is not None
-        histories[user] = value
+        assert history_bytes is not None
+        histories[user] = history_bytes
     return histories

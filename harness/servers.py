@@ -26,14 +26,14 @@ START_S = 90.0
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
+    """A free TCP port on loopback."""
     return free_ports(1)[0]
 
 
 def wait_until(condition: Callable[[], object], timeout: float, what: str, pause: float = 0.05) -> None:
     """Poll until `condition()` is true; AssertionError that names `what` after `timeout` seconds.
 
-    `pause`: seconds between two polls; 0 where what is waited for is over in a moment.
+    `pause`: seconds between two polls; 0 to see a condition that holds only for a moment.
     """
     deadline = time.monotonic() + timeout
     while not condition():

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from trainer.evaluation.sequences import Sequences
+from trainer.evaluation.sequences import SequenceDataset
 
 
 def sequences(*rows, ts=None, categories=None, sids=None, items=None, bought_ts=None):
     """A data set of users whose item rows are `rows`, and whose times are `ts`; `bought_ts`: -1 where not."""
     size = items or 1 + max((item for row in rows for item in row), default=0)
     when = None if bought_ts is None else [np.array(row, np.int64) for row in bought_ts]
-    return Sequences(
+    return SequenceDataset(
         "tiny", [f"u{n}" for n in range(len(rows))], [np.array(row, np.int64) for row in rows],
         [f"i{n}" for n in range(size)], [f"word{n % 3} thing{n}" for n in range(size)],
         None if ts is None else [np.array(row, np.int64) for row in ts], categories,

@@ -69,23 +69,35 @@ _TRAINED_GENERATORS: dict[tuple[Options, Kind], Any] = {}
 
 def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
     def make(options: Options) -> Ranker:
-        from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained, default_recipe, recipe
+        from trainer.evaluation.generator_ranker import (
+            GeneratorRanker,
+            TrainedGenerator,
+            TrainingRecipe,
+            default_recipe,
+            tuned_recipe,
+        )
 
         limits = (options.max_seconds, options.epochs)
 
-        def untrained(chosen: Recipe, first: Trained | None = None) -> Trained:
-            return Trained(chosen.under({"arithmetic": options.arithmetic}), first)
+        def untrained(
+            recipe: TrainingRecipe, first_member: TrainedGenerator | None = None
+        ) -> TrainedGenerator:
+            return TrainedGenerator(
+                recipe.with_trainer_settings({"arithmetic": options.arithmetic}), first_member
+            )
 
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
-            first = _TRAINED_GENERATORS.setdefault((options, "tuned"), untrained(recipe(*limits)))
-            generator = untrained(recipe(*limits, members=_MEMBERS), first)
+            first_member = _TRAINED_GENERATORS.setdefault(
+                (options, "tuned"), untrained(tuned_recipe(*limits))
+            )
+            generator = untrained(tuned_recipe(*limits, members=_MEMBERS), first_member)
         elif kind == "tuned":
-            generator = untrained(recipe(*limits))
+            generator = untrained(tuned_recipe(*limits))
         else:
             generator = untrained(default_recipe(*limits, kind == "default"))
         trained = _TRAINED_GENERATORS.setdefault((options, kind), generator)
-        return Ours(f"sidstream-{variant}", trained, head)
+        return GeneratorRanker(f"sidstream-{variant}", trained, head)
 
     return make
 

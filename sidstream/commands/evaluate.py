@@ -16,9 +16,9 @@ from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
     from trainer.evaluation.ranker import Mask
-    from trainer.evaluation.run import Measured
-    from trainer.evaluation.sequences import Sequences
-    from trainer.evaluation.splits import Split
+    from trainer.evaluation.run import MeasuredRun
+    from trainer.evaluation.sequences import SequenceDataset
+    from trainer.evaluation.splits import EvaluationSplit
     from trainer.settings import Arithmetic
 
 
@@ -69,12 +69,12 @@ def evaluate(
 
     names = _model_names(models, against)
     masks = _masks(mask)
-    kind = split or datasets.known(dataset).splits[0]
+    kind = split or datasets.dataset_source(dataset).splits[0]
     table = _Table(dataset, names, seeds, mask, kind, shards, max_seconds, _arithmetic(arithmetic))
     splitter = _splitter(kind)
     commit()
     with status(f"reading {dataset}") as show:
-        split_data = splitter(datasets.load(dataset, data))
+        split_data = splitter(datasets.load_dataset(dataset, data))
         measured = _measure(table, split_data, masks, show)
     figures, differences = table.lines(measured, against)
     lines = [*figures, *differences]
@@ -115,7 +115,7 @@ class _Table:
         return command
 
     def lines(
-        self, measured: list[Measured], against: str | None
+        self, measured: list[MeasuredRun], against: str | None
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The figures of all models, and their differences to the model `against`."""
         from trainer.evaluation import report
@@ -149,11 +149,14 @@ def _write_lines(lines: Sequence[dict[str, Any]], out: Path | None, publish: boo
 
 
 def _text(
-    table: _Table, split: Split, figures: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
+    table: _Table,
+    split: EvaluationSplit,
+    figures: Sequence[dict[str, Any]],
+    differences: Sequence[dict[str, Any]],
 ) -> str:
     from trainer.evaluation import report
 
-    targets = f"{len(split.test):,} targets among {split.data.size:,} items"
+    targets = f"{len(split.test):,} targets among {split.dataset.size:,} items"
     about = f"{table.dataset}, {table.protocol}: {targets}"
     return "\n".join([about, report.as_text(report.table(figures)), *_difference_lines(differences)])
 
@@ -181,26 +184,28 @@ def _arithmetic(named: str | None) -> Arithmetic:
     raise SidstreamError(f"--arithmetic is {named!r}: give {', '.join(get_args(Arithmetic))}")
 
 
-def _splitter(kind: str) -> Callable[[Sequences], Split]:
+def _splitter(kind: str) -> Callable[[SequenceDataset], EvaluationSplit]:
     """The function that makes the split which --split names."""
-    from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME, by_time, leave_one_out
+    from trainer.evaluation.splits import LEAVE_ONE_OUT, TIME, leave_one_out, split_by_time
 
-    splitters: dict[str, Callable[[Sequences], Split]] = {LEAVE_ONE_OUT: leave_one_out, TIME: by_time}
+    splitters: dict[str, Callable[[SequenceDataset], EvaluationSplit]] = {
+        LEAVE_ONE_OUT: leave_one_out,
+        TIME: split_by_time,
+    }
     if kind not in splitters:
         raise SidstreamError(f"--split is {kind!r}: give {' or '.join(splitters)}")
     return splitters[kind]
 
 
 def _measure(
-    table: _Table, split: Split, masks: Sequence[Mask], show: Callable[[str], None]
-) -> list[Measured]:
+    table: _Table, split: EvaluationSplit, masks: Sequence[Mask], show: Callable[[str], None]
+) -> list[MeasuredRun]:
     """Every model's runs; a seed's models together, so that models which share a training do."""
-    from trainer.evaluation.run import evaluate as run
-    from trainer.evaluation.run import with_means
+    from trainer.evaluation.run import evaluate_ranker, with_means
     from trainer.rankers import MODELS, Options
 
     options = Options(table.max_seconds, arithmetic=table.arithmetic)
-    measured: list[Measured] = []
+    measured: list[MeasuredRun] = []
     for seed in range(1, table.seeds + 1):
         for name in table.names:
             started = time.monotonic()
@@ -212,7 +217,7 @@ def _measure(
                 ranker = MODELS[name](options)
                 if seed > 1 and not getattr(ranker, "seeded", True):
                     continue
-                measured += run(split, ranker, seed, masks, progress, table.shards)
+                measured += evaluate_ranker(split, ranker, seed, masks, progress, table.shards)
             except ModuleNotFoundError as error:
                 raise SidstreamError(f"{name} needs {error.name}: pip install 'sidstream[train]'") from error
             err.print(f"{name}, seed {seed}: measured in {time.monotonic() - started:.0f} s", markup=False)

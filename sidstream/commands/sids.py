@@ -144,9 +144,9 @@ def _report_on_file(settings: Settings, path: Path | None, catalogue: Path) -> C
 def _report_on_dataset(settings: Settings, name: str, folder: Path | None) -> CodebookReport:
     """The codebook that the settings make of a data set; each user's last two items stay unseen."""
     from streams.events import CatalogItem
-    from trainer.evaluation.datasets import load
+    from trainer.evaluation.datasets import load_dataset
 
-    data = load(name, folder)
+    data = load_dataset(name, folder)
     items = [
         CatalogItem.new(item_id=item, title=text or item)
         for item, text in zip(data.item_names, data.texts, strict=True)

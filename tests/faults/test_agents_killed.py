@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from harness.agents_worker import start, worker, write_codebook
+from harness.agents_worker import start_worker, worker, write_codebook
 from harness.pure_histories import replayed_histories
 from harness.servers import free_port, wait_until
 from streams.replay import OnlineRetail
@@ -60,7 +60,7 @@ def test_histories_after_kills_equal_a_pure_replay(fresh_stack: FreshStack, tmp_
         repeated = kills = 0
         while not repeated and kills < KILLS:
             port = free_port()
-            process = start(kafka, url, tmp_path / "codebook", log, metrics_port=port, **options)
+            process = start_worker(kafka, url, tmp_path / "codebook", log, metrics_port=port, **options)
             try:
                 # In mid-replay: this worker has done something, and much is left.
                 wait_until(lambda: metric(port, "in_history") > 2000, WAIT_S, "progress")  # noqa: B023

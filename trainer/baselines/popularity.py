@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.evaluation.ranker import Mask, Progress, fill_order, in_chunks
+from trainer.evaluation.ranker import Mask, Progress, popularity_scores, rank_in_chunks
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.splits import Shard, Split
+from trainer.evaluation.splits import EvaluationSplit, TimeShard
 
 
 class Popularity:
@@ -18,20 +18,19 @@ class Popularity:
     head = "popularity"
     seeded = False
 
-    def fit(self, data: Split, seed: int, progress: Progress) -> None:
-        """Count."""
-        self._counts = data.train_counts()
+    def fit(self, split: EvaluationSplit, seed: int, progress: Progress) -> None:
+        """Count how often each item occurs in training."""
+        self._counts = split.train_counts()
 
-    def update(self, shard: Shard) -> None:
-        """Count on."""
-        for items in shard.fresh:
-            np.add.at(self._counts, items, 1)
+    def update(self, shard: TimeShard) -> None:
+        """Add the shard's counts."""
+        self._counts += shard.new_counts(len(self._counts))
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
-        """(B, k) the same list for all, but for what `mask` leaves out."""
-        order = fill_order(self._counts)
+        """(B, k) the same list for every history, without the items that `mask` leaves out."""
+        order = popularity_scores(self._counts)
 
         def score(rows: Sequence[Int64]) -> Float64:
             return np.tile(order, (len(rows), 1))
 
-        return in_chunks(score, histories, k, mask)
+        return rank_in_chunks(score, histories, k, mask)

@@ -7,57 +7,51 @@ from collections.abc import Sequence
 import numpy as np
 
 from streams.errors import SidstreamError
-from trainer.evaluation.ranker import Mask, Progress, fill_order, in_chunks
+from trainer.baselines.popularity import Popularity
+from trainer.evaluation.ranker import Mask, Progress, popularity_scores, rank_in_chunks
 from trainer.evaluation.sequences import Float64, Int64
-from trainer.evaluation.splits import Shard, Split
+from trainer.evaluation.splits import EvaluationSplit
 
-# The user's last items whose categories count.
-LAST = 20
+# Only the categories of this many newest items of a user count.
+LAST_ITEMS = 20
 
 
-class PopularityOfCategory:
+class PopularityOfCategory(Popularity):
     """The user's categories, the most frequent one first; inside of one, its items by popularity.
 
-    An item that training has not seen is taken to be as popular as its category's mean. Items of other
+    An item without an event in training counts as popular as the mean of its category. Items of other
     categories follow by popularity.
     """
 
     name = "popularity-of-category"
-    head = "popularity"
-    seeded = False
 
-    def fit(self, data: Split, seed: int, progress: Progress) -> None:
-        """Count. Raises SidstreamError for a data set without categories."""
-        if data.data.categories is None:
-            raise SidstreamError(f"{data.data.name} has no categories: leave {self.name} out of --models")
-        names, rows = np.unique(np.array(data.data.categories), return_inverse=True)
+    def fit(self, split: EvaluationSplit, seed: int, progress: Progress) -> None:
+        """Count items and categories. Raises SidstreamError for a data set without categories."""
+        if split.dataset.categories is None:
+            raise SidstreamError(f"{split.dataset.name} has no categories: leave {self.name} out of --models")
+        names, rows = np.unique(np.array(split.dataset.categories), return_inverse=True)
         self._category: Int64 = rows.reshape(-1).astype(np.int64)
-        self._named = names != ""  # items without a category share nothing
-        self._counts = data.train_counts()
-
-    def update(self, shard: Shard) -> None:
-        """Count on."""
-        for items in shard.fresh:
-            np.add.at(self._counts, items, 1)
+        self._is_category = names != ""  # items without a category have nothing in common
+        super().fit(split, seed, progress)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
-        """(B, k) lists of the user's categories."""
+        """(B, k) items of the user's categories first, then all others."""
         order = self._order()
 
         def score(rows: Sequence[Int64]) -> Float64:
-            affinity = np.zeros((len(rows), len(self._named)))
+            affinity = np.zeros((len(rows), len(self._is_category)))
             for row, history in enumerate(rows):
-                np.add.at(affinity[row], self._category[history[-LAST:]], 1.0)
-            affinity *= self._named
-            # Whole numbers of the user's items, below which `order`, between 0 and 1, decides.
+                np.add.at(affinity[row], self._category[history[-LAST_ITEMS:]], 1.0)
+            affinity *= self._is_category
+            # Affinities are whole numbers; `order`, between 0 and 1, decides between equal ones.
             return affinity[:, self._category] + order
 
-        return in_chunks(score, histories, k, mask)
+        return rank_in_chunks(score, histories, k, mask)
 
     def _order(self) -> Float64:
-        """(I,) scores in (0, 1) by popularity, unseen items at their category's mean."""
-        seen = self._counts > 0
-        total = np.bincount(self._category, self._counts, len(self._named))
-        members = np.bincount(self._category, seen, len(self._named))
+        """(I,) scores in (0, 1) by popularity, items without an event at their category's mean."""
+        in_training = self._counts > 0
+        total = np.bincount(self._category, self._counts, len(self._is_category))
+        members = np.bincount(self._category, in_training, len(self._is_category))
         mean = (total / np.maximum(members, 1))[self._category]
-        return fill_order(np.where(seen, self._counts, mean))
+        return popularity_scores(np.where(in_training, self._counts, mean))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.evaluation.ranker import CHUNK, Mask, Progress, in_chunks
+from trainer.evaluation.ranker import CHUNK, Mask, Progress, rank_in_chunks
 from trainer.evaluation.sequences import Int64
-from trainer.evaluation.splits import Queries, Split
+from trainer.evaluation.splits import EvaluationSplit, Queries
 from trainer.settings import Arithmetic
 from trainer.tuning.devices import device, training_arithmetic
 from trainer.tuning.losses import softmax_loss
@@ -111,25 +111,27 @@ class SasRec:
         self.settings = settings or SasRecSettings()
         self.name = "sasrec" if self.settings.samples == "position" else f"sasrec-{self.settings.samples}"
 
-    def fit(self, data: Split, seed: int, progress: Progress) -> None:
+    def fit(self, split: EvaluationSplit, seed: int, progress: Progress) -> None:
         """Train until validation stops it, `epochs` are over or `max_seconds` are spent."""
-        settings, where = self.settings, device()
+        settings, target_device = self.settings, device()
         torch.manual_seed(seed)
-        self._popular = data.train_counts()
-        self._network = Network(data.data.size, settings).to(where)
+        self._popular = split.train_counts()
+        self._network = Network(split.dataset.size, settings).to(target_device)
         self.parameters = sum(part.numel() for part in self._network.parameters())
         optimizer = torch.optim.Adam(self._network.parameters(), lr=settings.lr, betas=(0.9, 0.98))
-        started, best, stale, kept = time.monotonic(), -1.0, 0, None
+        started, best_ndcg, epochs_without_gain, best_weights = time.monotonic(), -1.0, 0, None
         for epoch in range(settings.epochs):
             self._network.train()
-            total = torch.zeros((), device=where)
+            total = torch.zeros((), device=target_device)
             batches = 0
-            for rows, targets in batches_of(data.train, settings, seed, epoch):
-                with training_arithmetic(settings.arithmetic, where):
-                    states = self._network(rows.to(where))
-                    at = targets >= 0
+            for rows, targets in training_batches(split.train, settings, seed, epoch):
+                with training_arithmetic(settings.arithmetic, target_device):
+                    states = self._network(rows.to(target_device))
+                    has_target = targets >= 0
                     loss = softmax_loss(
-                        states[at.to(where)], self._network.items.weight, targets[at].to(where)
+                        states[has_target.to(target_device)],
+                        self._network.items.weight,
+                        targets[has_target].to(target_device),
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -139,21 +141,23 @@ class SasRec:
                 batches += 1
                 if settings.max_seconds and time.monotonic() - started > settings.max_seconds:
                     break
-            ndcg = self.ndcg(data.valid)
-            if ndcg > best or kept is None:
-                best, stale = ndcg, 0
-                kept = {name: part.clone() for name, part in self._network.state_dict().items()}
+            ndcg = self.ndcg(split.valid)
+            if ndcg > best_ndcg or best_weights is None:
+                best_ndcg, epochs_without_gain = ndcg, 0
+                best_weights = {name: part.clone() for name, part in self._network.state_dict().items()}
             else:
-                stale += 1
+                epochs_without_gain += 1
             spent = time.monotonic() - started
             progress(
                 f"epoch {epoch + 1}, loss {float(total) / max(batches, 1):.3f}, validation NDCG@10 "
-                f"{ndcg:.4f}, best {best:.4f}, {spent:.0f} s"
+                f"{ndcg:.4f}, best {best_ndcg:.4f}, {spent:.0f} s"
             )
-            if stale >= settings.patience or (settings.max_seconds and spent > settings.max_seconds):
+            if epochs_without_gain >= settings.patience or (
+                settings.max_seconds and spent > settings.max_seconds
+            ):
                 break
-        if kept is not None:
-            self._network.load_state_dict(kept)
+        if best_weights is not None:
+            self._network.load_state_dict(best_weights)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) items by the newest state times their vectors; popular ones for an empty history."""
@@ -165,21 +169,22 @@ class SasRec:
                     scores[row] = self._popular
             return scores
 
-        return in_chunks(score, histories, k, mask)
+        return rank_in_chunks(score, histories, k, mask)
 
     @torch.no_grad()
     def _score(self, histories: Sequence[Int64]) -> Tensor:
         """(B, I) float32; nothing that means anything for an empty history."""
         self._network.eval()
-        where = self._network.items.weight.device
+        target_device = self._network.items.weight.device
         lengths = torch.tensor([max(1, min(len(row), self.settings.length)) for row in histories])
         rows = torch.full((len(histories), int(lengths.max())), -1)
         for row, history in enumerate(histories):
             newest = history[-self.settings.length :]
             rows[row, : len(newest)] = torch.from_numpy(newest)
-        with training_arithmetic(self.settings.arithmetic, where):
-            states = self._network(rows.to(where))[torch.arange(len(rows)), lengths.to(where) - 1]
-        return states.float() @ self._network.items.weight.T
+        with training_arithmetic(self.settings.arithmetic, target_device):
+            states = self._network(rows.to(target_device))
+            newest_states = states[torch.arange(len(rows)), lengths.to(target_device) - 1]
+        return newest_states.float() @ self._network.items.weight.T
 
     def ndcg(self, queries: Queries) -> float:
         """NDCG@10 over all items; of a fixed draw where there are many targets. 0 without any."""
@@ -198,7 +203,7 @@ class SasRec:
         return float(torch.cat(gains).mean())
 
 
-def batches_of(
+def training_batches(
     train: Sequence[Int64], settings: SasRecSettings, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch: rows and targets (B, T) int64, -1 where there is none; alike lengths share a batch."""

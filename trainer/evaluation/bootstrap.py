@@ -1,4 +1,4 @@
-"""Intervals of a figure and of a difference: users are drawn again, with all that is theirs.
+"""Intervals of a figure and of a difference, by drawing users, each with all of its rows, with replacement.
 
 The percentile bootstrap (Efron 1979), clustered by user (Field and Welsh 2007): answers to one user are not
 independent. Two runs are compared on the same users, so that what is hard for both cancels.
@@ -12,8 +12,8 @@ import numpy as np
 
 from trainer.evaluation.sequences import Float64, Int64
 
-# Users' draws made at once: 64 of 22,000 users are 11 MB.
-_CHUNK = 64
+# Resamples computed at once: 64 of 22,000 users are 11 MB.
+_RESAMPLES_AT_ONCE = 64
 
 
 class Interval(NamedTuple):
@@ -33,23 +33,23 @@ def intervals(
     """
     if not len(values):
         return [Interval(np.nan, np.nan, np.nan)] * values.shape[1]
-    who, place = np.unique(users, return_inverse=True)
+    distinct_users, place = np.unique(users, return_inverse=True)
     place = place.reshape(-1)
-    sums = np.stack([np.bincount(place, column, len(who)) for column in values.T], axis=1)
-    rows = np.bincount(place, minlength=len(who)).astype(np.float64)
+    sums = np.stack([np.bincount(place, column, len(distinct_users)) for column in values.T], axis=1)
+    rows = np.bincount(place, minlength=len(distinct_users)).astype(np.float64)
     random = np.random.default_rng(seed)
-    means = []
-    for low in range(0, resamples, _CHUNK):
-        count = min(_CHUNK, resamples - low)
-        drawn = random.integers(0, len(who), (count, len(who)))
-        drawn += np.arange(count)[:, None] * len(who)
-        weights = np.bincount(drawn.ravel(), minlength=count * len(who)).reshape(count, -1)
+    resampled_means = []
+    for low in range(0, resamples, _RESAMPLES_AT_ONCE):
+        count = min(_RESAMPLES_AT_ONCE, resamples - low)
+        draws = random.integers(0, len(distinct_users), (count, len(distinct_users)))
+        draws += np.arange(count)[:, None] * len(distinct_users)
+        weights = np.bincount(draws.ravel(), minlength=count * len(distinct_users)).reshape(count, -1)
         weights = weights.astype(np.float64)
-        means.append((weights @ sums) / (weights @ rows)[:, None])
+        resampled_means.append((weights @ sums) / (weights @ rows)[:, None])
     tail = (1 - level) / 2
-    bounds = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    middle = sums.sum(0) / rows.sum()
-    return [Interval(*map(float, three)) for three in zip(middle, *bounds, strict=True)]
+    bounds = np.quantile(np.concatenate(resampled_means), [tail, 1 - tail], axis=0)
+    mean = sums.sum(0) / rows.sum()
+    return [Interval(*map(float, figures)) for figures in zip(mean, *bounds, strict=True)]
 
 
 def differences(

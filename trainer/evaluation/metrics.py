@@ -1,4 +1,4 @@
-"""How good lists are: one relevant item a list, over the whole catalogue, counted by item and by SID."""
+"""Metrics of ranked lists with one relevant item each, over the whole catalogue, by item and by SID."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from trainer.evaluation.sequences import Float64, Int64
 
-CUTS = (1, 5, 10, 20)
-# Length of the lists that the metrics want.
-LONGEST = max(CUTS)
+CUTOFFS = (1, 5, 10, 20)
+# Length of the lists that the metrics need.
+LONGEST_LIST = max(CUTOFFS)
 
 
-def hit_ranks(lists: Int64, targets: Int64, groups: Int64 | None = None) -> Int64:
+def target_ranks(lists: Int64, targets: Int64, groups: Int64 | None = None) -> Int64:
     """Lists (B, k) of items and targets (B,) -> place of the target (B,), from 0; -1 where it is not listed.
 
     With `groups` (I,) an item of the target's group is a hit as well: with SIDs' groups, a hit by SID.
@@ -30,14 +30,14 @@ def accuracy(ranks: Int64) -> dict[str, Float64]:
     One item is relevant, so recall is the hit rate, the ideal DCG is 1 and NDCG is 1 / log2(rank + 2)
     (Jarvelin and Kekalainen 2002).
     """
-    found: dict[str, Float64] = {}
-    for cut in CUTS:
+    metrics: dict[str, Float64] = {}
+    for cut in CUTOFFS:
         hit = (ranks >= 0) & (ranks < cut)
         place = np.where(hit, ranks, 0)
-        found[f"HR@{cut}"] = hit.astype(np.float64)
-        found[f"NDCG@{cut}"] = np.where(hit, 1 / np.log2(place + 2), 0.0)
-        found[f"MRR@{cut}"] = np.where(hit, 1 / (place + 1), 0.0)
-    return found
+        metrics[f"HR@{cut}"] = hit.astype(np.float64)
+        metrics[f"NDCG@{cut}"] = np.where(hit, 1 / np.log2(place + 2), 0.0)
+        metrics[f"MRR@{cut}"] = np.where(hit, 1 / (place + 1), 0.0)
+    return metrics
 
 
 def coverage(lists: Int64, items: int, cut: int = 10) -> float:

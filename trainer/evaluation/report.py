@@ -1,8 +1,7 @@
-"""What an evaluation says: a line a figure, a table for the screen, and the page of results."""
+"""Reports of an evaluation: a line of JSON a figure, a table for the screen, and the page of results."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.bootstrap import Interval, differences, intervals
-from trainer.evaluation.results import line, put_table
-from trainer.evaluation.run import BY_SID, NEW_ITEMS, Measured
+from trainer.evaluation.results import line, markdown_table, put_table, read_lines, write_lines
+from trainer.evaluation.run import BY_SID, NEW_ITEMS, MeasuredRun
 from trainer.evaluation.sequences import Float64
 from trainer.settings import Arithmetic
 
@@ -30,8 +29,9 @@ _HEADINGS = ("model", "ordered by", "mask", "seed", *(column[0] for column in _C
 
 
 def lines(
-    measured: Sequence[Measured], dataset: str, protocol: str, command: str, arithmetic: Arithmetic = "auto"
-) -> list[Line]:
+    measured: Sequence[MeasuredRun], dataset: str, protocol: str, command: str,
+    arithmetic: Arithmetic = "auto",
+) -> list[Line]:  # fmt: skip
     """Every figure of the runs; `protocol`: the split, and the shards where there are any.
 
     `arithmetic`: the setting that the models were trained under.
@@ -44,7 +44,7 @@ def lines(
 
 
 def compared(
-    measured: Sequence[Measured], against: str, dataset: str, protocol: str, command: str,
+    measured: Sequence[MeasuredRun], against: str, dataset: str, protocol: str, command: str,
     arithmetic: Arithmetic = "auto",
 ) -> list[Line]:  # fmt: skip
     """The differences of every model's accuracy to that of `against`, over the same users.
@@ -58,9 +58,11 @@ def compared(
         if model == against:
             continue
         shared = [
-            metric for metric in run.rows if metric in base.rows and not np.isnan(run.rows[metric]).any()
+            metric
+            for metric in run.target_metrics
+            if metric in base.target_metrics and not np.isnan(run.target_metrics[metric]).any()
         ]
-        ours, theirs = (np.stack([one.rows[metric] for metric in shared], 1) for one in (run, base))
+        ours, theirs = (np.stack([one.target_metrics[metric] for metric in shared], 1) for one in (run, base))
         made += [
             _line(run, dataset, protocol, command, f"{metric} minus {against}", value, arithmetic)
             for metric, value in zip(shared, differences(ours, theirs, run.users), strict=True)
@@ -69,7 +71,7 @@ def compared(
 
 
 def _line(
-    run: Measured, dataset: str, protocol: str, command: str, metric: str, value: Interval | float,
+    run: MeasuredRun, dataset: str, protocol: str, command: str, metric: str, value: Interval | float,
     arithmetic: Arithmetic,
 ) -> Line:  # fmt: skip
     low = high = None
@@ -82,18 +84,18 @@ def _line(
     return made | {"head": run.head}
 
 
-def _figures(run: Measured) -> Iterator[tuple[str, Interval | float]]:
+def _figures(run: MeasuredRun) -> Iterator[tuple[str, Interval | float]]:
     """Every figure of a run: those of targets with intervals, by the rows that they are of."""
     groups: dict[bytes, list[str]] = {}
-    for metric, values in run.rows.items():
+    for metric, values in run.target_metrics.items():
         groups.setdefault(np.isnan(values).tobytes(), []).append(metric)
     for metrics in groups.values():
-        kept = ~np.isnan(run.rows[metrics[0]])
-        figures: Float64 = np.stack([run.rows[metric][kept] for metric in metrics], axis=1)
-        yield from zip(metrics, intervals(figures, run.users[kept]), strict=True)
+        has_value = ~np.isnan(run.target_metrics[metrics[0]])
+        figures: Float64 = np.stack([run.target_metrics[metric][has_value] for metric in metrics], axis=1)
+        yield from zip(metrics, intervals(figures, run.users[has_value]), strict=True)
         rest = metrics[0].partition(",")[2].strip()
-        yield f"targets, {rest}" if rest else "targets", float(kept.sum())
-    yield from run.totals.items()
+        yield f"targets, {rest}" if rest else "targets", float(has_value.sum())
+    yield from run.run_metrics.items()
 
 
 def table(rows: Sequence[Line]) -> list[list[str]]:
@@ -105,29 +107,29 @@ def table(rows: Sequence[Line]) -> list[list[str]]:
     cells = [list(_HEADINGS)]
     for (model, head, mask), by_seed in runs.items():
         seed = None if None in by_seed else next(iter(by_seed))
-        shown = str(seed) if seed is not None else f"mean of {len(by_seed) - 1}"
+        seed_text = str(seed) if seed is not None else f"mean of {len(by_seed) - 1}"
         # What was measured with one seed only, such as a cost, stands beside the means of the others.
-        found = next(iter(by_seed.values())) | by_seed[seed]
+        shown_lines = next(iter(by_seed.values())) | by_seed[seed]
         cells.append(
             [
                 model,
                 head,
                 mask or "",
-                shown,
-                *(_cell(found.get(metric), form) for _, metric, form in _COLUMNS),
+                seed_text,
+                *(_cell(shown_lines.get(metric), form) for _, metric, form in _COLUMNS),
             ]
         )
-    kept = [n for n, heading in enumerate(_HEADINGS) if n < 4 or any(row[n] for row in cells[1:])]
-    return [[row[n] for n in kept] for row in cells]
+    filled = [n for n, heading in enumerate(_HEADINGS) if n < 4 or any(row[n] for row in cells[1:])]
+    return [[row[n] for n in filled] for row in cells]
 
 
 def _cell(row: Line | None, form: str) -> str:
     if row is None or row["value"] is None or math.isnan(row["value"]):
         return ""
-    said = format(row["value"], form)
+    text = format(row["value"], form)
     if row["low"] is not None and row["metric"] in _WITH_INTERVAL:
-        said += f" ({format(row['low'], form)} to {format(row['high'], form)})"
-    return said
+        text += f" ({format(row['low'], form)} to {format(row['high'], form)})"
+    return text
 
 
 def as_text(cells: Sequence[Sequence[str]]) -> str:
@@ -139,31 +141,26 @@ def as_text(cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def as_markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Cells as the lines of a table of a page."""
-    made = [f"| {' | '.join(row)} |" for row in cells]
-    return [made[0], "|" + "---|" * len(cells[0]), *made[1:]]
-
-
 def publish(rows: Sequence[Line], folder: Path) -> None:
     """Put the figures into `evaluation.jsonl` and the table of `evaluation.md` in `folder`.
 
     They take the place of what was there for the same data set, protocol, model and mask; the rest stays.
     """
 
-    def of(row: Line) -> tuple[str, str, str, str]:
+    def run_of(row: Line) -> tuple[str, str, str, str]:
         return row["dataset"], row["claim"], row["model"], row["mask"]
 
     page, file = folder / "evaluation.md", folder / "evaluation.jsonl"
-    before = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
-    fresh = {of(row) for row in rows}
-    kept = sorted([*(row for row in before if of(row) not in fresh), *rows], key=lambda row: of(row)[:2])
+    replaced = {run_of(row) for row in rows}
+    other_lines = [row for row in read_lines(file) if run_of(row) not in replaced]
+    all_lines = sorted([*other_lines, *rows], key=lambda row: run_of(row)[:2])
     chapters: dict[tuple[str, str], list[Line]] = {}
-    for row in kept:
+    for row in all_lines:
         chapters.setdefault((row["dataset"], row["claim"]), []).append(row)
-    shown: list[str] = []
+    page_rows: list[str] = []
     for (dataset, claim), of_chapter in chapters.items():
         about = f"**{dataset}**, {claim.partition(', ')[2]}"
-        shown += [about, "", *as_markdown(table(of_chapter)), ""]
-    put_table(page, BEGIN, END, shown)
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        headings, *cells = table(of_chapter)
+        page_rows += [about, "", *markdown_table(headings, cells), ""]
+    put_table(page, BEGIN, END, page_rows)
+    write_lines(file, all_lines)

@@ -1,12 +1,13 @@
-"""What measurements write: one line of JSON a figure, and tables between marks in the pages for people."""
+"""How measurements are published: one line of JSON a figure, and tables between marks in Markdown pages."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,27 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 @cache
 def commit() -> str:
-    """The commit of the working tree when this was first asked; "none" outside of a repository.
+    """The commit of the working tree at the first call; "none" outside of a repository.
 
-    Ask at the start: a run can take longer than the next commit.
+    Call it at the start of a run: there may be a new commit before the end.
     """
     try:
-        asked = subprocess.run(
+        completed = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parents[1], capture_output=True, text=True
         )
     except OSError:
         return "none"
-    return asked.stdout.strip() or "none"
+    return completed.stdout.strip() or "none"
 
 
 @cache
 def _processor() -> str:
-    """The processor's own name; the kind of machine where it tells none."""
+    """The processor's own name; the kind of machine where it has none."""
     try:
-        told = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        told = []
-    names = [text.partition(":")[2].strip() for text in told if text.startswith("model name")]
+        cpu_info = []
+    names = [text.partition(":")[2].strip() for text in cpu_info if text.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
 
 
@@ -77,13 +78,32 @@ def line(
     }  # fmt: skip
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; none where there is no file."""
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write the lines in place of the file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [_cells(headings), "|" + "---|" * len(headings), *map(_cells, rows)]
+
+
+def _cells(row: Sequence[str]) -> str:
+    return f"| {' | '.join(row)} |"
+
+
 def put_table(page: Path, begin: str, end: str, rows: Sequence[str]) -> None:
     """Put the rows between two marks of a page, in place of what stands there.
 
     Raises SidstreamError where the page or its first mark is not there.
     """
     text = page.read_text() if page.is_file() else ""
-    before, found, rest = text.partition(begin)
-    if not found:
+    before, mark, rest = text.partition(begin)
+    if not mark:
         raise SidstreamError(f"{page} has no line {begin.strip()!r}: a table is published in a checkout only")
     page.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.partition(end)[2])

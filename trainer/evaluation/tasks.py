@@ -1,4 +1,4 @@
-"""Search and summaries by a trained generator: what it spells, or says, after a prompt of items and words."""
+"""Search and summaries by a trained generator: items or words that it predicts after a prompt of both."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ def prompt_states(model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]])
     return states[torch.arange(len(ids)), lengths - 1]
 
 
-def spell(
+def search_items(
     model: GeneratorForCausalLM,
     prompts: Sequence[Sequence[int]],
     sids: SidSet,
-    known: TrainingCatalogue,
+    catalogue: TrainingCatalogue,
     k: int,
 ) -> Int64:
     """(B, k) rows of the catalogue, likeliest SIDs first, -1 where there are fewer than k."""
-    place = {sid: row for row, sid in enumerate(known.sids)}
-    made = np.full((len(prompts), k), -1, dtype=np.int64)
-    for low, part in _parts(prompts):
+    row_of_sid = {sid: row for row, sid in enumerate(catalogue.sids)}
+    lists = np.full((len(prompts), k), -1, dtype=np.int64)
+    for low, part in _batches(prompts):
         codes, scores = beam_search(model, prompt_states(model, part), sids, k)
-        there = torch.isfinite(scores).tolist()
+        is_answer = torch.isfinite(scores).tolist()
         for row, answers in enumerate(codes.tolist()):
-            found = [place[tuple(sid)] for at, sid in enumerate(answers) if there[row][at]]
-            made[low + row, : len(found)] = found
-    return made
+            rows_of_answers = [row_of_sid[tuple(sid)] for at, sid in enumerate(answers) if is_answer[row][at]]
+            lists[low + row, : len(rows_of_answers)] = rows_of_answers
+    return lists
 
 
 @torch.no_grad()
-def say(
+def predict_words(
     model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]], counts: Sequence[int], first_word: int
 ) -> list[list[int]]:
-    """As many words as `counts` (B,) asks for after each prompt: each the likeliest new one."""
-    made: list[list[int]] = [[] for _ in prompts]
+    """`counts` (B,) word tokens after each prompt, each the likeliest that the answer does not have yet."""
+    words: list[list[int]] = [[] for _ in prompts]
     end = model.config.vocab_size - model.config.num_context
-    for low, part in _parts(prompts):
-        wanted = counts[low : low + len(part)]
-        for step in range(max(wanted, default=0)):
-            going = [low + at for at, count in enumerate(wanted) if count > step]
-            ids, lengths = _padded([[*prompts[at], *made[at]] for at in going])
+    for low, part in _batches(prompts):
+        word_counts = counts[low : low + len(part)]
+        for step in range(max(word_counts, default=0)):
+            unfinished = [low + at for at, count in enumerate(word_counts) if count > step]
+            ids, lengths = _padded([[*prompts[at], *words[at]] for at in unfinished])
             logits = model(ids.to(model.lm_head.weight.device)).logits[torch.arange(len(ids)), lengths - 1]
             logits[:, :first_word], logits[:, end:] = -torch.inf, -torch.inf
-            for row, at in enumerate(going):
-                logits[row, made[at]] = -torch.inf
-            for at, word in zip(going, logits.argmax(-1).tolist(), strict=True):
-                made[at].append(word)
-    return made
+            for row, at in enumerate(unfinished):
+                logits[row, words[at]] = -torch.inf
+            for at, word in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
+                words[at].append(word)
+    return words
 
 
-def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
     for low in range(0, len(prompts), _ROWS):
         yield low, prompts[low : low + _ROWS]
 

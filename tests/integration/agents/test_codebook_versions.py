@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from harness.agents_worker import start, worker
+from harness.agents_worker import start_worker, worker
 from harness.pure_histories import replayed_histories
 from harness.servers import wait_until
 from registry.bundles.bundle import Bundle
@@ -204,7 +204,7 @@ def test_a_worker_killed_while_it_brings_histories_over_loses_and_doubles_nothin
     publish_all(kafka, [CatalogItem.new(item_id=i, title=i) for i in ITEMS])
     publish_all(kafka, assigned(OLD, ITEMS))
     publish_all(kafka, random_events(rng, users, users, "a"))
-    process = start(kafka, url, tmp_path / "codebook", tmp_path / "log")
+    process = start_worker(kafka, url, tmp_path / "codebook", tmp_path / "log")
     with redis.Redis.from_url(url) as store:
         try:
             wait_until(lambda: count_entries(store) == users, WAIT_S, "the old histories")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from harness.agents_worker import start, worker, write_codebook
+from harness.agents_worker import start_worker, worker, write_codebook
 from harness.servers import wait_until
 from registry.experiment.outcomes import mature_until, read_outcomes
 from registry.releases.rollout import assign
@@ -138,7 +138,7 @@ def test_sums_by_cohort_equal_a_recomputation_of_the_topics_after_kills_disorder
     }  # fmt: skip
     publish_all(kafka, arriving_events[:third])
     with redis.Redis.from_url(url) as store:
-        killed = start(kafka, url, codebook, log, **options)
+        killed = start_worker(kafka, url, codebook, log, **options)
         try:
             wait_until(lambda: stored_sums(store), WAIT_S, "first sums")
             assert killed.poll() is None, log.read_text()[-3000:]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.decode import BEAM, fast, real_year, slow, trained
+from benchmarks.decode import BEAM, online_retail_sids, serving_decoder, train_generator, transformers_decoder
 from registry.bundles.prompt import Prompt, prompt_sids
 from trainer.generator.export import export_generator
 
@@ -20,16 +20,21 @@ def both(tmp_path_factory):
     """The two decoders over one set of weights, and histories of the year: short ones and full prompts."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(2)
-    sizes, sids, pasts = real_year()
+    sizes, sids, pasts = online_retail_sids()
     prompt = Prompt(sizes, 20)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "depth_size": 64}
-    model = trained(prompt, pasts, steps=20, batch=8, **shape)
+    model = train_generator(prompt, pasts, steps=20, batch=8, **shape)
     folder = tmp_path_factory.mktemp("graphs")
     export_generator(model, folder)
     chosen = np.random.default_rng(1).permutation(len(pasts))[:HISTORIES]
     every = sorted(sids.values())
     histories = [prompt_sids(pasts[at], None, prompt.max_items) for at in chosen]
-    return fast(folder, prompt, every, 1), slow(model, prompt, every), histories, set(every)
+    return (
+        serving_decoder(folder, prompt, every, 1),
+        transformers_decoder(model, prompt, every),
+        histories,
+        set(every),
+    )
 
 
 def test_the_items_and_their_order_are_those_of_transformers_generate(both):

@@ -1,26 +1,26 @@
 """The gate alone on ten trials in a row: what a hold-out on the first model stops, and what it lets pass."""
 
-from benchmarks.holdout import GATE, SERIES, series
-from benchmarks.rated_shop import Crowd
+from benchmarks.holdout import GATE, SERIES, run_series
+from benchmarks.true_rate_shop import SimulatedShoppers
 from harness.registry_support import arm_outcomes
 from registry.arms import ANCHOR, CHAMPION, SFT
 from registry.experiment.decision import judge
 from registry.experiment.statistics import arm_sums
 
-CROWD = Crowd()
+SHOPPERS = SimulatedShoppers()
 
 
 def test_a_ratchet_goes_on_without_a_hold_out_and_ends_near_the_margin_with_one():
-    alone, _ = series(1, 0.0, SERIES["ratchet"], CROWD)
-    held, _ = series(1, 0.05, SERIES["ratchet"], CROWD)
-    assert alone < 0.7
-    assert 0.85 < held < 1
+    without_hold_out, _ = run_series(1, 0.0, SERIES["ratchet"], SHOPPERS)
+    with_hold_out, _ = run_series(1, 0.05, SERIES["ratchet"], SHOPPERS)
+    assert without_hold_out < 0.7
+    assert 0.85 < with_hold_out < 1
 
 
 def test_a_hold_out_lets_good_models_pass():
-    _, without = series(1, 0.0, SERIES["good"], CROWD)
-    _, held = series(1, 0.05, SERIES["good"], CROWD)
-    assert min(without, held) >= 6
+    _, without = run_series(1, 0.0, SERIES["good"], SHOPPERS)
+    _, with_hold_out = run_series(1, 0.05, SERIES["good"], SHOPPERS)
+    assert min(without, with_hold_out) >= 6
 
 
 def test_a_hold_out_with_too_few_users_promotes_nothing_and_says_what_to_do():
@@ -30,8 +30,8 @@ def test_a_hold_out_with_too_few_users_promotes_nothing_and_says_what_to_do():
     }
     users[ANCHOR] = arm_sums(arm_outcomes(0.2, 3, users=60).total())
     weights = {SFT: 0.49, CHAMPION: 0.49, ANCHOR: 0.015}
-    made = judge(users, GATE, "sequential", weights, {name: name for name in weights})
-    assert made.comparisons[-1].verdict == "promote"
-    assert (made.verdict, made.winner) == ("inconclusive", CHAMPION)
-    assert "anchor has 60 users" in made.sentence
-    assert "raise rollout.anchor" in made.sentence
+    decision = judge(users, GATE, "sequential", weights, {name: name for name in weights})
+    assert decision.comparisons[-1].verdict == "promote"
+    assert (decision.verdict, decision.winner) == ("inconclusive", CHAMPION)
+    assert "anchor has 60 users" in decision.sentence
+    assert "raise rollout.anchor" in decision.sentence

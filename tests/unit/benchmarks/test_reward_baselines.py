@@ -10,76 +10,97 @@ import pytest
 import torch
 
 from benchmarks import reward_baselines
-from benchmarks.reward_baselines import Lesson, lesson, modpo, soup, soup_parts
+from benchmarks.reward_baselines import (
+    RewardTrainingSet,
+    average_soup,
+    reward_training_set,
+    train_modpo,
+    train_soup_parts,
+)
 from tests.tiny_sequences import chains
-from trainer.evaluation.sidstream_ranker import Recipe, Trained
-from trainer.evaluation.splits import by_time
+from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe
+from trainer.evaluation.splits import split_by_time
 
 
 @pytest.fixture(scope="module")
-def made() -> Trained:
+def trained() -> TrainedGenerator:
     shape = {
         "width": 16, "heads": 2, "layers": 1, "epochs": 3, "max_words": 0, "max_seconds": None,
         "text_inputs": False,
     }  # fmt: skip
-    trained = Trained(Recipe(shape, {"levels": 2, "size": 8, "collaborative": 0.5}, 8))
-    trained.fit(by_time(replace(chains())), 1, lambda text: None)
+    trained = TrainedGenerator(TrainingRecipe(shape, {"levels": 2, "size": 8, "collaborative": 0.5}, 8))
+    trained.fit(split_by_time(replace(chains())), 1, lambda text: None)
     return trained
 
 
 @pytest.fixture(scope="module")
-def seen(made: Trained) -> Lesson:
+def training_set(trained: TrainedGenerator) -> RewardTrainingSet:
     random = np.random.default_rng(0)
-    size = len(made.known.codes)
+    size = len(trained.catalogue.codes)
     histories = [random.integers(size, size=random.integers(1, 6)) for _ in range(60)]
-    return lesson(made, histories, random.integers(size, size=60))
+    return reward_training_set(trained, histories, random.integers(size, size=60))
 
 
-def mean_worth(made: Trained, model: Any, seen: Lesson, worth: np.ndarray) -> float:
+def mean_worth(
+    trained: TrainedGenerator, model: Any, training_set: RewardTrainingSet, reward_values: np.ndarray
+) -> float:
     """Mean reward of the three best items of each history."""
-    other = type(made.ranker)(model, made.known.codes, made.set, 5)
-    best = other.best_items(seen.histories, other.states(seen.histories), 3).numpy()
-    return float(worth[best].mean())
+    ranker = type(trained.ranker)(model, trained.catalogue.codes, trained.sid_set, 5)
+    best = ranker.best_items(training_set.histories, ranker.states(training_set.histories), 3).numpy()
+    return float(reward_values[best].mean())
 
 
 @pytest.mark.learning
 def test_both_bring_more_of_what_is_preferred(
-    made: Trained, seen: Lesson, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedGenerator, training_set: RewardTrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward_baselines, "LR", 5e-3)
     # Half of the items are worth all, the others nothing: one pulls against another.
-    worth = (np.arange(len(made.known.codes)) % 2).astype(float)
-    rewards: Any = {"price": worth}
-    none, asked = (modpo(made, seen, rewards, weights, 1) for weights in ({}, {"price": 1.0}))
-    assert mean_worth(made, asked, seen, worth) > mean_worth(made, none, seen, worth) + 0.015
-    parts = soup_parts(made, seen, rewards, 1)
-    plain, mixed = (mean_worth(made, soup(parts, w), seen, worth) for w in ({}, {"price": 1.0}))
+    reward_values = (np.arange(len(trained.catalogue.codes)) % 2).astype(float)
+    rewards: Any = {"price": reward_values}
+    without_preference, with_preference = (
+        train_modpo(trained, training_set, rewards, weights, 1) for weights in ({}, {"price": 1.0})
+    )
+    assert (
+        mean_worth(trained, with_preference, training_set, reward_values)
+        > mean_worth(trained, without_preference, training_set, reward_values) + 0.015
+    )
+    parts = train_soup_parts(trained, training_set, rewards, 1)
+    plain, mixed = (
+        mean_worth(trained, average_soup(parts, w), training_set, reward_values) for w in ({}, {"price": 1.0})
+    )
     assert mixed > plain + 0.05
 
 
 @pytest.mark.learning
 def test_with_the_next_item_it_also_learns_what_came_next(
-    made: Trained, seen: Lesson, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedGenerator, training_set: RewardTrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward_baselines, "LR", 5e-3)
-    rewards: Any = {"price": np.linspace(0, 1, len(made.known.codes))}
+    rewards: Any = {"price": np.linspace(0, 1, len(trained.catalogue.codes))}
 
     def likely(weight: float) -> float:
-        model = modpo(made, seen, rewards, {"price": 1.0}, 1, weight)
-        other = type(made.ranker)(model, made.known.codes, made.set, 5)
-        return float(other.scores(seen.histories, other.states(seen.histories), seen.targets, 1.0).mean())
+        model = train_modpo(trained, training_set, rewards, {"price": 1.0}, 1, weight)
+        ranker = type(trained.ranker)(model, trained.catalogue.codes, trained.sid_set, 5)
+        return float(
+            ranker.scores(
+                training_set.histories, ranker.states(training_set.histories), training_set.targets, 1.0
+            ).mean()
+        )
 
     assert likely(1.0) > likely(0.0) + 0.5
 
 
-def test_a_soup_is_the_average_of_its_parts_by_their_shares(made: Trained, seen: Lesson) -> None:
+def test_a_soup_is_the_average_of_its_parts_by_their_shares(
+    trained: TrainedGenerator, training_set: RewardTrainingSet
+) -> None:
     names = ("", "price", "commission")
-    parts = {name: type(made.model)(made.model.config) for name in names}
+    parts = {name: type(trained.model)(trained.model.config) for name in names}
     for at, part in enumerate(parts.values()):
-        part.set_items(made.model.model.items.codes)
+        part.set_items(trained.model.model.items.codes)
         for value in part.parameters():
             torch.nn.init.constant_(value, float(at))
-    mixed = soup(parts, {"price": 3.0, "commission": 1.0})
-    wanted = 0.5 * (0.75 * 1 + 0.25 * 2)
+    mixed = average_soup(parts, {"price": 3.0, "commission": 1.0})
+    expected = 0.5 * (0.75 * 1 + 0.25 * 2)
     for value in mixed.parameters():
-        torch.testing.assert_close(value, torch.full_like(value, wanted))
+        torch.testing.assert_close(value, torch.full_like(value, expected))

@@ -5,8 +5,8 @@ import pytest
 
 from streams.errors import SidstreamError
 from tests.tiny_sequences import chains, sequences
-from trainer.baselines.itemknn import DECAY, LAST, ItemKnn
-from trainer.baselines.own_past import HALF, OwnPast
+from trainer.baselines.itemknn import DECAY, LAST_ITEMS, ItemKnn
+from trainer.baselines.own_past import HALF_LIFE_STEPS, OwnPast
 from trainer.baselines.popularity import Popularity
 from trainer.baselines.popularity_of_category import PopularityOfCategory
 from trainer.evaluation import splits
@@ -22,20 +22,20 @@ def fitted(ranker, data):
     return split, ranker
 
 
-def written_out(split, history, forward):
+def scores_by_formula(split, history, forward):
     """Scores (I,) of item-kNN, by its definition and with loops."""
-    size = split.data.size
+    size = split.dataset.size
     counts = split.train_counts()
     scores = np.zeros(size)
-    for back, item in enumerate(history[::-1][:LAST]):
+    for back, item in enumerate(history[::-1][:LAST_ITEMS]):
         for other in range(size):
             if other == item:
                 continue
             both = 0
             for row in split.train:
-                had = list(dict.fromkeys(row.tolist()))
-                if item in had and other in had:
-                    both += not forward or had.index(other) > had.index(item)
+                distinct_items = list(dict.fromkeys(row.tolist()))
+                if item in distinct_items and other in distinct_items:
+                    both += not forward or distinct_items.index(other) > distinct_items.index(item)
             scores[other] += DECAY**back * both / np.sqrt(max(counts[item], 1) * max(counts[other], 1))
     return scores
 
@@ -47,7 +47,7 @@ def test_item_knn_is_its_formula(forward):
     rows = [random.permutation(9)[: random.integers(3, 8)] for _ in range(12)]
     split, ranker = fitted(ItemKnn(forward), sequences(*rows, [0, 1, 0, 2, 3, 4], items=9))
     for history in ([3], [1, 2, 3], [4, 0, 7, 5]):
-        scores = written_out(split, history, forward)
+        scores = scores_by_formula(split, history, forward)
         listed = ranker.rank([np.array(history)], 9, "none")[0]
         assert len(np.unique(scores)) > 3
         assert np.diff(scores[listed]).max() <= 1e-8  # falls along the list
@@ -99,10 +99,11 @@ def test_own_past_is_newest_and_most_often_first_then_popular():
     _, ranker = fitted(OwnPast(), sequences([0, 5, 0, 9, 9], [0, 6, 6, 9, 9], items=10))
     history = np.array([1, 2, 1, 3, 4])
     share = {
-        item: sum(2 ** -((4 - at) / HALF) for at in np.flatnonzero(history == item)) for item in (1, 2, 3)
+        item: sum(2 ** -((4 - at) / HALF_LIFE_STEPS) for at in np.flatnonzero(history == item))
+        for item in (1, 2, 3)
     }
-    wanted = sorted(share, key=lambda item: -share[item])
-    assert wanted == [1, 3, 2]
+    expected = sorted(share, key=lambda item: -share[item])
+    assert expected == [1, 3, 2]
     # 4 is what the user has just had; 0 and 6 are the most popular of the others.
-    assert ranker.rank([history], 6, "none").tolist() == [[*wanted, 4, 0, 6]]
+    assert ranker.rank([history], 6, "none").tolist() == [[*expected, 4, 0, 6]]
     assert ranker.rank([history, np.array([], dtype=np.int64)], 2, "seen").tolist() == [[0, 6], [0, 6]]

@@ -37,9 +37,9 @@ def test_every_event_but_a_users_first_is_a_target_once_in_an_epoch(lengths, len
     train = [np.arange(count) + 100 * user for user, count in enumerate(lengths)]
     settings = SasRecSettings(samples=samples, length=length, batch=2)
     targets = []
-    for rows, wanted in sasrec.batches_of(train, settings, 3, epoch):
+    for rows, batch_targets in sasrec.training_batches(train, settings, 3, epoch):
         assert rows.shape[1] <= length
-        for row, target in zip(rows.numpy(), wanted.numpy(), strict=True):
+        for row, target in zip(rows.numpy(), batch_targets.numpy(), strict=True):
             at = target >= 0
             # The input at a target's place is the item just before it, and the row is without gaps.
             assert (row[at] == target[at] - 1).all()
@@ -64,7 +64,7 @@ def test_a_new_epoch_cuts_long_sequences_elsewhere():
     train = [np.arange(200)]
     settings = SasRecSettings(length=10)
     cuts = [
-        {int(row[0]) for rows, _ in sasrec.batches_of(train, settings, 1, epoch) for row in rows}
+        {int(row[0]) for rows, _ in sasrec.training_batches(train, settings, 1, epoch) for row in rows}
         for epoch in range(5)
     ]
     assert len({frozenset(cut) for cut in cuts}) > 1
@@ -73,8 +73,8 @@ def test_a_new_epoch_cuts_long_sequences_elsewhere():
 @pytest.mark.learning
 def test_the_weights_kept_are_those_that_validation_liked_best():
     split = splits.leave_one_out(chains(users=30))
-    told = []
+    progress_lines = []
     ranker = SasRec(SasRecSettings(width=8, lr=0.5, epochs=6, patience=2))
-    ranker.fit(split, 1, told.append)
-    best = max(float(line.split("NDCG@10 ")[1].split(",")[0]) for line in told)
+    ranker.fit(split, 1, progress_lines.append)
+    best = max(float(line.split("NDCG@10 ")[1].split(",")[0]) for line in progress_lines)
     assert f"{ranker.ndcg(split.valid):.4f}" == f"{best:.4f}"

@@ -11,12 +11,12 @@ from trainer.evaluation.bootstrap import differences, intervals
 
 def test_with_one_row_a_user_the_interval_is_the_plain_bootstrap():
     values = np.random.default_rng(1).exponential(size=400)
-    made = intervals(values[:, None], np.arange(400), resamples=4000)[0]
+    result = intervals(values[:, None], np.arange(400), resamples=4000)[0]
     plain = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, random_state=2)
-    assert made.value == pytest.approx(values.mean())
+    assert result.value == pytest.approx(values.mean())
     width = plain.confidence_interval.high - plain.confidence_interval.low
-    assert made.low == pytest.approx(plain.confidence_interval.low, abs=0.08 * width)
-    assert made.high == pytest.approx(plain.confidence_interval.high, abs=0.08 * width)
+    assert result.low == pytest.approx(plain.confidence_interval.low, abs=0.08 * width)
+    assert result.high == pytest.approx(plain.confidence_interval.high, abs=0.08 * width)
 
 
 def test_repeating_every_answer_ten_times_adds_no_evidence():
@@ -46,8 +46,8 @@ def test_a_true_mean_is_covered_about_as_often_as_promised():
         users = np.repeat(np.arange(120), random.integers(1, 4, 120))
         rates = random.random(120)
         values = (random.random(len(users)) < rates[users]).astype(float)
-        made = intervals(values[:, None], users, seed=trial, resamples=300)[0]
-        covered += made.low <= 0.5 <= made.high
+        result = intervals(values[:, None], users, seed=trial, resamples=300)[0]
+        covered += result.low <= 0.5 <= result.high
     assert 180 <= covered <= 199
 
 
@@ -56,9 +56,9 @@ def test_a_true_mean_is_covered_about_as_often_as_promised():
 def test_the_same_seed_gives_the_same_interval_around_the_mean(rows, figures, seed):
     random = np.random.default_rng(seed)
     values, users = random.random((rows, figures)), random.integers(0, 5, rows)
-    made = intervals(values, users, seed, resamples=100)
-    assert made == intervals(values, users, seed, resamples=100)
-    for column, (value, low, high) in zip(values.T, made, strict=True):
+    result = intervals(values, users, seed, resamples=100)
+    assert result == intervals(values, users, seed, resamples=100)
+    for column, (value, low, high) in zip(values.T, result, strict=True):
         assert value == pytest.approx(column.mean())
         assert column.min() - 1e-9 <= low <= high <= column.max() + 1e-9
 

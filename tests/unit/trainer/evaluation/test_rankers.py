@@ -5,12 +5,12 @@ import pytest
 
 from tests.tiny_sequences import chains
 from trainer.evaluation import splits
-from trainer.evaluation.ranker import MASKS, Learner, top_k
-from trainer.evaluation.sidstream_ranker import Ours, Recipe, Trained
+from trainer.evaluation.generator_ranker import GeneratorRanker, TrainedGenerator, TrainingRecipe
+from trainer.evaluation.ranker import MASKS, UpdatableRanker, top_k
 from trainer.rankers import MODELS, Options, checked_names
 
 SPLIT = splits.leave_one_out(chains())
-SIZE = SPLIT.data.size
+SIZE = SPLIT.dataset.size
 SEED = 5
 TINY = {
     "width": 16,
@@ -91,8 +91,8 @@ def test_histories_are_left_as_they_were(ranker):
 
 @pytest.mark.learning
 def test_the_same_seed_gives_the_same_lists(ranker):
-    again = fitted(ranker.name)
-    assert again.rank(HISTORIES, 6, "none").tolist() == ranker.rank(HISTORIES, 6, "none").tolist()
+    refitted = fitted(ranker.name)
+    assert refitted.rank(HISTORIES, 6, "none").tolist() == ranker.rank(HISTORIES, 6, "none").tolist()
 
 
 def test_a_model_that_no_seed_changes_says_so_truly(ranker):
@@ -105,16 +105,16 @@ def test_a_model_that_no_seed_changes_says_so_truly(ranker):
 
 @pytest.mark.learning
 def test_what_is_learned_later_equals_what_is_learned_at_once(ranker):
-    if not isinstance(ranker, Learner):
+    if not isinstance(ranker, UpdatableRanker):
         pytest.skip(f"{ranker.name} does not learn after fit")
     if getattr(ranker, "seeded", True):
         pytest.skip(f"{ranker.name} is trained: it learns what is new, and not the same")
     data = chains()
-    early, late = splits.by_time(data, 300, 600), splits.by_time(data, 600, 600)
+    early, late = splits.split_by_time(data, 300, 600), splits.split_by_time(data, 600, 600)
     step, whole = (MODELS[ranker.name](Options(epochs=2)) for _ in range(2))
     step.fit(early, SEED, quiet)
     before = step.rank(HISTORIES, SIZE, "none").tolist()
-    shard = splits.stretch(data, 300, 600)
+    shard = splits.shard_between(data, 300, 600)
     step.update(shard)
     whole.fit(late, SEED, quiet)
     assert step.rank(HISTORIES, SIZE, "none").tolist() == whole.rank(HISTORIES, SIZE, "none").tolist()
@@ -124,9 +124,9 @@ def test_what_is_learned_later_equals_what_is_learned_at_once(ranker):
 @pytest.mark.learning
 def test_a_trained_model_learns_a_shard_once_for_all_of_its_heads_and_forgets_it_for_the_next():
     data = chains()
-    split, shard = splits.by_time(data, 300, 600), splits.stretch(data, 300, 600)
-    trained = Trained(Recipe(TINY, {"levels": 2, "size": 8}, 8))
-    first, second = (Ours(head, trained, head) for head in ("dense", "beam"))
+    split, shard = splits.split_by_time(data, 300, 600), splits.shard_between(data, 300, 600)
+    trained = TrainedGenerator(TrainingRecipe(TINY, {"levels": 2, "size": 8}, 8))
+    first, second = (GeneratorRanker(head, trained, head) for head in ("dense", "beam"))
     first.fit(split, SEED, quiet)
     before = {head.name: head.rank(HISTORIES, SIZE, "none").tolist() for head in (first, second)}
     first.update(shard)

@@ -14,7 +14,7 @@ from streams.errors import SidstreamError
 from tests.tiny_sequences import chains, sequences
 from trainer.baselines.popularity import Popularity
 from trainer.evaluation import datasets, report, results, splits
-from trainer.evaluation.run import evaluate, with_means
+from trainer.evaluation.run import evaluate_ranker, with_means
 from trainer.rankers import MODELS
 
 
@@ -28,14 +28,14 @@ class Ordered:
     name = "ordered"
     head = "row"
 
-    def fit(self, data, seed, progress):
-        self.size, self.first = data.data.size, seed
+    def fit(self, split, seed, progress):
+        self.size, self.first = split.dataset.size, seed
         self.learned = []
         self.parameters = 7
         self.invalid_rate = 0.25
 
     def update(self, shard):
-        self.learned.append([row.tolist() for row in shard.fresh])
+        self.learned.append([row.tolist() for row in shard.new_items])
 
     def rank(self, histories, k, mask):
         self.learned.append(len(histories))
@@ -44,16 +44,18 @@ class Ordered:
 
 def test_targets_are_counted_by_item_by_sid_and_apart_for_what_is_new():
     data = sequences([0, 1, 2, 3], [1, 0, 1, 1], [4, 5], sids=[[0], [3], [1], [2], [2], [2]])
-    found = evaluate(splits.leave_one_out(data), Ordered(), 0, ["none"], quiet)[0]
-    assert found.rows["HR@1"].tolist() == [0, 0]
-    assert found.rows["NDCG@5"][0] == pytest.approx(1 / np.log2(5))  # item 3 is at the fourth place
-    assert found.rows["MRR@20 by SID"].tolist() == [1 / 4, 1 / 2]
+    measured = evaluate_ranker(splits.leave_one_out(data), Ordered(), 0, ["none"], quiet)[0]
+    assert measured.target_metrics["HR@1"].tolist() == [0, 0]
+    assert measured.target_metrics["NDCG@5"][0] == pytest.approx(
+        1 / np.log2(5)
+    )  # item 3 is at the fourth place
+    assert measured.target_metrics["MRR@20 by SID"].tolist() == [1 / 4, 1 / 2]
     # Item 3 is not in training, item 1 is.
-    assert np.isnan(found.rows["HR@10, new items"]).tolist() == [False, True]
-    assert "HR@10, new users" not in found.rows
-    assert found.totals["parameters"] == 7
-    assert found.totals["invalid rate"] == 0.25
-    lines = {line["metric"]: line for line in report.lines([found], "d", "leave-one-out", "c")}
+    assert np.isnan(measured.target_metrics["HR@10, new items"]).tolist() == [False, True]
+    assert "HR@10, new users" not in measured.target_metrics
+    assert measured.run_metrics["parameters"] == 7
+    assert measured.run_metrics["invalid rate"] == 0.25
+    lines = {line["metric"]: line for line in report.lines([measured], "d", "leave-one-out", "c")}
     assert lines["HR@10, new items"]["value"] == 1
     assert lines["targets, new items"]["value"] == 1
     assert lines["targets"]["value"] == 2
@@ -64,42 +66,49 @@ def test_targets_are_counted_by_item_by_sid_and_apart_for_what_is_new():
 
 def test_seeds_are_followed_by_their_mean():
     split = splits.leave_one_out(chains())
-    runs = [run for seed in (1, 2) for run in evaluate(split, Ordered(), seed, ["none", "seen"], quiet)]
-    made = with_means(runs)
-    assert [(run.seed, run.mask) for run in made] == [
+    runs = [
+        run for seed in (1, 2) for run in evaluate_ranker(split, Ordered(), seed, ["none", "seen"], quiet)
+    ]
+    result = with_means(runs)
+    assert [(run.seed, run.mask) for run in result] == [
         (1, "none"), (2, "none"), (None, "none"), (1, "seen"), (2, "seen"), (None, "seen"),
     ]  # fmt: skip
-    one, two, mean = made[:3]
-    assert (mean.rows["HR@5"] == (one.rows["HR@5"] + two.rows["HR@5"]) / 2).all()
-    assert report.table(report.lines(made, "d", "p", "c"))[1][3] == "mean of 2"
+    one, two, mean = result[:3]
+    assert (
+        mean.target_metrics["HR@5"] == (one.target_metrics["HR@5"] + two.target_metrics["HR@5"]) / 2
+    ).all()
+    assert report.table(report.lines(result, "d", "p", "c"))[1][3] == "mean of 2"
 
 
 def test_prequential_scores_a_shard_before_it_is_learned():
     data = chains()
-    split = splits.by_time(data, 200, 400)
+    split = splits.split_by_time(data, 200, 400)
     ranker = Ordered()
-    found = evaluate(split, ranker, 0, ["none"], quiet, shard_count=3)[0]
-    assert len(found.users) == len(split.test)
-    shards = list(splits.shards(data, 400, 3))
+    measured = evaluate_ranker(split, ranker, 0, ["none"], quiet, shard_count=3)[0]
+    assert len(measured.users) == len(split.test)
+    shards = list(splits.time_shards(data, 400, 3))
     # First the cost of an answer is taken, of at most half of the targets.
-    expected = [(len(split.test) + 1) // 2, [row.tolist() for row in splits.stretch(data, 200, 400).fresh]]
+    expected = [
+        (len(split.test) + 1) // 2,
+        [row.tolist() for row in splits.shard_between(data, 200, 400).new_items],
+    ]
     for shard in shards:
-        expected += [len(shard.queries), [row.tolist() for row in shard.fresh]]
+        expected += [len(shard.queries), [row.tolist() for row in shard.new_items]]
     assert ranker.learned == expected
     with pytest.raises(SidstreamError, match="give --split time"):
-        evaluate(splits.leave_one_out(data), ranker, 0, ["none"], quiet, shard_count=3)
+        evaluate_ranker(splits.leave_one_out(data), ranker, 0, ["none"], quiet, shard_count=3)
 
 
 def test_a_model_is_compared_over_the_same_users():
     split = splits.leave_one_out(chains())
     runs = [
-        *evaluate(split, Ordered(), 0, ["none"], quiet),
-        *evaluate(split, Popularity(), 0, ["none"], quiet),
+        *evaluate_ranker(split, Ordered(), 0, ["none"], quiet),
+        *evaluate_ranker(split, Popularity(), 0, ["none"], quiet),
     ]
-    made = {line["metric"]: line for line in report.compared(runs, "popularity", "d", "p", "c")}
-    expected = (runs[0].rows["HR@10"] - runs[1].rows["HR@10"]).mean()
-    assert made["HR@10 minus popularity"]["value"] == pytest.approx(expected, rel=1e-4)
-    assert {line["model"] for line in made.values()} == {"ordered"}
+    result = {line["metric"]: line for line in report.compared(runs, "popularity", "d", "p", "c")}
+    expected = (runs[0].target_metrics["HR@10"] - runs[1].target_metrics["HR@10"]).mean()
+    assert result["HR@10 minus popularity"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert {line["model"] for line in result.values()} == {"ordered"}
 
 
 def published(rows, model="m", value=0.5):
@@ -150,12 +159,12 @@ def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path,
     assert "amazon14-beauty, leave-one-out: 20 targets among 9 items" in table.output
     assert "itemknn     similarity  seen" in table.output
     out = tmp_path / "lines.jsonl"
-    made = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, [*words, "--mask", "seen", "--json", "--out", str(out), "--against", "popularity"]
     )
-    said = json.loads(made.stdout.splitlines()[-1])
+    output = json.loads(result.stdout.splitlines()[-1])
     lines = [json.loads(text) for text in out.read_text().splitlines()]
-    assert said["lines"] == lines
+    assert output["lines"] == lines
     assert {line["mask"] for line in lines} == {"seen"}
     assert any(line["metric"] == "HR@10 minus popularity" for line in lines)
     # A command that anybody can repeat names no folder of this machine.
@@ -172,8 +181,8 @@ def test_the_arithmetic_of_a_table_is_in_its_command_and_with_every_figure(amazo
     words = ["evaluate", "amazon14-beauty", "--models", "sasrec", "--data", str(amazon), "--json"]
     # The switch wins over the setting.
     monkeypatch.setenv("SIDSTREAM_TRAINER__ARITHMETIC", "bfloat16" if switch else "float32")
-    made = CliRunner().invoke(app, [*words, "--arithmetic", "float32"] if switch else words)
-    lines = json.loads(made.stdout.splitlines()[-1])["lines"]
+    result = CliRunner().invoke(app, [*words, "--arithmetic", "float32"] if switch else words)
+    lines = json.loads(result.stdout.splitlines()[-1])["lines"]
     assert used == ["float32"]
     assert all(line["command"].endswith(" --arithmetic float32") for line in lines)
     assert {line["machine"] for line in lines} == {results.machine("float32")}
@@ -189,7 +198,7 @@ def test_a_figure_names_its_processor_and_how_it_computes():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected_text"),
     [
         (
             ["amazon14-toys"],
@@ -204,17 +213,17 @@ def test_a_figure_names_its_processor_and_how_it_computes():
         (["amazon14-beauty", "--against", "sasrec", "--models", "itemknn"], "--against is 'sasrec'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_in_one_line(amazon, words, said):
-    made = CliRunner().invoke(app, ["evaluate", *words, "--data", str(amazon)])
-    assert made.exit_code == 1
-    assert isinstance(made.exception, SidstreamError)
-    assert re.search(said, str(made.exception))
+def test_what_cannot_be_evaluated_is_refused_in_one_line(amazon, words, expected_text):
+    result = CliRunner().invoke(app, ["evaluate", *words, "--data", str(amazon)])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SidstreamError)
+    assert re.search(expected_text, str(result.exception))
 
 
 def test_without_a_folder_the_error_says_how_to_name_one(monkeypatch):
     monkeypatch.delenv("SIDSTREAM_DATA", raising=False)
     with pytest.raises(SidstreamError, match=r"does not ship with sidstream: name the folder .* --data"):
-        datasets.load("tmall2014")
+        datasets.load_dataset("tmall2014")
 
 
 def test_a_model_that_looks_at_users_is_told_whose_histories_it_ranks():
@@ -222,10 +231,12 @@ def test_a_model_that_looks_at_users_is_told_whose_histories_it_ranks():
         def rank_for(self, users, histories, k, mask):
             return np.tile((users[:, None] + np.arange(k)) % self.size, 1)
 
-    split = splits.by_time(chains(), 200, 400)
-    found = evaluate(split, Knowing(), 0, ["none"], quiet)[0]
-    wanted = [user % 16 == target for user, target in zip(split.test.users, split.test.targets, strict=True)]
-    assert found.rows["HR@1"].tolist() == wanted
+    split = splits.split_by_time(chains(), 200, 400)
+    measured = evaluate_ranker(split, Knowing(), 0, ["none"], quiet)[0]
+    expected = [
+        user % 16 == target for user, target in zip(split.test.users, split.test.targets, strict=True)
+    ]
+    assert measured.target_metrics["HR@1"].tolist() == expected
 
 
 def test_what_one_seed_was_measured_for_stands_beside_the_means():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from streams.errors import SidstreamError
 from tests.tiny_sequences import sequences
 from trainer.evaluation import splits
-from trainer.evaluation.sequences import group_events
+from trainer.evaluation.sequences import group_events_by_user
 
 
 @st.composite
@@ -40,7 +40,7 @@ def test_leave_one_out_by_hand():
 
 def test_a_cut_in_time_by_hand():
     data = sequences([1, 2, 3, 4], [5, 6], [7, 8], ts=[[1, 10, 20, 30], [2, 20], [25, 30]])
-    split = splits.by_time(data, 10, 20)
+    split = splits.split_by_time(data, 10, 20)
     assert lists(split.train) == [[1], [5], []]
     assert (split.valid.users.tolist(), split.valid.targets.tolist()) == ([0], [2])
     # User 2 came after the cut: the first event has no history, the second one has.
@@ -52,7 +52,7 @@ def test_a_cut_in_time_by_hand():
 @given(logs(), st.integers(0, 31), st.integers(0, 31))
 def test_every_event_is_in_one_part_and_is_predicted_from_what_came_before(data, one, other):
     t1, t2 = sorted((one, other))
-    split = splits.by_time(data, t1, t2)
+    split = splits.split_by_time(data, t1, t2)
     for user, (items, ts) in enumerate(zip(data.items, data.ts, strict=True)):
         assert split.train[user].tolist() == items[ts < t1].tolist()
         followers = np.arange(1, len(items))
@@ -65,38 +65,38 @@ def test_every_event_is_in_one_part_and_is_predicted_from_what_came_before(data,
 
 @given(logs(), st.integers(0, 31), st.integers(1, 5))
 def test_shards_together_are_the_time_from_their_start(data, start, count):
-    made = list(splits.shards(data, start, count))
-    assert len(made) <= count
-    whole = splits.stretch(data, start, None)
-    assert sorted(item for shard in made for row in shard.fresh for item in row) == sorted(
-        item for row in whole.fresh for item in row
+    result = list(splits.time_shards(data, start, count))
+    assert len(result) <= count
+    whole = splits.shard_between(data, start, None)
+    assert sorted(item for shard in result for row in shard.new_items for item in row) == sorted(
+        item for row in whole.new_items for item in row
     )
-    assert sum(len(shard.queries) for shard in made) == len(whole.queries)
-    for shard in made:
-        known = {tuple(row) for row in lists(shard.histories)}
+    assert sum(len(shard.queries) for shard in result) == len(whole.queries)
+    for shard in result:
+        known_histories = {tuple(row) for row in lists(shard.histories)}
         # What a shard's first prediction knows is what was there before the shard.
         assert all(
-            any(tuple(history[: len(row)].tolist()) == row for row in known)
+            any(tuple(history[: len(row)].tolist()) == row for row in known_histories)
             for history in shard.queries.histories
         )
 
 
 def test_a_set_without_times_is_not_cut_in_time():
     with pytest.raises(SidstreamError, match="tiny has no times: give --split leave-one-out"):
-        splits.by_time(sequences([1, 2, 3]))
+        splits.split_by_time(sequences([1, 2, 3]))
     with pytest.raises(SidstreamError, match="t1 is 5 and t2 is 3"):
-        splits.by_time(sequences([1, 2], ts=[[1, 2]]), 5, 3)
+        splits.split_by_time(sequences([1, 2], ts=[[1, 2]]), 5, 3)
 
 
 def test_events_are_grouped_in_time_order_and_an_item_after_itself_counts_once():
     users = ["a", "b", "a", "a", "a"]
     items = ["x", "y", "z", "z", "x"]
-    made = group_events(users, items, np.array([5, 1, 3, 4, 5]))
-    assert (made.users, made.item_names) == (["b", "a"], ["y", "z", "x"])
-    assert lists(made.items) == [[0], [1, 2]]  # of equal times the first given is first, and x follows x
-    assert lists(made.ts) == [[1], [3, 5]]
-    assert made.bought is None
-    assert made.bought_ts is None
+    result = group_events_by_user(users, items, np.array([5, 1, 3, 4, 5]))
+    assert (result.users, result.item_names) == (["b", "a"], ["y", "z", "x"])
+    assert lists(result.items) == [[0], [1, 2]]  # of equal times the first given is first, and x follows x
+    assert lists(result.ts) == [[1], [3, 5]]
+    assert result.bought is None
+    assert result.bought_ts is None
 
 
 def test_a_purchase_survives_the_merge_and_marks_the_clicks_of_the_day_before_it():
@@ -108,12 +108,12 @@ def test_a_purchase_survives_the_merge_and_marks_the_clicks_of_the_day_before_it
         ("a", "v", 12 + day, False), ("a", "v", 13 + 3 * day, True),  # merged, whenever it was
     ]  # fmt: skip
     users, items, ts, purchase = zip(*events, strict=True)
-    made = group_events(users, items, np.array(ts), purchase)
-    assert lists(made.items) == [[0, 1, 0, 1, 0, 2, 3, 2, 4], [1]]
+    result = group_events_by_user(users, items, np.array(ts), purchase)
+    assert lists(result.items) == [[0, 1, 0, 1, 0, 2, 3, 2, 4], [1]]
     # y is b's purchase, not a's; the click of x that comes after the purchase is none.
-    assert lists(made.bought) == [[True, False, True, False, False, False, False, True, True], [True]]
-    assert lists(made.bought_ts) == [[6, -1, 6, -1, -1, -1, -1, 11 + day, 13 + 3 * day], [8]]
-    assert lists(made.ts) == lists(group_events(users, items, np.array(ts)).ts)
+    assert lists(result.bought) == [[True, False, True, False, False, False, False, True, True], [True]]
+    assert lists(result.bought_ts) == [[6, -1, 6, -1, -1, -1, -1, 11 + day, 13 + 3 * day], [8]]
+    assert lists(result.ts) == lists(group_events_by_user(users, items, np.array(ts)).ts)
 
 
 @given(
@@ -123,8 +123,10 @@ def test_a_step_is_bought_exactly_where_one_of_its_events_is_or_the_same_is_boug
     quarter = 86_400_000 // 4
     events = sorted(((f"u{u}", f"i{i}", t * quarter, paid) for u, i, t, paid in events), key=lambda e: e[2])
     users, items, ts, purchase = map(list, zip(*events, strict=True)) if events else ([], [], [], [])
-    made = group_events(users, items, np.array(ts, np.int64), purchase)
-    for user, rows, flags, when in zip(made.users, made.items, made.bought, made.bought_ts, strict=True):
+    result = group_events_by_user(users, items, np.array(ts, np.int64), purchase)
+    for user, rows, flags, when in zip(
+        result.users, result.items, result.bought, result.bought_ts, strict=True
+    ):
         mine = [event for event in events if event[0] == user]
         expected = []
         for at, (_, item, begin, _) in enumerate(mine):
@@ -143,17 +145,21 @@ def test_queries_say_which_targets_were_bought_and_training_only_what_was_bought
         [1, 2, 3, 4], [5, 6, 5], ts=[[1, 10, 20, 30], [2, 20, 31]],
         bought_ts=[[1, 12, 25, -1], [31, -1, 31]],
     )  # fmt: skip
-    split = splits.by_time(data, 15, 25)
+    split = splits.split_by_time(data, 15, 25)
     assert lists(split.train) == [[1, 2], [5]]
     assert lists(split.bought) == [[True, True], [False]]  # user 1 buys the 5 later on
     assert split.valid.targets.tolist() == [3, 6]
     assert split.valid.bought.tolist() == [True, False]
     assert split.test.targets.tolist() == [4, 5]
     assert split.test.bought.tolist() == [False, True]
-    taken = split.test.take(np.array([1]))
-    assert (taken.targets.tolist(), taken.bought.tolist(), lists(taken.histories)) == ([5], [True], [[5, 6]])
+    subset = split.test.take(np.array([1]))
+    assert (subset.targets.tolist(), subset.bought.tolist(), lists(subset.histories)) == (
+        [5],
+        [True],
+        [[5, 6]],
+    )
     last = splits.leave_one_out(data)
     assert lists(last.bought) == [[True, True], [True]]
     assert (last.valid.bought.tolist(), last.test.bought.tolist()) == ([True, False], [False, True])
-    plain = splits.by_time(sequences([1, 2], ts=[[1, 2]]), 2, 2)
+    plain = splits.split_by_time(sequences([1, 2], ts=[[1, 2]]), 2, 2)
     assert [plain.bought, plain.test.bought, plain.test.take(np.array([0])).bought] == [None] * 3

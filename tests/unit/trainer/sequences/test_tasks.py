@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from tests.tiny_shop import SIZES, Shop, shop
-from trainer.evaluation.tasks import prompt_states, say, spell
+from trainer.evaluation.tasks import predict_words, prompt_states, search_items
 from trainer.sequences.batches import pad_token_rows
 from trainer.sequences.interactions import user_sequences
 from trainer.sequences.rows import TrainingRows
@@ -220,17 +220,17 @@ def test_the_model_learns_to_search_and_to_sum_up() -> None:
     titles = tiny.rows.title_words
     none = tiny.catalogue.codes[:0]
     bare_prompts = [search_prompt(none, [titles[item][1]]) for item in range(24)]
-    best = spell(model, bare_prompts, tiny.sids, tiny.catalogue, 2)
+    best = search_items(model, bare_prompts, tiny.sids, tiny.catalogue, 2)
     # The word names a pair of items: no other one is better.
     assert np.mean([item // 2 == at // 2 for at, row in enumerate(best) for item in row.tolist()]) > 0.8
     # After the item before, the word is of one item: the next.
     prompts_with_history = [
         search_prompt(tiny.catalogue.codes[[item - 1]], [titles[item][1]]) for item in range(1, 24)
     ]
-    first = spell(model, prompts_with_history, tiny.sids, tiny.catalogue, 1)[:, 0]
+    first = search_items(model, prompts_with_history, tiny.sids, tiny.catalogue, 1)[:, 0]
     assert np.mean(first == np.arange(1, 24)) > 0.8
     summary_prompts = [summary_prompt(tiny.catalogue.codes[[item]]) for item in range(24)]
-    summaries = say(model, summary_prompts, [2] * 24, tiny.prompt.first_word)
+    summaries = predict_words(model, summary_prompts, [2] * 24, tiny.prompt.first_word)
     assert np.mean([set(words) == set(titles[at]) for at, words in enumerate(summaries)]) > 0.7
 
 
@@ -238,7 +238,7 @@ def test_a_prompts_answers_are_those_of_a_search_over_all_items() -> None:
     tiny = pair_shop()
     model = tiny.model(seed=1)
     prompts = [search_prompt(tiny.catalogue.codes[[3, 5]], [tiny.prompt.first_word]), [BOS, ITEM]]
-    actual = spell(model, prompts, tiny.sids, tiny.catalogue, 24)
+    actual = search_items(model, prompts, tiny.sids, tiny.catalogue, 24)
     for prompt, best in zip(prompts, actual, strict=True):
         scores = []
         for codes in tiny.catalogue.codes.tolist():

@@ -39,7 +39,7 @@ _BATCH = 500
 
 
 @dataclass(frozen=True)
-class Rates:
+class TrueRates:
     """A version's true rates: clicks per shown item, orders per click."""
 
     ctr: float = 0.2
@@ -47,7 +47,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Crowd:
+class SimulatedShoppers:
     """Shoppers: they come on `days` of 14 on average, with `requests` answers of 10 items each day.
 
     Somebody looks at the trial every other day.
@@ -59,7 +59,7 @@ class Crowd:
     days: float = 1.0
     requests: float = 16.0
     cohesion: float = 40.0
-    first: Rates = Rates()
+    first: TrueRates = TrueRates()
 
 
 class _Record(NamedTuple):
@@ -68,18 +68,18 @@ class _Record(NamedTuple):
     offset: int
 
 
-class Shop:
+class TrueRateShop:
     """Serving, its shoppers and the agents, a day at a time; `truth`: the rates of each bundle."""
 
-    def __init__(self, url: str, crowd: Crowd, settings: Settings, seed: int) -> None:
+    def __init__(self, url: str, shoppers: SimulatedShoppers, settings: Settings, seed: int) -> None:
         self.redis = redis.Redis.from_url(url)
-        self.truth: dict[str, Rates] = {}
+        self.truth: dict[str, TrueRates] = {}
         self.requests = self.day_number = 0
-        self._crowd = crowd
+        self._shoppers = shoppers
         self._random = np.random.default_rng(seed)
         # The hold-out is chosen by the users' names: another seed holds out others.
-        self._names = [f"s{seed}-{n}" for n in range(crowd.users)]
-        self._click, self._buy = (self._own(rate) for rate in (crowd.first.ctr, crowd.first.cvr))
+        self._names = [f"s{seed}-{n}" for n in range(shoppers.users)]
+        self._click, self._buy = (self._own(rate) for rate in (shoppers.first.ctr, shoppers.first.cvr))
         self._offsets: Counter[str] = Counter()
         self._dealt: tuple[str, list[Arm]] = ("", [])
         self._runner = asyncio.Runner()
@@ -103,7 +103,7 @@ class Shop:
         """One day of visits under a rollout, and what agents and serving write of it."""
         if self._dealt[0] != rollout.trial:
             self._dealt = rollout.trial, [arm_of(rollout, name) for name in self._names]
-        came = np.flatnonzero(self._random.random(self._crowd.users) < self._crowd.days / 14)
+        came = np.flatnonzero(self._random.random(self._shoppers.users) < self._shoppers.days / 14)
         arms = self._dealt[1]
         for begin in range(0, len(came), _BATCH):
             some = came[begin : begin + _BATCH]
@@ -120,7 +120,7 @@ class Shop:
 
     def _own(self, mean: float) -> np.ndarray:
         made: np.ndarray = self._random.beta(
-            mean * self._crowd.cohesion, (1 - mean) * self._crowd.cohesion, self._crowd.users
+            mean * self._shoppers.cohesion, (1 - mean) * self._shoppers.cohesion, self._shoppers.users
         )
         return made
 
@@ -131,8 +131,8 @@ class Shop:
 
     def _visits(self, trial: str, came: np.ndarray, arms: Sequence[Arm]) -> Iterator[Event]:
         """The events of some users' day, and the health of the models that answered them."""
-        random, first = self._random, self._crowd.first
-        who = np.repeat(came, 1 + random.poisson(self._crowd.requests - 1, len(came)))
+        random, first = self._random, self._shoppers.first
+        who = np.repeat(came, 1 + random.poisson(self._shoppers.requests - 1, len(came)))
         truth = [self.truth[arms[user].bundle] for user in who]
         click = self._click[who] * np.array([rates.ctr for rates in truth]) / first.ctr
         buy = self._buy[who] * np.array([rates.cvr for rates in truth]) / first.cvr
