@@ -306,6 +306,9 @@ class TrainerSettings(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
     epochs: int = Field(10, ge=1, description="passes over the log's sequences, at most")
     max_seconds: float | None = Field(75.0, gt=0, description="time budget of SFT; empty: all epochs")
+    max_steps: int | None = Field(
+        None, ge=1, description="steps of one training, the same work on any machine; empty: no limit"
+    )
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
     batch_positions: int = Field(512, ge=8, description="items a step, padding included")
     validation_users: int = Field(1000, ge=0, description="users whose last item is held out")

@@ -24,6 +24,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
 def train(
     max_seconds: Annotated[float | None, typer.Option(help="time budget of SFT, in seconds")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="steps of SFT at most: the same work on any machine")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of weights, order and dropout")] = None,
     from_scratch: Annotated[bool, typer.Option(help="fresh weights instead of the champion's")] = False,
     hf_model: Annotated[
@@ -49,7 +52,7 @@ def train(
         follow_main_process(devices)
         return
     settings = load()
-    options = {"max_seconds": max_seconds, "seed": seed, "hf_model": hf_model}
+    options = {"max_seconds": max_seconds, "max_steps": max_steps, "seed": seed, "hf_model": hf_model}
     chosen = settings.trainer.model_copy(update={k: v for k, v in options.items() if v is not None})
     with stage_lines() as report:
         if chosen.hf_model:

@@ -122,17 +122,18 @@ class _TrainingRun:
         return self._finish()
 
     def _train_epoch(self, batches: list[SequenceBatch]) -> bool:
-        """Steps until the epoch, or the time budget, is over. False: the run was interrupted."""
+        """Steps until the epoch, or the budget of time or steps, is over. False: the run was interrupted."""
         state, settings = self.state, self.settings
         texts = self.rows.text_rows(state.epoch)
         per_batch = -(-len(texts) // max(1, len(batches)))
         while state.batch < len(batches):
             self._measure_time()
-            share = state.seconds / settings.max_seconds if settings.max_seconds else 0.0
+            spent_time = state.seconds / settings.max_seconds if settings.max_seconds else 0.0
             asked_to_stop = self.stop is not None and self.stop()
-            spent, interrupted = self.devices.broadcast([share, float(asked_to_stop)])
-            if spent >= 1:
-                state.stopped = "time budget spent"
+            spent_time, interrupted = self.devices.broadcast([spent_time, float(asked_to_stop)])
+            spent_steps = state.step / settings.max_steps if settings.max_steps else 0.0
+            if spent_time >= 1 or spent_steps >= 1:
+                state.stopped = "all steps done" if spent_steps >= 1 else "time budget spent"
                 break
             if interrupted:
                 return False
@@ -141,7 +142,10 @@ class _TrainingRun:
             own = state.batch + self.devices.rank
             batch = batches[own] if own < len(batches) else None
             loss = self._step(
-                batch, texts[own * per_batch : (own + 1) * per_batch], own, max(spent, done / settings.epochs)
+                batch,
+                texts[own * per_batch : (own + 1) * per_batch],
+                own,
+                max(spent_time, spent_steps, done / settings.epochs),
             )
             self.running_loss = (
                 loss if math.isnan(self.running_loss) else 0.98 * self.running_loss + 0.02 * loss

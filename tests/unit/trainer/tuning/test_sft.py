@@ -78,6 +78,14 @@ def test_a_spent_time_budget_ends_the_run() -> None:
     assert result.quality is not None
 
 
+def test_a_run_of_so_many_steps_is_the_same_whatever_time_it_takes() -> None:
+    tiny = shop(epochs=1000, max_steps=7)
+    results = [train(tiny.model(), tiny.rows, tiny.sids, tiny.settings) for _ in range(2)]
+    assert [result.steps for result in results] == [7, 7]
+    assert [result.stopped for result in results] == ["all steps done"] * 2
+    assert results[0].loss == results[1].loss
+
+
 def test_only_the_codes_of_new_items_are_learned_in_a_sequence() -> None:
     tiny = shop()
     items = tiny.log.items[:4].copy()
