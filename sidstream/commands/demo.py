@@ -25,8 +25,8 @@ _PAGE = 10
 # What the trial is planned for: about the rise of CVR that alignment gives with these shoppers
 # (docs/decisions/0010), and the variance of CVR by users over that of independent clicks in such a trial.
 LIFT, DESIGN_EFFECT = 0.15, 1.6
-# Steps of SFT, not seconds: the models are as good on a slow processor, which only takes longer. One core with
-# AVX-512 needs 50 and 17 seconds for them.
+# Steps of SFT, not seconds: the models are as good on a slow processor, which only takes longer. One core
+# with AVX-512 needs 50 and 17 seconds for them.
 FIRST_STEPS, SECOND_STEPS = 410, 125
 
 
