@@ -30,7 +30,7 @@ from agents.history_writer import HistoryWriter
 from agents.parked_events import ParkedEvents
 from agents.profile_writer import ProfileWriter
 from agents.settings import AgentsSettings
-from agents.slot_allocator import CodebookRegistry, SlotAllocator
+from agents.sid_allocator import CodebookRegistry, SidAllocator
 from streams.errors import SidstreamError
 from streams.events import (
     CatalogItem,
@@ -199,7 +199,7 @@ class Agents(Service):
         self._sids = AssignedSids(self._kafka, self._store)
         await self._sids.start()
         users = UserEventHooks(self._kafka, self._store, self._sids, settings, self._history, self._producer)
-        catalogue = SlotAllocator(
+        catalogue = SidAllocator(
             self._kafka, self._store, self._producer, self._sids, self._codebooks,
             settings.codebook_check_s,
         )  # fmt: skip

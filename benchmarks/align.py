@@ -42,7 +42,7 @@ from trainer.cycle_inputs import read_cycle_inputs
 from trainer.generator.build import load_model
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.sequences.rows import TrainingRows
 
 # What is compared: (name, changes of the settings `trainer.dpo`).

@@ -48,9 +48,9 @@ from trainer.evaluation.datasets import load_dataset
 from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, default_recipe
 from trainer.evaluation.metrics import accuracy, target_ranks
 from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
-from trainer.offline.offline_check import held_out_probe
-from trainer.offline.quality import evaluate_held_out
-from trainer.offline.ranking import Candidates
+from trainer.offline_checks.offline_check import held_out_probe
+from trainer.offline_checks.quality import evaluate_held_out
+from trainer.offline_checks.ranking import Candidates
 from trainer.sequences.batches import Int64
 
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"

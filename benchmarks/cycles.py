@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.results import line
 from registry.bundles.store import Registry
-from registry.releases.current import current_rollout
+from registry.releases.current_rollout import current_rollout
 from sidstream.commands.registry import promoting
 from sidstream.commands.train import one_cycle, set_thread_environment
 from sidstream.continuous_delivery import ContinuousDelivery, Turn

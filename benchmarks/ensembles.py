@@ -12,7 +12,7 @@ from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe
 from trainer.evaluation.ranker import Mask, Progress
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import EvaluationSplit
-from trainer.offline.ranking import item_logits, sid_scores
+from trainer.offline_checks.ranking import item_logits, sid_scores
 from trainer.sequences.batches import SequenceBatch, pad_items
 from trainer.tuning.next_item import ScoredItems, past_items, states_before_targets
 from trainer.tuning.soft_targets import SoftTargets

@@ -46,9 +46,9 @@ from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offline_check import held_out_probe, reason_to_refuse
-from trainer.offline.quality import evaluate_held_out
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.offline_check import held_out_probe, reason_to_refuse
+from trainer.offline_checks.quality import evaluate_held_out
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.sequences.held_out import hold_out_last_items
 from trainer.sequences.interactions import training_catalogue, user_sequences
 from trainer.sequences.rows import TrainingRows

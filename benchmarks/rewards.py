@@ -52,7 +52,7 @@ from trainer.evaluation.metrics import target_ranks
 from trainer.evaluation.sequences import Float64, Int64
 from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Candidates
+from trainer.offline_checks.ranking import Candidates
 from trainer.plots.png import png
 from trainer.rewards.labels import item_bins, purchase_labels
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers

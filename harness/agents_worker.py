@@ -106,12 +106,12 @@ def start_worker(
 
 def main() -> None:
     """Run the worker that the argument describes."""
-    from agents import slot_allocator
+    from agents import sid_allocator
     from agents.app import create_app, run_worker
     from agents.settings import AgentsSettings
     from streams.settings import HistorySettings, RedisSettings
 
-    slot_allocator.load_embedder = word_embedder_of  # type: ignore[assignment,attr-defined]
+    sid_allocator.load_embedder = word_embedder_of  # type: ignore[assignment,attr-defined]
     configuration = json.loads(sys.argv[1])
     run_worker(
         lambda: create_app(

@@ -26,7 +26,7 @@ from registry.bundles.tracking import Tracking
 from registry.experiment.decision import decide, recompute
 from registry.experiment.outcomes import ArmOutcomes
 from registry.releases import release
-from registry.releases.current import current_rollout
+from registry.releases.current_rollout import current_rollout
 from registry.releases.lease import lease_key, promotion_lease
 from registry.settings import GateSettings, RegistrySettings, RolloutSettings
 from streams.errors import SidstreamError

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from streams.events import Event, Exploration, encode
 from tests.tiny_explorations import T0
-from trainer.log.log import INTERACTIONS, VALUES, InteractionLog
+from trainer.log.interaction_log import INTERACTIONS, VALUES, InteractionLog
 from trainer.log.window import TOPICS, Window
 
 

@@ -22,15 +22,15 @@ from registry.releases import release
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
-from trainer.alignment.stage import align_to_window
+from trainer.alignment.cycle_stage import align_to_window
 from trainer.cycle_bundles import BundleWriter
 from trainer.cycle_inputs import CycleInputs, cycle_lock, read_cycle_inputs
 from trainer.cycle_result import CycleResult, ReportStage, StageReporter
 from trainer.generator.build import fresh_generator, load_model
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
-from trainer.offline.offpolicy import judge_by_explorations
-from trainer.offline.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
+from trainer.offline_checks.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
+from trainer.offline_checks.offpolicy import judge_by_explorations
+from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
 from trainer.plots.training_curve import draw_training_curve
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 from trainer.sequences.interactions import items_by_popularity

@@ -26,9 +26,9 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
 from trainer.generator.constrained import SidSet
-from trainer.log.log import InteractionLog
+from trainer.log.interaction_log import InteractionLog
 from trainer.log.window import Window, read_window
-from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
+from trainer.offline_checks.offpolicy import LoggedExplorations, logged_explorations
 from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
 from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.batches import Int64

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from registry.bundles.ranking import Ranking
-from trainer.offline.offpolicy import OffPolicyVerdict
-from trainer.offline.quality import for_json
+from trainer.offline_checks.offpolicy import OffPolicyVerdict
+from trainer.offline_checks.quality import for_json
 from trainer.rewards.online import OnlineResult
 from trainer.tuning.sft import SftResult
 

@@ -124,7 +124,7 @@ def unfinished(registry: Registry) -> str | None:
 def disagreement(registry: Registry, rollout: Rollout | None) -> str | None:
     """Where the newest step, its record, aliases, tags and traffic differ, in a sentence; None: nowhere.
 
-    `rollout` is the one in service (registry.releases.current.current_rollout).
+    `rollout` is the one in service (registry.releases.current_rollout.current_rollout).
     """
     step = newest_step(registry)
     if step is None:

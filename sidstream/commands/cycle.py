@@ -68,7 +68,7 @@ def cycle(
 @contextmanager
 def _open_delivery(settings: Settings, ended: threading.Event) -> Iterator[ContinuousDelivery]:
     from registry.bundles.store import Registry
-    from registry.releases.current import current_rollout
+    from registry.releases.current_rollout import current_rollout
     from sidstream.commands.registry import promoting
     from sidstream.commands.train import one_cycle, stage_lines
     from sidstream.continuous_delivery import ContinuousDelivery
@@ -104,7 +104,7 @@ def history(
     """
     from registry.bundles.store import Registry
     from registry.releases import release
-    from registry.releases.current import current_rollout
+    from registry.releases.current_rollout import current_rollout
     from sidstream.settings import load
 
     settings = load()

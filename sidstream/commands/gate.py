@@ -58,7 +58,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
     from registry.experiment.decision import decide
     from registry.experiment.outcomes import read_outcomes
     from registry.releases import release
-    from registry.releases.current import current_rollout
+    from registry.releases.current_rollout import current_rollout
     from sidstream.commands.registry import promoting
     from sidstream.decision_plot import store_decision_plot
     from sidstream.settings import load

@@ -54,7 +54,7 @@ def report(
 
 def _withdrawn_by_the_log(settings: Settings, pairs: list[PreferencePair]) -> FilteredPairs | None:
     """The pairs that the trainer's log contradicts; None where this machine has no such log."""
-    from trainer.log.log import InteractionLog
+    from trainer.log.interaction_log import InteractionLog
     from trainer.log.pair_filter import withdraw_contradicted
 
     log = InteractionLog.open(settings.trainer.home / "log")

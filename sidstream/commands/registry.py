@@ -198,7 +198,7 @@ def arm(
 
     Example: sidstream arm 17850
     """
-    from registry.releases.current import current_rollout
+    from registry.releases.current_rollout import current_rollout
     from registry.releases.rollout import arm_of
     from sidstream.settings import load
 

@@ -35,7 +35,7 @@ from trainer.alignment.rows import PreferenceRow, collate_preferences
 from trainer.alignment.scores import HeadScores, score_answers
 from trainer.alignment.stop_rules import StopRules
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.probe import HeldOutProbe
+from trainer.offline_checks.probe import HeldOutProbe
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
 from trainer.tuning.next_item import LogReplay

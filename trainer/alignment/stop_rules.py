@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from trainer.offline.probe import HeldOutProbe, ProbeOutcome
+from trainer.offline_checks.probe import HeldOutProbe, ProbeOutcome
 from trainer.settings import DpoSettings
 
 # One-sided, 1 %: a stage has several probes of a few hundred users, and none of them may stop it by chance.

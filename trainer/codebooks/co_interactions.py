@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from streams.settings import KafkaSettings
-from trainer.log.log import InteractionLog
+from trainer.log.interaction_log import InteractionLog
 from trainer.log.window import read_window
 from trainer.sequences.interactions import TrainingCatalogue
 

@@ -27,7 +27,7 @@ from trainer.evaluation.splits import EvaluationSplit, TimeShard
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import Candidates, CatalogueRanker, candidate_history
+from trainer.offline_checks.ranking import Candidates, CatalogueRanker, candidate_history
 from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
 from trainer.sequences.held_out import HeldOut, TrainingSplit, hold_out_last_items

@@ -84,7 +84,7 @@ class ItemTable(nn.Module):
 
     @property
     def repeat_strength(self) -> nn.Parameter:
-        """The factor () of the repeat bias where items are ranked; trainer.offline.repeat_bias fits it."""
+        """The factor () of the repeat bias in rankings; trainer.offline_checks.repeat_bias fits it."""
         return self.strength
 
     def _key(self, codes: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ from registry.bundles.ranking import Ranking
 from registry.bundles.store import Registry
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
+from trainer.alignment.cycle_stage import window_rows
 from trainer.alignment.rows import PreferenceRow
-from trainer.alignment.stage import window_rows
 from trainer.cycle_inputs import cycle_lock, read_cycle_inputs
 from trainer.generator.constrained import SidSet
-from trainer.offline.probe import ProbeOutcome
-from trainer.offline.quality import HeldOutQuality, for_json, hr_ndcg
+from trainer.offline_checks.probe import ProbeOutcome
+from trainer.offline_checks.quality import HeldOutQuality, for_json, hr_ndcg
 from trainer.sequences.batches import IGNORE, TokenRow
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings

@@ -21,7 +21,7 @@ from streams.settings import KafkaSettings
 from streams.state import profile
 from streams.wire.admin import incarnations, missing_topic_error, offset_spans
 from streams.wire.topic_reader import read_ranges
-from trainer.log.log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
+from trainer.log.interaction_log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
 from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
 

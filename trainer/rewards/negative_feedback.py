@@ -8,7 +8,7 @@ import numpy as np
 
 from registry.bundles.context import Context
 from registry.bundles.rewards import CLICK, REWARD_NAMES, HasPrice, Rewards
-from trainer.offline.offpolicy import LoggedExplorations
+from trainer.offline_checks.offpolicy import LoggedExplorations
 from trainer.rewards.labels import answers_with_rewards, reward_values
 from trainer.sequences.batches import Int64
 from trainer.sequences.interactions import TrainingCatalogue

@@ -28,9 +28,9 @@ from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import CLICK, COMMISSION, PRICE, PURCHASE, REWARD_NAMES, HasPrice, Rewards
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import LoggedExplorations
-from trainer.offline.quality import HeldOutQuality, evaluate_held_out
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.offpolicy import LoggedExplorations
+from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.rewards.calibration import CalibratedChances, Floats, calibrate_chances, purchase_rates
 from trainer.rewards.labels import UNKNOWN, answers_with_rewards, item_bins, reward_tokens, reward_values
 from trainer.rewards.negative_feedback import explored_items

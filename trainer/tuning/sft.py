@@ -13,9 +13,9 @@ import torch
 
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.quality import HeldOutQuality, evaluate_held_out
-from trainer.offline.ranking import CatalogueRanker
-from trainer.offline.repeat_bias import fit_repeat_strength
+from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out
+from trainer.offline_checks.ranking import CatalogueRanker
+from trainer.offline_checks.repeat_bias import fit_repeat_strength
 from trainer.sequences.batches import SequenceBatch, TokenRow
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings

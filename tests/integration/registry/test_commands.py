@@ -11,7 +11,7 @@ from registry.arms import CHAMPION, DPO, SFT
 from registry.bundles.embedder import WordLlamaEmbedder
 from registry.experiment.decision import recompute
 from registry.releases import release
-from registry.releases.current import current_rollout
+from registry.releases.current_rollout import current_rollout
 from registry.releases.rollout import assign
 from registry.settings import RolloutSettings
 from sidstream.cli import app

@@ -15,7 +15,7 @@ from harness.registry_support import bundle
 from registry.arms import CHAMPION, DPO, SFT
 from registry.experiment.decision import recompute
 from registry.releases import release
-from registry.releases.current import current_rollout
+from registry.releases.current_rollout import current_rollout
 from registry.releases.rollout import arm_of
 from registry.settings import RolloutSettings
 from sidstream.cli import app

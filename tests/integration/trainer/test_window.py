@@ -15,7 +15,7 @@ from streams.wire.admin import create_topics, delete_topics
 from streams.wire.client import Client
 from tests.conftest import FreshStack
 from tests.tiny_explorations import exploration
-from trainer.log.log import InteractionLog
+from trainer.log.interaction_log import InteractionLog
 from trainer.log.window import TOPICS, Window, read_window
 from trainer.sequences.interactions import training_catalogue
 

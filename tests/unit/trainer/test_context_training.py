@@ -23,9 +23,9 @@ from tests.tiny_explorations import exploration
 from tests.tiny_shop import SIZES, Shop, shop, sid_of
 from trainer.generator.export import TOLERANCE, check_parity, export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import candidate_scores, logged_explorations
-from trainer.offline.quality import evaluate_held_out
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.offpolicy import candidate_scores, logged_explorations
+from trainer.offline_checks.quality import evaluate_held_out
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.sequences.batches import SequenceBatch
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train

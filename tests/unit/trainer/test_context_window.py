@@ -22,7 +22,7 @@ from tests.tiny_explorations import T0, exploration
 from tests.tiny_log import Logged
 from tests.tiny_shop import SIZES, sid_of
 from trainer import cycle_inputs
-from trainer.log.log import INTERACTIONS
+from trainer.log.interaction_log import INTERACTIONS
 from trainer.sequences.interactions import training_catalogue
 from trainer.settings import TrainerSettings
 

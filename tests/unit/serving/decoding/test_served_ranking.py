@@ -18,7 +18,7 @@ from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, SIZES, Shop, shop
 from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.ranking import CatalogueRanker
 
 HISTORIES = [[3, 4, 5], [7], [2, 9, 2, 2, 11, 0, 5, 1], []]
 EXACT = 1000

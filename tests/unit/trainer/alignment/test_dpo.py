@@ -20,7 +20,7 @@ from tests.tiny_shop import Shop, shop
 from trainer.alignment.dpo import align, check_trl
 from trainer.alignment.rows import collate_preferences, preference_rows
 from trainer.alignment.scores import score_answers
-from trainer.offline.probe import ProbeOutcome
+from trainer.offline_checks.probe import ProbeOutcome
 from trainer.settings import DpoSettings
 from trainer.tuning.next_item import LogReplay
 from trainer.tuning.sft import train

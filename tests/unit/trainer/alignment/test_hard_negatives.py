@@ -14,8 +14,8 @@ from registry.bundles.prompt import Sid
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from tests.tiny_shop import shop
+from trainer.alignment.cycle_stage import hard_negative_filler
 from trainer.alignment.hard_negatives import SiblingSids
-from trainer.alignment.stage import hard_negative_filler
 from trainer.settings import DpoSettings
 
 ALL: list[Sid] = list(itertools.product(range(3), range(3), range(4)))

@@ -201,5 +201,5 @@ def test_items_that_users_touch_together_share_codes_where_their_titles_say_noth
         others = first[groups != group]
         assert not set(first[groups == group]) & set(others.tolist())
     # A new item has its text alone, and gets a SID by it.
-    assert fit.codebook.collaborative == 16
+    assert fit.codebook.collaborative_dims == 16
     assert next(fit.codebook.candidates(Letters().embed(["thing"])[0])) is not None

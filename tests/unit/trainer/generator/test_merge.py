@@ -16,7 +16,7 @@ from tests.tiny_shop import SIZES
 from trainer.generator.export import check_parity, export_generator
 from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM, new_generator
-from trainer.offline.ranking import item_logits
+from trainer.offline_checks.ranking import item_logits
 
 PROMPT = Prompt(SIZES, 8)
 SAID = 3  # tokens of contexts

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streams.events import PreferencePair, Scheme
 from tests.tiny_explorations import T0
-from trainer.log.log import INTERACTIONS
+from trainer.log.interaction_log import INTERACTIONS
 from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
 
 W = 100

@@ -11,7 +11,7 @@ import pytest
 from streams.events import Exploration
 from tests.tiny_explorations import T0, exploration
 from tests.tiny_log import Logged
-from trainer.log.log import INTERACTIONS
+from trainer.log.interaction_log import INTERACTIONS
 from trainer.log.window import Window
 
 HORIZON = 1000

@@ -23,8 +23,8 @@ from streams.events import Arm, Recommendation, Rollout, Trigger
 from tests.tiny_shop import ITEMS, SIZES, Shop, shop, sid_of
 from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.quality import evaluate_held_out
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.quality import evaluate_held_out
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.rewards.labels import UNKNOWN, learn_rewards, purchase_labels, reward_values, with_reward_labels
 from trainer.sequences.held_out import held_out_rows
 from trainer.sequences.interactions import Interactions, training_catalogue, user_sequences

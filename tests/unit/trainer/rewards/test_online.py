@@ -15,9 +15,9 @@ from tests.tiny_explorations import exploration
 from tests.tiny_shop import ITEMS, Shop, sid_of
 from tests.unit.trainer.rewards.test_labels import OFFERS, rewarded
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import logged_explorations
-from trainer.offline.quality import evaluate_held_out
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.offpolicy import logged_explorations
+from trainer.offline_checks.quality import evaluate_held_out
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.rewards.labels import UNKNOWN, purchase_labels
 from trainer.rewards.online import (
     OnlineStage,

@@ -13,8 +13,8 @@ from registry.bundles.rewards import Rewards, reward_fields, with_reward_fields
 from tests.tiny_explorations import exploration
 from tests.tiny_shop import ITEMS, Shop, shop, sid_of
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import LoggedExplorations, logged_explorations
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.offpolicy import LoggedExplorations, logged_explorations
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.rewards.labels import answers_with_rewards
 from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.labelled_answers import LabelledAnswers, join_answers

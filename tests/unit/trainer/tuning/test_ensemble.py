@@ -10,7 +10,7 @@ import torch
 from tests.tiny_shop import Shop, shop
 from trainer.generator.merge import merge_generators
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import item_logits
+from trainer.offline_checks.ranking import item_logits
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.ensemble import member_settings, train_ensemble

@@ -12,8 +12,8 @@ from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from registry.bundles.ranking import Ranking
 from tests.tiny_shop import SIZES, come_again, shop
 from trainer.generator.constrained import SidSet
-from trainer.offline.quality import HeldOutQuality, hr_ndcg
-from trainer.offline.ranking import sid_scores
+from trainer.offline_checks.quality import HeldOutQuality, hr_ndcg
+from trainer.offline_checks.ranking import sid_scores
 from trainer.plots.training_curve import draw_training_curve
 from trainer.sequences.batches import IGNORE, SequenceBatch, pad_token_rows
 from trainer.sequences.held_out import hold_out_last_items

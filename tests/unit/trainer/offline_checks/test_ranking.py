@@ -15,7 +15,7 @@ from registry.bundles.ranking import Ranking, RepeatRule, excluded_by_repeats
 from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, Shop, come_again, shop
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import (
+from trainer.offline_checks.ranking import (
     REPEAT_RULES,
     Candidates,
     CatalogueRanker,

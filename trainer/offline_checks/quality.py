@@ -16,7 +16,7 @@ from registry.bundles.ranking import Ranking
 from registry.experiment.statistics import paired_relative_change
 from trainer.generator.constrained import SidSet, spells_known_sids
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import ROWS_PER_FORWARD, CatalogueRanker, fit_ranking, target_ranks
+from trainer.offline_checks.ranking import ROWS_PER_FORWARD, CatalogueRanker, fit_ranking, target_ranks
 from trainer.sequences.held_out import HeldOut
 from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import CatalogueRanker
+from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.sequences.held_out import HeldOut
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)

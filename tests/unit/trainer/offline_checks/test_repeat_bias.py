@@ -8,8 +8,8 @@ import torch
 
 from tests.tiny_shop import ITEMS, Shop, shop
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import CatalogueRanker
-from trainer.offline.repeat_bias import STRENGTHS, fit_repeat_strength
+from trainer.offline_checks.ranking import CatalogueRanker
+from trainer.offline_checks.repeat_bias import STRENGTHS, fit_repeat_strength
 from trainer.sequences.held_out import HeldOut
 from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train

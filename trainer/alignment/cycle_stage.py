@@ -15,8 +15,8 @@ from trainer.alignment.rows import PreferenceRow, RejectedFiller, preference_row
 from trainer.cycle_inputs import CycleInputs
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.log.pair_filter import FilteredPairs
-from trainer.offline.offline_check import held_out_probe, reason_to_refuse
-from trainer.offline.quality import HeldOutQuality, describe_change, evaluate_held_out
+from trainer.offline_checks.offline_check import held_out_probe, reason_to_refuse
+from trainer.offline_checks.quality import HeldOutQuality, describe_change, evaluate_held_out
 from trainer.sequences.interactions import Interactions, TrainingCatalogue
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings

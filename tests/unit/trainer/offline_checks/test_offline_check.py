@@ -15,13 +15,13 @@ from registry.bundles.ranking import Ranking
 from streams.errors import SidstreamError
 from tests.tiny_shop import shop
 from trainer.cycle_result import CycleResult
-from trainer.offline.offline_check import (
+from trainer.offline_checks.offline_check import (
     check_finite,
     held_out_probe,
     reason_to_refuse,
     reason_to_refuse_first,
 )
-from trainer.offline.quality import HeldOutQuality, describe_change, for_json
+from trainer.offline_checks.quality import HeldOutQuality, describe_change, for_json
 from trainer.settings import TrainerSettings
 from trainer.tuning.sft import SftResult
 

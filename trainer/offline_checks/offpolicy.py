@@ -26,7 +26,7 @@ from streams.errors import SidstreamError
 from streams.events import Exploration
 from streams.state.keys import anonymous_user
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.ranking import sid_scores
+from trainer.offline_checks.ranking import sid_scores
 from trainer.sequences.batches import Int32, Int64, context_tensor, pad_items
 from trainer.settings import OffPolicySettings
 

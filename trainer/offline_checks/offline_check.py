@@ -11,8 +11,8 @@ from torch import nn
 from registry.bundles.ranking import Ranking
 from streams.errors import SidstreamError
 from trainer.generator.constrained import SidSet
-from trainer.offline.probe import HeldOutProbe, ProbeOutcome
-from trainer.offline.quality import HeldOutQuality, rank_held_out
+from trainer.offline_checks.probe import HeldOutProbe, ProbeOutcome
+from trainer.offline_checks.quality import HeldOutQuality, rank_held_out
 from trainer.sequences.held_out import HeldOut
 from trainer.sequences.interactions import TrainingCatalogue
 from trainer.settings import TrainerSettings

@@ -15,7 +15,7 @@ from registry.bundles.prompt import BOS
 from tests.tiny_explorations import T0, exploration, explore
 from tests.tiny_shop import Shop, shop, sid_of
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline.offpolicy import (
+from trainer.offline_checks.offpolicy import (
     LoggedExplorations,
     candidate_scores,
     judge_by_explorations,

@@ -10,7 +10,7 @@ from registry.bundles.context import Context
 from registry.bundles.prompt import Prompt
 from tests.tiny_log import Logged
 from tests.unit.trainer.log.test_pair_filter import W, pair
-from trainer.alignment.stage import align_to_window
+from trainer.alignment.cycle_stage import align_to_window
 from trainer.settings import TrainerSettings
 
 BOTH = ("purchased_over_clicked", "clicked_over_shown")

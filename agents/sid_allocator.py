@@ -74,7 +74,7 @@ class CodebookRegistry(Protocol):
     def encoder(self, codebook: str) -> Path: ...
 
 
-class SlotAllocator(BatchHooks):
+class SidAllocator(BatchHooks):
     """The stage that reads `catalog`; between its batches it asks the registry for a new codebook."""
 
     name = "catalogue"
