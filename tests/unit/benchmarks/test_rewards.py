@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import reward_baselines
 from benchmarks.rewards import Point, RewardsBenchmark, front_plot, hypervolume, table
 from registry.bundles.rewards import Offer
 from tests.tiny_sequences import chains
@@ -37,14 +38,16 @@ def test_what_is_dominated_adds_nothing() -> None:
     assert hypervolume([Point(1, 0.5, 0.5), Point(0.5, 1, 0.5)]) == 0.375
 
 
-def test_every_figure_is_made_of_both_models() -> None:
+def test_every_figure_is_made_of_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How well the baselines learn is measured in test_reward_baselines.
+    monkeypatch.setattr(reward_baselines, "STEPS", 3)
     data = chains()
     assert data.ts is not None
     data.ts[0] += 2000  # a user of whom training has seen nothing
     offers = [Offer("", 1.0 + item, 0.1 if item % 2 else 0.05) for item in range(data.size)]
     shape = {
         "width": 16, "heads": 2, "layers": 1, "epochs": 1, "max_words": 0, "max_seconds": None,
-        "text_inputs": False, "rewards": {"min_count": 1},
+        "text_inputs": False, "rewards": {"min_count": 1, "online": {"requests": 100, "steps": 3}},
     }  # fmt: skip
     recipe = TrainingRecipe(shape, {"levels": 2, "size": 8, "collaborative": 0.5}, 8)
     bench = RewardsBenchmark(split_by_time(replace(data, offers=offers)), recipe, 1, 20, 10)
