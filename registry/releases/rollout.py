@@ -22,6 +22,14 @@ def user_share(salt: str, user_id: str) -> float:
     return (int.from_bytes(digest.digest(), "big") >> 11) / 2**53
 
 
+def is_held_out(user_id: str, share: float) -> bool:
+    """True where the user is in the permanent hold-out of a `share` (0 to 1) of all users.
+
+    A greater share adds users and lets none go.
+    """
+    return user_share(_HOLD_OUT_SALT, user_id) < share
+
+
 def arm_of(rollout: Rollout, user_id: str) -> Arm:
     """The arm of a rollout that serves a user. All steps of a trial share one salt.
 
@@ -34,11 +42,10 @@ def arm_of(rollout: Rollout, user_id: str) -> Arm:
 def assign(salt: str, user_id: str, arms: Sequence[Arm]) -> Arm:
     """The arm that serves a user; `salt` is the trial's.
 
-    An anchor beside other arms is a permanent hold-out. Its users are those whose share under a fixed salt is
-    below its weight, so that they see the anchor in every trial; a greater weight adds users to them. The
-    cumulative weights of the other arms, scaled to 1, cut [0, 1) into one interval an arm. Every other user
-    gets the arm whose interval contains the user's share under `salt`. Raises SidstreamError when no arm has
-    weight.
+    An anchor beside other arms is a permanent hold-out. Its users are those that `is_held_out` names, so that
+    they see the anchor in every trial; a greater weight adds users to them. The cumulative weights of the
+    other arms, scaled to 1, cut [0, 1) into one interval an arm. Every other user gets the arm whose interval
+    contains the user's share under `salt`. Raises SidstreamError when no arm has weight.
     """
     served = [arm for arm in arms if arm.weight > 0]
     if not served:
@@ -48,7 +55,7 @@ def assign(salt: str, user_id: str, arms: Sequence[Arm]) -> Arm:
     if anchors:
         # fsum: rounded once, so that the order of the arms cannot move a user in or out.
         weight = math.fsum(arm.weight for arm in anchors)
-        if user_share(_HOLD_OUT_SALT, user_id) < weight / math.fsum(arm.weight for arm in served):
+        if is_held_out(user_id, weight / math.fsum(arm.weight for arm in served)):
             return anchors[0]
         served = others
     point = user_share(salt, user_id) * sum(arm.weight for arm in served)

@@ -82,7 +82,7 @@ def demo(
             )
         before, second = _second_model(runner, settings, sessions, sent["last_ts"], train_seconds)
         trial = _trial(runner, settings, client, pasts, 3 * sessions, before, second["trial"])
-        user, item, shown = _answered_by_champion(client, pasts)
+        user, item, shown = _answered_by_champion(client, pasts, settings.rollout.anchor)
         with runner.stage("gate") as stage:
             # One look, at the end: what the fixed mode is for.
             decision = runner.command("gate", "--mode", "fixed", "--conclude", "--end")
@@ -310,12 +310,19 @@ def _visitors(pasts: dict[str, list[str]]) -> list[tuple[str, str]]:
     return [(ranked[place], pasts[ranked[place]][-1]) for place in nearest]
 
 
-def _answered_by_champion(client: Client, pasts: dict[str, list[str]]) -> tuple[str, str, list[str]]:
+def _answered_by_champion(
+    client: Client, pasts: dict[str, list[str]], anchor_share: float
+) -> tuple[str, str, list[str]]:
     """The first visitor whom the champion answers in the trial, the item of the page, and what it shows.
 
-    For others a promotion need not change the model: a challenger answers them already, or they are held out.
+    For others a promotion need not change the model: a challenger answers them already, or the first model
+    goes on to answer them, as the anchor's hold-out. In the first trial that arm is not there yet.
     """
+    from registry.releases.rollout import is_held_out
+
     for user, item in _visitors(pasts):
+        if is_held_out(user, anchor_share):
+            continue
         answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
         if answer.arm == "champion":
             return user, item, [ranked.item_id for ranked in answer.items]

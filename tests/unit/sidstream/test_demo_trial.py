@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from agents.settings import AgentsSettings
+from registry.releases.rollout import is_held_out
 from registry.settings import GateSettings, RolloutSettings
 from sidstream.commands.demo import _answered_by_champion, _visitors, demo, planned_trial
 from sidstream.demo import SETTINGS
@@ -83,7 +84,18 @@ class Desk:
 def test_the_last_act_is_about_a_user_whom_the_champion_answers() -> None:
     pasts = {"a": ["1"], "b": ["1", "2"], "c": ["1", "2", "3"]}
     desk: Any = Desk({"b": "challenger-sft", "a": "anchor", "c": "champion"})
-    assert _answered_by_champion(desk, pasts) == ("c", "3", ["x"])
+    assert _answered_by_champion(desk, pasts, 0.02) == ("c", "3", ["x"])
     desk = Desk(dict.fromkeys(pasts, "anchor"))
     with pytest.raises(SidstreamError, match="ROLLOUT__CHAMPION"):
-        _answered_by_champion(desk, pasts)
+        _answered_by_champion(desk, pasts, 0.02)
+
+
+def test_the_last_act_is_of_a_user_who_is_not_held_out() -> None:
+    users = [f"u{number}" for number in range(200)]
+    held_out = [user for user in users if is_held_out(user, 0.5)]
+    free = next(user for user in users if user not in held_out)
+    # In the first trial there is no arm for the hold-out yet: the champion answers them, too.
+    desk: Any = Desk(dict.fromkeys(users, "champion"))
+    pasts = {user: ["a"] for user in (*held_out, free)}
+    assert len(pasts) > 80
+    assert _answered_by_champion(desk, pasts, 0.5) == (free, "a", ["x"])
