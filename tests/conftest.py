@@ -1,10 +1,12 @@
-"""Fixtures of the tests that need Apache Kafka and Redis."""
+"""Fixtures of the tests that need Apache Kafka, Redis and MLflow: one server of each for the session."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import redis
@@ -61,6 +63,21 @@ def redis_url(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             except SidstreamError as error:
                 support.unavailable("Redis", error)
         yield url
+
+
+class MlflowServer(NamedTuple):
+    """Where the session's MLflow answers, and the folder of its artifacts."""
+
+    address: str
+    artifacts: Path
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server for the session; tests keep apart by the name of their recommender."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with servers.local_mlflow(folder) as address:
+        yield MlflowServer(address, folder / "artifacts")
 
 
 @pytest.fixture

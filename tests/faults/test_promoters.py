@@ -9,7 +9,6 @@ import pytest
 
 from harness.promoter_worker import Promoters, agree, decided, killed_before, stopped_before
 from harness.registry_support import bundle
-from harness.servers import local_mlflow
 from registry.arms import CHAMPION, DPO
 from registry.bundles.store import STATE, Registry
 from registry.releases import release
@@ -18,30 +17,35 @@ from registry.settings import RegistrySettings, RolloutSettings
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from streams.wire.admin import create_topics, delete_topics
+from tests.conftest import MlflowServer
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def promoters(
-    kafka: KafkaSettings, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+    kafka: KafkaSettings,
+    redis_url: str,
+    mlflow_server: MlflowServer,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Promoters]:
     """Four versions, the first in service. Shared, since a process of promoters takes seconds to warm up."""
     delete_topics(kafka)
     create_topics(kafka)
     folder = tmp_path_factory.mktemp("promoters")
-    with local_mlflow(folder / "mlflow") as address:
-        registry = Registry(
-            RegistrySettings(tracking_uri=address, name=f"p-{uuid.uuid4().hex[:8]}", cache=folder / "cache")
+    registry = Registry(
+        RegistrySettings(
+            tracking_uri=mlflow_server.address, name=f"p-{uuid.uuid4().hex[:8]}", cache=folder / "cache"
         )
-        for seed in range(1, 5):
-            assert registry.register(bundle(folder, seed)) == str(seed)
-        pool = Promoters(kafka, redis_url, registry, folder)
-        try:
-            pool.take({"action": "start", "version": "1"})
-            yield pool
-        finally:
-            pool.close()
+    )
+    for seed in range(1, 5):
+        assert registry.register(bundle(folder, seed)) == str(seed)
+    pool = Promoters(kafka, redis_url, registry, folder)
+    try:
+        pool.take({"action": "start", "version": "1"})
+        yield pool
+    finally:
+        pool.close()
 
 
 def test_a_conclusion_killed_at_any_write_leaves_one_champion_and_is_finished_by_the_next(promoters):

@@ -221,10 +221,10 @@ def test_a_promotion_by_hand_may_be_repeated_and_ends_a_trial(registry, three, o
     assert registry.alias(SFT) is None
 
 
-def test_a_damaged_bundle_is_never_put_in_service(registry, three, outbox, server):
+def test_a_damaged_bundle_is_never_put_in_service(registry, three, outbox, mlflow_server):
     release.start(registry, outbox, three[0])
-    version = registry.register(bundle_in_store := bundle(server[1].parent / registry.name, 77))
-    for path in server[1].rglob("model.safetensors"):
+    version = registry.register(bundle_in_store := bundle(mlflow_server.artifacts.parent / registry.name, 77))
+    for path in mlflow_server.artifacts.rglob("model.safetensors"):
         if path.read_bytes() == bytes([77]) * 100:
             path.write_bytes(b"x")
     with pytest.raises(SidstreamError, match="was changed"):

@@ -49,7 +49,7 @@ store.publish_codebook(store.fetch("champion").codebook())
     assert registry.fetch("champion").id == stored.id
 
 
-def test_a_fetched_bundle_is_kept_and_a_damaged_copy_is_replaced(registry, tmp_path, server):
+def test_a_fetched_bundle_is_kept_and_a_damaged_copy_is_replaced(registry, tmp_path, mlflow_server):
     version = registry.register(bundle(tmp_path, 2))
     first = registry.fetch(version)
     stamp = (first.path / "encode.onnx").stat().st_mtime_ns
@@ -60,11 +60,13 @@ def test_a_fetched_bundle_is_kept_and_a_damaged_copy_is_replaced(registry, tmp_p
     assert [path.name for path in first.path.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_bundle_that_was_changed_in_the_store_is_refused(registry, tmp_path, server):
+def test_a_bundle_that_was_changed_in_the_store_is_refused(registry, tmp_path, mlflow_server):
     # Numbers that no other test of the shared server takes.
     version = registry.register(bundle(tmp_path, 203))
     mine = bytes([203]) * 100
-    stored = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == mine]
+    stored = [
+        path for path in mlflow_server.artifacts.rglob("model.safetensors") if path.read_bytes() == mine
+    ]
     assert len(stored) == 1
     stored[0].write_bytes(bytes([4]) * 100)
     with pytest.raises(SidstreamError, match=r"model\.safetensors was changed"):
@@ -72,11 +74,11 @@ def test_a_bundle_that_was_changed_in_the_store_is_refused(registry, tmp_path, s
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_another_bundle_in_its_place_is_refused(registry, tmp_path, server):
+def test_another_bundle_in_its_place_is_refused(registry, tmp_path, mlflow_server):
     version = registry.register(bundle(tmp_path, 205))
     other = bundle(tmp_path, 206)
     mine = bytes([205]) * 100
-    files = [path for path in server[1].rglob("model.safetensors") if path.read_bytes() == mine]
+    files = [path for path in mlflow_server.artifacts.rglob("model.safetensors") if path.read_bytes() == mine]
     stored = files[0].parent.parent
     for name in (*other.manifest.files, "manifest.json"):
         (stored / name).write_bytes((other.path / name).read_bytes())
@@ -84,8 +86,8 @@ def test_another_bundle_in_its_place_is_refused(registry, tmp_path, server):
         registry.fetch(version)
 
 
-def test_nothing_in_the_store_is_pickled(registry, three, server):
-    files = [path for path in server[1].rglob("*") if path.is_file()]
+def test_nothing_in_the_store_is_pickled(registry, three, mlflow_server):
+    files = [path for path in mlflow_server.artifacts.rglob("*") if path.is_file()]
     assert len(files) >= 3 * 9
     for path in files:
         assert path.suffix in {".json", ".safetensors", ".onnx", ".png"}

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.servers import local_mlflow
 from registry.bundles.bundle import load_bundle
 from registry.bundles.codebook import Codebook
 from registry.bundles.context import read as read_context
@@ -24,7 +23,7 @@ from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Event, PreferencePair, Purchase, SidAssignment
 from streams.settings import KafkaSettings
 from streams.wire.client import Client
-from tests.conftest import FreshStack
+from tests.conftest import FreshStack, MlflowServer
 from tests.tiny_explorations import explore, explore_evenly
 from tests.tiny_shop import ITEMS, SIZES, sid_of
 from tests.unit.trainer.language_model.test_lora import foreign
@@ -38,12 +37,6 @@ pytestmark = pytest.mark.integration
 
 T0 = 1_600_000_000_000
 HORIZON = 60_000
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with local_mlflow(tmp_path_factory.mktemp("mlflow")) as address:
-        yield address
 
 
 class World:
@@ -116,9 +109,9 @@ class World:
 
 
 @pytest.fixture
-def world(fresh_stack: FreshStack, mlflow: str, tmp_path: Path) -> World:
+def world(fresh_stack: FreshStack, mlflow_server: MlflowServer, tmp_path: Path) -> World:
     kafka, _ = fresh_stack()
-    new_world = World(kafka, mlflow, tmp_path)
+    new_world = World(kafka, mlflow_server.address, tmp_path)
     new_world.registry.publish_codebook(new_world.codebook)
     shop: list[Event] = []
     for item in range(ITEMS):
