@@ -46,6 +46,14 @@ SETTINGS = {
 }
 
 
+def set_environment(seed: int | None) -> None:
+    """Put the demo's settings into the environment of this process, and so of every command it runs."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if seed is not None:
+        os.environ |= {"SIDSTREAM_SHOPPERS__SEED": str(seed), "SIDSTREAM_TRAINER__SEED": str(seed)}
+
+
 @dataclass
 class Stage:
     """One line of the demo: what it did and how long it took (seconds)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,9 +23,6 @@ _MARK = "made-by-demo"
 # Items of the page that is held before and after the decision: as many as shoppers are shown.
 _PAGE = 10
 
-# What the trial is planned for: about the rise of CVR that alignment gives with these shoppers
-# (docs/decisions/0010), and the variance of CVR by users over that of independent clicks in such a trial.
-LIFT, DESIGN_EFFECT = 0.15, 1.6
 # Steps of SFT, not seconds: the models are as good on a slow processor, which only takes longer. One core
 # with AVX-512 needs 50 and 17 seconds for them.
 FIRST_STEPS, SECOND_STEPS = 410, 125
@@ -49,15 +47,10 @@ def demo(
 
     Example: sidstream demo
     """
-    import os
-
-    from sidstream.demo import SETTINGS, Runner
+    from sidstream.demo import Runner, set_environment
     from sidstream.settings import load, read
 
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if seed is not None:
-        os.environ |= {"SIDSTREAM_SHOPPERS__SEED": str(seed), "SIDSTREAM_TRAINER__SEED": str(seed)}
+    set_environment(seed)
     home = read().stack.home
     _clear(home)
     runner = Runner(home, err)
@@ -73,23 +66,12 @@ def demo(
     titles = {item.item_id: item for item in log.catalogue()}
     pasts = user_item_sequences(log)
     with Client(settings.kafka) as client:
-        user, item = _visitors(pasts)[0]
-        with runner.stage("in service") as stage:
-            stage.detail = runner.until(
-                lambda: _answers_from(client, user, item, list(first["bundles"].values())),
-                60,
-                "the first model to answer",
-            )
+        _in_service(runner, client, pasts, first)
         before, second = _second_model(runner, settings, sessions, sent["last_ts"], train_seconds)
         trial = _trial(runner, settings, client, pasts, 3 * sessions, before, second["trial"])
-        user, item, shown = _answered_by_champion(client, pasts, settings.rollout.anchor)
-        with runner.stage("gate") as stage:
-            # One look, at the end: what the fixed mode is for.
-            decision = runner.command("gate", "--mode", "fixed", "--conclude", "--end")
-            stage.detail = decision["sentence"].replace(" (mode fixed)", "")
-        start_page, clicked, after, now = _last_act(
-            runner, client, user, item, shown, decision, titles, trial["end_ts"]
-        )
+        page = _answered_by_champion(client, pasts, settings.rollout.anchor)
+        decision = _decision(runner)
+        act = _last_act(runner, client, page, decision, titles, trial["end_ts"])
     result = {
         "stages": [vars(stage) for stage in runner.stages],
         "seconds": round(sum(stage.seconds for stage in runner.stages), 1),
@@ -99,25 +81,52 @@ def demo(
         "sessions": {"before": before, "trial": trial},
         "training": {"first": first, "second": second},
         "gate": decision,
-        "page": {"user": user, "item": item, "in_trial": shown, "now": now},
-        "before": [ranked.item_id for ranked in start_page.items],
-        "after": [ranked.item_id for ranked in after.items],
+        **act.as_dict(),
     }
     if as_json:
         emit(result, True, "")
-        return
-    out.print(f"\nThree recommendations for user {user} on the start page:")
-    _show(start_page, titles)
-    out.print(f"\nand after one more click, on {titles[clicked].title!r}:")
-    _show(after, titles)
+    else:
+        _print_last_act(act, titles)
+        _print_next_steps(act, settings, stack["mlflow"], result["seconds"])
+
+
+@dataclass(frozen=True)
+class _LastAct:
+    """One page before and after the decision, and its user's start page before and after one click."""
+
+    user: str
+    item: str
+    in_trial: list[str]
+    now: list[str]
+    start_page: Recommendation
+    clicked: str
+    after_click: Recommendation
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: the page, and the start page's items before and after the click."""
+        return {
+            "page": {"user": self.user, "item": self.item, "in_trial": self.in_trial, "now": self.now},
+            "before": [ranked.item_id for ranked in self.start_page.items],
+            "after": [ranked.item_id for ranked in self.after_click.items],
+        }
+
+
+def _print_last_act(act: _LastAct, titles: dict[str, CatalogItem]) -> None:
+    out.print(f"\nThree recommendations for user {act.user} on the start page:")
+    _show(act.start_page, titles)
+    out.print(f"\nand after one more click, on {titles[act.clicked].title!r}:")
+    _show(act.after_click, titles)
+
+
+def _print_next_steps(act: _LastAct, settings: Settings, mlflow: str, seconds: float) -> None:
     gateway = f"http://{settings.gateway.host}:{settings.gateway.port}"
     out.print(
-        f"\n{result['seconds']:.0f} s in all. The stack is still up. Ask for more:\n"
-        f"  {_binary()} recommend --user {user} --item {item}\n"
+        f"\n{seconds:.0f} s in all. The stack is still up. Ask for more:\n"
+        f"  {_binary()} recommend --user {act.user} --item {act.item}\n"
         f"  curl -s {gateway}/v1/recommend -H 'content-type: application/json' "
-        f"""-d '{{"user_id": "{user}", "item_id": "{item}", "k": 3}}'\n"""
-        f"Models and metrics: {stack['mlflow']}\n"
-        f"Stop it with `{_binary()} down` (or `down --purge`, which also removes {home}).",
+        f"""-d '{{"user_id": "{act.user}", "item_id": "{act.item}", "k": 3}}'\n"""
+        f"Models and metrics: {mlflow}\n"
+        f"Stop it with `{_binary()} down` (or `down --purge`, which also removes {settings.stack.home}).",
         markup=False,
     )
 
@@ -181,6 +190,8 @@ def _trial(
 ) -> dict[str, Any]:  # fmt: skip
     """What shoppers did with all arms, and what was planned for them."""
     with runner.stage("trial") as stage:
+        from sidstream.demo_trial import planned_trial
+
         planned = planned_trial(settings, before, sessions, len(pasts))
         user, item = _visitors(pasts)[0]
         runner.until(lambda: _answers_in_trial(client, user, item, trial), 60, "the challengers to answer")
@@ -191,60 +202,47 @@ def _trial(
     return shopped | {"plan": planned}
 
 
-def planned_trial(
-    settings: Settings, before: dict[str, Any], sessions: int, everybody: int
-) -> dict[str, Any]:
-    """What `sidstream gate plan` says of a trial of so many sessions, by the rates of the champion so far.
+def _in_service(runner: Runner, client: Client, pasts: dict[str, list[str]], first: dict[str, Any]) -> None:
+    """Wait until the first model answers."""
+    user, item = _visitors(pasts)[0]
+    bundles = list(first["bundles"].values())
+    with runner.stage("in service") as stage:
+        stage.detail = runner.until(
+            lambda: _answers_from(client, user, item, bundles), 60, "the first model to answer"
+        )
 
-    `before`: what `sidstream shoppers` said of the champion's sessions; `everybody`: users who may come. The
-    smallest arm is planned for: users_needed in it for the power of .8, and the power of those who come.
-    """
-    import math
 
-    from registry.experiment import sample_size
-
-    rollout, s = settings.rollout, settings.shoppers
-    weights = (rollout.champion, rollout.sft, rollout.dpo)
-    came = everybody * (1 - math.exp(-sessions / everybody))
-    users = round(came * (1 - rollout.anchor) * min(weights) / sum(weights))
-    clicks, shown, purchases = (
-        sum(arm[name] for arm in before["arms"].values()) for name in ("clicks", "shown", "purchases")
-    )
-    planned: dict[str, Any] = {"lift": LIFT, "users": users, "users_needed": None, "power": None}
-    if not 0 < purchases * (1 + LIFT) < clicks < shown:
-        return planned | {"sentence": "too little was bought to plan it"}
-    expected = sample_size.ExpectedRates(
-        purchases / clicks, LIFT, clicks / shown, s.k * sessions / came, design_effect=DESIGN_EFFECT
-    )
-    needed = sample_size.users_needed(expected, settings.gate, "fixed")
-    power = sample_size.power(users, expected, settings.gate, "fixed")
-    return planned | {
-        "users_needed": needed,
-        "power": round(power, 3),
-        "sentence": f"{users:,} users in the smallest arm, {needed:,} planned for CVR +{LIFT:.0%}",
-    }
+def _decision(runner: Runner) -> dict[str, Any]:
+    """The gate's decision record."""
+    with runner.stage("gate") as stage:
+        # One look, at the end: what the fixed mode is for.
+        decision = runner.command("gate", "--mode", "fixed", "--conclude", "--end")
+        stage.detail = decision["sentence"].replace(" (mode fixed)", "")
+    return decision
 
 
 def _last_act(
-    runner: Runner, client: Client, user: str, item: str, shown: list[str], decision: dict[str, Any],
+    runner: Runner, client: Client, page: tuple[str, str, list[str]], decision: dict[str, Any],
     titles: dict[str, CatalogItem], end_ts: int,
-) -> tuple[Recommendation, str, Recommendation, list[str]]:  # fmt: skip
+) -> _LastAct:  # fmt: skip
     """What the decision changed for one page, and what one click changes for its user.
 
-    The start page's items, the item clicked, the start page's items after that, and the items of the page.
+    `page`: its user, its item, and the items that the champion showed there in the trial.
     """
+    user, item, in_trial = page
     with runner.stage("next answer") as stage:
         champion = decision["arms"][decision["winner"]]["bundle"]
-        said = runner.until(
+        answered_by = runner.until(
             lambda: _answers_from(client, user, item, [champion]), 60, "the champion to answer"
         )
         answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
         now = [ranked.item_id for ranked in answer.items]
-        others = len(set(now) - set(shown))
-        stage.detail = f"{said}: {others} of {len(now)} items are others than during the trial"
-    before = client.ask(_trigger(user, None), timeout=10)
-    clicked = _elsewhere(titles, before)
-    return before, clicked, _after_click(client, user, clicked, end_ts + 7_200_000), now
+        others = len(set(now) - set(in_trial))
+        stage.detail = f"{answered_by}: {others} of {len(now)} items are others than during the trial"
+    start_page = client.ask(_trigger(user, None), timeout=10)
+    clicked = _elsewhere(titles, start_page)
+    after_click = _after_click(client, user, clicked, end_ts + 7_200_000)
+    return _LastAct(user, item, in_trial, now, start_page, clicked, after_click)
 
 
 def _clear(home: Any) -> None:

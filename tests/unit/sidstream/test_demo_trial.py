@@ -11,8 +11,9 @@ import pytest
 from agents.settings import AgentsSettings
 from registry.releases.rollout import is_held_out
 from registry.settings import GateSettings, RolloutSettings
-from sidstream.commands.demo import _answered_by_champion, _visitors, demo, planned_trial
+from sidstream.commands.demo import _answered_by_champion, _visitors, demo
 from sidstream.demo import SETTINGS
+from sidstream.demo_trial import planned_trial
 from streams.errors import SidstreamError
 from streams.settings import ShoppersSettings
 
