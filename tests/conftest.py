@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 import redis
@@ -17,6 +17,7 @@ from streams.settings import KafkaSettings
 from streams.wire.admin import create_topics, delete_topics
 from tests import support
 
+T = TypeVar("T")
 FreshStack = Callable[[], tuple[KafkaSettings, str]]
 
 
@@ -36,6 +37,14 @@ def docker() -> bool:
     return support.docker_answers()
 
 
+def _started(running: ExitStack, local: AbstractContextManager[T], name: str) -> T:
+    """What a local server gives; a skip, or under CI a failure, where it does not start."""
+    try:
+        return running.enter_context(local)
+    except SidstreamError as error:
+        support.unavailable(name, error)
+
+
 @pytest.fixture(scope="session")
 def kafka(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaSettings]:
     """A real Apache Kafka 4 for the session; its topics are not created."""
@@ -43,11 +52,8 @@ def kafka(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ka
         if docker:
             bootstrap = running.enter_context(support.container_kafka())
         else:
-            try:
-                cluster = running.enter_context(servers.local_kafka(tmp_path_factory.mktemp("kafka")))
-            except SidstreamError as error:
-                support.unavailable("Kafka", error)
-            bootstrap = cluster.bootstrap
+            local = servers.local_kafka(tmp_path_factory.mktemp("kafka"))
+            bootstrap = _started(running, local, "Kafka").bootstrap
         yield servers.kafka_settings(bootstrap)
 
 
@@ -58,10 +64,7 @@ def redis_url(docker: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         if docker:
             url = running.enter_context(support.container_redis())
         else:
-            try:
-                url = running.enter_context(servers.local_redis(tmp_path_factory.mktemp("redis")))
-            except SidstreamError as error:
-                support.unavailable("Redis", error)
+            url = _started(running, servers.local_redis(tmp_path_factory.mktemp("redis")), "Redis")
         yield url
 
 

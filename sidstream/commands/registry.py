@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from streams.errors import SidstreamError
 
 if TYPE_CHECKING:
     from registry.bundles.store import Registry
+    from registry.settings import RolloutSettings
     from sidstream.settings import Settings
     from streams.events import Rollout
     from streams.wire.client import Client
@@ -160,12 +161,12 @@ def promote(
     Example: sidstream promote 3
     """
     from registry.releases import release
-    from sidstream.settings import load
 
-    settings = load()
-    with promoting(settings) as (registry, client):
-        rollout = release.promote(registry, client, registry.version(version), settings.rollout)
-    _emit_champion(rollout, "champion", as_json)
+    _change_champion(
+        lambda registry, client, shares: release.promote(registry, client, registry.version(version), shares),
+        "champion",
+        as_json,
+    )
 
 
 def rollback(as_json: AsJson = False) -> None:
@@ -174,15 +175,19 @@ def rollback(as_json: AsJson = False) -> None:
     Example: sidstream rollback
     """
     from registry.releases import release
+
+    _change_champion(release.rollback, "champion again", as_json)
+
+
+def _change_champion(
+    change: Callable[[Registry, Client, RolloutSettings], Rollout], what: str, as_json: bool
+) -> None:
+    """Carry out a release step under the lease, and say which version it put in service."""
     from sidstream.settings import load
 
     settings = load()
     with promoting(settings) as (registry, client):
-        rollout = release.rollback(registry, client, settings.rollout)
-    _emit_champion(rollout, "champion again", as_json)
-
-
-def _emit_champion(rollout: Rollout, what: str, as_json: bool) -> None:
+        rollout = change(registry, client, settings.rollout)
     arm = rollout.arms[0]
     emit(
         {"version": arm.version, "bundle": arm.bundle, "action": rollout.action}, as_json,

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Purchase, UserProfile
 from streams.replay.source import (
+    RowLog,
     catalogue_item,
     collapse_spaces,
     in_time_range,
@@ -49,7 +50,7 @@ class _Row(NamedTuple):
     country: str
 
 
-class OnlineRetail:
+class OnlineRetail(RowLog):
     """The shop's clean purchases. Times are the file's, whose zone is unknown, taken as UTC."""
 
     def __init__(self, path: Path = FILE) -> None:
@@ -69,10 +70,6 @@ class OnlineRetail:
                     quantity=row.quantity,
                     order_id=row.invoice,
                 )
-
-    def count(self, start: int | None = None, end: int | None = None) -> int:
-        """How many purchases `events` gives."""
-        return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
     def catalogue(self) -> Iterator[CatalogItem]:
         """Every item that was bought.

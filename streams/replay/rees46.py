@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Purchase, UserProfile
-from streams.replay.source import catalogue_item, collapse_spaces, in_time_range, simulated_commission
+from streams.replay.source import RowLog, catalogue_item, collapse_spaces, in_time_range, simulated_commission
 
 COLUMNS = (
     "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
@@ -43,7 +43,7 @@ class _Row(NamedTuple):
     user: str
 
 
-class Rees46:
+class Rees46(RowLog):
     """The store's events; `path` is the CSV, gzipped or not. Times are UTC, to the second."""
 
     def __init__(self, path: Path) -> None:
@@ -72,10 +72,6 @@ class Rees46:
                     item_id=row.item,
                     kind="cart" if row.kind == "cart" else "click",
                 )
-
-    def count(self, start: int | None = None, end: int | None = None) -> int:
-        """How many events `events` gives."""
-        return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
     def profiles(self) -> Iterator[UserProfile]:
         """Nothing: the file has no attributes of users."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -27,6 +28,25 @@ class EventSource(Protocol):
 
     def count(self, start: int | None = None, end: int | None = None) -> int:
         """How many events `events` gives."""
+
+
+class TimedRow(Protocol):
+    """What every row of a log has: its time, ms since 1970 UTC."""
+
+    @property
+    def ts(self) -> int: ...
+
+
+class RowLog(ABC):
+    """A log that gives one event a row."""
+
+    @property
+    @abstractmethod
+    def _rows(self) -> Sequence[TimedRow]: ...
+
+    def count(self, start: int | None = None, end: int | None = None) -> int:
+        """How many events `events` gives."""
+        return sum(in_time_range(row.ts, start, end) for row in self._rows)
 
 
 def in_time_range(ts: int, start: int | None, end: int | None) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
@@ -11,9 +10,7 @@ from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.devices import Devices
-from trainer.tuning.next_item import TeacherTargets
-from trainer.tuning.sft import Progress, SftResult, train
+from trainer.tuning.sft import SftResult, TrainOptions, train
 
 
 def pretrain_and_tune(
@@ -21,12 +18,7 @@ def pretrain_and_tune(
     rows: TrainingRows,
     sids: SidSet,
     settings: TrainerSettings,
-    *,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-    stop: Callable[[], bool] | None = None,
-    devices: Devices | None = None,
-    teacher: TeacherTargets | None = None,
+    **options: Unpack[TrainOptions],
 ) -> SftResult:
     """`trainer.tuning.sft.train`, after a stage of pretraining where `settings.pretrain` has a share for it.
 
@@ -34,27 +26,21 @@ def pretrain_and_tune(
     broken run goes on in its stage. An interrupted pretraining is the result itself.
     """
     if not settings.pretrain.share:
-        return train(
-            model, rows, sids, settings, folder=folder, progress=progress, stop=stop, devices=devices,
-            teacher=teacher,
-        )  # fmt: skip
+        return train(model, rows, sids, settings, **options)
+    progress, folder = options.get("progress"), options.get("folder")
 
     def report_progress(text: str) -> None:
         if progress:
             progress(f"pretraining: {text}")
 
-    pretraining = train(
-        model, rows, sids, pretraining_settings(settings), folder=folder and folder / "pretrain",
-        progress=report_progress,
-        stop=stop, devices=devices, teacher=teacher,
-    )  # fmt: skip
+    first: TrainOptions = {
+        **options, "folder": folder and folder / "pretrain", "progress": report_progress
+    }  # fmt: skip
+    pretraining = train(model, rows, sids, pretraining_settings(settings), **first)
     if pretraining.stopped == "interrupted":
         return pretraining
     recent, tuning_settings = tuning_after_pretraining(rows, settings, pretraining.seconds)
-    result = train(
-        model, recent, sids, tuning_settings, folder=folder, progress=progress, stop=stop, devices=devices,
-        teacher=teacher,
-    )  # fmt: skip
+    result = train(model, recent, sids, tuning_settings, **options)
     result.pretraining = pretraining
     return result
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -52,6 +53,16 @@ def learning_rate_share(fraction: float) -> float:
     if fraction < _WARMUP:
         return max(fraction / _WARMUP, 0.01)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - _WARMUP) / (1 - _WARMUP))))
+
+
+class TrainOptions(TypedDict, total=False):
+    """The keyword arguments of `train`."""
+
+    folder: Path | None
+    progress: Progress | None
+    stop: Callable[[], bool] | None
+    teacher: TeacherTargets | None
+    devices: Devices | None
 
 
 def train(

@@ -15,18 +15,13 @@ from serving.decoding.item_vectors import ItemVectors
 from serving.decoding.onnx_generator import OnnxGenerator
 from serving.decoding.sid_index import SidIndex
 from streams.errors import SidstreamError
-from tests.tiny_shop import ITEMS, SIZES, Shop, shop
+from tests.tiny_shop import ITEMS, SIZES, Shop
 from trainer.generator.export import export_generator
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.ranking import CatalogueRanker
 
 HISTORIES = [[3, 4, 5], [7], [2, 9, 2, 2, 11, 0, 5, 1], []]
 EXACT = 1000
-
-
-@pytest.fixture(scope="module")
-def tiny_shop() -> Shop:
-    return shop()
 
 
 @pytest.fixture(scope="module")

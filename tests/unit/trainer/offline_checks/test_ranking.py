@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from registry.bundles import ranking as kept_ranking
 from registry.bundles.ranking import Ranking, RepeatRule, excluded_by_repeats
 from streams.errors import SidstreamError
-from tests.tiny_shop import ITEMS, Shop, come_again, shop
+from tests.tiny_shop import ITEMS, Shop, come_again
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.ranking import (
     REPEAT_RULES,
@@ -25,11 +25,6 @@ from trainer.offline_checks.ranking import (
     target_ranks,
 )
 from trainer.sequences.held_out import HeldOut, held_out_rows
-
-
-@pytest.fixture(scope="module")
-def tiny_shop() -> Shop:
-    return shop()
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ from trainer.tuning.next_item import sequence_loss
 from trainer.tuning.sft import train
 
 
-@pytest.fixture(scope="module")
-def tiny_shop() -> Shop:
-    return shop()
-
-
 def held_out_events(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut:
     none = [np.zeros(len(row), dtype=np.int64) for row in histories]
     return HeldOut(histories, targets, none, [row.astype(bool) for row in none])
