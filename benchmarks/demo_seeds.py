@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import RESULTS, exact_share, line, put_table, write_lines
+from harness.servers import wait_until
 
 BEGIN, END = "<!-- seeds -->\n", "<!-- end of seeds -->\n"
 COMMAND = "python -m benchmarks.demo_seeds"
@@ -150,13 +151,18 @@ class Stack:
         """A trial of the champion against itself, with the demo's sessions, seed and rule."""
         began = time.monotonic()
         trial = self.run("gate", "aa")["trial"]
-        self._until("the null trial is served", lambda: self._trial_of_an_answer(demo["page"]) == trial)
+        wait_until(
+            lambda: self._trial_of_an_answer(demo["page"]) == trial,
+            _WAIT_S,
+            "the null trial in service",
+            pause=1,
+        )
         sessions = sum(arm["sessions"] for arm in demo["sessions"]["trial"]["arms"].values())
         shopped = self.run(
             "shoppers", "--sessions", str(sessions), "--seed", str(demo["seed"]),
             "--start", str(demo["sessions"]["trial"]["end_ts"] + 24 * _HOUR_MS),
         )  # fmt: skip
-        self._until("every event is applied", lambda: self._behind() == 0)
+        wait_until(lambda: self._behind() == 0, _WAIT_S, "every event applied", pause=1)
         decision = self.run("gate", "--mode", "fixed", "--conclude", "--end")
         compared = decision["comparisons"][-1]
         return {
@@ -186,13 +192,6 @@ class Stack:
             timeout=_COMMAND_S, check=True,
         )  # fmt: skip
         return int(made.stdout)
-
-    def _until(self, what: str, true: Any) -> None:
-        deadline = time.monotonic() + _WAIT_S
-        while not true():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"waited {_WAIT_S} s in vain until {what}")
-            time.sleep(1)
 
 
 def judged(versions: dict[str, str]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
+from streams.backoff import Backoff
 from streams.errors import SidstreamError
 from streams.settings import KafkaSettings
 from streams.wire import dead_letters
@@ -63,8 +64,9 @@ class AnswerProducer:
         same event_id.
         """
         unconfirmed_records, unwritten_refusals = list(records), list(refusals)
-        pause = _FIRST_RETRY_S
+        backoff = Backoff(_FIRST_RETRY_S, self._retry_max_s)
         while unconfirmed_records or unwritten_refusals:
+            wait_s = backoff.next_wait()
             try:
                 if self._producer is None:
                     self._producer = await self._connect()
@@ -72,10 +74,9 @@ class AnswerProducer:
                 await dead_letters.write_dead_letters(self._producer, unwritten_refusals)
                 unwritten_refusals = []
             except KafkaError as error:
-                log.warning("answers are not confirmed (%r); trying again in %.1f s", error, pause)
+                log.warning("answers are not confirmed (%r); trying again in %.1f s", error, wait_s)
             if unconfirmed_records or unwritten_refusals:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, self._retry_max_s)
+                await asyncio.sleep(wait_s)
                 # An idempotent producer that failed may refuse every later record: take a new one.
                 await self.stop()
 

@@ -23,6 +23,7 @@ from registry.releases.rollout import arm_of
 from serving.decoding.beam import Generator
 from serving.decoding.item_vectors import ItemVectors
 from serving.decoding.onnx_generator import OnnxGenerator
+from streams.backoff import Backoff
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout
 
@@ -155,7 +156,7 @@ class BundleLoader:
 
     async def run(self) -> None:
         """Load the newest rollout's bundles until cancelled; retry with growing pauses."""
-        pause = _FIRST_RETRY_S
+        backoff = Backoff(_FIRST_RETRY_S, self._retry_max_s)
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -169,17 +170,14 @@ class BundleLoader:
                 log.warning(
                     "rollout %s of trial %s is not in service yet: %s", rollout.action, rollout.trial, error
                 )
-                retry = asyncio.get_running_loop().call_later(pause, self._wake.set)
+                retry = asyncio.get_running_loop().call_later(backoff.next_wait(), self._wake.set)
                 # A newer rollout does not wait for the pause of an older one.
                 await self._wake.wait()
                 retry.cancel()
-                pause = (
-                    _FIRST_RETRY_S
-                    if self._newest_rollout is not rollout
-                    else min(2 * pause, self._retry_max_s)
-                )
+                if self._newest_rollout is not rollout:
+                    backoff.reset()
                 continue
-            pause = _FIRST_RETRY_S
+            backoff.reset()
             self.loaded_rollout = loaded_rollout
             self._rollout_replaced.set()
             self._on_loaded(loaded_rollout)
