@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -237,8 +238,9 @@ def _last_act(
         )
         answer = client.ask(_trigger(user, item, _PAGE), timeout=10)
         now = [ranked.item_id for ranked in answer.items]
-        others = len(set(now) - set(in_trial))
-        stage.detail = f"{answered_by}: {others} of {len(now)} items are others than during the trial"
+        # The order of a page is part of its answer: a promotion often only changes who stands first.
+        moved = sum(before != after for before, after in zip_longest(in_trial, now))
+        stage.detail = f"{answered_by}: {moved} of {len(now)} places show another item than during the trial"
     start_page = client.ask(_trigger(user, None), timeout=10)
     clicked = _elsewhere(titles, start_page)
     after_click = _after_click(client, user, clicked, end_ts + 7_200_000)
