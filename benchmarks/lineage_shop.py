@@ -390,7 +390,9 @@ class LineageShop:
             items = [self.catalogue.item_ids[row] for row in rows]
             chance = self.truth.click_probability(shopper.taste, items, trigger.item_id)
             clicks += float(chance.sum())
-            orders += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())
+            orders += float(
+                (chance * self.truth.purchase_probability(shopper.taste, shopper.purchase_taste, items)).sum()
+            )
             shown += len(items)
         return round(clicks / shown, 4), round(orders / clicks, 4)
 

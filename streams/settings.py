@@ -67,5 +67,10 @@ class ShoppersSettings(Section):
     click_trigger: float = Field(2.0, description="weight of the trigger item in the click's log-odds")
     click_position: float = Field(0.97, gt=0, le=1, description="chance kept from one place to the next")
     buy_base: float = Field(-1.8, description="log-odds of buying a clicked item of mean value")
+    value: Literal["title", "taste"] = Field(
+        "title",
+        description="what an item is worth to a buyer; title: the same to all, a function of its title; "
+        "taste: to each shopper something else, which no title says",
+    )
     buy_value: float = Field(1.8, description="weight of the item's value in the purchase's log-odds")
     buy_taste: float = Field(0.5, description="weight of the user's taste in the purchase's log-odds")
