@@ -80,9 +80,9 @@ class Truth:
     def examination(self, places: int) -> Vector:
         """(places,): the chance that each place is looked at, the first shown first.
 
-        Shoppers look from the top and stop: each place that is looked at leads to the next one with the chance
-        `click_position`, whatever stands there (the cascade of Craswell et al. 2008, section 3.3, in which
-        a click does not end the look).
+        Shoppers look from the top and stop: each place that is looked at leads to the next one with the
+        chance `click_position`, whatever stands there (the cascade of Craswell et al. 2008, in which here a
+        click does not end the look).
         """
         chances: Vector = self.settings.click_position ** np.arange(places)
         return chances
