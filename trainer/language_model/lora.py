@@ -356,9 +356,7 @@ def tune_window(
             settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
         )
         own_tokenizer = inputs.tokenizer
-        rows = TrainingRows(
-            inputs.log, inputs.split, inputs.catalogue, own_tokenizer, inputs.prompt, settings
-        )
+        rows = TrainingRows(inputs.split, inputs.catalogue, own_tokenizer, inputs.prompt, settings)
         folder = settings.home / "hf" / Path(settings.hf_model).name
         result = tune_lora(
             settings.hf_model, rows, own_tokenizer, inputs.sids, settings, folder,
