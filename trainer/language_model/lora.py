@@ -364,7 +364,7 @@ def tune_window(
         )  # fmt: skip
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
         # Without a context: a foreign vocabulary has no tokens of it.
-        pairs, _ = window_rows(inputs, settings.dpo, window_ms, Context())
+        pairs = window_rows(inputs, settings.dpo, window_ms, Context()).learned
         if len(pairs) >= settings.dpo.min_pairs:
             result = align_lora(
                 result, pairs, rows, own_tokenizer, inputs.sids, settings,

@@ -118,26 +118,29 @@ class Window:
         return count_values(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
     def preference_pairs(
-        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int
-    ) -> FilteredPairs:
+        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int,
+        hold_out: HoldOut, max_validation_pairs: int = 0,
+    ) -> tuple[FilteredPairs, FilteredPairs]:  # fmt: skip
         """The newest `max_pairs` pairs of a codebook, from old windows too, in equal shares of `schemes`.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
-        window that the agents made them with.
+        window that the agents made them with. The first are to learn from, and none of them is a validation
+        user's; the second are validation users', `max_validation_pairs` at most.
         """
         table, _ = self._read("preferences")
         decoder = msgspec.json.Decoder(events.PreferencePair)
         decoded = (decoder.decode(value) for value in table["value"].to_pylist())
         of_codebook = [pair for pair in decoded if pair.codebook == codebook]
         of_schemes = [pair for pair in of_codebook if pair.scheme in schemes]
+        learned, validation = without_validation_users(of_schemes, lambda pair: pair.user_id, hold_out)
+        purchases, clicks = self._read("purchases")[0], self._read("clicks")[0]
         # A pair that repeats or is withdrawn is not replaced by an older one: that would be one more rule.
-        filtered = withdraw_contradicted(
-            newest_of_each_scheme(of_schemes, max_pairs),
-            self._read("purchases")[0],
-            self._read("clicks")[0],
-            window_ms,
+        filtered, filtered_validation = (
+            withdraw_contradicted(newest_of_each_scheme(pairs, limit), purchases, clicks, window_ms)
+            for pairs, limit in ((learned, max_pairs), (validation, max_validation_pairs))
         )
-        return replace(filtered, of_other_schemes=len(of_codebook) - len(of_schemes))
+        other_schemes = len(of_codebook) - len(of_schemes)
+        return replace(filtered, of_other_schemes=other_schemes), filtered_validation
 
     def explorations(self, horizon_ms: int, hold_out: HoldOut) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?

@@ -161,7 +161,10 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     world.prefer(48)
     second = world.cycle()
     assert (second.action, set(second.versions), second.events) == ("trial", {"sft", "dpo"}, 80)
-    assert (second.pairs, second.no_dpo) == (48, None)
+    learned = [n for n in range(48) if not HoldOut(share=0.25).has(f"u{n}")]
+    assert 30 < len(learned) < 42
+    assert (second.pairs, second.no_dpo) == (len(learned), None)
+    assert second.metrics["dpo/held_out_pairs"] == 48 - len(learned)
     sft, dpo = (world.registry.fetch(f"challenger-{kind}") for kind in ("sft", "dpo"))
     assert sft.manifest.lineage.parent == dpo.manifest.lineage.parent == champion.id
     assert (sft.manifest.lineage.reference, dpo.manifest.lineage.reference) == (None, sft.id)
@@ -171,7 +174,7 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert {n: begin for n, (begin, _) in sft.manifest.window["purchases"].items()} == begins
     assert world.registry.alias("champion") == first.versions["base"]
     metrics = {version.version: version.metrics for version in world.registry.versions()}
-    assert metrics[second.versions["dpo"]]["dpo/rejected"] == 48
+    assert metrics[second.versions["dpo"]]["dpo/rejected"] == len(learned)
     assert "parent/hr10" in metrics[second.versions["sft"]]
 
     third = world.cycle()
@@ -208,7 +211,11 @@ def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
     )  # fmt: skip
     assert lines == ["lora", "dpo"]
     assert result.dpo is not None
-    assert (result.dpo.pairs, result.quality.users) == (48, 10)
+    learned, judging = (
+        [n for n in range(count) if HoldOut(share=0.25).has(f"u{n}") == judges]
+        for count, judges in ((48, False), (30, True))
+    )
+    assert (result.dpo.pairs, result.quality.users) == (len(learned), len(judging))
     # Its answers are trainer files: nothing is in service, and the window is there for the next cycle.
     assert Path(result.folder).parent == chosen.home / "hf"
     assert (result.aligned is None) == (result.aligned_quality is None)

@@ -54,7 +54,7 @@ def shop_events() -> list[Event]:
 
 
 def pairs_of(window: Window) -> list[PreferencePair]:
-    return window.preference_pairs(9, CODEBOOK, ("purchased_over_clicked",), 10).pairs
+    return window.preference_pairs(9, CODEBOOK, ("purchased_over_clicked",), 10, NOBODY)[0].pairs
 
 
 def test_a_window_has_each_event_once_and_the_next_one_only_what_came_since(
