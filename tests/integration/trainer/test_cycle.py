@@ -16,10 +16,10 @@ from registry.bundles.context import read as read_context
 from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
+from registry.decoding.onnx_generator import OnnxGenerator
 from registry.hold_out import HoldOut
 from registry.releases.release import Publisher
 from registry.settings import RegistrySettings, RolloutSettings
-from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from streams.events import CatalogItem, Click, Event, PreferencePair, Purchase, SidAssignment
 from streams.settings import KafkaSettings

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import REWARD_NAMES, Offer, Rewards, reward_fields, with_reward_fields
+from registry.decoding.list_rules import ListLimits
+from registry.decoding.onnx_generator import OnnxGenerator
+from registry.decoding.sid_index import SidIndex
 from registry.hold_out import HoldOut
 from serving.bundle_loader import LoadedBundle, LoadedRollout
-from serving.decoding.onnx_generator import OnnxGenerator
-from serving.decoding.sid_index import SidIndex
 from serving.exploration import Explorer
 from serving.recommender import Recommender, Request
 from streams.events import Arm, Recommendation, Rollout, Trigger
@@ -225,7 +226,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
     index = SidIndex.build(np.array(tiny_shop.catalogue.sids), tiny_shop.catalogue.item_ids)
-    ask = Recommender(lambda _: index, 9, None, Explorer(0, 1, 1.0))
+    ask = Recommender(lambda _: index, ListLimits(9), None, Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:
         trigger = Trigger.new(request_id="r", user_id="u", item_id="i07", k=1, preferences=wishes or None)

@@ -31,7 +31,7 @@ def test_training_learns_which_item_follows() -> None:
     model = tiny.model()
     result = train(model, tiny.rows, tiny.sids, tiny.settings)
     assert result.quality is not None
-    assert result.quality.users == 10
+    assert result.quality.users == len(tiny.split.held_out.targets) > 5
     assert result.quality.hr10 == 1.0
     assert result.quality.ndcg10 > 0.8
     assert result.quality.validity > 0.9
