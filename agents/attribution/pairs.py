@@ -288,7 +288,7 @@ def pair_id(user: str, decision: PairDecision, codebook: str) -> str:
 
 
 def _draw(request_id: str, item: str) -> bytes:
-    """Where an item stands in the sample of a slate: by chance, and the same each time that events are read."""
+    """Where an item stands in the sample of a slate: by chance, and the same for the same events."""
     return blake2b(f"{request_id}\x1f{item}".encode(), digest_size=8).digest()
 
 
