@@ -16,6 +16,7 @@ from benchmarks.lineage_shop import WINDOW_MS, LineageShop
 from registry.arms import CHAMPION, DPO, SFT
 from registry.bundles.context import Context
 from registry.bundles.rewards import Rewards, reward_fields, with_reward_fields
+from registry.hold_out import HoldOut
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
 from trainer.generator.build import fresh_generator
@@ -23,7 +24,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.offline_check import held_out_probe, reason_to_refuse
 from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out
 from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
-from trainer.sequences.held_out import hold_out_last_items
+from trainer.sequences.held_out import split_log, without_validation_users
 from trainer.sequences.interactions import user_sequences
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
@@ -57,6 +58,8 @@ class CycleTrainer:
 
     def __init__(self, items: ShopItems, settings: TrainerSettings, report: Callable[[str], None]) -> None:
         self.items, self.settings, self.report = items, settings, report
+        # The validation users of every generation, as the update cycle deals them.
+        self.hold_out = HoldOut(share=settings.validation_share)
         self.context = Context()
         self.rewards: Rewards | None = None
         self.versions = 0
@@ -105,8 +108,8 @@ class CycleTrainer:
         else:
             self.rewards = extend_rewards(self.rewards, labels, 0, settings.rewards, self.context)
         sequences = with_reward_labels(sequences, items.records, labels, self.rewards, self.context)
-        split = hold_out_last_items(sequences, settings, np.random.default_rng(settings.seed))
-        return TrainingRows(sequences, split, items.catalogue, items.tokenizer, items.prompt, settings)
+        split = split_log(sequences, self.hold_out, settings)
+        return TrainingRows(split, items.catalogue, items.tokenizer, items.prompt, settings)
 
     def _train(
         self, model: GeneratorForCausalLM, rows: TrainingRows, settings: TrainerSettings, name: str
@@ -133,7 +136,8 @@ class CycleTrainer:
         dpo = settings.dpo.model_copy(update=variant.dpo)
         settings = settings.model_copy(update={"dpo": dpo})
         held_out = rows.split.held_out
-        pairs = preference_rows(shop.preference_pairs, CODEBOOK_ID, self.items.prompt, dpo)
+        learned, _ = without_validation_users(shop.preference_pairs, lambda pair: pair.user_id, self.hold_out)
+        pairs = preference_rows(learned, CODEBOOK_ID, self.items.prompt, dpo)
         probe = held_out_probe(held_out, self.items.catalogue, self.items.sids, settings, quality.ranking)
         with tempfile.TemporaryDirectory() as folder:
             model, result = align(
@@ -152,7 +156,11 @@ class CycleTrainer:
     def moved_by_rates(self, shop: LineageShop, tuned: ModelVersion, strength: float) -> ModelVersion:
         """The tuned model's list, moved by how often a click on an item led to a purchase."""
         log, begin = shop.log, shop.first_visit
-        rates = log_purchase_rates(log.items[begin:], log.bought[begin:], self.items.row_of)
+        events = zip(log.users[begin:], log.items[begin:], log.bought[begin:], strict=True)
+        # Of the users that models learn from: no rate knows more than they do.
+        learned, _ = without_validation_users(events, lambda event: event[0], self.hold_out)
+        _, names, bought = zip(*learned, strict=True)
+        rates = log_purchase_rates(names, bought, self.items.row_of)
         return self._derived("rates", tuned, addend=strength * rates)
 
     def heavy(

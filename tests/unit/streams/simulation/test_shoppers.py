@@ -115,3 +115,13 @@ def test_a_titles_value_is_the_same_to_all_shoppers(truth: Truth) -> None:
     values = [truth.factors @ shopper.purchase_taste for shopper in (first, second)]
     assert (values[0] == values[1]).all()
     assert values[0].std() == pytest.approx(1)
+
+
+def test_shoppers_look_from_the_top_and_stop_by_the_examination_curve() -> None:
+    truth = Truth(catalogue(), ShoppersSettings(click_position=0.7))
+    rng = np.random.default_rng(5)
+    looked = np.array([truth.examined_places(10, rng) for _ in range(4000)])
+    shares = (looked[:, None] > np.arange(10)).mean(axis=0)
+    assert shares[0] == 1
+    # A share of 4,000 has a standard error of .008 at most.
+    assert np.abs(shares - truth.examination(10)).max() < 0.03
