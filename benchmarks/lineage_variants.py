@@ -23,7 +23,13 @@ from trainer.generator.build import fresh_generator
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.offline_check import held_out_probe, reason_to_refuse
 from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out
-from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
+from trainer.rewards.labels import (
+    UNKNOWN,
+    extend_rewards,
+    learn_rewards,
+    purchase_labels,
+    with_reward_labels,
+)
 from trainer.sequences.held_out import split_log, without_validation_users
 from trainer.sequences.interactions import user_sequences
 from trainer.sequences.rows import TrainingRows
@@ -102,6 +108,8 @@ class CycleTrainer:
         fresh = np.arange(len(log.users)) >= shop.rows_seen_by_champion
         sequences = user_sequences(log.users, log.ts, log.items, items.catalogue, fresh, log.bought)
         labels = purchase_labels(sequences, WINDOW_MS)
+        # The shop's clock is past the windows of its newest clicks (`LineageShop.visit`): none is open.
+        labels = np.where(labels == UNKNOWN, 0, labels)
         if self.rewards is None:
             self.rewards = learn_rewards(items.records, sequences, labels, 0, settings.rewards)
             self.context = with_reward_fields(Context(len(items.tokenizer)), self.rewards)

@@ -96,11 +96,10 @@ class Truth:
         rows = [self.row[item] for item in past if item in self.row]
         mean = self.factors[rows].sum(axis=0) if rows else np.zeros(HIDDEN_FACTORS)
         norm = float(np.linalg.norm(mean))
-        unit = (
-            mean / norm if norm else _random_unit(self.settings.seed, "buyer", user_id, size=HIDDEN_FACTORS)
-        )
+        if not norm:
+            mean = _random_unit(self.settings.seed, "buyer", user_id, size=HIDDEN_FACTORS)
         # The product of two random unit vectors has variance 1 / F.
-        return unit * HIDDEN_FACTORS**0.5
+        return mean / (norm or 1.0) * HIDDEN_FACTORS**0.5
 
     def click_probability(self, taste: Vector, items: Sequence[str], trigger: str | None) -> Vector:
         """(n,): the chance that each shown item is clicked, the first shown first."""
@@ -118,8 +117,7 @@ class Truth:
         chance `click_position`, whatever stands there (the cascade of Craswell et al. 2008, in which here a
         click does not end the look).
         """
-        chances: Vector = self.settings.click_position ** np.arange(places)
-        return chances
+        return np.asarray(self.settings.click_position ** np.arange(places), dtype=np.float64)
 
     def examined_places(self, places: int, rng: np.random.Generator) -> int:
         """How many of the places one shopper looks at, drawn by `examination`; at least the first."""
