@@ -48,6 +48,17 @@ class ArmOutcomes:
         count = bisect_right(self.cohorts, cohort)
         return ArmOutcomes(self.cohorts[:count], self.counts[:, :count])
 
+    def capped(self, max_impressions: int) -> ArmOutcomes:
+        """Each user's cohorts in the order of time as long as they come to `max_impressions` at most.
+
+        The cohort that would pass it and all later ones of that user become zero, so a bot counts as one
+        heavy user. The rule reads impressions alone, never clicks or orders, and is the same for every arm:
+        what is counted of a user is no better and no worse for having been counted. What is compared are
+        rates over users' first impressions, so that a user above the limit weighs as one at it.
+        """
+        is_counted = np.cumsum(self.counts[:, :, 0], axis=1) <= max_impressions
+        return ArmOutcomes(self.cohorts, self.counts * is_counted[:, :, None])
+
 
 def cohort_ms(redis: Any) -> int:
     """Length of a cohort (ms), as the agents have stored it; an hour where they have stored none."""
