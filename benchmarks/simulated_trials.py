@@ -18,7 +18,10 @@ from registry.experiment.outcomes import ArmOutcomes
 from registry.experiment.statistics import ArmSums, ctr, cvr, opm
 from registry.settings import RolloutSettings
 
+Ints = npt.NDArray[np.int64]
+
 LOOKS = 20
+_COUNTS = ("impressions", "clicks", "orders")
 BOT_IMPRESSIONS = 20_000
 # A trial of two weeks has 336 hourly cohorts; this is a multiple of LOOKS near it, of 50 impressions each.
 BOT_COHORTS = 400
@@ -69,61 +72,103 @@ def arm_weights(rollout: RolloutSettings) -> dict[str, float]:
     return {name: share * of_others for name, share in shares.items()} | {ANCHOR: rollout.anchor}
 
 
-def draw_arm(random: np.random.Generator, population: Population, users: int, truth: Truth) -> ArmOutcomes:
-    """What `users` users see, click and buy, by look. Users who never come have zeros."""
+@dataclass(frozen=True)
+class UserLooks:
+    """One entry for each look of each user that saw something: (N,), by user, then by look."""
+
+    user: Ints
+    look: Ints
+    counts: tuple[Ints, Ints, Ints]  # impressions, clicks, orders
+
+    def cumulative(self) -> tuple[Ints, Ints, Ints]:
+        """The counts of the same user up to and including each entry."""
+        is_first = np.diff(self.user, prepend=-1) != 0
+        begin = np.maximum.accumulate(np.where(is_first, np.arange(len(self.user)), 0))
+
+        def within_user(column: Ints) -> Ints:
+            total = np.cumsum(column)
+            return total - (total - column)[begin]
+
+        shown, clicked, bought = map(within_user, self.counts)
+        return shown, clicked, bought
+
+    def capped(self, max_impressions: int) -> UserLooks:
+        """As ArmOutcomes.capped, each look a cohort."""
+        return self.where(self.cumulative()[0] <= max_impressions)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> UserLooks:
+        """The entries where the mask (N,) is true."""
+        shown, clicked, bought = (column[mask] for column in self.counts)
+        return UserLooks(self.user[mask], self.look[mask], (shown, clicked, bought))
+
+
+def draw_arm(random: np.random.Generator, population: Population, users: int, truth: Truth) -> UserLooks:
+    """What `users` users see, click and buy, by look."""
     activity = np.exp(population.spread * random.standard_normal(users) - population.spread**2 / 2)
     pages = random.poisson(population.pages * activity)
     user = np.repeat(np.arange(users), pages)
     arrival = random.integers(0, LOOKS, users)[user]
     look = arrival + (random.random(len(user)) * (LOOKS - arrival)).astype(np.int64)
-    counts = np.zeros((users * LOOKS, 3), np.int64)
-    counts[:, 0] = population.page * np.bincount(user * LOOKS + look, minlength=len(counts))
-    cells = np.flatnonzero(counts[:, 0])
+    cells, pages_of_cell = np.unique(user * LOOKS + look, return_counts=True)
+    user, look = np.divmod(cells, LOOKS)
 
     def rate(mean: float, factor: float) -> npt.NDArray[np.float64]:
         alpha, beta = mean * population.cohesion, (1 - mean) * population.cohesion
-        return np.minimum(random.beta(alpha, beta, users) * factor, 1.0)[cells // LOOKS]
+        return np.minimum(random.beta(alpha, beta, users) * factor, 1.0)[user]
 
-    counts[cells, 1] = random.binomial(counts[cells, 0], rate(population.ctr, truth.ctr))
-    counts[cells, 2] = random.binomial(counts[cells, 1], rate(population.cvr, truth.cvr))
-    return ArmOutcomes(tuple(range(LOOKS)), counts.reshape(users, LOOKS, 3))
+    shown = population.page * pages_of_cell
+    clicked = random.binomial(shown, rate(population.ctr, truth.ctr))
+    bought = random.binomial(clicked, rate(population.cvr, truth.cvr))
+    return UserLooks(user, look, (shown, clicked, bought))
 
 
-def bot_outcomes(max_impressions: int) -> ArmOutcomes:
-    """A bot that sees BOT_IMPRESSIONS evenly over all looks, clicks on every other item and buys nothing.
+def with_bot(users: UserLooks, max_impressions: int) -> UserLooks:
+    """The users, and a bot that sees BOT_IMPRESSIONS evenly over all looks, clicks on every other item and
+    buys nothing.
 
-    It comes all the time, in BOT_COHORTS of the cohorts that the limit reads; by look, after the limit.
+    It comes all the time, in BOT_COHORTS of the cohorts that the limit reads.
     """
     shown = BOT_IMPRESSIONS // BOT_COHORTS
     cohorts = ArmOutcomes(
         tuple(range(BOT_COHORTS)), np.tile(np.array([shown, shown // 2, 0]), (1, BOT_COHORTS, 1))
     )
-    counts = cohorts.capped(max_impressions).counts.reshape(1, LOOKS, -1, 3).sum(axis=2)
-    return ArmOutcomes(tuple(range(LOOKS)), counts)
+    by_look = cohorts.capped(max_impressions).counts.reshape(LOOKS, -1, 3).sum(axis=1)
+    look = np.flatnonzero(by_look[:, 0])
+    bot = users.user.max(initial=-1) + 1
+    shown_items, clicked, bought = (
+        np.concatenate([of_users, of_bot])
+        for of_users, of_bot in zip(users.counts, by_look[look].T, strict=True)
+    )
+    return UserLooks(
+        np.concatenate([users.user, np.full(len(look), bot)]),
+        np.concatenate([users.look, look]),
+        (shown_items, clicked, bought),
+    )
 
 
-def sums_at_looks(outcomes: ArmOutcomes) -> list[ArmSums]:
+def sums_at_looks(users: UserLooks) -> list[ArmSums]:
     """The sums of an arm at each look, over the cohorts so far."""
-    # Whole numbers far below 2^53: exact in doubles, and products of doubles are quick.
-    shown, clicked, bought = np.cumsum(outcomes.counts, axis=1, dtype=np.float64).transpose(2, 0, 1)
+    after = dict(zip(_COUNTS, users.cumulative(), strict=True))
+    of_look = dict(zip(_COUNTS, users.counts, strict=True))
+    is_first = np.diff(users.user, prepend=-1) != 0
 
-    def moment(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        product: npt.NDArray[np.float64] = np.einsum("ul,ul->l", left, right)
-        return product
+    def up_to_look(change: Ints) -> list[int]:
+        # Whole numbers far below 2^53: exact in doubles.
+        total: list[int] = (
+            np.cumsum(np.bincount(users.look, weights=change, minlength=LOOKS)).astype(np.int64).tolist()
+        )
+        return total
 
-    columns = {
-        "users": (shown > 0).sum(axis=0),
-        "impressions": shown.sum(axis=0),
-        "clicks": clicked.sum(axis=0),
-        "orders": bought.sum(axis=0),
-        "impressions_squared": moment(shown, shown),
-        "clicks_squared": moment(clicked, clicked),
-        "orders_squared": moment(bought, bought),
-        "impressions_clicks": moment(shown, clicked),
-        "clicks_orders": moment(clicked, bought),
-        "impressions_orders": moment(shown, bought),
-    }
-    return [ArmSums(**{name: int(column[n]) for name, column in columns.items()}) for n in range(LOOKS)]
+    def moment(left: str, right: str) -> list[int]:
+        before = (after[left] - of_look[left]) * (after[right] - of_look[right])
+        return up_to_look(after[left] * after[right] - before)
+
+    columns = {"users": up_to_look(is_first.astype(np.int64))}
+    columns |= {name: up_to_look(change) for name, change in of_look.items()}
+    columns |= {f"{name}_squared": moment(name, name) for name in _COUNTS}
+    for left, right in (("impressions", "clicks"), ("clicks", "orders"), ("impressions", "orders")):
+        columns[f"{left}_{right}"] = moment(left, right)
+    return [ArmSums(**{name: column[n] for name, column in columns.items()}) for n in range(LOOKS)]
 
 
 def draw_trial(
@@ -136,11 +181,8 @@ def draw_trial(
     arms = {}
     for n, name in enumerate(weights):
         users = draw_arm(random, scenario.population, int(sizes[n]), truths.get(name, Truth()))
-        outcomes = users.capped(scenario.max_impressions)
-        if n == bots_arm:
-            bot = bot_outcomes(scenario.max_impressions)
-            outcomes = ArmOutcomes(bot.cohorts, np.concatenate([outcomes.counts, bot.counts]))
-        arms[name] = sums_at_looks(outcomes)
+        counted = users.capped(scenario.max_impressions)
+        arms[name] = sums_at_looks(with_bot(counted, scenario.max_impressions) if n == bots_arm else counted)
     return [{name: sums[look] for name, sums in arms.items()} for look in range(LOOKS)]
 
 

@@ -26,7 +26,6 @@ from registry.experiment.statistics import ArmSums
 from registry.settings import GateSettings, GuardSettings
 from streams.events import Arm
 
-
 # Of every decision record. 3: orders per impression, and the alpha of each comparison.
 FORMAT = 3
 
