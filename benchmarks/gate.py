@@ -37,10 +37,10 @@ from benchmarks.simulated_trials import (
     draw_trial,
     pilot,
 )
-from registry.arms import CHAMPION, SFT
+from registry.arms import ANCHOR, CHAMPION, SFT
 from registry.experiment.decision import Judgement, judge
 from registry.experiment.gate import MODES
-from registry.experiment.sample_size import ExpectedRates, trial_arms, users_needed
+from registry.experiment.sample_size import ExpectedRates, TrialArms, users_needed
 from registry.settings import GateSettings, RolloutSettings
 
 SEED = 20
@@ -203,7 +203,7 @@ def planned_users(population: Population, mode: str) -> int:
     """Users to deal so that the smallest arm has as many who come as the plan asks for."""
     shown, coming, design_effect = pilot(population, SETTINGS.max_impressions_per_user)
     expected = ExpectedRates(population.cvr, PLANNED_LIFTS[population], population.ctr, shown, design_effect)
-    arms = trial_arms(RolloutSettings.model_validate({}), WEIGHTS[SFT])
+    arms = TrialArms(anchor=WEIGHTS[ANCHOR] / WEIGHTS[SFT])
     return round(users_needed(expected, SETTINGS, mode, arms, PLANNED_POWER) / WEIGHTS[SFT] / coming)
 
 

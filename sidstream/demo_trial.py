@@ -18,7 +18,7 @@ def planned_trial(
     """What `sidstream gate plan` says of a trial of so many sessions, by the rates of the champion so far.
 
     `before`: what `sidstream shoppers` said of the champion's sessions; `everybody`: users who may come. The
-    smallest arm is planned for: users_needed in it for the power of .8, and the power of those who come.
+    smallest arm is planned for: users_needed in it for the power of .9, and the power of those who come.
     """
     import math
 
@@ -37,8 +37,10 @@ def planned_trial(
     expected = sample_size.ExpectedRates(
         purchases / clicks, LIFT, clicks / shown, s.k * sessions / came, design_effect=DESIGN_EFFECT
     )
-    needed = sample_size.users_needed(expected, settings.gate, "fixed")
-    power = sample_size.power(users, expected, settings.gate, "fixed")
+    # While the first model is the champion it is the anchor as well: nobody is held out on another one.
+    arms = sample_size.TrialArms()
+    needed = sample_size.users_needed(expected, settings.gate, "fixed", arms)
+    power = sample_size.power(users, expected, settings.gate, "fixed", arms)
     return planned | {
         "users_needed": needed,
         "power": round(power, 3),

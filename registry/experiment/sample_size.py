@@ -1,8 +1,9 @@
 """How many users a trial needs before it starts, and how likely it is to promote with fewer.
 
 A promotion takes every condition of the whole judgement: three tests against the other challenger, three
-against the champion, the estimate of CTR against the anchor. The chance of a promotion is at least 1 less the
-sum of their chances of a miss (union bound; for one success metric and one guardrail it is Spotify's rule).
+against the champion, the estimate of CTR against the anchor. The chance of a promotion is at least the product
+of their chances: they share arms and orders, and events that rise together happen together more often than
+independent ones (Slepian 1962, for normal estimates none of which correlate negatively).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from registry.arms import CHAMPION, SFT
 from registry.experiment import sequential, statistics
 from registry.experiment.gate import settings_against
-from registry.settings import GateSettings, RolloutSettings
+from registry.settings import GateSettings
 from streams.errors import SidstreamError
 
 _MAX_USERS = 10**12
@@ -72,43 +73,35 @@ class TrialArms:
     anchor: float = 0.0
 
 
-def trial_arms(rollout: RolloutSettings, share: float) -> TrialArms:
-    """The arms of an unattended cycle's trial, whose smallest arm has `share` of all users."""
-    return TrialArms(anchor=rollout.anchor / share)
-
-
 def power(users: float, expected: ExpectedRates, settings: GateSettings, mode: str, arms: TrialArms) -> float:
     """A lower bound of the chance that the gate promotes at one look with `users` in each arm.
 
     One test passes with probability Phi(theta / sqrt(V) - c), c its critical value: the normal quantile in
     mode fixed, the boundary of the confidence sequence at that V in mode sequential, 0 for an estimate. There
-    earlier looks add to it, so the figure is on the safe side. All pass with 1 less all misses at least. 0
-    where an arm is too small for the gate.
+    earlier looks add to it, so the figure is on the safe side. All pass with the product at least. 0 where an
+    arm is too small for the gate.
     """
-    smallest = users * min(arms.anchor or 1.0, 1.0)
-    shown = smallest * expected.impressions_per_user
-    if smallest < settings.min_users or shown < settings.min_impressions:
+    if not _is_large_enough(users * min(arms.anchor or 1.0, 1.0), expected, settings):
         return 0.0
-    misses = sum(
-        1.0 - _pass_probability(users, test, settings) for test in _tests(expected, settings, mode, arms)
-    )
-    return max(1.0 - misses, 0.0)
+    tests = _tests(expected, settings, mode, arms)
+    return math.prod(_pass_probability(users, test, settings) for test in tests)
 
 
 def anchor_power(users: float, expected: ExpectedRates, settings: GateSettings, arms: TrialArms) -> float:
-    """A lower bound of the chance that the hold-out does not stop such a candidate, with `users` in each arm.
+    """The chance that the hold-out does not stop such a candidate, with `users` in each arm.
 
     1 where there is no hold-out, 0 where it is too small for the gate.
     """
-    if not arms.anchor:
-        return 1.0
-    held_out = users * arms.anchor
-    if held_out < settings.min_users or held_out * expected.impressions_per_user < settings.min_impressions:
+    if arms.anchor and not _is_large_enough(users * arms.anchor, expected, settings):
         return 0.0
-    misses = sum(
-        1.0 - _pass_probability(users, test, settings) for test in _anchor_tests(expected, settings, arms)
+    return math.prod(
+        _pass_probability(users, test, settings) for test in _anchor_tests(expected, settings, arms)
     )
-    return max(1.0 - misses, 0.0)
+
+
+def _is_large_enough(users: float, expected: ExpectedRates, settings: GateSettings) -> bool:
+    shown = users * expected.impressions_per_user
+    return users >= settings.min_users and shown >= settings.min_impressions
 
 
 def users_needed(
