@@ -3,14 +3,14 @@
 Trials of simulated users are judged by the whole judgement (registry.experiment.decision.judge): the
 aligned challenger against the tuned one, the one that goes on against the champion, the fallback, the
 hold-out. Users' activity is heavy-tailed, and one of them is a bot of 20,000 impressions
-(benchmarks.simulated_trials). For each truth 2,000 trials: no effect, and challengers that keep the published
-rule and sell less for each page; 1,000 trials of each size that `sidstream gate plan` gives.
+(benchmarks.simulated_trials). 2,000 trials without an effect; 1,000 of challengers that keep the published rule
+and sell less for each page, and of each size that `sidstream gate plan` gives.
 
 Prints one line of JSON a figure, with the 95 % binomial interval
 (Clopper and Pearson), and writes docs/results/gate.jsonl and the table of docs/results/gate.md.
 
     python -m benchmarks.gate
-    python -m benchmarks.gate --quick     # a hundredth of the trials, one population; writes nothing
+    python -m benchmarks.gate --quick     # a hundredth of the trials; writes nothing
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ SELLERS_OF_LESS = {
     "CTR x.90, CVR x1.05 (orders x.945)": Truth(0.9, 1.05),
     "CTR x.94, CVR x1/.94 (orders x1)": Truth(0.94, 1 / 0.94),
 }
-# Larger where fewer clicks and orders come of a page, or the planned trial takes seconds to draw.
-PLANNED_LIFTS, PLANNED_POWER = {SHOP: 0.15, ADS: 0.4}, 0.9
+PLANNED_LIFT, PLANNED_POWER = 0.15, 0.9
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,14 @@ def _progress(text: str) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Runs scenarios of `trials` trials and makes lines of counts; `populations` with their users."""
+    """Runs scenarios of `trials` trials and makes lines of counts."""
 
     pool: ProcessPoolExecutor
     trials: int
-    populations: dict[Population, int]
+
+    def half(self) -> Bench:
+        """A bench with half of the trials."""
+        return replace(self, trials=max(self.trials // 2, 1))
 
     def lines(
         self, scenario: Scenario, truth: str, figures: list[tuple[str, str, str, str]]
@@ -169,26 +171,26 @@ _PROMOTED = [
 def errors(bench: Bench) -> Iterator[dict[str, Any]]:
     """Trials without an effect, and of challengers that sell no more for each page."""
     cap = SETTINGS.max_impressions_per_user
-    for population, users in bench.populations.items():
-        null = Scenario(population, users, cap)
-        yield from bench.lines(
-            null,
-            "no effect",
-            [
-                *_PROMOTED,
-                ("fixed", "promote once", "promoted at any look", "none: it is made for one look"),
-                ("point", "promote once", "promoted at any look", _SHARES_OF_POINT),
-                ("point", "promote last", "promoted at the last look", _SHARES_OF_POINT),
-                ("sequential", "reject once", "rejected at any look", "at most .15: three harms"),
-            ],
-        )
-        yield from bench.lines(
-            replace(null, sft=Truth(cvr=0.8)), "DPO without an effect beside an SFT of CVR x.8", _PROMOTED
-        )
+    null = Scenario(SHOP, 14_000, cap)
+    yield from bench.lines(
+        null,
+        "no effect",
+        [
+            *_PROMOTED,
+            ("fixed", "promote once", "promoted at any look", "none: it is made for one look"),
+            ("point", "promote once", "promoted at any look", _SHARES_OF_POINT),
+            ("point", "promote last", "promoted at the last look", _SHARES_OF_POINT),
+            ("sequential", "reject once", "rejected at any look", "at most .15: three harms"),
+        ],
+    )
+    yield from bench.lines(Scenario(ADS, 20_000, cap), "no effect", _PROMOTED)
+    yield from bench.lines(
+        replace(null, sft=Truth(cvr=0.8)), "DPO without an effect beside an SFT of CVR x.8", _PROMOTED
+    )
     for truth, less in SELLERS_OF_LESS.items():
         # So many users that the published rule's tests see the rise of CVR.
-        scenario = Scenario(SHOP, 60_000, cap, sft=less, dpo=less)
-        yield from bench.lines(
+        scenario = Scenario(SHOP, 30_000, cap, sft=less, dpo=less)
+        yield from bench.half().lines(
             scenario,
             truth,
             [
@@ -202,7 +204,7 @@ def errors(bench: Bench) -> Iterator[dict[str, Any]]:
 def planned_users(population: Population, mode: str) -> int:
     """Users to deal so that the smallest arm has as many who come as the plan asks for."""
     shown, coming, design_effect = pilot(population, SETTINGS.max_impressions_per_user)
-    expected = ExpectedRates(population.cvr, PLANNED_LIFTS[population], population.ctr, shown, design_effect)
+    expected = ExpectedRates(population.cvr, PLANNED_LIFT, population.ctr, shown, design_effect)
     arms = TrialArms(anchor=WEIGHTS[ANCHOR] / WEIGHTS[SFT])
     return round(users_needed(expected, SETTINGS, mode, arms, PLANNED_POWER) / WEIGHTS[SFT] / coming)
 
@@ -210,23 +212,18 @@ def planned_users(population: Population, mode: str) -> int:
 def powers(bench: Bench) -> Iterator[dict[str, Any]]:
     """Trials of the planned size: an aligned challenger that is better by the planned lift."""
     cap = SETTINGS.max_impressions_per_user
-    for population in bench.populations:
-        for mode, counted in (("sequential", "once"), ("fixed", "last")):
-            users = planned_users(population, mode)
-            figure = [(mode, f"challenger-dpo {counted}", "DPO promoted", f"at least {PLANNED_POWER:.2f}")]
-            cases = [(True, cap, "with the bot")]
-            if population is SHOP:
-                cases.append((False, cap, "without the bot"))
-                cases.append((True, 10**9, "with the bot, gate.max_impressions_per_user off"))
-            for has_bot, limit, words in cases:
-                scenario = Scenario(
-                    population, users, limit, dpo=Truth(cvr=1 + PLANNED_LIFTS[population]), has_bot=has_bot
-                )
-                claim = figure if limit == cap else [(*figure[0][:3], "for comparison")]
-                truth = (
-                    f"DPO's CVR x{1 + PLANNED_LIFTS[population]:g}, planned for {PLANNED_POWER:g}, {words}"
-                )
-                yield from replace(bench, trials=max(bench.trials // 2, 1)).lines(scenario, truth, claim)
+    for mode, counted in (("sequential", "once"), ("fixed", "last")):
+        users = planned_users(SHOP, mode)
+        for has_bot, limit, words in (
+            (True, cap, "with the bot"),
+            (False, cap, "without the bot"),
+            (True, 10**9, "with the bot, gate.max_impressions_per_user off"),
+        ):
+            scenario = Scenario(SHOP, users, limit, dpo=Truth(cvr=1 + PLANNED_LIFT), has_bot=has_bot)
+            claim = f"at least {PLANNED_POWER:.2f}" if limit == cap else "for comparison"
+            truth = f"DPO's CVR x{1 + PLANNED_LIFT:g}, planned for {PLANNED_POWER:g}, {words}"
+            figure = (mode, f"challenger-dpo {counted}", "DPO promoted", claim)
+            yield from bench.half().lines(scenario, truth, [figure])
 
 
 def main() -> None:
@@ -234,17 +231,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a hundredth of the trials, one population; writes nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the trials; writes nothing")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="the figures do not depend on it"
     )
     options = parser.parse_args()
     rows = []
-    populations = {SHOP: 14_000} if options.quick else {SHOP: 14_000, ADS: 40_000}
     with ProcessPoolExecutor(options.processes) as pool:
-        bench = Bench(pool, 20 if options.quick else 2000, populations)
+        bench = Bench(pool, 20 if options.quick else 2000)
         for part in (errors, powers):
             for row in part(bench):
                 print(json.dumps(row), flush=True)

@@ -1,9 +1,9 @@
 """How many users a trial needs before it starts, and how likely it is to promote with fewer.
 
 A promotion takes every condition of the whole judgement: three tests against the other challenger, three
-against the champion, the estimate of CTR against the anchor. The chance of a promotion is at least the product
-of their chances: they share arms and orders, and events that rise together happen together more often than
-independent ones (Slepian 1962, for normal estimates none of which correlate negatively).
+against the champion, the estimate of CTR against the anchor. The chance of a promotion is at least the
+product of their chances: they share arms and orders, and what rises together passes together more often than
+what is independent (Slepian 1962, for normal estimates none of which correlate negatively).
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
             "`sidstream cycle` takes it on, `sidstream promote champion` ends it"
         )
     with redis_client(settings.redis) as redis:
-        outcomes = read_outcomes(redis, rollout.trial)
+        outcomes = read_outcomes(redis, rollout.trial, settings.gate.value)
     record = decide(rollout.trial, rollout.arms, outcomes, settings.gate, mode)
     concluded = conclude and (record["verdict"] != "inconclusive" or end)
     if concluded:
