@@ -3,8 +3,8 @@
 Trials of simulated users are judged by the whole judgement (registry.experiment.decision.judge): the
 aligned challenger against the tuned one, the one that goes on against the champion, the fallback, the
 hold-out. Users' activity is heavy-tailed, and one of them is a bot of 20,000 impressions
-(benchmarks.simulated_trials). 2,000 trials without an effect; 1,000 of challengers that keep the published rule
-and sell less for each page, and of each size that `sidstream gate plan` gives.
+(benchmarks.simulated_trials). 2,000 trials without an effect; 1,000 of challengers that keep the published
+rule and sell less for each page, and of each size that `sidstream gate plan` gives.
 
 Prints one line of JSON a figure, with the 95 % binomial interval
 (Clopper and Pearson), and writes docs/results/gate.jsonl and the table of docs/results/gate.md.
