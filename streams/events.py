@@ -133,7 +133,7 @@ class Purchase(Event, frozen=True, kw_only=True):
     request_id: Annotated[Id | None, Meta(description="the recommendation that led here")] = None
     commission: Annotated[
         Annotated[float, Meta(ge=0)] | None,
-        Meta(description="what the shop pays for it in all, in its currency"),
+        Meta(description="what is earned by it in all, in the shop's currency"),
     ] = None
 
 

@@ -30,8 +30,8 @@ Mode = Annotated[
 
 # Measured by benchmarks/gate.py, for models without effect; docs/results/gate.md has the intervals.
 ERROR_RATES = {
-    "fixed": "made for one look, at the end: looked at 20 times it promotes a model without effect more than "
-    "20 % of the time (docs/results/gate.md)",
+    "fixed": "made for one look, at the end: looked at 20 times it promotes a model without effect several "
+    "times as often as at one (docs/results/gate.md)",
     "point": "it promotes a model without effect about 50 % of the time, more than 90 % when looked at 20 "
     "times (docs/results/gate.md)",
 }
