@@ -28,10 +28,10 @@ import torch
 from registry.bundles.bundle import load_bundle
 from registry.bundles.embedder import WordLlamaEmbedder
 from registry.bundles.prompt import BOS, FIRST_CODE, PAD, Prompt, prompt_sids
+from registry.decoding.beam import beam_search
+from registry.decoding.onnx_generator import OnnxGenerator
+from registry.decoding.sid_index import SidIndex
 from registry.settings import CodebookSettings
-from serving.decoding.beam import beam_search
-from serving.decoding.onnx_generator import OnnxGenerator
-from serving.decoding.sid_index import SidIndex
 from streams.replay import OnlineRetail, user_item_sequences
 from trainer.codebooks.fit import fit_codebook
 from trainer.generator.export import export_generator

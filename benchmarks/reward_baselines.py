@@ -88,7 +88,8 @@ def train_modpo(
         )
         return modpo_loss + next_item * softmax_loss(query, item_vectors, target, 0.0, past, repeat_biases)
 
-    return _train_policy(trained.model, loss, len(training_set.targets), seed)
+    # Without dropout, as the reference: a margin starts at 0.
+    return _train_policy(trained.model, loss, len(training_set.targets), seed, dropout=False)
 
 
 def train_soup_parts(
@@ -139,9 +140,9 @@ def _train_policy(
     loss: Callable[[GeneratorForCausalLM, Int64, np.random.Generator], Tensor],
     count: int,
     seed: int,
+    dropout: bool = True,
 ) -> GeneratorForCausalLM:
-    policy, random = copy.deepcopy(start).train(), np.random.default_rng(seed)
-    policy.model.items.item_dropout = 0.0
+    policy, random = copy.deepcopy(start).train(dropout), np.random.default_rng(seed)
     torch.manual_seed(seed)
     optimizer = ClippedAdamW(policy.parameters(), lr=LR)
     batches = (random.integers(count, size=BATCH) for _ in range(STEPS))

@@ -72,9 +72,8 @@ class ServingAgent:
         )  # fmt: skip
         explorer = Explorer(settings.explore, settings.explore_candidates, settings.explore_temperature)
         self._recommender = Recommender(
-            self._catalogue.index, settings.beam, settings.repeats, explorer,
-            translator=self._catalogue.translator, exact_up_to=settings.exact_items,
-            title_of=self._catalogue.title_of,
+            self._catalogue.index, settings.limits, settings.repeats, explorer,
+            translator=self._catalogue.translator, title_of=self._catalogue.title_of,
         )  # fmt: skip
         self._history_reader = HistoryReader(redis, settings.redis_timeout_s, settings.redis_wait_s)
         self._answer_producer = AnswerProducer(kafka, settings.retry_max_s)

@@ -19,10 +19,10 @@ from registry.bundles.bundle import Bundle
 from registry.bundles.context import Context
 from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import Rewards
+from registry.decoding.beam import Generator
+from registry.decoding.item_vectors import ItemVectors
+from registry.decoding.onnx_generator import OnnxGenerator
 from registry.releases.rollout import arm_of
-from serving.decoding.beam import Generator
-from serving.decoding.item_vectors import ItemVectors
-from serving.decoding.onnx_generator import OnnxGenerator
 from streams.backoff import Backoff
 from streams.errors import SidstreamError
 from streams.events import Event, Rollout

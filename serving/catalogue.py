@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.decoding.sid_index import SidIndex
+from registry.decoding.sid_index import SidIndex
 from streams.events import CatalogItem, Event, SidAssignment
 from streams.state.history import codebook_tag, pack_sid, unpack_sid
 from streams.state.newest_codebook import NewestCodebook

@@ -27,12 +27,13 @@ import numpy as np
 
 from registry.bundles.context import context_fields
 from registry.bundles.prompt import prompt_sids
-from registry.bundles.ranking import RepeatRule, excluded_by_repeats
+from registry.bundles.ranking import RepeatRule
 from registry.bundles.rewards import reward_fields
+from registry.decoding.beam import DenseHead, RankedLeaves, beam_search
+from registry.decoding.list_rules import ListLimits, excluded_leaves
+from registry.decoding.sid_index import SidIndex
 from registry.releases.rollout import arm_of
 from serving.bundle_loader import LoadedBundle, LoadedRollout
-from serving.decoding.beam import DenseHead, RankedLeaves, beam_search
-from serving.decoding.sid_index import SidIndex
 from serving.exploration import Explorer, draw_candidate
 from streams.errors import SidstreamError
 from streams.events import Arm, Exploration, RankedItem, Recommendation, Trigger, encode
@@ -105,25 +106,23 @@ class Recommender:
     def __init__(
         self,
         indexes: Callable[[str | None], SidIndex | None],
-        beam: int,
+        limits: ListLimits,
         repeats: RepeatRule | None,
         explorer: Explorer,
         clock: Callable[[], float] = perf_counter,
         translator: Callable[[str], TranslateSid] = lambda _: lambda _tag, _sid: None,
-        exact_up_to: int = 200_000,
         title_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`repeats`: which items of the history may be answered; None: as each bundle says.
 
-        `clock()`: seconds, for the times of the models' calls. `exact`: in catalogues of more items the dense
-        head scores the beam's items alone. `title_of(item_id)`: empty where it is not known.
+        `clock()`: seconds, for the times of the models' calls. `title_of(item_id)`: empty where it is not
+        known.
         """
         self._indexes = indexes
-        self._beam = beam
+        self._limits = limits
         self._repeats = repeats
         self._explorer = explorer
         self._clock = clock
-        self._exact_up_to = exact_up_to
         self._title_of = title_of
         self._translator = translator
 
@@ -184,25 +183,18 @@ class Recommender:
             prepared.fallback = "no_catalog"
             return prepared
         trigger_leaf = index.leaf_of(trigger.item_id) if trigger.item_id is not None else None
-        named_leaves = (
-            index.leaf_of(item) for item in (trigger.item_id, *trigger.exclude) if item is not None
-        )
-        prepared.excluded = {leaf for leaf in named_leaves if leaf is not None}
+        named = (trigger.item_id, *trigger.exclude)
         if bundle is None:
+            prepared.excluded = excluded_leaves(index, named, RepeatRule(), (), (), ())
             prepared.fallback = "popular"
             return prepared
         entries = _history_entries(request, bundle, self._translator(bundle.codebook))
         history_sids = [entry.sid for entry in entries]
-        leave_out = excluded_by_repeats(
-            self._repeats or bundle.ranking,
+        prepared.excluded = excluded_leaves(
+            index, named, self._repeats or bundle.ranking, history_sids,
             [entry.kind == PURCHASE for entry in entries],
             [(trigger.ts - entry.ts) // 1000 for entry in entries],
-        )
-        prepared.excluded |= {
-            leaf
-            for sid, left_out_here in zip(history_sids, leave_out, strict=True)
-            if left_out_here and (leaf := index.leaf_of_sid(sid)) is not None
-        }
+        )  # fmt: skip
         trigger_sid = None if trigger_leaf is None else tuple(index.sid(trigger_leaf))
         prepared.prompt = prompt_sids(history_sids, trigger_sid, bundle.max_items)
         if bundle.context.fields:
@@ -219,9 +211,9 @@ class Recommender:
         return prepared
 
     def _dense(self, bundle: LoadedBundle) -> DenseHead | None:
-        if bundle.items is None or bundle.ranking.dense_weight == 0:
+        if bundle.items is None:
             return None
-        return DenseHead(bundle.items, bundle.ranking.dense_weight, self._exact_up_to, self._title_of)
+        return DenseHead(bundle.items, self._limits.exact_items, self._title_of)
 
     def _rank_with_model(self, prepared_requests: Sequence[_PreparedRequest]) -> list[Answer]:
         """One bundle's answers; where its model fails, each request alone, then popular items."""
@@ -236,7 +228,8 @@ class Recommender:
                 [prepared.prompt for prepared in prepared_requests],
                 [prepared.excluded for prepared in prepared_requests],
                 [prepared.search_size for prepared in prepared_requests],
-                self._beam, self._dense(bundle), contexts if bundle.context.fields else None,
+                self._limits.beam, self._dense(bundle), bundle.ranking.dense_weight,
+                contexts if bundle.context.fields else None,
             )  # fmt: skip
         except Exception:  # a caller waits for an answer, whatever the model raises
             if len(prepared_requests) > 1:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, SecretStr
 
 from registry.bundles.ranking import RepeatRule
+from registry.decoding.list_rules import ListLimits
 from streams.settings import Section
 
 
@@ -17,7 +18,9 @@ class ServingSettings(Section):
     rollout: str | None = Field(
         None, description="name of the recommender served; empty: the registry's name"
     )
-    beam: int = Field(20, ge=1, le=1000, description="beams kept a level; a request for more items widens it")
+    beam: int = Field(
+        ListLimits.beam, ge=1, le=1000, description="beams kept a level; a request for more items widens it"
+    )
     max_batch: int = Field(16, ge=1, le=512, description="requests answered in one call of the model")
     threads: int = Field(1, ge=1, le=64, description="threads of one operator in ONNX Runtime")
     repeat: Literal["bundle", "always", "never", "bought", "within"] = Field(
@@ -27,7 +30,9 @@ class ServingSettings(Section):
     )
     repeat_within_s: int = Field(86_400, ge=1, description="seconds, for repeat = within")
     exact_items: int = Field(
-        200_000, ge=0, description="in larger catalogues the dense head scores the beam's items alone"
+        ListLimits.exact_items,
+        ge=0,
+        description="in larger catalogues the dense head scores the beam's items alone",
     )
     explore: float = Field(
         0.0,
@@ -71,6 +76,11 @@ class ServingSettings(Section):
         le=65535,
         description="port of /metrics and /health of the agent; 0: any free; empty: none",
     )
+
+    @property
+    def limits(self) -> ListLimits:
+        """How far a list is searched."""
+        return ListLimits(self.beam, self.exact_items)
 
     @property
     def repeats(self) -> RepeatRule | None:

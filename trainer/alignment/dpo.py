@@ -185,8 +185,6 @@ def align(
     Raises SidstreamError when there are no rows.
     """
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
-    # Off, since item dropout would change the policy's scores but not the reference's.
-    policy.model.items.item_dropout = 0.0
     replay = LogReplay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
     _, result = _train(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
@@ -241,6 +239,8 @@ def _train(
         # The first warm-up step has a rate of 0: a stage of fewer than ten steps has no warm-up.
         warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_STEPS_BETWEEN_LOGS, save_strategy="no",
         report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
+        # Answers are scored without any; the replayed sequences are learned with it, as in fine-tuning.
+        disable_dropout=False,
     )  # fmt: skip
     # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -7,10 +7,12 @@ A preference loss needs only their difference to a reference.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.generator.items import PastOccurrences
@@ -30,11 +32,25 @@ def score_answers(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -
     """The scores of each head of a generator, or of another causal LM, for a batch of `collate_preferences`.
 
     A prompt of the generator is BOS, whole items and at its end the tokens of its context; an answer is one
-    SID. `with_nll`: False for a reference, whose nll is 0.
+    SID. `with_nll`: False for a reference, whose nll is 0. Nothing is dropped, also of a model in training:
+    a policy and its reference differ in their weights alone, and their margins start at 0.
     """
-    if isinstance(model, GeneratorForCausalLM):
-        return _generator_heads(model, batch, with_nll)
-    return [_language_head(model, batch)]
+    with _evaluation_mode(model):
+        if isinstance(model, GeneratorForCausalLM):
+            return _generator_heads(model, batch, with_nll)
+        return [_language_head(model, batch)]
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    # Not by setting every dropout to 0: Hugging Face's attention has its rate as a number, not as a module.
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def _generator_heads(

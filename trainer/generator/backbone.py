@@ -50,7 +50,7 @@ class Layer(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads, self.theta, self.dropout = config.num_attention_heads, config.rope_theta, config.dropout
+        self.heads, self.theta = config.num_attention_heads, config.rope_theta
         self.kernel = config.kernel_size
         self.mix_norm, self.ffn_norm = (RMSNorm(width, config.norm_groups) for _ in range(2))
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
@@ -59,6 +59,9 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
         self.drop = nn.Dropout(config.dropout)
+        # Of attention's weights. A module, though only its rate is read: what switches dropout off in a model
+        # looks for modules.
+        self.attention_drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, P, D) -> (B, P, D); place p sees places 0 to p."""
@@ -66,8 +69,9 @@ class Layer(nn.Module):
         batch, positions, width = y.shape
         q, k, v = self.qkv_proj(y).view(batch, positions, 3, self.heads, width // self.heads).unbind(2)
         q, k = (_rotate_positions(part.transpose(1, 2), self.theta) for part in (q, k))
+        drop = self.attention_drop
         attended = F.scaled_dot_product_attention(
-            q, k, v.transpose(1, 2), is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            q, k, v.transpose(1, 2), is_causal=True, dropout_p=drop.p if drop.training else 0.0
         )
         local = self.conv(F.pad(y.transpose(1, 2), (self.kernel - 1, 0))).transpose(1, 2)
         x = x + self.drop(self.o_proj(attended.transpose(1, 2).reshape(batch, positions, width)) + local)

@@ -1,6 +1,6 @@
 """Decoding that can only spell existing SIDs: the set of SIDs, and the beam search of the offline check.
 
-It is the exact reference in torch: `serving.decoding.beam` does the same without torch over its index, and
+It is the exact reference in torch: `registry.decoding.beam` does the same without torch over its index, and
 `SidSet.allowed_tokens` is the constraint of Hugging Face's `generate` for a language model.
 """
 

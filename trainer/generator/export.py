@@ -107,7 +107,7 @@ def export_generator(model: GeneratorForCausalLM, folder: Path) -> None:
 
 
 def _save_items(model: GeneratorForCausalLM, path: Path) -> None:
-    """What serving.decoding.item_vectors reads: sids (I, L) uint16, extras (I, D), codes (sum K, D),
+    """What registry.decoding.item_vectors reads: sids (I, L) uint16, extras (I, D), codes (sum K, D),
     query (D, D), again (8 + 5, D) and, where the generator sees texts, text (D, T)."""
     base, config = model.model, model.config
     table = base.items

@@ -37,6 +37,16 @@ def _bucket(numbers: Tensor, starts: Sequence[int]) -> Tensor:
     return torch.bucketize(numbers, torch.tensor(starts, device=numbers.device), right=True) - 1
 
 
+class ItemDropout(nn.Dropout):
+    """Leaves a share p of the items without their own vector; the others are not scaled, as in serving."""
+
+    def forward(self, own: Tensor) -> Tensor:
+        """(I, D) -> (I, D), with rows of zeros in training."""
+        if not self.training or not self.p:
+            return own
+        return own * (torch.rand(len(own), 1, device=own.device) >= self.p)
+
+
 class ItemTable(nn.Module):
     """The items of which the generator has more than codes, by their SIDs."""
 
@@ -68,7 +78,7 @@ class ItemTable(nn.Module):
         # `repeat_strength`.
         self.again = nn.Parameter(torch.zeros(len(DISTANCE_STARTS) + len(COUNT_STARTS), width))
         self.strength = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.item_dropout = config.item_dropout
+        self.own_drop = ItemDropout(config.item_dropout)
 
     @property
     def repeat_vectors(self) -> nn.Parameter:
@@ -153,11 +163,7 @@ class ItemTable(nn.Module):
         In training a share `item_dropout` of the items is without its own vector, so that codes and text also
         learn to represent an item alone, as they must for a new item.
         """
-        own: Tensor = self.own
-        if self.training and self.item_dropout:
-            with_own = torch.rand(len(own), 1, device=own.device) >= self.item_dropout
-            own = own * with_own
-        vectors: Tensor = own + F.embedding_bag(self.codes, embeddings, mode="sum")
+        vectors: Tensor = self.own_drop(self.own) + F.embedding_bag(self.codes, embeddings, mode="sum")
         if self.text_proj is not None:
             vectors = vectors + self.text_proj(self.text)
         return vectors

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.generator.items import PastOccurrences
@@ -188,8 +188,6 @@ class LogReplay:
     def __init__(self, model: GeneratorForCausalLM, rows: TrainingRows) -> None:
         self._rows = rows
         self._table, self._among = catalogue_table_rows(model, rows)
-        # Now: a stage may switch them off for what it compares, and sequences are learned with them.
-        self._drops = [(part, part.p) for part in model.modules() if isinstance(part, nn.Dropout)]
         self._epoch = 0
         self._left: list[SequenceBatch] = []
 
@@ -198,10 +196,4 @@ class LogReplay:
         if not self._left:
             self._left = self._rows.sequence_batches(self._epoch)
             self._epoch += 1
-        stage_shares = [part.p for part, _ in self._drops]
-        for part, share in self._drops:
-            part.p = share
-        loss = batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
-        for (part, _), share in zip(self._drops, stage_shares, strict=True):
-            part.p = share
-        return loss
+        return batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from registry.decoding.sid_index import SidIndex
 from serving.catalogue import ServingCatalogue
-from serving.decoding.sid_index import SidIndex
 from streams.events import CatalogItem, SidAssignment
 from streams.state.history import pack_sid
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry.decoding.list_rules import ListLimits
 from registry.experiment.health import BOUNDS_MS
 from serving.bundle_loader import LoadedBundle, LoadedRollout
 from serving.exploration import Explorer
@@ -85,7 +86,7 @@ def ticking():
 
 
 def recommender():
-    return Recommender(lambda _: sid_index(), 9, None, Explorer(0, 2, 1.0), clock=ticking())
+    return Recommender(lambda _: sid_index(), ListLimits(9), None, Explorer(0, 2, 1.0), clock=ticking())
 
 
 def test_the_time_of_a_call_counts_once_for_all_its_requests():

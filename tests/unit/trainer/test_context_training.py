@@ -11,9 +11,10 @@ import torch
 
 from registry.bundles.context import Context
 from registry.bundles.ranking import Ranking
+from registry.decoding.list_rules import ListLimits
+from registry.decoding.onnx_generator import OnnxGenerator
+from registry.decoding.sid_index import SidIndex
 from serving.bundle_loader import LoadedBundle, LoadedRollout
-from serving.decoding.onnx_generator import OnnxGenerator
-from serving.decoding.sid_index import SidIndex
 from serving.exploration import Explorer
 from serving.recommender import Recommender, Request
 from streams.events import Arm, Rollout, Trigger, UserProfile
@@ -175,7 +176,7 @@ def answered(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
     index = SidIndex.build(np.array(tiny.catalogue.sids), tiny.catalogue.item_ids)
-    ask = Recommender(lambda _: index, 9, None, Explorer(1.0, 1, 1.0))
+    ask = Recommender(lambda _: index, ListLimits(9), None, Explorer(1.0, 1, 1.0))
     change = history.HistoryChange(None, 0, history.pack_entry(10**12, 1, "e", history.pack_sid(sid_of(7))))
     stored_history, _, _ = history.apply_changes(
         None, [change], codebook=BOOK, levels=3, incarnations={"clicks": 1, "purchases": 1},

@@ -329,6 +329,33 @@ def test_the_joint_loss_of_two_steps_is_the_one_said_by_hand(loss: str, tmp_path
     assert both == pytest.approx(expected / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "softmax_dpo"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("beside", [0.0, 0.1])
+def test_every_margin_is_zero_before_the_first_change(
+    loss: str, dynamic: bool, beside: float, tmp_path: Path
+) -> None:
+    tiny_shop = shop(scenes=True)
+    model = tiny_shop.model(dropout=0.5, item_dropout=0.5)
+    refused = [[1, 0, 0], [2, 0, 0]]
+    pairs = [
+        pair(n, rejected=refused[: 1 + n % 2], scene="up", history=[[n % 4, n % 3, 0]]) for n in range(40)
+    ]
+    # A rate that moves no weight, so that each of the logged steps is a first one.
+    settings = settings_of(
+        tiny_shop, loss=loss, dynamic_beta=dynamic, beta=2.0, batch=8, lr=1e-30, sft_weight=beside,
+        replay_weight=beside, max_rejected=2,
+    )  # fmt: skip
+    rows = preference_rows(pairs, CODEBOOK, tiny_shop.prompt, settings.dpo, tiny_shop.context)
+    _, result = align(model, tiny_shop.tokenizer, rows, settings, tmp_path, sequences=tiny_shop.rows)
+    # The mean of all margins is 0 and none is above 0: each is 0, to the bit.
+    assert (result.margin, result.accuracy, result.drop) == (0.0, 0.0, 0.0)
+    if not beside:
+        # Of both heads, half of the pairs with one rejected answer and half with two, all with margins of 0.
+        one_head = math.log(2) if loss == "dpo" else (math.log(2) + math.log(3)) / 2
+        assert result.loss == pytest.approx(2 * one_head, rel=1e-5)
+
+
 def test_a_stage_of_a_single_step_has_no_warm_up_to_lose_it_in(tmp_path: Path) -> None:
     tiny_shop = shop()
     model, settings = tiny_shop.model(), settings_of(tiny_shop, batch=64)

@@ -225,3 +225,19 @@ def test_another_language_model_is_asked_for_its_answers_tokens(tiny_shop: Shop)
             path = [preference["prompt_ids"][-1], *answer]
             expected = sum(float(logs[a, b]) for a, b in pairwise(path))
             assert float(head.scores[k, at].detach()) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_a_policy_in_training_scores_as_its_reference_does(tiny_shop: Shop, dropout: float) -> None:
+    policy = tiny_shop.model(dropout=dropout, item_dropout=dropout).train()
+    with torch.no_grad():
+        policy.model.items.own.normal_(0, 0.5)
+        policy.model.items.repeat_vectors.normal_(0, 1)
+    reference = copy.deepcopy(policy).eval()
+    for head, before in zip(
+        score_answers(policy, batch_of(tiny_shop)), score_answers(reference, batch_of(tiny_shop)), strict=True
+    ):
+        # Equal to the bit: the same operations on the same numbers.
+        assert torch.equal(head.scores, before.scores)
+    assert all(module.training for module in policy.modules())
+    assert not any(module.training for module in reference.modules())

@@ -208,3 +208,15 @@ def test_saving_and_loading_keeps_every_logit(model: GeneratorForCausalLM, tmp_p
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded(ids).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_zeroing_every_dropout_module_leaves_nothing_random_in_training() -> None:
+    tiny_shop = shop()
+    generator = tiny_shop.model(dropout=0.5, item_dropout=0.5).train()
+    for module in generator.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = torch.tensor([[BOS, *PROMPT.tokens((1, 1, 1)), *PROMPT.tokens((2, 0, 3))]])
+    assert torch.equal(generator(ids).logits, generator(ids).logits)
+    table, embeddings = generator.model.items, generator.model.embed_tokens.weight
+    assert torch.equal(table.vectors(embeddings), table.vectors(embeddings))

@@ -93,6 +93,32 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
         assert margins(model, rows[3]) == pytest.approx(then)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_margins_of_a_language_model_with_dropout_begin_at_zero(
+    tmp_path: Path, kind: str, adapters: bool
+) -> None:
+    tiny = shop()
+    foreign(tmp_path, kind)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    dropouts = {"attention_dropout": 0.5} if kind == "llama" else {"attn_pdrop": 0.5, "resid_pdrop": 0.5}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **dropouts)
+    translation = VocabularyTranslation(tiny.prompt, tiny.tokenizer, theirs)
+    model.resize_token_embeddings(len(theirs))
+    rows = [translation.translate_preference(row) for row in ours(tiny, 40)]
+    # A rate that moves no weight: every logged step is a first one.
+    dpo = DpoSettings.model_validate({"max_rejected": 3, "batch": 8, "lr": 1e-30})
+    lora = LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM",
+        fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
+    _, result = align_language_model(
+        model, theirs, rows, tiny.settings.model_copy(update={"dpo": dpo}), tmp_path / "run",
+        lora if adapters else None,
+    )  # fmt: skip
+    assert (result.margin, result.accuracy, result.drop) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.learning
 def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path) -> None:
     tiny = shop(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from registry.bundles.embedder import title_vectors
 from registry.bundles.ranking import COUNT_STARTS, DISTANCE_STARTS
-from serving.decoding.sid_index import Ints, SidIndex
+from registry.decoding.sid_index import Ints, SidIndex
 from streams.errors import SidstreamError
 
 ITEMS = "items.safetensors"

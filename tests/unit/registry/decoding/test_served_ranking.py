@@ -10,10 +10,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from registry.bundles.embedder import title_vectors
-from serving.decoding.beam import DenseHead, beam_search
-from serving.decoding.item_vectors import ItemVectors
-from serving.decoding.onnx_generator import OnnxGenerator
-from serving.decoding.sid_index import SidIndex
+from registry.decoding.beam import DenseHead, beam_search
+from registry.decoding.item_vectors import ItemVectors
+from registry.decoding.onnx_generator import OnnxGenerator
+from registry.decoding.sid_index import SidIndex
 from streams.errors import SidstreamError
 from tests.tiny_shop import ITEMS, SIZES, Shop
 from trainer.generator.export import export_generator
@@ -54,7 +54,7 @@ def test_serving_and_trainer_agree_on_every_place(
     order = candidates.order(weight)
     prompts = [[tiny_shop.catalogue.sids[item] for item in history] for history in HISTORIES]
     rankings = beam_search(
-        served, index, prompts, [[]] * 4, [ITEMS] * 4, 5, DenseHead(served.items, weight, EXACT)
+        served, index, prompts, [[]] * 4, [ITEMS] * 4, 5, DenseHead(served.items, EXACT), weight
     )
     for row, ranking in enumerate(rankings):
         expected = [f"i{item:02}" for item in order[row].tolist() if item >= 0]
@@ -66,7 +66,7 @@ def test_the_dense_heads_best_item_is_answered_though_no_beam_reaches_it(
     model: GeneratorForCausalLM, served: OnnxGenerator, index: SidIndex
 ) -> None:
     assert served.items is not None
-    (dense,) = beam_search(served, index, [[]], [[]], [1], 1, DenseHead(served.items, 1.0, EXACT))
+    (dense,) = beam_search(served, index, [[]], [[]], [1], 1, DenseHead(served.items, EXACT), 1.0)
     state = served.encode([[]])
     logits = (served.items.project_queries(state) @ served.items.item_matrix(index).T)[0]
     assert dense.leaves[0] == logits.argmax()
@@ -82,7 +82,7 @@ def test_what_is_left_out_or_inactive_is_never_ranked(served: OnnxGenerator, ind
     inactive = {fewer.leaf_of("i00"), fewer.leaf_of("i09")}
     for exact in (EXACT, 0):
         (ranking,) = beam_search(
-            served, fewer, [[]], [[3, 4]], [ITEMS], 30, DenseHead(served.items, 0.5, exact)
+            served, fewer, [[]], [[3, 4]], [ITEMS], 30, DenseHead(served.items, exact), 0.5
         )
         assert len(ranking.leaves) == ITEMS - 2 - len({3, 4} - inactive)
         assert not set(ranking.leaves.tolist()) & (inactive | {3, 4})
@@ -95,9 +95,9 @@ def test_a_large_catalogue_is_ordered_among_the_beams_items(
     assert served.items is not None
     prompts = [[tiny_shop.catalogue.sids[item] for item in history] for history in HISTORIES]
     exact = beam_search(
-        served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, DenseHead(served.items, 0.4, EXACT)
+        served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, DenseHead(served.items, EXACT), 0.4
     )
-    beams = beam_search(served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, DenseHead(served.items, 0.4, 0))
+    beams = beam_search(served, index, prompts, [[]] * 4, [ITEMS] * 4, ITEMS, DenseHead(served.items, 0), 0.4)
     # Every item is in the beam here, so both know all candidates.
     for ranking, other in zip(exact, beams, strict=True):
         assert ranking.leaves.tolist() == other.leaves.tolist()
@@ -116,7 +116,8 @@ def test_a_new_item_is_scored_by_its_codes(served: OnnxGenerator, tiny_shop: Sho
         [[]],
         [ITEMS + 1],
         30,
-        DenseHead(served.items, 1.0, EXACT),
+        DenseHead(served.items, EXACT),
+        1.0,
     )
     assert index.leaf_of("new") in ranking.leaves.tolist()
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.decoding.beam import beam_search
-from serving.decoding.sid_index import SidIndex
+from registry.decoding.beam import beam_search
+from registry.decoding.sid_index import SidIndex
 
 
 class Table:

@@ -10,13 +10,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from registry.bundles.prompt import Prompt
-from serving.decoding.item_vectors import ITEMS, Floats, ItemVectors
-from serving.decoding.sid_index import Ints, Sid
+from registry.decoding.item_vectors import ITEMS, Floats, ItemVectors
+from registry.decoding.sid_index import Ints, Sid
 from streams.errors import SidstreamError
 
 
 class OnnxGenerator:
-    """`serving.decoding.beam.Generator` over a bundle's encode.onnx and step_<l>.onnx.
+    """`registry.decoding.beam.Generator` over a bundle's encode.onnx and step_<l>.onnx.
 
     encode: codes (B, P, L) int64 token ids padded with 0 on the right, lengths (B,) int64; where the bundle
     has a dense head, the items' own vectors as extras (B, P, D) float32; where it has a context, context

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from registry.decoding.onnx_generator import OnnxGenerator
 from serving.bundle_loader import open_bundle, warm_up
-from serving.decoding.onnx_generator import OnnxGenerator
 from streams.errors import SidstreamError
 from tests.tiny_bundle import Weights, write_tiny_bundle
 

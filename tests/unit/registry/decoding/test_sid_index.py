@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.decoding.sid_index import SidIndex
+from registry.decoding.sid_index import SidIndex
 
 tables = st.integers(1, 4).flatmap(
     lambda levels: st.lists(

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.decoding.item_vectors import Floats, ItemVectors
-from serving.decoding.sid_index import Ints, Sid, SidIndex
+from registry.decoding.item_vectors import Floats
+from registry.decoding.sid_index import Ints, Sid, SidIndex
 
 
 class Generator(Protocol):
@@ -40,15 +41,27 @@ class Generator(Protocol):
         """States of N beams and the codes they have chosen (N, l) -> log-probabilities (N, K_l), float32."""
 
 
+class ItemScorer(Protocol):
+    """The dense head of a model: queries of states, and the items' vectors that they are multiplied with."""
+
+    def add_new_items(self, index: SidIndex, title_of: Callable[[str], str]) -> None:
+        """Give items of the index that came after the training a vector from their titles."""
+
+    def project_queries(self, state: NDArray[np.generic]) -> Floats:
+        """States (R, ...) -> queries (R, D) float32."""
+
+    def item_matrix(self, index: SidIndex) -> Floats:
+        """The vectors (N, D) float32 of the index's items, in leaf order."""
+
+    def repeat_bias(self, query: Floats, owner: Ints, distances: Ints, counts: Ints) -> Floats:
+        """The addend (n,) to the logits of n items of histories: see ItemVectors.repeat_bias."""
+
+
 @dataclass(frozen=True)
 class DenseHead:
-    """The dense head, and its weight in the final score, above 0.
+    """The dense head. In catalogues of more than `exact_up_to` items it scores the beam's items alone."""
 
-    In catalogues of more than `exact` items it scores the beam's items alone.
-    """
-
-    items: ItemVectors
-    weight: float
+    items: ItemScorer
     exact_up_to: int
     title_of: Callable[[str], str] = lambda _: ""  # of an item_id; empty where it is not known
 
@@ -63,6 +76,42 @@ class RankedLeaves:
     invalid_mass: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """M candidates of R requests, sorted by request and then by leaf, with the scores of both heads."""
+
+    request: Ints  # (M,)
+    leaf: Ints  # (M,)
+    sid: Floats  # (M,) log-probability of the SID
+    dense: Floats  # (M,) of the item by the dense head, among what it scored; zeros without one
+    in_beam: NDArray[np.bool_]  # (M,) the beam ended in it; the others are the dense head's own best
+    invalid_mass: NDArray[np.float64]  # (L, R), see RankedLeaves
+
+    def under(self, dense_weight: float) -> tuple[Candidates, Floats]:
+        """The candidates of a mixture, and their scores: without the dense head the beam's alone."""
+        if dense_weight == 0:
+            kept = replace(
+                self, request=self.request[self.in_beam], leaf=self.leaf[self.in_beam],
+                sid=self.sid[self.in_beam], dense=self.dense[self.in_beam],
+                in_beam=self.in_beam[self.in_beam],
+            )  # fmt: skip
+            return kept, kept.sid
+        if dense_weight == 1:
+            return self, self.dense
+        return self, ((1 - dense_weight) * self.sid + dense_weight * self.dense).astype(np.float32)
+
+    def ranked(self, dense_weight: float, k: Sequence[int]) -> list[RankedLeaves]:
+        """The k[r] best of each request r under a weight of the dense head; ties go to the lower SID."""
+        candidates, score = self.under(dense_weight)
+        bounds = np.searchsorted(candidates.request, np.arange(len(k) + 1))
+        lists = []
+        for r, (start, end) in enumerate(pairwise(bounds.tolist())):
+            order = start + np.argsort(-score[start:end], kind="stable")[: k[r]]
+            invalid = tuple(float(mass) for mass in self.invalid_mass[:, r])
+            lists.append(RankedLeaves(candidates.leaf[order], score[order], invalid))
+        return lists
+
+
 def beam_search(
     generator: Generator,
     index: SidIndex,
@@ -71,17 +120,36 @@ def beam_search(
     k: Sequence[int],
     beam: int,
     dense: DenseHead | None = None,
+    dense_weight: float = 0.0,
     contexts: Sequence[Sequence[int]] | None = None,
 ) -> list[RankedLeaves]:
-    """Answer R requests at once: one call of the generator a level, for all beams of all requests.
+    """Answer R requests at once: the k[r] best items of request r under a weight of the dense head.
 
-    `excluded[r]`: leaves that request r leaves out. `k[r]`: how many items request r gets whenever that many
-    are allowed (each beam has an allowed leaf below it, and a request keeps max(beam, k[r]) of them). Ties go
-    to the lower SID. `contexts[r]`: context token ids of request r. Raises ValueError where the model's
-    answer is not a number.
+    A request gets k[r] items whenever that many are allowed: each beam has an allowed leaf below it, and a
+    request keeps max(beam, k[r]) of them. See `find_candidates`.
+    """
+    head = dense if dense_weight > 0 else None
+    widths = [max(beam, items_wanted) for items_wanted in k]
+    candidates = find_candidates(generator, index, prompts, excluded, widths, head, contexts)
+    return candidates.ranked(dense_weight, k)
+
+
+def find_candidates(
+    generator: Generator,
+    index: SidIndex,
+    prompts: Sequence[Sequence[Sid]],
+    excluded: Sequence[Iterable[int]],
+    widths: Sequence[int],
+    dense: DenseHead | None = None,
+    contexts: Sequence[Sequence[int]] | None = None,
+) -> Candidates:
+    """The widths[r] best leaves of each request r by the beam, and as many by the dense head.
+
+    One call of the generator a level, for all beams of all requests. `excluded[r]`: leaves that request r
+    leaves out. Ties go to the lower SID. `contexts[r]`: context token ids of request r. Raises ValueError
+    where the model's answer is not a number.
     """
     total = len(prompts)
-    widths = [max(beam, items_wanted) for items_wanted in k]
     exclusions = index.exclusions(excluded)
     if dense is not None:
         dense.items.add_new_items(index, dense.title_of)
@@ -94,8 +162,7 @@ def beam_search(
     for level in range(index.levels):
         parent, child = index.expand(level, node, request, exclusions)
         if not len(parent):
-            nothing = np.zeros(0, dtype=np.int64)
-            return [RankedLeaves(nothing, nothing.astype(np.float32), (0.0,) * index.levels) for _ in prompts]
+            return _no_candidates(index.levels, total)
         log_probs = generator.step(state[request], prefix)
         code = index.codes[level][child]
         code_log_probs = log_probs[parent, code]
@@ -106,11 +173,18 @@ def beam_search(
         parent, node, code = parent[best], child[best], code[best]
         request, score = request[parent], score[parent] + code_log_probs[best]
         prefix = np.concatenate((prefix[parent], code[:, None]), axis=1)
-    candidates = _Candidates(request, node, score)
-    if dense is not None:
-        batch = _EncodedRequests(generator, index, prompts, state, excluded, widths)
-        candidates = _merge_dense_candidates(batch, dense, candidates)
-    return [_ranked_leaves(r, candidates, k[r], invalid[:, r]) for r in range(total)]
+    beam = Candidates(request, node, score, np.zeros_like(score), np.ones(len(node), dtype=np.bool_), invalid)
+    if dense is None:
+        return beam
+    batch = _EncodedRequests(generator, index, prompts, state, excluded, widths)
+    return _with_dense_scores(batch, dense, beam)
+
+
+def _no_candidates(levels: int, total: int) -> Candidates:
+    none, no_scores = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    return Candidates(
+        none, none, no_scores, no_scores, np.zeros(0, dtype=np.bool_), np.zeros((levels, total))
+    )
 
 
 @dataclass(frozen=True)
@@ -125,17 +199,8 @@ class _EncodedRequests:
     widths: Sequence[int]
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """M candidates, sorted by request and then by leaf: request (M,), leaf (M,) and score (M,) float32."""
-
-    request: Ints
-    leaf: Ints
-    score: Floats
-
-
-def _merge_dense_candidates(batch: _EncodedRequests, dense: DenseHead, beam: _Candidates) -> _Candidates:
-    """The beam's candidates and the dense head's own best items, with the mixture of both scores."""
+def _with_dense_scores(batch: _EncodedRequests, dense: DenseHead, beam: Candidates) -> Candidates:
+    """The beam's candidates and the dense head's own best items, with the scores of both."""
     index = batch.index
     query, matrix = dense.items.project_queries(batch.state), dense.items.item_matrix(index)
     past_request, past_leaf, bias = _repeat_bias(index, dense.items, batch.prompts, query)
@@ -144,8 +209,7 @@ def _merge_dense_candidates(batch: _EncodedRequests, dense: DenseHead, beam: _Ca
         bias_of = {(row, leaf): value for row, leaf, value in zip(past_request, past_leaf, bias, strict=True)}
         pairs = zip(beam.request.tolist(), beam.leaf.tolist(), strict=True)
         logits += [bias_of.get(pair, 0.0) for pair in pairs]
-        dense_scores = _log_softmax(logits, beam.request, len(query))
-        return replace(beam, score=_mix_scores(dense, beam.score, dense_scores))
+        return replace(beam, dense=_log_softmax(logits, beam.request, len(query)))
     logs = query @ matrix.T
     logs[past_request, past_leaf] += bias
     logs[:, ~index.active] = -np.inf
@@ -154,10 +218,10 @@ def _merge_dense_candidates(batch: _EncodedRequests, dense: DenseHead, beam: _Ca
     top = logs.max(axis=1, keepdims=True)
     logs -= top + np.log(np.exp(logs - top).sum(axis=1, keepdims=True))
     merged = _add_best_by_dense_score(batch, logs, beam)
-    return replace(merged, score=_mix_scores(dense, merged.score, logs[merged.request, merged.leaf]))
+    return replace(merged, dense=logs[merged.request, merged.leaf])
 
 
-def _add_best_by_dense_score(batch: _EncodedRequests, logs: Floats, beam: _Candidates) -> _Candidates:
+def _add_best_by_dense_score(batch: _EncodedRequests, logs: Floats, beam: Candidates) -> Candidates:
     """The beam's candidates and each request's best leaves by `logs` (R, N), all with the beam's scores."""
     in_beam = set(zip(beam.request.tolist(), beam.leaf.tolist(), strict=True))
     dense_only = []
@@ -173,13 +237,16 @@ def _add_best_by_dense_score(batch: _EncodedRequests, logs: Floats, beam: _Candi
     new_score = sid_log_probs(batch.generator, batch.index, batch.state[new_request], new_leaf)
     request = np.concatenate((beam.request, new_request))
     leaf = np.concatenate((beam.leaf, new_leaf))
-    score = np.concatenate((beam.score, new_score))
     order = np.lexsort((leaf, request))
-    return _Candidates(request[order], leaf[order], score[order])
+    return Candidates(
+        request[order], leaf[order], np.concatenate((beam.sid, new_score))[order],
+        np.zeros(len(order), dtype=np.float32),
+        np.concatenate((beam.in_beam, np.zeros(len(new_leaf), dtype=np.bool_)))[order], beam.invalid_mass,
+    )  # fmt: skip
 
 
 def _repeat_bias(
-    index: SidIndex, items: ItemVectors, prompts: Sequence[Sequence[Sid]], query: Floats
+    index: SidIndex, items: ItemScorer, prompts: Sequence[Sequence[Sid]], query: Floats
 ) -> tuple[Ints, Ints, Floats]:
     """Request (n,), leaf (n,) and the dense head's repeat bias (n,) for every distinct item of a prompt."""
     last: dict[tuple[int, int], int] = {}
@@ -203,12 +270,6 @@ def sid_log_probs(generator: Generator, index: SidIndex, state: NDArray[np.gener
     for level in range(index.levels):
         total += generator.step(state, sids[:, :level])[np.arange(len(leaves)), sids[:, level]]
     return total
-
-
-def _mix_scores(dense: DenseHead, beam_scores: Floats, dense_scores: Floats) -> Floats:
-    if dense.weight == 1:
-        return dense_scores.astype(np.float32)
-    return ((1 - dense.weight) * beam_scores + dense.weight * dense_scores).astype(np.float32)
 
 
 def _log_softmax(logits: Floats, request: Ints, total: int) -> Floats:
@@ -253,10 +314,3 @@ def _invalid_mass(
     spent = np.bincount(request, weights=weight, minlength=total)
     lost = np.bincount(request, weights=weight * (1 - inside), minlength=total)
     return np.clip(np.divide(lost, spent, out=np.zeros(total), where=spent > 0), 0, 1)
-
-
-def _ranked_leaves(r: int, candidates: _Candidates, k: int, invalid: NDArray[np.float64]) -> RankedLeaves:
-    start, end = np.searchsorted(candidates.request, (r, r + 1))
-    leaf, score = candidates.leaf[start:end], candidates.score[start:end]
-    order = np.argsort(-score, kind="stable")[:k]
-    return RankedLeaves(leaf[order], score[order], tuple(float(mass) for mass in invalid))
