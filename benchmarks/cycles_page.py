@@ -72,4 +72,6 @@ def table(lines: Sequence[Line]) -> list[str]:
             cycle.removeprefix("cycle ") + poisoned, f"{values['verdict']}: {values['sentence']}",
             f"version {values[_OF_CYCLE[3]]}", *rates, f"{values['sessions']:,}", str(values["seconds"]),
         ])  # fmt: skip
+    if not rows:
+        return []
     return [*markdown_table(headings, rows), "", *markdown_table(["over all cycles", ""], counts)]

@@ -264,8 +264,8 @@ def main() -> None:
         with ProcessPoolExecutor(options.processes) as pool:
             for ratchet_run in pool.map(_job, jobs):
                 runs.append(ratchet_run)
+                lines = [figure for finished in runs for figure in figures(finished, dataset)]
                 if options.out:
-                    lines = [figure for finished in runs for figure in figures(finished, dataset)]
                     publish(options.out, lines, "ratchet", table(lines))
     print("\n".join(table(lines)))
 

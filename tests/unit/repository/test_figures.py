@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, alignment, cycles_page, demo_page, holdout, ratchet, rewards, tasks
+from benchmarks import (
+    ablations,
+    alignment,
+    cycles_page,
+    demo_page,
+    holdout,
+    ratchet,
+    rewards,
+    speed_page,
+    tasks,
+)
 from benchmarks.results import RESULTS, read_lines
 
 Line = dict[str, Any]
@@ -47,6 +57,7 @@ TABLES: dict[tuple[str, str], Table] = {
     ("cycles.md", "ratchet"): partial(of_command, "benchmarks.ratchet", ratchet.table),
     ("demo.md", "seeds"): demo_page.tables,
     ("rewards.md", "rewards"): rewards.table,
+    ("speed.md", "speed"): speed_page.table,
     ("tasks.md", "tasks"): tasks.table,
 }
 
@@ -86,6 +97,13 @@ def is_of_a_line(figure: re.Match[str], of_lines: Sequence[float]) -> bool:
     return any(abs(abs(number) * scale - value) <= half for number in of_lines for scale in scales)
 
 
+def of_tables(text: str) -> Iterator[float]:
+    """The numbers in the marked tables of a page, such as means over the lines of all seeds."""
+    for table in _TABLE.finditer(text):
+        for figure in _FIGURE.finditer(table["rows"]):
+            yield float(figure["number"].replace(",", "")) / (100 if figure["percent"] else 1)
+
+
 def figures_without_a_line(text: str, of_lines: Sequence[float]) -> list[str]:
     """The figures in the sentences of a text that no line has; 95 % is the level of every interval."""
     sentences = _CODE.sub(" ", _TABLE.sub("", _HISTORY.sub("", text)))
@@ -99,21 +117,15 @@ def figures_without_a_line(text: str, of_lines: Sequence[float]) -> list[str]:
 @pytest.mark.parametrize(("page", "mark"), marked_tables())
 def test_a_table_is_made_of_the_lines_beside_it(page: str, mark: str) -> None:
     tables = {table["mark"]: table["rows"] for table in _TABLE.finditer((RESULTS / page).read_text())}
-    assert tables[mark].splitlines() == list(TABLES[page, mark](page_lines(page)))
+    lines = read_lines((RESULTS / page).with_suffix(".jsonl"))
+    assert tables[mark].splitlines() == list(TABLES[page, mark](lines))
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_table_of_figures_stands_between_marks(page: str) -> None:
-    outside = _TABLE.sub("", _HISTORY.sub("", (RESULTS / page).read_text()))
-    rows = [row for row in outside.splitlines() if row.startswith("|")]
+def test_sentences_quote_figures_of_a_line_or_of_a_table_that_is_made_of_lines(page: str) -> None:
+    text = (RESULTS / page).read_text()
     of_lines = [number for row in page_lines(page) for number in numbers(row)]
-    assert [row for row in rows if figures_without_a_line(row, of_lines)] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_sentences_quote_figures_that_a_line_has(page: str) -> None:
-    of_lines = [number for row in page_lines(page) for number in numbers(row)]
-    assert figures_without_a_line((RESULTS / page).read_text(), of_lines) == []
+    assert figures_without_a_line(text, [*of_lines, *of_tables(text)]) == []
 
 
 def test_a_figure_is_compared_as_it_is_printed() -> None:
