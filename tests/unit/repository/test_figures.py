@@ -14,13 +14,15 @@ from benchmarks import (
     alignment,
     cycles_page,
     demo_page,
+    gate,
     holdout,
+    promoters,
     ratchet,
     rewards,
     speed_page,
     tasks,
 )
-from benchmarks.results import RESULTS, read_lines
+from benchmarks.results import RESULTS, read_lines, share_table
 
 Line = dict[str, Any]
 Table = Callable[[Sequence[Line]], Sequence[str]]
@@ -56,6 +58,8 @@ TABLES: dict[tuple[str, str], Table] = {
     ("cycles.md", "holdout"): partial(of_command, "benchmarks.holdout", holdout.table),
     ("cycles.md", "ratchet"): partial(of_command, "benchmarks.ratchet", ratchet.table),
     ("demo.md", "seeds"): demo_page.tables,
+    ("gate.md", "table"): partial(share_table, columns=gate.COLUMNS, cells=gate.cells),
+    ("promoters.md", "table"): partial(share_table, columns=promoters.COLUMNS, cells=promoters.cells),
     ("rewards.md", "rewards"): rewards.table,
     ("speed.md", "speed"): speed_page.table,
     ("tasks.md", "tasks"): tasks.table,
