@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,6 @@ def _lines_of_seed(row: dict[str, Any], command: str) -> list[Line]:
             ("the promoted arm is better in truth", row["right"]), ("best arm in truth", row["best"]),
             *((f"true CTR, {arm}", rates[0]) for arm, rates in row["truth"].items()),
             *((f"true CVR, {arm}", rates[1]) for arm, rates in row["truth"].items()),
-            *((f"true change of {name}, {arm}", change)
-              for arm in (DPO, SFT) if arm in row["truth"]
-              for name, change in _true_changes(row, arm).items()),
             *((f"CVR, p of {compared['target']} above {compared['control']}",
                (compared["cvr"] or {}).get("p_above"))
               for compared in row["gate"]),
@@ -57,12 +54,13 @@ def _lines_of_seed(row: dict[str, Any], command: str) -> list[Line]:
             for metric, value in figures]  # fmt: skip
 
 
-def _true_changes(row: dict[str, Any], arm: str) -> dict[str, float]:
+def _true_changes(truth: Mapping[str, Sequence[float]], arm: str) -> dict[str, float]:
     """What an arm's model truly changes over the champion's: CTR, CVR and orders a page.
 
-    All pages have as many items, so that orders a page change as CTR times CVR does.
+    `truth`: CTR and CVR of each arm. All pages have as many items, so that orders a page change as CTR times
+    CVR does.
     """
-    ctr, cvr = (row["truth"][arm][n] / row["truth"][CHAMPION][n] for n in range(2))
+    ctr, cvr = (truth[arm][n] / truth[CHAMPION][n] for n in range(2))
     changes = {"CTR": ctr - 1, "CVR": cvr - 1, "orders a page": ctr * cvr - 1}
     return {name: round(change, 4) for name, change in changes.items()}
 
@@ -93,7 +91,7 @@ def _lines_over_seeds(rows: Sequence[dict[str, Any]], command: str) -> list[Line
             )
         )
     if len(promoted) > 1:
-        changes = [_true_changes(row, row["winner"]) for row in promoted]
+        changes = [_true_changes(row["truth"], row["winner"]) for row in promoted]
         means = mean_over_seeds(np.array([list(change.values()) for change in changes]))
         lines += [
             line(
@@ -146,18 +144,19 @@ def _row_of_seed(seed: int | None, values: dict[str, Any], width: int) -> list[s
         for target, control in _COMPARISONS
         if (name := f"CVR, p of {target} above {control}") in values
     ]
-    changes = [(name, DPO) for name in ("CVR", "CTR", "orders a page")] + [("CVR", SFT)]
+    truth = {
+        arm: (values[f"true CTR, {arm}"], values[f"true CVR, {arm}"])
+        for arm in (CHAMPION, SFT, DPO)
+        if f"true CTR, {arm}" in values
+    }
+    changes = [(DPO, name) for name in ("CVR", "CTR", "orders a page")] + [(SFT, "CVR")]
     return [
         str(seed), f"{values['seconds']:.0f}",
         values["verdict"] + (f" {winner}" if winner != CHAMPION else ""),
-        *(_change(values.get(f"true change of {name}, {arm}")) for name, arm in changes),
+        *(f"{_true_changes(truth, arm)[name]:+.1%}" if arm in truth else "" for arm, name in changes),
         {True: "yes", False: "no", None: ""}[values["the promoted arm is better in truth"]],
         ", ".join(p_values), f"{values['null trial, verdict']}, p {_p(values['null trial, CVR, p'])}",
     ]  # fmt: skip
-
-
-def _change(change: float | None) -> str:
-    return "" if change is None else f"{change:+.1%}"
 
 
 def _p(p_value: float | None) -> str:
