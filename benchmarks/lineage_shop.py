@@ -320,9 +320,7 @@ class LineageShop:
                 better, dpo = align(
                     model, self.tokenizer, pairs, train_settings, Path(folder), sequences=rows, probe=probe
                 )
-            after = evaluate_held_out(
-                better, split.held_out, self.catalogue, self.sids, train_settings, quality.ranking
-            )
+            after = evaluate_held_out(better, split.held_out, self.catalogue, self.sids, quality.ranking)
             summary += f"; {len(pairs)} pairs, {dpo.steps} steps, HR@10 {after.hr10:.3f}, {dpo.stopped}"
             if not reason_to_refuse(after, quality.hr10, train_settings) and not dpo.failed(
                 train_settings.dpo.max_drop

@@ -191,7 +191,7 @@ class UpdateCycle:
         model.set_items(torch.from_numpy(inputs.catalogue.codes), text_vectors)
         if len(inputs.split.held_out.targets):
             quality = evaluate_held_out(
-                model, inputs.split.held_out, inputs.catalogue, inputs.sids, self._refresh_settings(),
+                model, inputs.split.held_out, inputs.catalogue, inputs.sids,
                 read_ranking(inputs.start_bundle.path),
             )  # fmt: skip
             self.result.metrics |= _quality_metrics("parent", quality)

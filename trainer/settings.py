@@ -312,7 +312,6 @@ class TrainerSettings(Section):
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
     batch_positions: int = Field(512, ge=8, description="items a step, padding included")
     validation_users: int = Field(1000, ge=0, description="users whose last item is held out")
-    beam: int = Field(20, ge=1, description="beam of the offline check")
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
     pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))

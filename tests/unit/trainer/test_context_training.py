@@ -67,10 +67,8 @@ def test_the_same_history_is_answered_by_the_scene(tiny: Shop, model: GeneratorF
 @pytest.mark.learning
 def test_held_out_events_are_judged_under_their_own_context(tiny: Shop, model: GeneratorForCausalLM) -> None:
     held_out = tiny.split.held_out
-    with_context = evaluate_held_out(model, held_out, tiny.catalogue, tiny.sids, tiny.settings)
-    without_context = evaluate_held_out(
-        model, held_out._replace(contexts=None), tiny.catalogue, tiny.sids, tiny.settings
-    )
+    with_context = evaluate_held_out(model, held_out, tiny.catalogue, tiny.sids)
+    without_context = evaluate_held_out(model, held_out._replace(contexts=None), tiny.catalogue, tiny.sids)
     assert with_context.ndcg10 > 0.9 > without_context.ndcg10
     # Each target has the scene of its own event, which says where it lies.
     step = (

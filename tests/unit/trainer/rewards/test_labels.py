@@ -204,7 +204,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     held_out = tiny_shop.split.held_out
     assert held_out.contexts is not None
     assert held_out.contexts.shape == (len(held_out.targets), 0)
-    quality = evaluate_held_out(model, held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings)
+    quality = evaluate_held_out(model, held_out, tiny_shop.catalogue, tiny_shop.sids)
     # One of four may come next, and nothing says which: told the price, it would be nearly always the first.
     assert quality.ndcg10 < 0.85
     assert quality.hr10 > 0.9
