@@ -5,8 +5,8 @@
 A real log, split in time. One fine-tuned model a seed; from it every loss over every scheme of pairs, by the
 trainer's own code, its stop rules included. Test figures over all items, past ones included: HR@1 and HR@10
 of the next click (all steps) and of the steps that were bought then or within a day, with the relative change
-to the fine-tuned model and its interval (users are drawn again, `trainer.evaluation.bootstrap`); and how much
-of what is spelled without a constraint is no SID.
+to the fine-tuned model and its interval over users and seeds (`trainer.offline_checks.bootstrap`); and how
+much of what is spelled without a constraint is no SID.
 
 Logs say what was clicked and bought, not what was shown. `purchased_over_clicked` pairs are the agents' own
 rule over the log (`agents.attribution.pairs`). For the two schemes over what was shown, the fine-tuned
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,11 +44,12 @@ from benchmarks.results import (
 from streams.events import PreferencePair, Scheme
 from trainer.alignment.dpo import align
 from trainer.alignment.rows import preference_rows
-from trainer.evaluation.bootstrap import intervals
 from trainer.evaluation.datasets import load_dataset
 from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, default_recipe
 from trainer.evaluation.metrics import accuracy, target_ranks
+from trainer.evaluation.sequences import Float64
 from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
+from trainer.offline_checks.bootstrap import Interval, relative_changes, relative_changes_over_seeds
 from trainer.offline_checks.offline_check import held_out_probe
 from trainer.offline_checks.quality import evaluate_held_out
 from trainer.offline_checks.ranking import Candidates
@@ -265,23 +267,30 @@ def lines(dataset: str, runs_by_variant: dict[str, list[Figures]], command: str)
     result_lines = []
     for name, runs in runs_by_variant.items():
         for metric in METRICS:
-            values = np.mean([run.column(metric)[0] for run in runs], axis=0)
-            before = np.mean([run.column(metric)[0] for run in runs_by_variant["SFT"]], axis=0)
-            users = runs[0].column(metric)[1]
-            change = intervals((values - before)[:, None], users)[0]
+            values = [run.column(metric)[0][:, None] for run in runs]
+            before = [run.column(metric)[0][:, None] for run in runs_by_variant["SFT"]]
+            change = _change(values, before, runs[0].column(metric)[1])
             figure = line(
-                f"alignment: {name}", dataset, f"sidstream-{name}", metric, round(float(values.mean()), 4),
+                f"alignment: {name}", dataset, f"sidstream-{name}", metric, round(float(np.mean(values)), 4),
                 len(runs), command, mask="none",
             )  # fmt: skip
-            base = max(float(before.mean()), 1e-9)
             change_of = {"change": change.value, "change_low": change.low, "change_high": change.high}
-            result_lines.append(figure | {key: round(value / base, 4) for key, value in change_of.items()})
+            result_lines.append(figure | {
+                key: round(value, 4) if math.isfinite(value) else None for key, value in change_of.items()
+            })  # fmt: skip
         invalid = float(np.mean([run.invalid for run in runs]))
         result_lines.append(line(
             f"alignment: {name}", dataset, f"sidstream-{name}", "invalid rate", round(invalid, 4), len(runs),
             command, mask="none",
         ) | {"notes": [run.note for run in runs]})  # fmt: skip
     return result_lines
+
+
+def _change(values: list[Float64], before: list[Float64], users: Int64) -> Interval:
+    """The relative change of the means over the seeds, each (B, 1) a seed."""
+    if len(values) > 1:
+        return relative_changes_over_seeds(values, before, users)[0]
+    return relative_changes(values[0], before[0], users)[0]
 
 
 def publish(dataset: str, result_lines: list[dict[str, Any]], folder: Path) -> None:
@@ -298,10 +307,9 @@ def publish(dataset: str, result_lines: list[dict[str, Any]], folder: Path) -> N
         for metric in METRICS:
             figure = figures[metric]
             cell = f"{figure['value']:.4f}"
-            if name != "SFT":
-                cell += (
-                    f" ({figure['change']:+.1%}, {figure['change_low']:+.1%} to {figure['change_high']:+.1%})"
-                )
+            if name != "SFT" and figure["change"] is not None:
+                high = "no bound" if figure["change_high"] is None else f"{figure['change_high']:+.1%}"
+                cell += f" ({figure['change']:+.1%}, {figure['change_low']:+.1%} to {high})"
             cells.append(cell)
         table_rows.append([name, *cells, f"{figures['invalid rate']['value']:.3f}"])
     table = markdown_table(["model, pairs", *METRICS, "invalid"], table_rows)

@@ -25,7 +25,7 @@ from streams.events import CatalogItem, Recommendation, SidAssignment, Trigger
 from streams.replay import source_of, user_item_sequences
 from streams.wire.client import Client
 from streams.wire.topic_reader import read_newest_events
-from trainer.evaluation.bootstrap import intervals
+from trainer.offline_checks.bootstrap import relative_changes
 
 
 def main() -> None:
@@ -65,15 +65,14 @@ def main() -> None:
             "has no rewards; train one from scratch on a catalogue with prices and commission rates"
         )
     paired_values = np.array(values)
-    change = intervals((paired_values[:, 0] - paired_values[:, 1])[:, None], np.arange(len(paired_values)))[0]
+    change = relative_changes(paired_values[:, :1], paired_values[:, 1:], np.arange(len(paired_values)))[0]
     baseline_mean = float(paired_values[:, 1].mean())
     times = np.median(np.array(seconds), axis=0)
     command = f"python -m benchmarks.preferences --name {options.name} --users {options.users}"
     print(json.dumps(line(
         f"a preference for {options.name} is followed", "UCI Online Retail, the demo's stack",
         "the bundle in service", f"mean {options.name} of ten items, relative change",
-        round(change.value / baseline_mean, 4), options.seed, command, round(change.low / baseline_mean, 4),
-        round(change.high / baseline_mean, 4),
+        round(change.value, 4), options.seed, command, round(change.low, 4), round(change.high, 4),
     ) | {
         "with": round(float(paired_values[:, 0].mean()), 4), "without": round(baseline_mean, 4),
         "items": shown, "not valid": invalid_items, "median_s_with": round(float(times[0]), 5),

@@ -45,13 +45,13 @@ from benchmarks.reward_baselines import (
 )
 from registry.bundles.rewards import COMMISSION, PRICE, Rewards, reward_fields
 from streams.events import Reward
-from trainer.evaluation.bootstrap import differences, intervals
 from trainer.evaluation.datasets import load_dataset
 from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe, default_recipe
 from trainer.evaluation.metrics import target_ranks
 from trainer.evaluation.sequences import Float64, Int64
 from trainer.evaluation.splits import EvaluationSplit, Queries, split_by_time
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline_checks.bootstrap import differences, intervals
 from trainer.offline_checks.ranking import Candidates
 from trainer.plots.png import png
 from trainer.rewards.labels import item_bins, purchase_labels

@@ -136,22 +136,6 @@ def normal_interval(estimate: float, standard_error: float, alpha: float) -> tup
     return estimate - half, estimate + half
 
 
-def paired_relative_change(
-    before: npt.NDArray[np.float64], after: npt.NDArray[np.float64], alpha: float
-) -> tuple[float, float, float]:
-    """Mean of after - before, and its two-sided 1 - 2 alpha interval, all relative to the mean of before.
-
-    `before` and `after`: (users,), values of the same users, at least one, with a mean of before above 0. The
-    interval is the normal one of the paired differences, in which what the two have in common cancels; the
-    mean of before counts as a constant. For independent arms: `ratio_interval`.
-    """
-    differences = after - before
-    base = float(before.mean())
-    error = float(differences.std()) / math.sqrt(len(differences))
-    low, high = normal_interval(float(differences.mean()), error, alpha)
-    return float(differences.mean()) / base, low / base, high / base
-
-
 def ratio_interval(target: Estimate, control: Estimate, critical: float) -> tuple[float, float] | None:
     """Fieller's interval of T / C for independent arms (Fieller 1954), `critical` its value of |z|.
 

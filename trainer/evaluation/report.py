@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.bootstrap import Interval, differences, intervals
 from trainer.evaluation.results import line, markdown_table, put_table, read_lines, write_lines
 from trainer.evaluation.run import BY_SID, NEW_ITEMS, MeasuredRun
 from trainer.evaluation.sequences import Float64
+from trainer.offline_checks.bootstrap import Interval, differences, intervals, intervals_over_seeds
 from trainer.settings import Arithmetic
 
 Line = dict[str, Any]
@@ -49,10 +49,10 @@ def compared(
 ) -> list[Line]:  # fmt: skip
     """The differences of every model's accuracy to that of `against`, over the same users.
 
-    The mean over seeds where there are several; else the one run.
+    The mean over seeds where there are several, seed by seed; else the one run.
     """
     last = {(run.model, run.mask): run for run in measured}  # the mean comes after the seeds it is of
-    made = []
+    change_lines = []
     for (model, mask), run in last.items():
         base = last[against, mask]
         if model == against:
@@ -62,12 +62,28 @@ def compared(
             for metric in run.target_metrics
             if metric in base.target_metrics and not np.isnan(run.target_metrics[metric]).any()
         ]
-        ours, theirs = (np.stack([one.target_metrics[metric] for metric in shared], 1) for one in (run, base))
-        made += [
+        changes = _changes(_of_seeds(run, shared), _of_seeds(base, shared), run)
+        change_lines += [
             _line(run, dataset, protocol, command, f"{metric} minus {against}", value, arithmetic)
-            for metric, value in zip(shared, differences(ours, theirs, run.users), strict=True)
+            for metric, value in zip(shared, changes, strict=True)
         ]
-    return made
+    return change_lines
+
+
+def _of_seeds(run: MeasuredRun, metrics: Sequence[str]) -> list[Float64]:
+    """The values (B, M) of metrics in each seed of a mean; in the run itself where it is of one."""
+    runs = run.seed_runs or (run,)
+    return [np.stack([one_run.target_metrics[metric] for metric in metrics], axis=1) for one_run in runs]
+
+
+def _changes(ours: list[Float64], theirs: list[Float64], run: MeasuredRun) -> list[Interval]:
+    """The mean difference of each metric; a model that no seed changes is the same beside every seed."""
+    seeds = max(len(ours), len(theirs))
+    if seeds == 1:
+        return differences(ours[0], theirs[0], run.users)
+    ours, theirs = (values * seeds if len(values) == 1 else values for values in (ours, theirs))
+    pairs = [after - before for after, before in zip(ours, theirs, strict=True)]
+    return intervals_over_seeds(pairs, run.users)
 
 
 def _line(
@@ -91,8 +107,16 @@ def _figures(run: MeasuredRun) -> Iterator[tuple[str, Interval | float]]:
         groups.setdefault(np.isnan(values).tobytes(), []).append(metric)
     for metrics in groups.values():
         has_value = ~np.isnan(run.target_metrics[metrics[0]])
-        figures: Float64 = np.stack([run.target_metrics[metric][has_value] for metric in metrics], axis=1)
-        yield from zip(metrics, intervals(figures, run.users[has_value]), strict=True)
+        figures = [values[has_value] for values in _of_seeds(run, metrics)]
+        if len(figures) == 1:
+            accuracies = intervals(figures[0], run.users[has_value])
+        else:
+            # The metrics are shares, gains and entropies: none is below 0, whatever so few seeds leave open.
+            accuracies = [
+                figure._replace(low=max(figure.low, 0.0))
+                for figure in intervals_over_seeds(figures, run.users[has_value])
+            ]
+        yield from zip(metrics, accuracies, strict=True)
         rest = metrics[0].partition(",")[2].strip()
         yield f"targets, {rest}" if rest else "targets", float(has_value.sum())
     yield from run.run_metrics.items()

@@ -36,6 +36,8 @@ class MeasuredRun:
         str, Float64
     ]  # metric -> (B,) a value for each target; NaN where the target is not of its slice
     run_metrics: dict[str, float]  # metric -> one figure of the whole run
+    # Of the mean of several seeds: the runs that it is of.
+    seed_runs: tuple[MeasuredRun, ...] = ()
 
 
 def evaluate_ranker(
@@ -148,7 +150,7 @@ def _measure_lists(
 
 
 def _mean(runs: Sequence[MeasuredRun]) -> MeasuredRun:
-    """The mean over seeds of every target's values, so that its interval is one over users."""
+    """The mean over seeds of every target's values; it keeps the runs, for the spread between them."""
     first = runs[0]
 
     def mean(of: Callable[[MeasuredRun], dict[str, float]]) -> dict[str, float]:
@@ -161,4 +163,4 @@ def _mean(runs: Sequence[MeasuredRun]) -> MeasuredRun:
     totals["NDCG@10, deviation of seeds"] = float(
         np.std([run.target_metrics["NDCG@10"].mean() for run in runs], ddof=1) if len(first.users) else np.nan
     )
-    return MeasuredRun(first.model, first.head, None, first.mask, first.users, rows, totals)
+    return MeasuredRun(first.model, first.head, None, first.mask, first.users, rows, totals, tuple(runs))

@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from registry.bundles.ranking import Ranking
-from registry.experiment.statistics import paired_relative_change
 from trainer.generator.constrained import SidSet, spells_known_sids
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.generator.torch_generator import TorchGenerator
+from trainer.offline_checks.bootstrap import relative_changes
 from trainer.offline_checks.ranking import ROWS_PER_FORWARD
 from trainer.offline_checks.served_lists import ListScorer, ServedLists
 from trainer.sequences.held_out import HeldOut
 from trainer.sequences.interactions import TrainingCatalogue
 
-# Of each end of an interval: two-sided, 95 %.
-_ALPHA = 0.025
 Mask = npt.NDArray[np.bool_]
 
 
@@ -63,18 +61,18 @@ def for_json(result: Any) -> dict[str, Any]:
 def describe_change(before: HeldOutQuality, now: HeldOutQuality) -> str:
     """The change of HR@10 from one model to another over the same held-out users, as text.
 
-    Separately for held-out clicks and purchases, each with the 95 % interval of the relative change from the
-    users' paired differences. A group without users or hits is left out.
+    Separately for held-out clicks and purchases, each with the 95 % interval of the ratio over the users. A
+    group without users or hits is left out.
     """
     parts = []
     for action, users in (("clicked", ~before.paid), ("bought", before.paid)):
         old, new = before.hits[users].astype(float), now.hits[users].astype(float)
         if not len(old) or not old.any():
             continue
-        change, low, high = paired_relative_change(old, new, _ALPHA)
+        change, low, high = relative_changes(new[:, None], old[:, None], np.arange(len(old)))[0]
         parts.append(
             f"of what was {action} {old.mean():.3f} -> {new.mean():.3f} ({change:+.1%}, "
-            f"{low:+.1%} to {high:+.1%})"
+            f"{low:+.1%} to {'no bound' if np.isinf(high) else f'{high:+.1%}'})"
         )
     return f"HR@10 {', '.join(parts)}" if parts else ""
 

@@ -173,14 +173,3 @@ def test_sums_of_large_counts_are_exact():
     arm = statistics.arm_sums(np.full((3, 3), 10**8, dtype=np.int64))
     assert arm.impressions_squared == 3 * 10**16
     assert statistics.ctr(arm).variance == 0.0
-
-
-def test_the_relative_change_of_pairs_has_the_normal_interval_of_their_differences():
-    before, after = np.zeros(80), np.zeros(80)
-    before[:20] = after[:40] = 1.0
-    change, low, high = statistics.paired_relative_change(before, after, 0.025)
-    assert change == pytest.approx(1.0)
-    expected = stats.norm.interval(0.95, 0.25, np.sqrt(0.25 * 0.75 / 80))
-    assert (low, high) == pytest.approx(tuple(end / 0.25 for end in expected))
-    # What both have in common cancels: an equal change of everybody has no width.
-    assert statistics.paired_relative_change(before + 1, before + 2, 0.025) == pytest.approx((0.8, 0.8, 0.8))

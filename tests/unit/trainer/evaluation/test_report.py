@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from typer.testing import CliRunner
 
 from sidstream.cli import app
@@ -78,6 +79,26 @@ def test_seeds_are_followed_by_their_mean():
         mean.target_metrics["HR@5"] == (one.target_metrics["HR@5"] + two.target_metrics["HR@5"]) / 2
     ).all()
     assert report.table(report.lines(result, "d", "p", "c"))[1][3] == "mean of 2"
+
+
+def test_the_interval_of_a_mean_has_the_spread_of_the_seeds_in_it():
+    split = splits.leave_one_out(chains())
+    runs = [run for seed in (1, 4, 9) for run in evaluate_ranker(split, Ordered(), seed, ["none"], quiet)]
+    runs += evaluate_ranker(split, Popularity(), 1, ["none"], quiet)
+    means = [run.target_metrics["HR@5"].mean() for run in runs[:3]]
+    assert np.std(means) > 0
+    measured = with_means(runs)
+    lines = {line["metric"]: line for line in report.lines(measured, "d", "p", "c") if line["seed"] is None}
+    figure = lines["HR@5"]
+    assert figure["value"] == pytest.approx(np.mean(means), rel=1e-4)
+    # Three seeds bound a mean by t_2 = 4.3 standard errors of theirs at least, as far as it can be below 0.
+    margin = stats.t.ppf(0.975, 2) * np.std(means, ddof=1) / 3**0.5
+    assert figure["high"] - figure["value"] > 0.7 * margin
+    assert figure["low"] >= 0
+    changes = {line["metric"]: line for line in report.compared(measured, "popularity", "d", "p", "c")}
+    change = changes["HR@5 minus popularity"]
+    assert change["high"] - change["value"] > 0.7 * margin
+    assert change["value"] == pytest.approx(np.mean(means) - runs[3].target_metrics["HR@5"].mean(), rel=1e-3)
 
 
 def test_prequential_scores_a_shard_before_it_is_learned():
