@@ -26,15 +26,12 @@ _NOW_S = 1_700_000_000
 
 def stored_history(sids: list[tuple[int, ...]], bought: np.ndarray, ages_s: np.ndarray) -> bytes | None:
     """The bytes that agents keep of a history, oldest first."""
-    changes = [
-        history.HistoryChange(
-            None, 0,
-            history.pack_entry(
-                (_NOW_S - int(age)) * 1000 + at, history.PURCHASE if is_bought else history.CLICK, f"e{at}", history.pack_sid(sid)
-            ),
-        )
-        for at, (sid, is_bought, age) in enumerate(zip(sids, bought, ages_s, strict=True))
-    ]  # fmt: skip
+    changes = []
+    for at, (sid, is_bought, age) in enumerate(zip(sids, bought, ages_s, strict=True)):
+        kind = history.PURCHASE if is_bought else history.CLICK
+        ts = (_NOW_S - int(age)) * 1000 + at
+        entry = history.pack_entry(ts, kind, f"e{at}", history.pack_sid(sid))
+        changes.append(history.HistoryChange(None, 0, entry))
     value, _, _ = history.apply_changes(
         None, changes, codebook=_BOOK, levels=3, incarnations={"clicks": 1, "purchases": 1},
         bounds=HistorySettings.model_validate({"max_age_days": 10_000}),
@@ -55,7 +52,7 @@ def served_lists(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
     index = SidIndex.build(np.array(tiny.catalogue.sids), tiny.catalogue.item_ids, active)
-    recommender = Recommender(lambda _: index, limits, None, Explorer(0, 1, 1.0))
+    recommender = Recommender(lambda _: index, limits, Explorer(0, 1, 1.0))
     requests = []
     for user, items in enumerate(held_out.histories):
         trigger = Trigger.new(

@@ -22,6 +22,7 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import Rewards, with_reward_fields, without_reward_fields
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
+from registry.decoding.list_rules import ListLimits
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
@@ -88,6 +89,7 @@ def read_cycle_inputs(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
+    limits: ListLimits | None = None,
     *,
     from_scratch: bool,
     horizon_ms: int,
@@ -95,6 +97,8 @@ def read_cycle_inputs(
     reading: Callable[[int], None] | None = None,
 ) -> CycleInputs:
     """Read the window since the champion's. `reading(n)` is called after n records were read.
+
+    `limits`: those of serving's lists (None: serving's defaults).
 
     A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
     item within `window_ms` after it. Raises SidstreamError where no item has a SID, or no event of such an
@@ -105,7 +109,7 @@ def read_cycle_inputs(
     window = _read_new_window(settings, kafka, parent, reading)
     prompt = parent.prompt if parent else Prompt(codebook.sizes, settings.max_items)
     records = window.catalogue_records()
-    catalogue = _catalogue_with_sids(window, codebook, records, prompt)
+    catalogue = _catalogue_with_sids(window, codebook, records, prompt, limits)
     profiles = window.profiles()
     tokenizer, context = _vocabulary(settings, window, parent, catalogue, profiles, prompt)
     log = window.user_sequences(catalogue, without_reward_fields(context), profiles)
@@ -166,8 +170,9 @@ def _read_new_window(
 
 
 def _catalogue_with_sids(
-    window: Window, codebook: Codebook, records: Mapping[str, CatalogItem], prompt: Prompt
-) -> TrainingCatalogue:
+    window: Window, codebook: Codebook, records: Mapping[str, CatalogItem], prompt: Prompt,
+    limits: ListLimits | None,
+) -> TrainingCatalogue:  # fmt: skip
     """The items that have a SID under the codebook. Raises SidstreamError where none has."""
     sids = window.sids(codebook.id)
     if not sids:
@@ -175,7 +180,10 @@ def _catalogue_with_sids(
             f"no item has a SID under codebook {codebook.id}: "
             "publish a catalogue, then `sidstream codebook fit`"
         )
-    return training_catalogue(sids, {item: record.title for item, record in records.items()}, prompt)
+    return training_catalogue(
+        sids, {item: record.title for item, record in records.items()}, prompt,
+        active={item for item, record in records.items() if record.active}, limits=limits,
+    )  # fmt: skip
 
 
 def _vocabulary(

@@ -18,11 +18,12 @@ from registry.decoding.sid_index import Ints, Sid, SidIndex
 
 @dataclass(frozen=True)
 class ListLimits:
-    """How far a list is searched; the defaults are those of the settings `serving.beam` and
-    `serving.exact_items`."""
+    """How far a list is searched, and what it may repeat; the defaults are those of the settings
+    `serving.beam`, `serving.exact_items` and `serving.repeat`."""
 
     beam: int = 20  # beams kept a level; a request for more items widens it
     exact_items: int = 200_000  # in larger catalogues the dense head scores the beam's items alone
+    repeats: RepeatRule | None = None  # of items of the history, in place of the bundle's rule
 
 
 def excluded_leaves(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +53,11 @@ class HeldOutRequests:
     user: Int64  # (V,) row of the held-out event
     excluded: list[frozenset[int]]  # (V,) leaves that the list leaves out
     of_rule: Int64  # (rules, B) the request of each user under each rule
+
+    def take(self, places: Int64) -> HeldOutRequests:
+        """The requests at `places` (N,), without the rules that they are of."""
+        excluded = [self.excluded[place] for place in places.tolist()]
+        return HeldOutRequests(self.user[places], excluded, np.zeros((0, 0), dtype=np.int64))
 
 
 class ServedLists:
@@ -133,7 +137,7 @@ class ServedLists:
 
     def target_ranks(self, ranking: Ranking) -> Int64:
         """The place (B,) from 0 of each held-out item in its user's list, LIST_LENGTH where it has not."""
-        requests = self.requests([ranking])
+        requests = self.requests([self.catalogue.limits.repeats or ranking])
         return self.ranks(requests, [ranking.dense_weight])[0, requests.of_rule[0]]
 
     def fit_ranking(self) -> tuple[Ranking, Int64]:
@@ -144,11 +148,14 @@ class ServedLists:
         1984): a few thousand events cannot tell .8 from 1, and the dense head alone is the steadier.
         """
         weights = (0.0,) if self.scorer.items is None else DENSE_WEIGHTS
-        requests = self.requests(REPEAT_RULES)
+        # A rule that serving is set to is not the bundle's to choose.
+        set_rule = self.catalogue.limits.repeats
+        rules = REPEAT_RULES if set_rule is None else (set_rule,)
+        requests = self.requests(rules)
         ranks = self.ranks(requests, weights)[:, requests.of_rule]
         gain = np.append(1 / np.log2(np.arange(LIST_LENGTH) + 2.0), 0.0)
         best_mean, best_rule = -1.0, 0
-        for number in range(len(REPEAT_RULES)):
+        for number in range(len(rules)):
             mean = float(gain[ranks[:, number]].mean(1).max())
             if mean > best_mean + 1e-9:
                 best_mean, best_rule = mean, number
@@ -156,17 +163,9 @@ class ServedLists:
         shortfall = gains[gains.mean(1).argmax()] - gains
         error = shortfall.std(1) / max(1, shortfall.shape[1]) ** 0.5
         near_best = np.flatnonzero(shortfall.mean(1) <= error)
-        rule, weight = REPEAT_RULES[best_rule], weights[near_best[-1]]
+        rule, weight = rules[best_rule], weights[near_best[-1]]
         ranking = Ranking(dense_weight=weight, repeats=rule.repeats, within_s=rule.within_s)
         return ranking, ranks[near_best[-1], best_rule]
-
-
-def first_requests(requests: HeldOutRequests, places: Sequence[int]) -> HeldOutRequests:
-    """The requests at some places, without the rules that they are of."""
-    at = list(islice(places, len(requests.user)))
-    return HeldOutRequests(
-        requests.user[at], [requests.excluded[place] for place in at], np.zeros((0, 0), dtype=np.int64)
-    )
 
 
 def _target_ranks(candidates: Candidates, targets: Int64, weight: float) -> Int64:

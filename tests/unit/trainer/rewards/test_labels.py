@@ -224,7 +224,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
     index = SidIndex.build(np.array(tiny_shop.catalogue.sids), tiny_shop.catalogue.item_ids)
-    ask = Recommender(lambda _: index, ListLimits(9), None, Explorer(0, 1, 1.0))
+    ask = Recommender(lambda _: index, ListLimits(9), Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:
         trigger = Trigger.new(request_id="r", user_id="u", item_id="i07", k=1, preferences=wishes or None)
