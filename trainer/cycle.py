@@ -145,8 +145,7 @@ class UpdateCycle:
         inputs, tokenizer = self.inputs, self.inputs.tokenizer
         settings, start_model = self._refresh_settings(), self._start_model()
         rows = TrainingRows(
-            inputs.log, inputs.split, inputs.catalogue, tokenizer, inputs.prompt, settings,
-            inputs.negative_feedback,
+            inputs.split, inputs.catalogue, tokenizer, inputs.prompt, settings, inputs.negative_feedback
         )  # fmt: skip
 
         def begin(own: TrainerSettings, part: TrainingRows, folder: Path | None) -> GeneratorForCausalLM:
@@ -227,10 +226,7 @@ class UpdateCycle:
         """Ranks (B,) from 0 of the held-out targets where active items are ranked by popularity, without the
         item of the page."""
         inputs, held_out = self.inputs, self.inputs.split.held_out
-        by_popularity = np.array(
-            list(items_by_popularity(inputs.log, inputs.catalogue, inputs.split.training_ends)),
-            dtype=np.int64,
-        )
+        by_popularity = np.array(list(items_by_popularity(inputs.log, inputs.catalogue)), dtype=np.int64)
         if inputs.catalogue.active is not None:
             by_popularity = by_popularity[inputs.catalogue.active[by_popularity]]
         rank = np.full(len(inputs.catalogue.item_ids), len(inputs.catalogue.item_ids), dtype=np.int64)
@@ -285,7 +281,7 @@ class UpdateCycle:
 
     def _offpolicy_veto(self, kind: str, model: GeneratorForCausalLM) -> str:
         """Why explored answers refuse the model; empty where they do not, or there are none."""
-        explorations = self.inputs.explorations
+        explorations = self.inputs.judging_explorations
         if explorations is None:
             return ""
         verdict = judge_by_explorations(

@@ -84,6 +84,7 @@ class BundleWriter:
             sids={number: span[1] for number, span in inputs.window.ranges["sids"].items()},
             seed=self.settings.seed, metrics=dict(self.result.metrics),
             parent=inputs.start_bundle.id if inputs.start_bundle else None, reference=reference,
+            validation=inputs.hold_out,
         )  # fmt: skip
         return bundle, served
 
@@ -98,10 +99,10 @@ class BundleWriter:
     def _popular_items(self) -> list[str]:
         """All item ids: those bought most first, then, of items never bought, those clicked most."""
         inputs, item_ids = self.inputs, self.inputs.catalogue.item_ids
-        purchases = inputs.window.purchase_counts()
-        by_popularity = items_by_popularity(inputs.log, inputs.catalogue)
-        rank = {item_ids[row]: place for place, row in enumerate(by_popularity)}
-        return sorted(item_ids, key=lambda item: (-purchases.get(item, 0), rank[item], item))
+        log = inputs.log
+        purchases = np.bincount(log.items[log.bought], minlength=len(item_ids))
+        by_popularity = list(items_by_popularity(log, inputs.catalogue))
+        return [item_ids[row] for row in sorted(by_popularity, key=lambda row: -purchases[row])]
 
     def params(self, kind: BundleKind, model: GeneratorForCausalLM) -> dict[str, str]:
         """What the registry keeps of how a version was made: the settings that were used, the shape of its
