@@ -107,14 +107,12 @@ class TorchGenerator:
     @torch.no_grad()
     def repeat_bias(self, query: Floats, owner: Ints, distances: Ints, counts: Ints) -> Floats:
         """The addend (n,) to the logits of n items of histories, as of `ItemVectors.repeat_bias`."""
-        owners, last, frequency = (
-            torch.from_numpy(values).to(self._device) for values in (owner, distances, counts)
+        queries, last, frequency = (
+            torch.from_numpy(values).to(self._device) for values in (query[owner], distances, counts)
         )
         bias: Floats = (
             self._model.model.items.repeat_bias(
-                torch.from_numpy(query).to(self._device), owners, PastOccurrences(last, frequency)
-            )
-            .cpu()
-            .numpy()
-        )
+                queries, PastOccurrences(last[:, None], frequency[:, None])
+            )[:, 0].cpu().numpy()
+        )  # fmt: skip
         return bias
