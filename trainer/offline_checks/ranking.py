@@ -28,9 +28,9 @@ from trainer.sequences.held_out import HeldOut
 ROWS_PER_FORWARD = 256
 DENSE_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
 _HOUR, _DAY = 3600, 86_400
-REPEAT_RULES = (
-    Ranking(), Ranking(repeats="bought"), Ranking(repeats="never"),
-    *(Ranking(repeats="within", within_s=seconds) for seconds in (_HOUR, _DAY, 7 * _DAY, 30 * _DAY)),
+REPEAT_RULES: tuple[RepeatRule, ...] = (
+    RepeatRule(), RepeatRule(repeats="bought"), RepeatRule(repeats="never"),
+    *(RepeatRule(repeats="within", within_s=seconds) for seconds in (_HOUR, _DAY, 7 * _DAY, 30 * _DAY)),
 )  # fmt: skip
 
 
@@ -311,7 +311,9 @@ def target_ranks(candidates: Candidates, held_out: HeldOut, ranking: Ranking) ->
     return candidates.ranks(torch.from_numpy(held_out.targets), ranking.dense_weight, allowed[None])[0]
 
 
-def fit_ranking(candidates: Candidates, held_out: HeldOut, k: int = 10) -> Ranking:
+def fit_ranking(
+    candidates: Candidates, held_out: HeldOut, k: int = 10, rules: Sequence[RepeatRule] = REPEAT_RULES
+) -> Ranking:
     """The rule with the best NDCG at `k` on held-out events, equals going to the simpler one, and its weight.
 
     The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984):
@@ -319,12 +321,12 @@ def fit_ranking(candidates: Candidates, held_out: HeldOut, k: int = 10) -> Ranki
     """
     weights = DENSE_WEIGHTS if torch.any(candidates.dense != 0) else (0.0,)
     history, targets = _held_out_history(candidates, held_out), torch.from_numpy(held_out.targets)
-    allowed = torch.stack([history.allowed(rule) for rule in REPEAT_RULES])
+    allowed = torch.stack([history.allowed(rule) for rule in rules])
     ranked = torch.stack([candidates.ranks(targets, weight, allowed) for weight in weights], dim=1)
     gain, places = torch.zeros(k + 1), min(k, candidates.items.shape[1])
     gain[:places] = 1.0 / torch.log2(torch.arange(places) + 2.0)
-    best_mean, best_gains, rule = -1.0, torch.zeros(len(weights), 0), REPEAT_RULES[0]
-    for candidate_rule, gains in zip(REPEAT_RULES, gain[ranked.clamp(max=k)], strict=True):
+    best_mean, best_gains, rule = -1.0, torch.zeros(len(weights), 0), rules[0]
+    for candidate_rule, gains in zip(rules, gain[ranked.clamp(max=k)], strict=True):
         if float(gains.mean(1).max()) > best_mean + 1e-9:
             best_mean, best_gains, rule = float(gains.mean(1).max()), gains, candidate_rule
     shortfall = best_gains[best_gains.mean(1).argmax()] - best_gains

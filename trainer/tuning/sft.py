@@ -63,6 +63,7 @@ class TrainOptions(TypedDict, total=False):
     stop: Callable[[], bool] | None
     teacher: TeacherTargets | None
     devices: Devices | None
+    clock: Callable[[], float]
 
 
 def train(
@@ -76,19 +77,21 @@ def train(
     stop: Callable[[], bool] | None = None,
     teacher: TeacherTargets | None = None,
     devices: Devices | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
 
     With `folder` the run writes a checkpoint after each epoch and when `stop()` says so, and goes on from the
     one it finds there; without a time budget the resumed run ends in the very weights of an unbroken one.
-    `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
+    `clock` is what `max_seconds` are counted by: `time.process_time` gives the same work beside other
+    processes. `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
 
     With several `devices` every process calls this with the same rows, settings and folder; a step takes one
     batch in each. Time, `stop`, validation and the best weights are the main process's: the others come back
     with the weights of their last step.
     """
     checkpoint = Checkpoint(folder) if folder else None
-    run = _TrainingRun(model, rows, sids, settings, devices or Devices(), checkpoint)
+    run = _TrainingRun(model, rows, sids, settings, devices or Devices(), checkpoint, clock)
     run.progress, run.stop, run.teacher = progress, stop, teacher
     return run.run()
 
@@ -102,7 +105,7 @@ class _TrainingRun:
 
     def __init__(
         self, model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
-        devices: Devices, checkpoint: Checkpoint | None,
+        devices: Devices, checkpoint: Checkpoint | None, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self.model, self.rows, self.sids, self.settings, self.devices = model, rows, sids, settings, devices
         model.to(device())
@@ -118,7 +121,8 @@ class _TrainingRun:
         self.running_loss = math.nan if self.state.loss is None else self.state.loss
         self.table, self.scored = catalogue_table_rows(model, rows)
         self.code_tree = code_tree(model.model.items.codes) if settings.smoothing else ()
-        self._began, self._seconds_before = time.monotonic(), self.state.seconds
+        self._clock = clock
+        self._began, self._seconds_before = clock(), self.state.seconds
         self._reported_at = self.state.seconds
 
     def run(self) -> SftResult:
@@ -251,7 +255,7 @@ class _TrainingRun:
         return SftResult(state.step, epochs, state.seconds, self.running_loss, quality, stopped, curve)
 
     def _measure_time(self) -> None:
-        self.state.seconds = self._seconds_before + time.monotonic() - self._began
+        self.state.seconds = self._seconds_before + self._clock() - self._began
 
     def _save(self) -> None:
         if self.checkpoint and self.devices.main:
