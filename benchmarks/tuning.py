@@ -67,11 +67,9 @@ _BEGIN, _END = "<!-- table -->\n", "<!-- end -->\n"
 
 def main() -> None:
     """Search, and print a line for each trial."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
-    parser.add_argument("--trials", type=int, default=4, help="of each family")
+    parser.add_argument("--trials", type=int, default=3, help="of each family")
     parser.add_argument("--cpu-seconds", type=float, default=30.0, help="budget of one trial")
     parser.add_argument("--publish", action="store_true", help="write the trials and the chosen settings")
     add_data_option(parser)
@@ -108,7 +106,7 @@ def trial_settings(family: str, trials: int) -> Iterator[Settings]:
         if family != "sidstream":
             yield drawn
             continue
-        # A drawn trial has the codebook and the budget-free limits of the recipe that reads no title's words.
+        # The rest is of the recipe that was tuned on Beauty, whose limits leave the budget to decide.
         recipe = tuned_recipe()
         yield {"trainer": recipe.trainer | drawn, "codebook": recipe.codebook}
 

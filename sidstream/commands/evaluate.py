@@ -47,7 +47,7 @@ def evaluate(
         float | None,
         typer.Option(
             min=1,
-            help="budget of each training, in seconds of this process on the processor; the same for all",
+            help="budget of each training, in seconds on the processor; the same for all models",
         ),
     ] = None,
     chosen_settings: Annotated[

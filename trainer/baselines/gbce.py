@@ -1,8 +1,8 @@
 """The loss of gSASRec: generalised binary cross-entropy over sampled negatives (gBCE).
 
-Petrov and Macdonald 2023, arXiv 2308.07192. A model that is trained on sampled negatives is overconfident: it learns which of
-a few items is right, not which of all. gBCE raises the positive's probability to a power beta < 1, which
-takes that back.
+Petrov and Macdonald 2023, arXiv 2308.07192. A model that is trained on sampled negatives is overconfident:
+it learns which of a few items is right, not which of all. gBCE raises the positive's probability to a power
+beta < 1, which takes that back.
 """
 
 from __future__ import annotations

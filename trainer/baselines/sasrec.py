@@ -128,17 +128,17 @@ class SasRec:
         self._popular = split.train_counts()
         self._network = Network(split.dataset.size, settings).to(device())
         self.parameters = sum(part.numel() for part in self._network.parameters())
-        self._optimizer = torch.optim.Adam(self._network.parameters(), lr=settings.lr, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.Adam(self._network.parameters(), lr=settings.lr, betas=(0.9, 0.98))
         targets = validation_targets(split, VALIDATION_USERS, seed, settings.length)
         best_ndcg, epochs_without_gain, best_weights = -1.0, 0, None
         for epoch in range(settings.epochs):
             loss = self._train_epoch(split, seed, epoch, started)
             ndcg = self.ndcg(targets)
-            if ndcg > best_ndcg or best_weights is None:
-                best_ndcg, epochs_without_gain = ndcg, 0
+            epochs_without_gain = 0 if ndcg > best_ndcg else epochs_without_gain + 1
+            # Of equals the later one, as in SFT.
+            if ndcg >= best_ndcg:
+                best_ndcg = ndcg
                 best_weights = {name: part.clone() for name, part in self._network.state_dict().items()}
-            else:
-                epochs_without_gain += 1
             spent = time.process_time() - started
             progress(
                 f"epoch {epoch + 1}, loss {loss:.3f}, validation NDCG@10 {ndcg:.4f}, best {best_ndcg:.4f}, "
@@ -164,14 +164,14 @@ class SasRec:
             share = 1.0
             if settings.schedule == "cosine":
                 share = learning_rate_share(max(spent, (epoch + done) / settings.epochs))
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * share
             with training_arithmetic(settings.arithmetic, target_device):
                 loss = self._loss(rows.to(target_device), targets.to(target_device))
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self._network.parameters(), _CLIP)
-            self._optimizer.step()
+            self.optimizer.step()
             total += loss.detach()
             batches += 1
         return float(total) / max(batches, 1)

@@ -350,28 +350,28 @@ class GeneratorRanker:
 
     def __init__(self, name: str, trained: TrainedGenerator, head: Head) -> None:
         self.name, self.head = name, head
-        self._trained, self._head = trained, head
+        self.trained, self._head = trained, head
 
     def fit(self, split: EvaluationSplit, seed: int, progress: Progress) -> None:
         """Train, or take what another head trained."""
-        self._trained.fit(split, seed, progress)
-        model: GeneratorForCausalLM = self._trained.model
+        self.trained.fit(split, seed, progress)
+        model: GeneratorForCausalLM = self.trained.model
         self.parameters = sum(value.numel() for value in model.parameters())
-        self.sids, self.trained_s = self._trained.sids, self._trained.trained_s
-        self.invalid_rate = self._trained.invalid_rate
-        self.validation_ndcg = self._trained.validation_ndcg
+        self.sids, self.trained_s = self.trained.sids, self.trained.trained_s
+        self.invalid_rate = self.trained.invalid_rate
+        self.validation_ndcg = self.trained.validation_ndcg
 
     def update(self, shard: TimeShard) -> None:
         """Learn a shard, or take what another head learned of it."""
-        self._trained.update(shard)
+        self.trained.update(shard)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) item rows, best first."""
-        return self._trained.rank(histories, k, mask, self._head)
+        return self.trained.rank(histories, k, mask, self._head)
 
     def rank_for(self, users: Int64, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) item rows, best first, by the profiles of the users (B,) as well."""
-        return self._trained.rank(histories, k, mask, self._head, users)
+        return self.trained.rank(histories, k, mask, self._head, users)
 
 
 def _text_vectors(split: EvaluationSplit, progress: Progress) -> Float32 | None:

@@ -1,4 +1,4 @@
-"""What stops a training and chooses its settings: one figure on one set of targets, the same for every model."""
+"""What stops a training and chooses its settings: one figure on one set of targets, for every model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def validation_targets(split: EvaluationSplit, users: int, seed: int, max_items:
 
 
 def validation_users(split: EvaluationSplit, users: int, seed: int) -> Int64:
-    """Whose targets `validation_targets` draws (B,), as rows of `SequenceDataset.users`, in the same order."""
+    """Whose targets `validation_targets` draws (B,), as rows of `SequenceDataset.users`, in its order."""
     return np.random.default_rng(seed).permutation(np.unique(split.valid.users))[:users]
 
 

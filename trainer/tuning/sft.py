@@ -84,7 +84,8 @@ def train(
     With `folder` the run writes a checkpoint after each epoch and when `stop()` says so, and goes on from the
     one it finds there; without a time budget the resumed run ends in the very weights of an unbroken one.
     `clock` is what `max_seconds` are counted by: `time.process_time` gives the same work beside other
-    processes. `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
+    processes. `teacher` says what is likely at the learned positions of a batch, in rows of what the dense
+    head scores.
 
     With several `devices` every process calls this with the same rows, settings and folder; a step takes one
     batch in each. Time, `stop`, validation and the best weights are the main process's: the others come back
