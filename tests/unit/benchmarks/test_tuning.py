@@ -80,9 +80,8 @@ def test_chosen_settings_reach_the_model_and_missing_ones_name_the_search(tmp_pa
     with pytest.raises(Exception, match=r"no settings of sasrec were chosen on d: .*benchmarks.tuning d"):
         chosen_settings("d", "sasrec")
     trained = {"trainer": {"width": 16}, "codebook": {"levels": 2}}
-    file.write_text(
-        json.dumps({"d": {"sasrec": {"lr": 0.5}, "gsasrec": {"negatives": 3}, "sidstream": trained}})
-    )
+    chosen = {"sasrec": {"lr": 0.5}, "gsasrec": {"negatives": 3}, "sidstream": trained}
+    file.write_text(json.dumps({"d": chosen}))
     options = Options(cpu_seconds=12.0, chosen_for="d")
     sasrec, gsasrec = MODELS["sasrec"](options), MODELS["gsasrec"](options)
     assert (sasrec.settings.lr, sasrec.settings.loss, sasrec.settings.cpu_seconds) == (0.5, "softmax", 12.0)

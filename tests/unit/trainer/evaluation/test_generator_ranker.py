@@ -1,4 +1,4 @@
-"""The product's generator in a table: lists of the very histories that are asked about, made as in service."""
+"""The generator in a table: lists of the very histories that are asked about, made as in service."""
 
 import time
 
@@ -56,9 +56,12 @@ def test_a_mixed_list_has_the_weight_that_validation_chose_under_its_mask(traine
 
 def test_a_list_as_it_is_served_costs_a_beam_search_and_the_dense_head_alone_none(trained, monkeypatch):
     levels, step = [], trained.model.step
-    monkeypatch.setattr(
-        trained.model, "step", lambda level, *rest: levels.append(level) or step(level, *rest)
-    )
+
+    def counted_step(level, *rest):
+        levels.append(level)
+        return step(level, *rest)
+
+    monkeypatch.setattr(trained.model, "step", counted_step)
     monkeypatch.setattr(trained, "dense_weight_under", lambda mask: 1.0)
     trained.rank_with(trained.model)
     histories = SPLIT.test.histories[:4]
