@@ -277,7 +277,7 @@ class TrainedGenerator:
         if head == "dense" and mask == "none":
             # The one head that needs no beam. As it is served (`mixed`), a list comes out of a beam search.
             newest, contexts = self._newest(histories), self._contexts(users)
-            return self.ranker.best_items(newest, self.ranker.states(newest, contexts), k).numpy()
+            return _padded(self.ranker.best_items(newest, self.ranker.states(newest, contexts), k).numpy(), k)
         weight = self.dense_weight_under(mask) if head == "mixed" else float(head != "beam")
         return self.rank_mixed(histories, k, mask, weight, head in ("beam", "reordered"), users)
 
@@ -306,10 +306,7 @@ class TrainedGenerator:
             allowed[:, self.recipe.candidates :] = False
         if mask == "seen":
             allowed &= ~torch.from_numpy(candidate_history(candidates.items, histories).in_history)
-        order = candidates.order(dense_weight, allowed)[:, :k].numpy()
-        lists = np.full((len(histories), k), -1, dtype=np.int64)
-        lists[:, : order.shape[1]] = order
-        return lists
+        return _padded(candidates.order(dense_weight, allowed)[:, :k].numpy(), k)
 
     def _newest(self, histories: Sequence[Int64]) -> list[Int64]:
         return [row[-self.settings.max_items :] for row in histories]
@@ -329,6 +326,13 @@ class TrainedGenerator:
         if self._cached_lists is None or len(newest) >= len(self._cached_lists[1].items):
             self._cached_lists = requests, candidates
         return candidates
+
+
+def _padded(items: Int64, k: int) -> Int64:
+    """Lists of up to k items -> (B, k), -1 where there is none."""
+    lists = np.full((len(items), k), -1, dtype=np.int64)
+    lists[:, : items.shape[1]] = items
+    return lists
 
 
 class RankedRequests(NamedTuple):
