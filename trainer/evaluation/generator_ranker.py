@@ -29,7 +29,9 @@ from trainer.evaluation.validation import VALIDATION_USERS, validation_targets, 
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline_checks.ranking import Candidates, CatalogueRanker, candidate_history, fit_ranking
+from trainer.generator.torch_generator import TorchGenerator
+from trainer.offline_checks.ranking import Candidates, CatalogueRanker, in_histories
+from trainer.offline_checks.served_lists import ServedLists
 from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
 from trainer.sequences.held_out import TrainingSplit, split_log
@@ -152,8 +154,9 @@ class TrainedGenerator:
         # Item rows are the order of the catalogue here: names sort as numbers do.
         names = [f"{row:09d}" for row in range(split.dataset.size)]
         self.catalogue = training_catalogue(
-            dict(zip(names, sids, strict=True)), dict(zip(names, split.dataset.texts, strict=True)), prompt
-        )
+            dict(zip(names, sids, strict=True)), dict(zip(names, split.dataset.texts, strict=True)), prompt,
+            newest_is_page=False,
+        )  # fmt: skip
         self.sid_set = SidSet(sids, prompt)
         self.tokenizer = build_tokenizer(prompt, self.catalogue.titles, self.settings.max_words)
 
@@ -284,15 +287,12 @@ class TrainedGenerator:
     def dense_weight_under(self, mask: Mask) -> float:
         """The weight of the dense head that validation chose for the lists of a mask."""
         if not self._weights:
-            held_out, width = self.held_out, self.settings.beam
-            ranker = CatalogueRanker(self._models_after[0], self.catalogue.codes, self.sid_set, width)
-            states = ranker.states(held_out.histories, held_out.contexts)
-            candidates = ranker.candidates(held_out.histories, states)
+            scorer, limits = TorchGenerator(self._models_after[0]), self.catalogue.limits
             rules: dict[Mask, RepeatRule] = {"none": RepeatRule(), "seen": RepeatRule(repeats="never")}
-            self._weights = {
-                of_mask: fit_ranking(candidates, held_out, rules=(rule,)).dense_weight
-                for of_mask, rule in rules.items()
-            }
+            for of_mask, rule in rules.items():
+                catalogue = replace(self.catalogue, limits=replace(limits, repeats=rule))
+                lists = ServedLists(scorer, self.held_out, catalogue, self.settings.max_items)
+                self._weights[of_mask] = lists.fit_ranking()[0].dense_weight
         return self._weights[mask]
 
     def rank_mixed(
@@ -305,7 +305,7 @@ class TrainedGenerator:
         if beam_only:
             allowed[:, self.recipe.candidates :] = False
         if mask == "seen":
-            allowed &= ~torch.from_numpy(candidate_history(candidates.items, histories).in_history)
+            allowed &= ~torch.from_numpy(in_histories(candidates.items, histories))
         return _padded(candidates.order(dense_weight, allowed)[:, :k].numpy(), k)
 
     def _newest(self, histories: Sequence[Int64]) -> list[Int64]:

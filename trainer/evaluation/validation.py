@@ -12,7 +12,7 @@ from registry.bundles.ranking import RepeatRule, excluded_by_repeats
 from trainer.evaluation.ranker import CHUNK
 from trainer.evaluation.sequences import Bool, Int64
 from trainer.evaluation.splits import EvaluationSplit
-from trainer.offline_checks.ranking import REPEAT_RULES
+from trainer.offline_checks.served_lists import REPEAT_RULES
 from trainer.sequences.held_out import HeldOut
 
 # Validation targets: NDCG@10 then has a standard error near .004.
@@ -64,7 +64,7 @@ def best_rule_ndcg(score: Callable[[Sequence[Int64]], Tensor], targets: HeldOut,
     """NDCG at `k` over all items, under the repeat rule that is the best for it; 0 without targets.
 
     `score`: b histories -> scores (b, I) of all items. The rules are those that the update cycle fits
-    (`trainer.offline_checks.ranking.REPEAT_RULES`): a model of the product stops by this figure as well.
+    (`trainer.offline_checks.served_lists.REPEAT_RULES`): a model of the product stops by this figure as well.
     """
     if not len(targets.targets):
         return 0.0

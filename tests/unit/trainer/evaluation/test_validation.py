@@ -11,7 +11,7 @@ from tests.tiny_sequences import chains, sequences
 from trainer.evaluation import splits
 from trainer.evaluation.generator_ranker import TrainedGenerator, TrainingRecipe
 from trainer.evaluation.validation import best_rule_ndcg, validation_targets, validation_users
-from trainer.offline_checks.ranking import REPEAT_RULES
+from trainer.offline_checks.served_lists import REPEAT_RULES
 from trainer.sequences.held_out import HeldOut
 
 DAY = 86_400_000
