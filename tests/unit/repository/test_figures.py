@@ -23,8 +23,10 @@ from benchmarks import (
     rewards,
     speed_page,
     tasks,
+    tuning,
 )
 from benchmarks.results import RESULTS, read_lines, share_table
+from trainer.evaluation import report
 
 Line = dict[str, Any]
 Table = Callable[[Sequence[Line]], Sequence[str]]
@@ -60,6 +62,8 @@ TABLES: dict[tuple[str, str], Table] = {
     ("cycles.md", "holdout"): partial(of_command, "benchmarks.holdout", holdout.table),
     ("cycles.md", "ratchet"): partial(of_command, "benchmarks.ratchet", ratchet.table),
     ("demo.md", "seeds"): demo_page.tables,
+    ("evaluation.md", "table"): report.page_rows,
+    ("tuning.md", "table"): tuning.table,
     ("gate.md", "table"): partial(share_table, columns=gate.COLUMNS, cells=gate.cells),
     ("lineages.md", "lineages"): lineage_report.tables_of,
     ("published.md", "published"): published_page.table,
