@@ -40,8 +40,8 @@ from streams.replay import EventSource, source_of
 from trainer.settings import TrainerSettings
 
 VALUES = ("title", "taste")
-# A first model of about a third of a pass over the year, and refreshes of about a sixth of one over what a cycle
-# has: half a minute and a few seconds of one core.
+# A first model of about a third of a pass over the year, and refreshes of about a sixth of one over what a
+# cycle has: half a minute and a few seconds of one core.
 FIRST_STEPS, STEPS, CYCLES = 200, 40, 4
 # Histories as long as the prompts of pairs (`trainer.dpo.max_items`), and no time budgets.
 SETTINGS: dict[str, Any] = {"max_items": 20, "validation_users": 300, "max_seconds": None}
