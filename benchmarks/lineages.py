@@ -40,14 +40,11 @@ from streams.replay import EventSource, source_of
 from trainer.settings import TrainerSettings
 
 VALUES = ("title", "taste")
-# A first model of about a third of a pass over the year, and refreshes of about a sixth of one over what a
-# cycle has: half a minute and a few seconds of one core.
-FIRST_STEPS, STEPS, CYCLES = 200, 40, 4
-# Histories as long as the prompts of pairs (`trainer.dpo.max_items`), and no time budgets. So short a training
-# spells half of its free answers as real SIDs, a longer one nine of ten; serving spells no others.
-SETTINGS: dict[str, Any] = {
-    "max_items": 20, "validation_users": 300, "max_seconds": None, "min_validity": 0.3,
-}  # fmt: skip
+# A first model of half a pass over the year, and refreshes of a sixth of one over what a cycle has: a minute
+# and a few seconds of one core.
+FIRST_STEPS, STEPS, CYCLES = 400, 40, 3
+# Histories as long as the prompts of pairs (`trainer.dpo.max_items`), and no time budgets.
+SETTINGS: dict[str, Any] = {"max_items": 20, "validation_users": 300, "max_seconds": None}
 STRENGTHS = {"rates": (0.25, 0.5, 1.0, 2.0), "heavy": (2.0, 5.0, 10.0, 20.0)}
 
 
