@@ -31,6 +31,12 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
 from trainer.offline_checks.offpolicy import judge_by_explorations
 from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
+from trainer.offline_checks.quality_report import (
+    describe_ages,
+    describe_validation,
+    forgetting,
+    quality_metrics,
+)
 from trainer.plots.training_curve import draw_training_curve
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 from trainer.sequences.interactions import items_by_popularity
@@ -69,6 +75,7 @@ class UpdateCycle:
     result: CycleResult = field(init=False, default_factory=CycleResult)
     stages: StageReporter = field(init=False)
     inputs: CycleInputs = field(init=False)
+    parent_quality: HeldOutQuality | None = field(init=False, default=None)
     run_folder: Path = field(init=False)  # of checkpoints and exports, until the cycle is done
 
     def run(self) -> CycleResult:
@@ -111,7 +118,8 @@ class UpdateCycle:
         self.result.events = inputs.window.count_new()
         self.stages.finish(
             "window",
-            f"{len(inputs.log):,} interactions of {len(inputs.log.users):,} users, "
+            f"{len(inputs.log):,} interactions of {len(inputs.log.users):,} users "
+            f"({inputs.split.validation_users:,} more are held out), "
             f"{len(inputs.catalogue.item_ids):,} items; {self.result.events:,} events are new",
         )
         least = self.settings.schedule.min_events
@@ -193,7 +201,8 @@ class UpdateCycle:
                 model, inputs.split.held_out, inputs.catalogue, inputs.sids, self._refresh_settings(),
                 read_ranking(inputs.start_bundle.path),
             )  # fmt: skip
-            self.result.metrics |= _quality_metrics("parent", quality)
+            self.parent_quality = quality
+            self.result.metrics |= quality_metrics("parent", quality)
         return model
 
     def _report_fine_tuning(self, sft: SftResult) -> None:
@@ -206,16 +215,28 @@ class UpdateCycle:
         if sft.pretraining:
             pretraining = sft.pretraining
             metrics["pretrain/steps"] = float(pretraining.steps)
-            metrics |= _quality_metrics("pretrain", pretraining.quality) if pretraining.quality else {}
+            metrics |= quality_metrics("pretrain", pretraining.quality) if pretraining.quality else {}
             before = f"{pretraining.epochs:.1f} epochs of pretraining ({pretraining.stopped}), then "
         if sft.quality:
-            metrics |= _quality_metrics("sft", sft.quality)
+            ages_note = self._record_held_out("sft", sft.quality)
             popularity_hr, popularity_ndcg = hr_ndcg(self._popularity_ranks())
             metrics |= {"popularity/hr10": popularity_hr, "popularity/ndcg10": popularity_ndcg}
-            ranking = f", HR@10 {sft.quality.hr10:.3f} (popularity {popularity_hr:.3f})"
+            ranking = f", HR@10 {sft.quality.hr10:.3f} (popularity {popularity_hr:.3f}){ages_note}"
+        if warning := describe_validation(sft.quality, self.inputs.split.validation_users):
+            ranking += f"; {warning}"
         self.stages.finish(
             "sft", f"{before}{sft.epochs:.1f} epochs, {sft.steps} steps{ranking}; {sft.stopped}"
         )
+
+    def _record_held_out(self, stage: str, quality: HeldOutQuality) -> str:
+        """Keep a stage's held-out figures; what they say of new and old events and of forgetting, as text."""
+        self.result.metrics |= quality_metrics(stage, quality)
+        notes = [describe_ages(quality)]
+        lost = forgetting(self.parent_quality, quality) if self.parent_quality else None
+        if lost is not None:
+            self.result.metrics |= lost.metrics(stage)
+            notes.append(f"forgetting {lost.summary()}")
+        return "".join(f"; {note}" for note in notes if note)
 
     def _popularity_ranks(self) -> torch.Tensor:
         """Ranks (B,) from 0 of the held-out targets where items are ranked by popularity."""
@@ -240,7 +261,7 @@ class UpdateCycle:
         self.result.rewards = online
         if online.quality and not online.refused:
             sft.quality = online.quality
-            self.result.metrics |= _quality_metrics("rewards", online.quality)
+            self._record_held_out("rewards", online.quality)
         self.stages.finish("rewards", online.summary())
 
     def _check(self, model: GeneratorForCausalLM) -> None:
@@ -293,7 +314,7 @@ class UpdateCycle:
         result.dpo, result.no_dpo = alignment.dpo, alignment.refused
         result.metrics |= alignment.metrics
         if alignment.quality:
-            result.metrics |= _quality_metrics("dpo", alignment.quality)
+            alignment.summary += self._record_held_out("dpo", alignment.quality)
         self.stages.finish("dpo", alignment.summary)
         if alignment.model is None:
             return None
@@ -349,13 +370,3 @@ class UpdateCycle:
                 self.registry.store_training(
                     result.versions[name], stage, curve, draw_training_curve(stage, curve)
                 )
-
-
-def _quality_metrics(stage: str, quality: HeldOutQuality) -> dict[str, float]:
-    numbers = {
-        "users": quality.users, "hr10": quality.hr10, "ndcg10": quality.ndcg10, "validity": quality.validity,
-        "dense_weight": quality.ranking.dense_weight,
-    }  # fmt: skip
-    if quality.purchases:
-        numbers["purchase_hr10"] = quality.purchase_hr10
-    return {f"{stage}/{name}": float(value) for name, value in numbers.items()}
