@@ -16,28 +16,26 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from streams.errors import SidstreamError
-from trainer.alignment.losses import LOSSES, DynamicBeta, mean_margins
+from trainer.alignment.objective import PreferenceObjective
 from trainer.alignment.rows import PreferenceRow, collate_preferences
-from trainer.alignment.scores import HeadScores, score_answers
 from trainer.alignment.stop_rules import StopRules
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.probe import HeldOutProbe
 from trainer.sequences.rows import TrainingRows
-from trainer.settings import DpoSettings, TrainerSettings
+from trainer.settings import TrainerSettings
+from trainer.tuning.devices import has_gpu
 from trainer.tuning.next_item import LogReplay
 
 # Steps between two checks of the chosen SID's log-probability.
@@ -71,72 +69,21 @@ class DpoResult:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer with losses over 1 + K answers, for rows that are already token ids."""
 
-    def __init__(self, dpo: DpoSettings, replay: LogReplay | None, **trainer_arguments: Any) -> None:
+    def __init__(self, objective: PreferenceObjective, **trainer_arguments: Any) -> None:
         super().__init__(**trainer_arguments)
-        self.dpo, self.replay = dpo, replay
-        self.dynamic = DynamicBeta(
-            dpo.beta, dpo.beta_scale, dpo.beta_momentum, dpo.left_out, gather=self.accelerator.gather
-        )
-        self.pair_generator = torch.Generator().manual_seed(self.args.seed)
+        self.objective = objective
+        objective.gather = objective.dynamic.gather = self.accelerator.gather
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        heads = score_answers(self._scored_model(model), inputs)
-        with torch.no_grad():
-            reference = self._reference(model, inputs)
-        dpo, beta, selected = self.dpo, self.dpo.beta, torch.ones(len(inputs["real"]), dtype=torch.bool)
-        selected = selected.to(inputs["real"].device)
-        margins = [
-            _margins(head, reference_scores) for head, reference_scores in zip(heads, reference, strict=False)
-        ]
-        if dpo.dynamic_beta:
-            beta, selected = self.dynamic(
-                mean_margins(margins[0], heads[0].real), model.training, self.pair_generator
-            )
-        loss = torch.zeros((), device=selected.device)
-        for head, margin in zip(heads, margins, strict=True):
-            counted = selected & head.real.any(-1)
-            if bool(counted.any()):
-                loss = loss + dpo.weight * LOSSES[dpo.loss](margin[counted], head.real[counted], beta).mean()
-            loss = loss + dpo.sft_weight * head.nll
-        if self.replay is not None and model.training:
-            loss = loss + dpo.replay_weight * self.replay.loss(self.accelerator.unwrap_model(model))
-        self._record_metrics(heads[0], reference[0], margins[0], beta, model.training)
+        loss, figures = self.objective(self.accelerator.unwrap_model(model), inputs)
+        # TRL averages them over the steps between two logs.
+        metrics = self._metrics["train" if model.training else "eval"]
+        for name, value in figures.items():
+            metrics[name].append(value)
         return (loss, None) if return_outputs else loss
-
-    def _scored_model(self, model: Any) -> Any:
-        inner = self.accelerator.unwrap_model(model)
-        return inner if isinstance(inner, GeneratorForCausalLM) else model
-
-    def _reference(self, model: Any, inputs: dict[str, Tensor]) -> list[HeadScores]:
-        if self.ref_model is not None:
-            return score_answers(self.accelerator.unwrap_model(self.ref_model), inputs, with_nll=False)
-        inner = self.accelerator.unwrap_model(model)
-        with inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext():
-            return score_answers(model, inputs, with_nll=False)
-
-    def _record_metrics(
-        self, head: HeadScores, reference: HeadScores, margins: Tensor, beta: float, training: bool
-    ) -> None:
-        """Keep the figures that TRL averages over the steps between two logs."""
-        real, risen = head.real, head.scores[0].detach() - reference.scores[0]
-        measured = {
-            "risen": risen, "margin": mean_margins(margins.detach(), real),
-            "accuracy": ((margins > 0) & real).sum(-1) / real.sum(-1),
-            "logps/chosen": head.scores[0].detach(),
-        }  # fmt: skip
-        metrics = self._metrics["train" if training else "eval"]
-        for name, values in measured.items():
-            metrics[name].append(float(self.accelerator.gather(values.float()).mean()))
-        metrics["beta"].append(beta)
-
-
-def _margins(head: HeadScores, reference: HeadScores) -> Tensor:
-    """Margins (B, K): the chosen answer's gain over the reference less each rejected answer's gain."""
-    risen = head.scores - reference.scores
-    return (risen[0] - risen[1:]).T
 
 
 def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
@@ -185,7 +132,7 @@ def align(
     Raises SidstreamError when there are no rows.
     """
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
-    replay = LogReplay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
+    replay = LogReplay(sequences) if sequences is not None and settings.dpo.replay_weight else None
     _, result = _train(
         policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
     )
@@ -235,10 +182,10 @@ def _train(
     arguments = DPOConfig(
         output_dir=str(folder), seed=settings.seed, num_train_epochs=dpo.epochs, learning_rate=dpo.lr,
         per_device_train_batch_size=dpo.batch, beta=dpo.beta, max_length=None, bf16=False,
-        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), lr_scheduler_type="cosine",
+        gradient_checkpointing=False, use_cpu=not has_gpu(), lr_scheduler_type="cosine",
         # The first warm-up step has a rate of 0: a stage of fewer than ten steps has no warm-up.
         warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_STEPS_BETWEEN_LOGS, save_strategy="no",
-        report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=False,
+        report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=has_gpu(),
         # Answers are scored without any; the replayed sequences are learned with it, as in fine-tuning.
         disable_dropout=False,
     )  # fmt: skip
@@ -247,8 +194,9 @@ def _train(
     stop_rules = StopRules(dpo, probe, progress, stop)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _SilentTraining():
+        objective = PreferenceObjective(dpo, reference, replay, settings.seed, settings.arithmetic)
         trainer = _PreferenceTrainer(
-            dpo, replay, model=policy, ref_model=reference, args=arguments,
+            objective, model=policy, ref_model=reference, args=arguments,
             train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=tokenizer,
             data_collator=lambda batch: collate_preferences(batch, pad_id), callbacks=[stop_rules],
             peft_config=adapters,

@@ -39,7 +39,7 @@ from trainer.sequences.labelled_answers import LabelledAnswers
 from trainer.sequences.rows import TrainingRows
 from trainer.tuning.checkpoint import restore, snapshot
 from trainer.tuning.devices import device
-from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows
+from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows, smoothing_tree
 from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
@@ -242,10 +242,11 @@ class OnlineStage:
         online, model = self.settings.rewards.online, self.model
         optimizer = ClippedAdamW(model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay)
         table, scored = catalogue_table_rows(model, self.rows)
-        replay = LogReplay(model, self.rows)
+        tree = smoothing_tree(model, self.settings)
+        replay = LogReplay(self.rows)
 
         def loss_of(batch: SequenceBatch) -> Tensor:
-            return batch_loss(model, batch, [], table, scored, self.settings) + replay.loss(model)
+            return batch_loss(model, batch, [], table, scored, self.settings, tree) + replay.loss(model)
 
         model.train()
         torch.manual_seed(self.settings.seed + number)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _MAX_GRADIENT_NORM = 1.0
+# Steps between two looks at the loss of a training: some tenths of a second of a small model on a GPU.
+STEPS_BETWEEN_LOOKS = 20
 Batch = TypeVar("Batch")
 
 
@@ -35,12 +37,12 @@ class ClippedAdamW:
                 group["lr"] = lr
         self.optimizer.step()
 
-    def minimise(self, loss: Tensor) -> float:
-        """One step down a scalar loss; its value."""
+    def minimise(self, loss: Tensor) -> Tensor:
+        """One step down a scalar loss; its value (), on the device that it was computed on."""
         self.clear_gradients()
         loss.backward()
         self.apply_gradients()
-        return float(loss.detach())
+        return loss.detach()
 
 
 def train_on_batches(
@@ -53,15 +55,16 @@ def train_on_batches(
 ) -> tuple[int, float]:
     """A step for each batch until `stop()`, called before each -> how many steps, and the last one's loss.
 
-    The loss is NaN where there was no step. `progress(step, loss)` is called after each step. SFT has a loop
-    of its own (trainer.tuning.sft): it shares its steps with other processes, and goes on from checkpoints.
+    The loss is NaN where there was no step. `progress(step, loss)` is called every STEPS_BETWEEN_LOOKS steps:
+    the host waits for a GPU to tell a loss. SFT has a loop of its own (trainer.tuning.sft): it shares its
+    steps with other processes, and goes on from checkpoints.
     """
-    steps, value = 0, float("nan")
+    steps, value = 0, torch.tensor(float("nan"))
     for batch in batches:
         if stop is not None and stop():
             break
         value = optimizer.minimise(loss_of(batch))
         steps += 1
-        if progress is not None:
-            progress(steps, value)
-    return steps, value
+        if progress is not None and steps % STEPS_BETWEEN_LOOKS == 0:
+            progress(steps, float(value))
+    return steps, float(value)
