@@ -1,4 +1,4 @@
-"""Claim: ten thousand explorations veto a model that loses a third of the clicks, one thousand seldom do.
+"""Claim: a thousand explorations veto a model that loses a fifth of the clicks, and seldom one at the margin.
 
 Simulated explorations of eight candidates, drawn evenly; one in ten answers is clicked. A new policy draws
 the candidates that are clicked less, so that its true rate is so much below the logged one. Prints one line

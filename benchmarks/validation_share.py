@@ -20,7 +20,7 @@ from trainer.evaluation.generator_ranker import GeneratorRanker, TrainedGenerato
 from trainer.evaluation.run import evaluate_ranker
 from trainer.evaluation.splits import EvaluationSplit, split_by_time
 
-SHARES = (0.0, 0.05, 0.1, 0.2)
+SHARES = (0.0, 0.1, 0.05, 0.2)
 
 
 def measure(split: EvaluationSplit, share: float, epochs: int, seed: int) -> dict[str, Any]:
