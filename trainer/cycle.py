@@ -10,14 +10,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from registry.arms import CHAMPION, SFT
-from registry.bundles.bundle import BundleKind
+from registry.bundles.bundle import Bundle, BundleKind
 from registry.bundles.ranking import read as read_ranking
 from registry.bundles.store import Registry
+from registry.decoding.list_rules import ListLimits
 from registry.releases import release
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
@@ -35,7 +37,6 @@ from trainer.offline_checks.quality_report import (
     describe_ages,
     describe_validation,
     forgetting,
-    quality_metrics,
 )
 from trainer.plots.training_curve import draw_training_curve
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers
@@ -56,7 +57,8 @@ class UpdateCycle:
 
     `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
     how long after an answer its clicks may come, `window_ms` the attribution window of preference pairs,
-    `step` the share of their full weights that challengers get at first. With several `devices` this is their
+    `step` the share of their full weights that challengers get at first, `limits` those of serving's lists,
+    which the offline figures are of. With several `devices` this is their
     main process, and all of them train SFT. `stop()` says whether the cycle shall end, its checkpoint kept.
     """
 
@@ -68,6 +70,7 @@ class UpdateCycle:
     horizon_ms: int = field(kw_only=True)
     window_ms: int = field(kw_only=True)
     step: float = field(default=1.0, kw_only=True)
+    limits: ListLimits = field(default_factory=ListLimits, kw_only=True)
     from_scratch: bool = field(default=False, kw_only=True)
     progress: ReportStage | None = field(default=None, kw_only=True)
     stop: Callable[[], bool] | None = field(default=None, kw_only=True)
@@ -111,7 +114,7 @@ class UpdateCycle:
     def _read_inputs(self) -> str | None:
         """Read the window; why it is too small for a cycle, None where it is not."""
         self.inputs = inputs = read_cycle_inputs(
-            self.settings, self.kafka, self.registry, from_scratch=self.from_scratch,
+            self.settings, self.kafka, self.registry, self.limits, from_scratch=self.from_scratch,
             horizon_ms=self.horizon_ms, window_ms=self.window_ms,
             reading=lambda count: self.stages.report("window", f"{count:,} records"),
         )  # fmt: skip
@@ -198,11 +201,11 @@ class UpdateCycle:
         model.set_items(torch.from_numpy(inputs.catalogue.codes), text_vectors)
         if len(inputs.split.held_out.targets):
             quality = evaluate_held_out(
-                model, inputs.split.held_out, inputs.catalogue, inputs.sids, self._refresh_settings(),
+                model, inputs.split.held_out, inputs.catalogue, inputs.sids,
                 read_ranking(inputs.start_bundle.path),
             )  # fmt: skip
             self.parent_quality = quality
-            self.result.metrics |= quality_metrics("parent", quality)
+            self.result.record_quality("parent", quality)
         return model
 
     def _report_fine_tuning(self, sft: SftResult) -> None:
@@ -215,7 +218,8 @@ class UpdateCycle:
         if sft.pretraining:
             pretraining = sft.pretraining
             metrics["pretrain/steps"] = float(pretraining.steps)
-            metrics |= quality_metrics("pretrain", pretraining.quality) if pretraining.quality else {}
+            if pretraining.quality:
+                self.result.record_quality("pretrain", pretraining.quality)
             before = f"{pretraining.epochs:.1f} epochs of pretraining ({pretraining.stopped}), then "
         if sft.quality:
             ages_note = self._record_held_out("sft", sft.quality)
@@ -230,7 +234,7 @@ class UpdateCycle:
 
     def _record_held_out(self, stage: str, quality: HeldOutQuality) -> str:
         """Keep a stage's held-out figures; what they say of new and old events and of forgetting, as text."""
-        self.result.metrics |= quality_metrics(stage, quality)
+        self.result.record_quality(stage, quality)
         notes = [describe_ages(quality)]
         lost = forgetting(self.parent_quality, quality) if self.parent_quality else None
         if lost is not None:
@@ -239,12 +243,17 @@ class UpdateCycle:
         return "".join(f"; {note}" for note in notes if note)
 
     def _popularity_ranks(self) -> torch.Tensor:
-        """Ranks (B,) from 0 of the held-out targets where items are ranked by popularity."""
-        inputs = self.inputs
-        by_popularity = list(items_by_popularity(inputs.log, inputs.catalogue))
-        rank = np.empty(len(by_popularity), dtype=np.int64)
+        """Ranks (B,) from 0 of the held-out targets where active items are ranked by popularity, without the
+        item of the page."""
+        inputs, held_out = self.inputs, self.inputs.split.held_out
+        by_popularity = np.array(list(items_by_popularity(inputs.log, inputs.catalogue)), dtype=np.int64)
+        if inputs.catalogue.active is not None:
+            by_popularity = by_popularity[inputs.catalogue.active[by_popularity]]
+        rank = np.full(len(inputs.catalogue.item_ids), len(inputs.catalogue.item_ids), dtype=np.int64)
         rank[by_popularity] = np.arange(len(by_popularity))
-        return torch.from_numpy(rank[inputs.split.held_out.targets])
+        targets = rank[held_out.targets]
+        pages = np.array([rank[history[-1]] for history in held_out.histories], dtype=np.int64)
+        return torch.from_numpy(targets - (pages < targets))
 
     def _learn_rewards(self, model: GeneratorForCausalLM, rows: TrainingRows) -> None:
         """The online stage of rewards, where there is one. Its model replaces the one that SFT left."""
@@ -266,16 +275,20 @@ class UpdateCycle:
 
     def _check(self, model: GeneratorForCausalLM) -> None:
         """The offline check of the fine-tuned model. Raises SidstreamError where it fails."""
-        start = self.inputs.start_bundle
-        # A refused model has no bundle id: its run and the bundle that it was trained from name it.
-        origin = f"bundle {start.id}" if start else "scratch"
         check_finite(model)
         reason = self._quality_failure() or self._offpolicy_veto("sft", model)
         if reason:
-            raise SidstreamError(
-                f"candidate {self.run_folder.name} (from {origin}) failed its offline check and was not "
-                f"registered: {reason}"
-            )
+            self._refuse(reason)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Raise SidstreamError: the fine-tuned model is not released."""
+        # A refused model has no bundle id: its run and the bundle that it was trained from name it.
+        start = self.inputs.start_bundle
+        origin = f"bundle {start.id}" if start else "scratch"
+        raise SidstreamError(
+            f"candidate {self.run_folder.name} (from {origin}) failed its offline check and was not "
+            f"registered: {reason}"
+        )
 
     def _quality_failure(self) -> str | None:
         """Why the held-out users' figures refuse the model; None where they do not, or nobody is held out."""
@@ -313,6 +326,7 @@ class UpdateCycle:
         result.pairs, result.withdrawn = alignment.pairs, alignment.withdrawn
         result.dpo, result.no_dpo = alignment.dpo, alignment.refused
         result.metrics |= alignment.metrics
+        result.dpo_quality = alignment.quality
         if alignment.quality:
             alignment.summary += self._record_held_out("dpo", alignment.quality)
         self.stages.finish("dpo", alignment.summary)
@@ -328,15 +342,17 @@ class UpdateCycle:
         result, registry = self.result, self.registry
         first = registry.alias(CHAMPION) is None
         kind: BundleKind = "base" if first else "sft"
-        writer = BundleWriter(self.inputs, self.settings, self.result, self.run_folder)
-        bundles = {kind: writer.write(kind, model)}
-        if aligned_model is not None:
-            bundles["dpo"] = writer.write("dpo", aligned_model, reference=bundles[kind].id)
+        writer = BundleWriter(self.inputs, self._refresh_settings(), self.result, self.run_folder)
+        models: dict[BundleKind, GeneratorForCausalLM] = {kind: model}
+        bundles = {kind: self._write_tuned(writer, kind, model)}
+        aligned_bundle = aligned_model and self._write_aligned(writer, aligned_model, bundles[kind].id)
+        if aligned_model is not None and aligned_bundle is not None:
+            models["dpo"], bundles["dpo"] = aligned_model, aligned_bundle
         worst = max(result.metrics[f"{name}/parity"] for name in bundles)
         self.stages.finish("export", f"{len(bundles)} bundle(s), parity {worst:.1g}")
-        params = writer.params()
         for name, bundle in bundles.items():
             result.bundles[name] = bundle.id
+            params = writer.params(name, models[name])
             result.versions[name] = registry.register(bundle, result.metrics, params)
         self._store_curves(kind)
         with self.promoting() as publisher:
@@ -350,6 +366,31 @@ class UpdateCycle:
         result.action, result.trial = event.action, event.trial
         versions = ", ".join(f"{name} is version {version}" for name, version in result.versions.items())
         self.stages.finish("register", f"{versions}; {'in service' if first else 'on trial'}")
+
+    def _write_tuned(self, writer: BundleWriter, kind: BundleKind, model: GeneratorForCausalLM) -> Bundle:
+        """The bundle of the fine-tuned model. Raises SidstreamError where its files fail the offline check:
+        what is judged last is what is served."""
+        sft = self.result.sft
+        bundle, served = writer.write(kind, model, sft.quality if sft else None)
+        if sft is not None and served is not None:
+            sft.quality = served
+            if reason := self._quality_failure():
+                self._refuse(reason)
+        return bundle
+
+    def _write_aligned(
+        self, writer: BundleWriter, model: GeneratorForCausalLM, reference: str
+    ) -> Bundle | None:
+        """The bundle of the aligned model; None where its files fail the offline check."""
+        result = self.result
+        bundle, served = writer.write("dpo", model, result.dpo_quality, reference)
+        if served is None or result.sft is None or result.sft.quality is None:
+            return bundle
+        result.dpo_quality = served
+        if reason := reason_to_refuse(served, result.sft.quality.hr10, self.settings):
+            result.no_dpo = f"it failed its offline check: {reason}"
+            return None
+        return bundle
 
     def _store_curves(self, kind: BundleKind) -> None:
         """Keep the learning curves of all stages beside the versions that they led to."""
