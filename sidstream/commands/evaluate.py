@@ -43,7 +43,19 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="also the difference of every model to this one")
     ] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="time budget of one training, in seconds")] = None,
+    cpu_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="budget of each training, in seconds on the processor; the same for all models",
+        ),
+    ] = None,
+    chosen_settings: Annotated[
+        bool,
+        typer.Option(
+            "--chosen-settings", help="train by what a search chose on this set's validation, not by defaults"
+        ),
+    ] = False,
     arithmetic: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +82,9 @@ def evaluate(
     names = _model_names(models, against)
     masks = _masks(mask)
     kind = split or datasets.dataset_source(dataset).splits[0]
-    table = _Table(dataset, names, seeds, mask, kind, shards, max_seconds, _arithmetic(arithmetic))
+    table = _Table(
+        dataset, names, seeds, mask, kind, shards, cpu_seconds, chosen_settings, _arithmetic(arithmetic)
+    )
     splitter = _splitter(kind)
     commit()
     with status(f"reading {dataset}") as show:
@@ -93,13 +107,15 @@ class _Table:
     mask: str
     split: str
     shards: int
-    max_seconds: float | None
+    cpu_seconds: float | None
+    chosen_settings: bool
     arithmetic: Arithmetic
 
     @property
     def protocol(self) -> str:
-        """The split, and in how many shards its test is learned."""
-        return f"{self.split}, {self.shards} shards" if self.shards else self.split
+        """The split, in how many shards its test is learned, and the budget of a training."""
+        protocol = f"{self.split}, {self.shards} shards" if self.shards else self.split
+        return f"{protocol}, {self.cpu_seconds:g} CPU seconds a training" if self.cpu_seconds else protocol
 
     @property
     def command(self) -> str:
@@ -108,8 +124,10 @@ class _Table:
         command += f" --mask {self.mask} --split {self.split}"
         if self.shards:
             command += f" --shards {self.shards}"
-        if self.max_seconds:
-            command += f" --max-seconds {self.max_seconds:g}"
+        if self.cpu_seconds:
+            command += f" --cpu-seconds {self.cpu_seconds:g}"
+        if self.chosen_settings:
+            command += " --chosen-settings"
         if self.arithmetic != "auto":
             command += f" --arithmetic {self.arithmetic}"
         return command
@@ -204,7 +222,10 @@ def _measure(
     from trainer.evaluation.run import evaluate_ranker, with_means
     from trainer.rankers import MODELS, Options
 
-    options = Options(table.max_seconds, arithmetic=table.arithmetic)
+    options = Options(
+        table.cpu_seconds, arithmetic=table.arithmetic,
+        chosen_for=table.dataset if table.chosen_settings else None,
+    )  # fmt: skip
     measured: list[MeasuredRun] = []
     for seed in range(1, table.seeds + 1):
         for name in table.names:
