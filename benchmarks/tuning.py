@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,17 +150,30 @@ def publish(row: dict[str, Any], folder: Path, chosen_file: Path) -> None:
         or (other["cpu_seconds"] == row["cpu_seconds"] and other["trial"] != row["trial"])
     ]
     rows = sorted([*kept, row], key=lambda other: (other["dataset"], other["model"], other["trial"]))
+    chosen = {
+        dataset: {family: leader["settings"] for family, leader in families.items()}
+        for dataset, families in best_trials(rows).items()
+    }
+    put_table(folder / "tuning.md", _BEGIN, _END, table(rows))
+    write_lines(folder / "tuning.jsonl", rows)
+    chosen_file.write_text(json.dumps(chosen, indent=1) + "\n")
+
+
+def best_trials(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The line of the best trial of each family, by data set."""
     best: dict[str, dict[str, dict[str, Any]]] = {}
     for other in rows:
         families = best.setdefault(other["dataset"], {})
         leader = families.get(other["model"])
         if leader is None or other["value"] > leader["value"]:
             families[other["model"]] = other
-    chosen = {
-        dataset: {family: leader["settings"] for family, leader in families.items()}
-        for dataset, families in best.items()
-    }
-    table = markdown_table(
+    return best
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a trial."""
+    best = best_trials(rows)
+    return markdown_table(
         ["data set", "model", "trial", "CPU seconds", "validation NDCG@10", "chosen", "settings"],
         [
             [
@@ -171,9 +184,6 @@ def publish(row: dict[str, Any], folder: Path, chosen_file: Path) -> None:
             for other in rows
         ],
     )  # fmt: skip
-    put_table(folder / "tuning.md", _BEGIN, _END, table)
-    write_lines(folder / "tuning.jsonl", rows)
-    chosen_file.write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 if __name__ == "__main__":

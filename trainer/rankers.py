@@ -16,7 +16,7 @@ from trainer.settings import Arithmetic
 class Options(NamedTuple):
     """What a run asks of a model that is trained."""
 
-    cpu_seconds: float | None = None  # budget of one `fit` on the processor; None: until it stops by itself
+    cpu_seconds: float | None = None  # budget of a training on the processor; None: until it stops by itself
     epochs: int | None = None  # passes over the training part, at most; None: the model's own
     arithmetic: Arithmetic = "auto"  # of matrix products in training
     chosen_for: str | None = None  # the data set whose chosen settings are used; None: each model's own

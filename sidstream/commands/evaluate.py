@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -50,6 +50,10 @@ def evaluate(
             help="budget of each training, in seconds on the processor; the same for all models",
         ),
     ] = None,
+    targets: Annotated[
+        int | None,
+        typer.Option(min=1, help="measure so many of the test's targets, the same for all; default: all"),
+    ] = None,
     chosen_settings: Annotated[
         bool,
         typer.Option(
@@ -83,12 +87,13 @@ def evaluate(
     masks = _masks(mask)
     kind = split or datasets.dataset_source(dataset).splits[0]
     table = _Table(
-        dataset, names, seeds, mask, kind, shards, cpu_seconds, chosen_settings, _arithmetic(arithmetic)
-    )
+        dataset, names, seeds, mask, kind, shards, targets, cpu_seconds, chosen_settings,
+        _arithmetic(arithmetic),
+    )  # fmt: skip
     splitter = _splitter(kind)
     commit()
     with status(f"reading {dataset}") as show:
-        split_data = splitter(datasets.load_dataset(dataset, data))
+        split_data = _with_targets(splitter(datasets.load_dataset(dataset, data)), targets, shards)
         measured = _measure(table, split_data, masks, show)
     figures, differences = table.lines(measured, against)
     lines = [*figures, *differences]
@@ -107,14 +112,17 @@ class _Table:
     mask: str
     split: str
     shards: int
+    targets: int | None
     cpu_seconds: float | None
     chosen_settings: bool
     arithmetic: Arithmetic
 
     @property
     def protocol(self) -> str:
-        """The split, in how many shards its test is learned, and the budget of a training."""
+        """The split, in how many shards its test is learned, how many targets, the budget of a training."""
         protocol = f"{self.split}, {self.shards} shards" if self.shards else self.split
+        if self.targets:
+            protocol += f", {self.targets} targets"
         return f"{protocol}, {self.cpu_seconds:g} CPU seconds a training" if self.cpu_seconds else protocol
 
     @property
@@ -124,6 +132,8 @@ class _Table:
         command += f" --mask {self.mask} --split {self.split}"
         if self.shards:
             command += f" --shards {self.shards}"
+        if self.targets:
+            command += f" --targets {self.targets}"
         if self.cpu_seconds:
             command += f" --cpu-seconds {self.cpu_seconds:g}"
         if self.chosen_settings:
@@ -213,6 +223,18 @@ def _splitter(kind: str) -> Callable[[SequenceDataset], EvaluationSplit]:
     if kind not in splitters:
         raise SidstreamError(f"--split is {kind!r}: give {' or '.join(splitters)}")
     return splitters[kind]
+
+
+def _with_targets(split: EvaluationSplit, targets: int | None, shards: int) -> EvaluationSplit:
+    """The split with `targets` of its test, drawn with a fixed seed, in their order; None: with all."""
+    import numpy as np
+
+    if targets is None or targets >= len(split.test):
+        return split
+    if shards:
+        raise SidstreamError("--targets draws from a whole test: leave it out, or leave out --shards")
+    drawn = np.random.default_rng(0).permutation(len(split.test))[:targets]
+    return replace(split, test=split.test.take(np.sort(drawn)))
 
 
 def _measure(

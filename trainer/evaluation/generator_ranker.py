@@ -18,6 +18,7 @@ from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking, RepeatRule
 from registry.bundles.rewards import with_reward_fields
+from registry.decoding.list_rules import ListLimits
 from registry.hold_out import HoldOut
 from registry.settings import CodebookSettings
 from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
@@ -52,8 +53,8 @@ class TrainingRecipe:
 
     trainer: dict[str, Any] = field(default_factory=dict)
     codebook: dict[str, Any] = field(default_factory=dict)
-    candidates: int = 50  # of each head
-    # Budget of `fit` on the processor, from the codebook on; None: the trainer's own limits.
+    candidates: int = ListLimits.beam  # of each head, as in service
+    # Budget of the training on the processor, in place of `max_seconds`; None: the trainer's own limits.
     cpu_seconds: float | None = None
 
     def with_trainer_settings(self, trainer: dict[str, Any]) -> TrainingRecipe:
@@ -112,7 +113,7 @@ class TrainedGenerator:
             return
         if self._first_member:
             self._first_member.fit(split, seed, progress)
-        self._started = time.process_time()
+        started = time.process_time()
         self.settings = TrainerSettings.model_validate(
             {"beat_popularity": False, **self.recipe.trainer, "seed": seed}
         )
@@ -123,7 +124,7 @@ class TrainedGenerator:
         self._train_generator(text_vectors, progress, teacher)
         self._seed, self._split = seed, split
         self._train_lengths = [len(items) for items in split.train]
-        self.trained_s = time.process_time() - self._started
+        self.trained_s = time.process_time() - started
         if self._first_member:
             self.trained_s += self._first_member.trained_s
 
@@ -211,9 +212,7 @@ class TrainedGenerator:
         first_member, settings, clock = self._first_member, self.settings, time.monotonic
         if self.recipe.cpu_seconds is not None:
             clock = time.process_time
-            left = self.recipe.cpu_seconds - (clock() - self._started)
-            # What the codebook took counts; a training without a step is none.
-            settings = settings.model_copy(update={"max_seconds": max(left, 1.0)})
+            settings = settings.model_copy(update={"max_seconds": self.recipe.cpu_seconds})
         self.model, self.result = train_ensemble(
             new_member, self.rows, self.sid_set, settings, progress=progress, teacher=teacher,
             first_member=(first_member.model, first_member.result) if first_member else None,

@@ -9,6 +9,7 @@ from registry.settings import CodebookSettings
 from trainer.baselines.sasrec import SasRec, SasRecSettings
 from trainer.evaluation.generator_ranker import GeneratorRanker
 from trainer.evaluation.results import line
+from trainer.evaluation.validation import VALIDATION_USERS
 from trainer.rankers import MODELS, Options, chosen_settings
 from trainer.settings import TrainerSettings
 
@@ -31,7 +32,7 @@ def test_every_trial_is_a_setting_that_can_be_trained(family):
             TrainerSettings.model_validate(settings["trainer"])
             CodebookSettings.model_validate(settings["codebook"])
             # The budget of the search decides, and the same validation for all.
-            assert settings["trainer"]["validation_users"] == 3000
+            assert settings["trainer"]["validation_users"] == VALIDATION_USERS
         else:
             SasRec(SasRecSettings(**settings))
 

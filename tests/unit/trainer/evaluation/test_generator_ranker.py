@@ -73,12 +73,11 @@ def test_a_list_as_it_is_served_costs_a_beam_search_and_the_dense_head_alone_non
     assert mixed.tolist() == dense.tolist()
 
 
-def test_the_codebook_counts_in_the_budget_on_the_processor():
+def test_a_budget_on_the_processor_ends_the_training_and_the_codebook_is_in_its_cost():
     generator = TrainedGenerator(TrainingRecipe(TINY | {"epochs": 500, "patience": 500}, CODEBOOK, 8, 0.5))
     began = time.process_time()
     generator.fit(SPLIT, 1, quiet)
     assert generator.result.stopped == "time budget spent"
     assert generator.result.epochs < 500
     assert 0 < generator.trained_s <= time.process_time() - began
-    # An elapsed budget ends a training whatever the clock on the wall says.
-    assert generator.result.seconds <= generator.trained_s
+    assert 0.5 <= generator.result.seconds < generator.trained_s
