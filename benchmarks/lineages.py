@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,7 +78,11 @@ def main() -> None:
     for seed in options.seeds:
         start = Start(seed, settings)
         for value in options.values:
-            run = chosen(value, start) if options.choose else lineages(value, start, options, rows)
+            run = (
+                chosen(value, start, options.variants)
+                if options.choose
+                else lineages(value, start, options, rows)
+            )
             for row in run:
                 print(json.dumps(row), flush=True)
                 rows.append(row)
@@ -140,14 +144,15 @@ def lineages(
             yield row | {"cpu_seconds": round(time.process_time() - began, 1)}
 
 
-def chosen(value: str, start: Start) -> Iterator[dict[str, Any]]:
+def chosen(value: str, start: Start, variants: Sequence[str]) -> Iterator[dict[str, Any]]:
     """True rates of one cycle's fine-tuned model, and of what each variant makes of it at each strength."""
     shop, trainer = start.shop(value), start.first[0].copy()
     # As much as a trial leaves, so that what is counted and learned is as of a later cycle.
     shop.visit(SESSIONS_PER_LOOK * LOOKS)
     tuning = trainer.fine_tune(shop, STEPS)
     yield {"value": value, "seed": start.seed, "model": "sft"} | asdict(shop.true_rates(tuning.version))
-    for name, variant in VARIANTS.items():
+    for name in variants:
+        variant = VARIANTS[name]
         for strength in STRENGTHS.get(name, (variant.strength,)):
             beside = trainer.beside(shop, tuning, replace(variant, strength=strength))
             if beside:
