@@ -309,6 +309,12 @@ class TrainerSettings(Section):
     max_steps: int | None = Field(
         None, ge=1, description="steps of one training, the same work on any machine; empty: no limit"
     )
+    checkpoint_seconds: float = Field(
+        120.0,
+        ge=0,
+        description="age of the last checkpoint at most: a training that is killed loses the work since; 0: one "
+        "after each step",
+    )
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
     batch_positions: int = Field(512, ge=8, description="items a step, padding included")
     validation_users: int = Field(1000, ge=0, description="users whose last item is held out")

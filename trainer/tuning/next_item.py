@@ -191,9 +191,17 @@ class LogReplay:
         self._epoch = 0
         self._left: list[SequenceBatch] = []
 
-    def loss(self, model: GeneratorForCausalLM) -> Tensor:
-        """Of the next batch; epochs follow each other without an end."""
+    def skip(self, batches: int) -> None:
+        """Go on after so many batches, which a stage that was cut off has learned."""
+        for _ in range(batches):
+            self._next_batch()
+
+    def _next_batch(self) -> SequenceBatch:
         if not self._left:
             self._left = self._rows.sequence_batches(self._epoch)
             self._epoch += 1
-        return batch_loss(model, self._left.pop(), [], self._table, self._among, self._rows.settings)
+        return self._left.pop()
+
+    def loss(self, model: GeneratorForCausalLM) -> Tensor:
+        """Of the next batch; epochs follow each other without an end."""
+        return batch_loss(model, self._next_batch(), [], self._table, self._among, self._rows.settings)

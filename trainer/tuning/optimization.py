@@ -35,11 +35,11 @@ class ClippedAdamW:
                 group["lr"] = lr
         self.optimizer.step()
 
-    def minimise(self, loss: Tensor) -> float:
-        """One step down a scalar loss; its value."""
+    def minimise(self, loss: Tensor, lr: float | None = None) -> float:
+        """One step down a scalar loss, at the rate `lr` from now on where one is given; its value."""
         self.clear_gradients()
         loss.backward()
-        self.apply_gradients()
+        self.apply_gradients(lr)
         return float(loss.detach())
 
 
