@@ -166,7 +166,6 @@ def main() -> None:
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
     )  # fmt: skip
     sequences = TrainingRows(
-        inputs.log,
         inputs.split,
         inputs.catalogue,
         inputs.tokenizer,

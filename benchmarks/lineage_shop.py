@@ -25,6 +25,7 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.experiment.decision import judge
 from registry.experiment.statistics import arm_sums
+from registry.hold_out import HoldOut
 from registry.settings import CodebookSettings, GateSettings, RolloutSettings
 from streams.events import (
     Click,
@@ -49,7 +50,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.offline_check import held_out_probe, reason_to_refuse
 from trainer.offline_checks.quality import evaluate_held_out
 from trainer.offline_checks.ranking import CatalogueRanker
-from trainer.sequences.held_out import hold_out_last_items
+from trainer.sequences.held_out import split_log, without_validation_users
 from trainer.sequences.interactions import training_catalogue, user_sequences
 from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
@@ -137,6 +138,8 @@ class LineageShop:
     ) -> None:
         self.seed, self.aligned, self.report_progress = seed, aligned, tell
         self.settings = settings.model_copy(update={"seed": seed})
+        # The validation users of every generation, as the update cycle deals them.
+        self.hold_out = HoldOut(share=settings.validation_share)
         self.random = np.random.default_rng(seed)
         self.shoppers_settings = ShoppersSettings.model_validate({"seed": seed})
         log = source_of("online-retail")
@@ -294,7 +297,7 @@ class LineageShop:
         log = user_sequences(
             recorded.users, recorded.ts, recorded.items, self.catalogue, fresh, recorded.bought
         )
-        split = hold_out_last_items(log, settings, np.random.default_rng(settings.seed))
+        split = split_log(log, self.hold_out, settings)
         champion = self.arms.get(CHAMPION)
         changes: dict[str, Any] = {"max_seconds": seconds}
         if champion is None:
@@ -305,7 +308,7 @@ class LineageShop:
             model = copy.deepcopy(champion.tuned)
             changes["lr"] = settings.refresh_lr
         train_settings = settings.model_copy(update=changes)
-        rows = TrainingRows(log, split, self.catalogue, self.tokenizer, self.prompt, train_settings)
+        rows = TrainingRows(split, self.catalogue, self.tokenizer, self.prompt, train_settings)
         result = train(model, rows, self.sids, train_settings)
         quality = result.quality
         assert quality is not None, "somebody is held out"
@@ -314,7 +317,10 @@ class LineageShop:
         summary = f"version {self.version_count}: {result.epochs:.1f} epochs, HR@10 {quality.hr10:.3f}"
         candidates = [tuned]
         if champion is not None and self.aligned:
-            pairs = preference_rows(self.preference_pairs, CODEBOOK_ID, self.prompt, train_settings.dpo)
+            learned, _ = without_validation_users(
+                self.preference_pairs, lambda pair: pair.user_id, self.hold_out
+            )
+            pairs = preference_rows(learned, CODEBOOK_ID, self.prompt, train_settings.dpo)
             probe = held_out_probe(split.held_out, self.catalogue, self.sids, train_settings, quality.ranking)
             with tempfile.TemporaryDirectory() as folder:
                 better, dpo = align(

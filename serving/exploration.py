@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.releases.rollout import user_share
+from registry.hold_out import user_share
 
 # Salts of the two hashes. They differ, or the requests that are explored would all draw the first candidates.
 _SHARE_SALT, _DRAW_SALT = "explore", "explore-draw"

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from registry.releases.rollout import user_share
+from registry.hold_out import user_share
 from serving.bundle_loader import LoadedRollout
 from serving.model_health import ModelHealthRecorder
 from serving.recommender import Recommender, Request

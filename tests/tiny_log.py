@@ -7,10 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from registry.hold_out import HoldOut
 from streams.events import Event, Exploration, encode
 from tests.tiny_explorations import T0
 from trainer.log.interaction_log import INTERACTIONS, VALUES, InteractionLog
 from trainer.log.window import TOPICS, Window
+
+NOBODY = HoldOut(share=0.0)
 
 
 class Logged:

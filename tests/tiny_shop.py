@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from registry.bundles.context import Context, vocabulary
 from registry.bundles.prompt import Prompt
+from registry.hold_out import HoldOut
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM, new_generator
-from trainer.sequences.held_out import TrainingSplit, hold_out_last_items
+from trainer.sequences.held_out import TrainingSplit, split_log
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, training_catalogue, user_sequences
 from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
@@ -31,12 +32,17 @@ class Shop:
     settings: TrainerSettings
     prompt: Prompt
     catalogue: TrainingCatalogue
-    log: Interactions
+    whole_log: Interactions
     split: TrainingSplit
     tokenizer: PreTrainedTokenizerFast
     sids: SidSet
     rows: TrainingRows
     context: Context = field(default_factory=Context)
+
+    @property
+    def log(self) -> Interactions:
+        """What is learned from, as in the inputs of a cycle."""
+        return self.split.log
 
     def model(self, seed: int = 0, **shape: Any) -> GeneratorForCausalLM:
         """A generator of width 32 with fresh weights."""
@@ -93,7 +99,7 @@ def shop(
     chosen = TrainerSettings.model_validate(
         {
             "max_items": 8,
-            "validation_users": 10,
+            "validation_share": 0.25,
             "batch_positions": 64,
             "lr": 5e-3,
             "max_seconds": None,
@@ -122,8 +128,8 @@ def shop(
     counts = {"scene": {"up": 2, "down": 1}} if scenes else {}
     context = vocabulary(counts, len(tokenizer), 1, 64, 8)
     log = user_sequences(names, stamps, items, items_with_sid, context=context.rows(places, names, {}))
-    split = hold_out_last_items(log, chosen, np.random.default_rng(chosen.seed))
-    rows = TrainingRows(log, split, items_with_sid, tokenizer, prompt, chosen)
+    split = split_log(log, HoldOut(share=chosen.validation_share), chosen)
+    rows = TrainingRows(split, items_with_sid, tokenizer, prompt, chosen)
     return Shop(
         chosen,
         prompt,

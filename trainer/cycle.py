@@ -141,8 +141,7 @@ class UpdateCycle:
         inputs, tokenizer = self.inputs, self.inputs.tokenizer
         settings, start_model = self._refresh_settings(), self._start_model()
         rows = TrainingRows(
-            inputs.log, inputs.split, inputs.catalogue, tokenizer, inputs.prompt, settings,
-            inputs.negative_feedback,
+            inputs.split, inputs.catalogue, tokenizer, inputs.prompt, settings, inputs.negative_feedback
         )  # fmt: skip
 
         def begin(own: TrainerSettings, part: TrainingRows, folder: Path | None) -> GeneratorForCausalLM:
@@ -221,7 +220,7 @@ class UpdateCycle:
     def _popularity_ranks(self) -> torch.Tensor:
         """Ranks (B,) from 0 of the held-out targets where items are ranked by popularity."""
         inputs = self.inputs
-        by_popularity = list(items_by_popularity(inputs.log, inputs.catalogue, inputs.split.training_ends))
+        by_popularity = list(items_by_popularity(inputs.log, inputs.catalogue))
         rank = np.empty(len(by_popularity), dtype=np.int64)
         rank[by_popularity] = np.arange(len(by_popularity))
         return torch.from_numpy(rank[inputs.split.held_out.targets])
@@ -268,7 +267,7 @@ class UpdateCycle:
 
     def _offpolicy_veto(self, kind: str, model: GeneratorForCausalLM) -> str:
         """Why explored answers refuse the model; empty where they do not, or there are none."""
-        explorations = self.inputs.explorations
+        explorations = self.inputs.judging_explorations
         if explorations is None:
             return ""
         verdict = judge_by_explorations(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from registry.bundles.bundle import Bundle, BundleKind, write_bundle
@@ -62,6 +63,7 @@ class BundleWriter:
             sids={number: span[1] for number, span in inputs.window.ranges["sids"].items()},
             seed=self.settings.seed, metrics=dict(self.result.metrics),
             parent=inputs.start_bundle.id if inputs.start_bundle else None, reference=reference,
+            validation=inputs.hold_out,
         )  # fmt: skip
 
     def _parity_histories(self) -> list[list[Sid]]:
@@ -73,10 +75,10 @@ class BundleWriter:
     def _popular_items(self) -> list[str]:
         """All item ids: those bought most first, then, of items never bought, those clicked most."""
         inputs, item_ids = self.inputs, self.inputs.catalogue.item_ids
-        purchases = inputs.window.purchase_counts()
-        by_popularity = items_by_popularity(inputs.log, inputs.catalogue)
-        rank = {item_ids[row]: place for place, row in enumerate(by_popularity)}
-        return sorted(item_ids, key=lambda item: (-purchases.get(item, 0), rank[item], item))
+        log = inputs.log
+        purchases = np.bincount(log.items[log.bought], minlength=len(item_ids))
+        by_popularity = list(items_by_popularity(log, inputs.catalogue))
+        return [item_ids[row] for row in sorted(by_popularity, key=lambda row: -purchases[row])]
 
     def params(self) -> dict[str, Any]:
         """What the registry keeps of a version's settings."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import Rewards, with_reward_fields, without_reward_fields
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
+from registry.hold_out import HoldOut
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
@@ -32,7 +33,7 @@ from trainer.offline_checks.offpolicy import LoggedExplorations, logged_explorat
 from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
 from trainer.rewards.negative_feedback import unclicked_answers
 from trainer.sequences.batches import Int64
-from trainer.sequences.held_out import TrainingSplit, hold_out_last_items
+from trainer.sequences.held_out import TrainingSplit, split_log, without_validation_users
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, training_catalogue
 from trainer.sequences.labelled_answers import LabelledAnswers
 from trainer.sequences.tokenizer import build_tokenizer
@@ -50,8 +51,8 @@ class CycleInputs:
     # Whose weights SFT goes on from: the champion's or, where it is aligned, those it was aligned from. SFT
     # from aligned weights would undo what they learned of preferences, and the pairs be learned twice.
     start_bundle: Bundle | None
+    hold_out: HoldOut  # the validation users of the lineage
     catalogue: TrainingCatalogue
-    log: Interactions
     split: TrainingSplit
     sids: SidSet
     # (I, T) a vector of each item's text; None: the generator sees none
@@ -62,11 +63,18 @@ class CycleInputs:
     profiles: Mapping[str, Attributes]
     offers: Sequence[CatalogItem | None]  # what is known of each item of the catalogue
     led_to_purchase: Int64  # (N,) whether each event of the log is or led to a purchase (trainer.rewards)
-    explorations: (
-        LoggedExplorations | None
-    )  # answers drawn by chance whose click window closed in this window
+    # Answers drawn by chance whose click window closed in this window, without those to validation users.
+    explorations: LoggedExplorations | None
     # Those of them that were not clicked, where requests can ask for clicks.
     negative_feedback: LabelledAnswers | None
+    # Answers to validation users, drawn by chance, whose click window has closed: of all windows, since
+    # nothing is ever learned from them.
+    judging_explorations: LoggedExplorations | None
+
+    @property
+    def log(self) -> Interactions:
+        """What is learned from: the sequences of all users but the validation users."""
+        return self.split.log
 
 
 @contextlib.contextmanager
@@ -103,12 +111,50 @@ def read_cycle_inputs(
     codebook = registry.codebook()
     parent = None if from_scratch else _parent_bundle(registry, codebook)
     window = _read_new_window(settings, kafka, parent, reading)
+    start = registry.alignment_reference(parent) if parent else None
+    return inputs_of_window(
+        settings, window, codebook, parent, start, horizon_ms=horizon_ms, window_ms=window_ms
+    )
+
+
+def hold_out_of_lineage(settings: TrainerSettings, parent: Bundle | None) -> HoldOut:
+    """The validation users of this cycle: those that the settings name.
+
+    Raises SidstreamError where the parent may have learned from some of them: what is scored on them would
+    be a training figure.
+    """
+    hold_out = HoldOut(share=settings.validation_share)
+    if parent is None or not hold_out.share:
+        return hold_out
+    learned_without = parent.manifest.validation
+    if learned_without is None or not learned_without.covers(hold_out):
+        share = learned_without.share if learned_without else 0.0
+        raise SidstreamError(
+            f"SIDSTREAM_TRAINER__VALIDATION_SHARE is {hold_out.share:g}, and bundle {parent.id} learned from "
+            f"some of these users: it left out a share of {share:g}. Set it to {share:g}, or make a codebook "
+            "and a model without them: `sidstream codebook fit`, then `sidstream train --from-scratch`"
+        )
+    return hold_out
+
+
+def inputs_of_window(
+    settings: TrainerSettings, window: Window, codebook: Codebook, parent: Bundle | None,
+    start_bundle: Bundle | None, *, horizon_ms: int, window_ms: int,
+) -> CycleInputs:  # fmt: skip
+    """What a cycle learns from a window, and what judges it: the only place where the two are told apart.
+
+    Raises SidstreamError as `read_cycle_inputs` does.
+    """
+    hold_out = hold_out_of_lineage(settings, parent)
     prompt = parent.prompt if parent else Prompt(codebook.sizes, settings.max_items)
     records = window.catalogue_records()
     catalogue = _catalogue_with_sids(window, codebook, records, prompt)
     profiles = window.profiles()
-    tokenizer, context = _vocabulary(settings, window, parent, catalogue, profiles, prompt)
-    log = window.user_sequences(catalogue, without_reward_fields(context), profiles)
+    tokenizer, context = _vocabulary(settings, window, parent, catalogue, profiles, prompt, hold_out)
+    split = split_log(
+        window.user_sequences(catalogue, without_reward_fields(context), profiles), hold_out, settings
+    )
+    log = split.log
     if not len(log):
         raise SidstreamError(
             "there are no clicks or purchases of known items to learn from: "
@@ -116,8 +162,10 @@ def read_cycle_inputs(
         )
     offers = [records.get(item) for item in catalogue.item_ids]
     led_to_purchase = purchase_labels(log, window_ms)
-    closed_explorations = window.explorations(horizon_ms)
-    unclicked = sum(not clicked for _, clicked in closed_explorations)
+    explored, judging = without_validation_users(
+        window.explorations(horizon_ms, hold_out), lambda pair: pair[0].user_id, hold_out
+    )
+    unclicked = sum(not clicked for _, clicked in explored)
     request_fields = len(without_reward_fields(context).fields)
     if parent is None:
         rewards = learn_rewards(offers, log, led_to_purchase, unclicked, settings.rewards)
@@ -126,17 +174,21 @@ def read_cycle_inputs(
         rewards = read_rewards(parent.path)
         rewards = rewards and extend_rewards(rewards, led_to_purchase, unclicked, settings.rewards, context)
     log = with_reward_labels(log, offers, led_to_purchase, rewards, context)
-    explorations = logged_explorations(closed_explorations, codebook.id, prompt, settings.offpolicy, context)
+    explorations, judging_explorations = (
+        logged_explorations(events, codebook.id, prompt, settings.offpolicy, context)
+        for events in (explored, judging)
+    )
     return CycleInputs(
-        window=window, codebook=codebook, prompt=prompt, parent=parent,
-        start_bundle=registry.alignment_reference(parent) if parent else None, catalogue=catalogue, log=log,
-        split=hold_out_last_items(log, settings, np.random.default_rng(settings.seed)),
+        window=window, codebook=codebook, prompt=prompt, parent=parent, start_bundle=start_bundle,
+        hold_out=hold_out, catalogue=catalogue, split=replace(split, log=log),
         sids=SidSet(catalogue.sids, prompt),
         text_vectors=title_vectors(catalogue.titles) if settings.text_inputs else None, tokenizer=tokenizer,
         context=context, rewards=rewards, profiles=profiles, offers=offers, led_to_purchase=led_to_purchase,
         explorations=explorations,
-        negative_feedback=unclicked_answers(explorations, catalogue, offers, rewards, context,
-        request_fields),
+        negative_feedback=unclicked_answers(
+            explorations, catalogue, offers, rewards, context, request_fields
+        ),
+        judging_explorations=judging_explorations,
     )  # fmt: skip
 
 
@@ -180,7 +232,7 @@ def _catalogue_with_sids(
 
 def _vocabulary(
     settings: TrainerSettings, window: Window, parent: Bundle | None, catalogue: TrainingCatalogue,
-    profiles: Mapping[str, Attributes], prompt: Prompt,
+    profiles: Mapping[str, Attributes], prompt: Prompt, hold_out: HoldOut,
 ) -> tuple[PreTrainedTokenizerFast, Context]:  # fmt: skip
     """The parent's tokenizer and context, since its weights have no other tokens; else this window's."""
     if parent is not None:
@@ -188,6 +240,6 @@ def _vocabulary(
     tokenizer = build_tokenizer(prompt, catalogue.titles, settings.max_words)
     limits = settings.context
     return tokenizer, vocabulary(
-        window.context_counts(profiles), len(tokenizer), limits.min_count, limits.max_values,
+        window.context_counts(profiles, hold_out), len(tokenizer), limits.min_count, limits.max_values,
         limits.max_fields,
     )  # fmt: skip

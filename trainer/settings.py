@@ -317,7 +317,17 @@ class TrainerSettings(Section):
     )
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
     batch_positions: int = Field(512, ge=8, description="items a step, padding included")
-    validation_users: int = Field(1000, ge=0, description="users whose last item is held out")
+    # docs/decisions/0016-one-hold-out.md: what a share costs, and what it can show.
+    validation_share: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="share of users, dealt by a hash, of whom nothing is ever learned: they judge models. "
+        "More than the champion left out takes a codebook and a model from scratch; 0: nobody judges",
+    )
+    validation_users: int = Field(
+        1000, ge=0, description="validation users of whom an event is scored at each look, at most"
+    )
     beam: int = Field(20, ge=1, description="beam of the offline check")
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
     pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))

@@ -14,6 +14,7 @@ import msgspec
 
 from registry.bundles.codebook import Codebook
 from registry.bundles.prompt import Prompt
+from registry.hold_out import HoldOut
 from streams.errors import SidstreamError
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
     reference: str | None = None
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What is in a bundle. `bundle` is the hash of everything else except `created` and `metrics`."""
 
     format: int
@@ -54,6 +55,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int
     metrics: dict[str, float | int | str | None]
     files: dict[str, str]
+    # Whom neither these weights nor their parents' learned from. None: a bundle from before there was a rule;
+    # left out of the content then, so that its id is what it was.
+    validation: HoldOut | None = None
 
     def content_id(self) -> str:
         """16 hex digits over the sorted digests of the files and the fields that the weights depend on."""
@@ -117,11 +121,13 @@ def write_bundle(
     metrics: Mapping[str, Any] | None = None,
     parent: str | None = None,
     reference: str | None = None,
+    validation: HoldOut | None = None,
     created: int | None = None,
 ) -> Bundle:
     """Complete `folder` (model/, encode.onnx and step_*.onnx are in it) to a bundle.
 
-    Writes the codebook, the popular items and the manifest. `created` is in milliseconds (default: now).
+    Writes the codebook, the popular items and the manifest. `validation`: whom the weights never learned
+    from; `created` is in milliseconds (default: now).
     Raises SidstreamError for a missing file, or one that would run code when read.
     """
     if kind not in get_args(BundleKind):
@@ -136,7 +142,7 @@ def write_bundle(
         max_items=max_items, created=time.time_ns() // 1_000_000 if created is None else created,
         sids=dict(sids), lineage=Lineage(parent=parent, reference=reference),
         window={topic: dict(parts) for topic, parts in window.items()}, seed=seed,
-        metrics=dict(metrics or {}), files=files,
+        metrics=dict(metrics or {}), files=files, validation=validation,
     )  # fmt: skip
     manifest = msgspec.structs.replace(manifest, bundle=manifest.content_id())
     text = json.dumps(msgspec.to_builtins(manifest, str_keys=True), indent=1, sort_keys=True)

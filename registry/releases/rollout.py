@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Final
 
 from registry.arms import ANCHOR
+from registry.hold_out import HoldOut, user_share
 from streams.errors import SidstreamError
 from streams.events import Arm, Rollout
 
@@ -15,19 +15,12 @@ from streams.events import Arm, Rollout
 _HOLD_OUT_SALT: Final = "anchor"
 
 
-def user_share(salt: str, user_id: str) -> float:
-    """A number in [0, 1) from the hash of salt and user: uniform over users, independent between salts."""
-    digest = hashlib.blake2b(user_id.encode(), key=hashlib.sha256(salt.encode()).digest(), digest_size=8)
-    # 53 bits: what a double holds exactly, so the result never rounds up to 1.
-    return (int.from_bytes(digest.digest(), "big") >> 11) / 2**53
-
-
 def is_held_out(user_id: str, share: float) -> bool:
     """True where the user is in the permanent hold-out of a `share` (0 to 1) of all users.
 
     A greater share adds users and lets none go.
     """
-    return user_share(_HOLD_OUT_SALT, user_id) < share
+    return HoldOut(salt=_HOLD_OUT_SALT, share=share).has(user_id)
 
 
 def arm_of(rollout: Rollout, user_id: str) -> Arm:

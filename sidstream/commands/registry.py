@@ -91,6 +91,7 @@ def _fit_to_catalogue(
     settings: Settings, registry: Registry, old: ReplacedCodebook | None
 ) -> tuple[FittedCodebook, CachedEmbedder]:
     """A codebook fitted to Kafka's catalogue, and the embedder that it was fitted with."""
+    from registry.hold_out import HoldOut
     from streams.events import CatalogItem
     from streams.wire.topic_reader import read_newest_events
     from trainer.codebooks.co_interactions import read_item_sequences
@@ -101,7 +102,11 @@ def _fit_to_catalogue(
     with status("loading the embedder"):
         embedder = open_embedder(settings.codebook.embedder, registry.cache)
     sequences = (
-        read_item_sequences(settings.kafka, sorted(item.item_id for item in items))
+        read_item_sequences(
+            settings.kafka,
+            sorted(item.item_id for item in items),
+            HoldOut(share=settings.trainer.validation_share),
+        )
         if settings.codebook.collaborative
         else []
     )

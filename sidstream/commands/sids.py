@@ -84,6 +84,7 @@ def _report_on_current(settings: Settings) -> CodebookReport:
 
     from registry.bundles.embedder import item_text, load_embedder
     from registry.bundles.store import Registry
+    from registry.hold_out import HoldOut
     from streams.events import CatalogItem, SidAssignment
     from streams.wire.topic_reader import read_newest_events
     from trainer.codebooks.co_interactions import read_item_sequences
@@ -110,7 +111,7 @@ def _report_on_current(settings: Settings) -> CodebookReport:
     place = {name: row for row, name in enumerate(names)}
     rows = [
         np.array([place[item] for item in sequence], np.int64)
-        for sequence in read_item_sequences(settings.kafka, names)
+        for sequence in read_item_sequences(settings.kafka, names, HoldOut(share=0.0))
     ]
     return codebook_report(codebook, [sids[name] for name in names], vectors, rows)
 

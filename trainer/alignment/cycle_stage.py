@@ -11,6 +11,7 @@ from registry.bundles.context import Context
 from registry.bundles.prompt import Sid
 from streams.events import PreferencePair
 from trainer.alignment.hard_negatives import SiblingSids
+from trainer.alignment.held_out_pairs import judge_pairs
 from trainer.alignment.rows import PreferenceRow, RejectedFiller, preference_rows
 from trainer.cycle_inputs import CycleInputs
 from trainer.generator.model import GeneratorForCausalLM
@@ -69,20 +70,32 @@ def hard_negative_filler(
     return fill_rejected
 
 
+@dataclass(frozen=True)
+class WindowRows:
+    """The rows of a window's pairs: those to learn from, and those of validation users, which judge."""
+
+    learned: list[PreferenceRow]  # with hard negatives
+    validation: list[PreferenceRow]  # as they were shown
+    withdrawal: FilteredPairs  # what was withdrawn of the pairs to learn from
+
+
 def window_rows(
-    inputs: CycleInputs, settings: DpoSettings, window_ms: int, context: Context
-) -> tuple[list[PreferenceRow], FilteredPairs]:
-    """The rows of a window's pairs, with hard negatives added, and what was withdrawn of the pairs.
+    inputs: CycleInputs, settings: DpoSettings, window_ms: int, context: Context, max_validation: int = 0
+) -> WindowRows:
+    """The rows of a window's pairs, `max_validation` of those of validation users.
 
     `window_ms` is the attribution window of the pairs; `context`: the context fields of the prompts.
     """
-    codebook_id = inputs.codebook.id
-    withdrawal = inputs.window.preference_pairs(window_ms, codebook_id, settings.schemes, settings.max_pairs)
+    codebook_id, prompt, profiles = inputs.codebook.id, inputs.prompt, inputs.profiles
+    withdrawal, validation = inputs.window.preference_pairs(
+        window_ms, codebook_id, settings.schemes, settings.max_pairs, inputs.hold_out, max_validation
+    )
     fill_rejected = hard_negative_filler(inputs.catalogue, inputs.log, settings)
-    rows = preference_rows(
-        withdrawal.pairs, codebook_id, inputs.prompt, settings, context, inputs.profiles, fill_rejected
-    )  # fmt: skip
-    return rows, withdrawal
+    return WindowRows(
+        preference_rows(withdrawal.pairs, codebook_id, prompt, settings, context, profiles, fill_rejected),
+        preference_rows(validation.pairs, codebook_id, prompt, settings, context, profiles),
+        withdrawal,
+    )
 
 
 def align_to_window(
@@ -99,7 +112,8 @@ def align_to_window(
     from trainer.alignment.dpo import align
 
     dpo, alignment = settings.dpo, Alignment()
-    rows, withdrawal = window_rows(inputs, dpo, window_ms, inputs.context)
+    window = window_rows(inputs, dpo, window_ms, inputs.context, settings.validation_users)
+    rows, withdrawal = window.learned, window.withdrawal
     alignment.withdrawn = withdrawal.bought + withdrawal.clicked
     withdrawn_note = f"; {withdrawal.summary()}" if withdrawal.summary() else ""
     alignment.pairs = len(rows)
@@ -125,7 +139,14 @@ def align_to_window(
         "dpo/loss": result.loss, "dpo/rejected": float(result.rejected), "dpo/beta": result.beta,
         "dpo/withdrawn": float(alignment.withdrawn), "dpo/kept_step": float(result.kept),
     }  # fmt: skip
-    change_note, failure = "", None
+    pairs_note, change_note, failure = "", "", None
+    if window.validation:
+        dense_weight = tuned.ranking.dense_weight if tuned else 0.0
+        held_out_pairs = judge_pairs(
+            aligned_model, model, window.validation, inputs.tokenizer.pad_token_id, dense_weight, dpo.batch
+        )
+        alignment.metrics |= held_out_pairs.metrics()
+        pairs_note = f"; {held_out_pairs.summary()}"
     if tuned is not None and len(held_out.targets):
         # Under the reference's ranking: its dense weight is fitted to the two heads, not to the pairs.
         alignment.quality = evaluate_held_out(
@@ -139,7 +160,7 @@ def align_to_window(
         return alignment.refuse(f"it failed its offline check: {failure}", failure + withdrawn_note)
     alignment.model = aligned_model
     alignment.summary = (
-        f"{alignment.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}{change_note}; "
-        f"{result.stopped}{withdrawn_note}"
+        f"{alignment.pairs:,} pairs, {result.rejected:,} rejected, margin {result.margin:.3f}"
+        f"{pairs_note}{change_note}; {result.stopped}{withdrawn_note}"
     )
     return alignment

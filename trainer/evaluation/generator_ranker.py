@@ -18,6 +18,7 @@ from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
 from registry.bundles.ranking import Ranking
 from registry.bundles.rewards import with_reward_fields
+from registry.hold_out import HoldOut
 from registry.settings import CodebookSettings
 from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
 from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
@@ -30,7 +31,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.ranking import Candidates, CatalogueRanker, candidate_history
 from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
-from trainer.sequences.held_out import HeldOut, TrainingSplit, hold_out_last_items
+from trainer.sequences.held_out import HeldOut, TrainingSplit, split_log
 from trainer.sequences.interactions import Interactions, training_catalogue
 from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
@@ -182,8 +183,8 @@ class TrainedGenerator:
         self.rewards = learn_rewards(offers, log, bought, 0, self.settings.rewards) if offers else None
         self.context = with_reward_fields(self.context, self.rewards)
         log = with_reward_labels(log, offers, bought, self.rewards, self.context)
-        parts = TrainingSplit(log.starts[1:].copy(), self.held_out)
-        return TrainingRows(log, parts, self.catalogue, self.tokenizer, self.sid_set.prompt, self.settings)
+        parts = TrainingSplit(log, self.held_out)
+        return TrainingRows(parts, self.catalogue, self.tokenizer, self.sid_set.prompt, self.settings)
 
     def _train_generator(
         self, text_vectors: Float32 | None, progress: Progress, teacher: TeacherTargets | None
@@ -245,8 +246,10 @@ class TrainedGenerator:
         settings = self.settings.model_copy(
             update={"lr": self.settings.refresh_lr, "seed": self.settings.seed + len(self._models_after)}
         )
-        parts = hold_out_last_items(log, settings, np.random.default_rng(settings.seed))
-        rows = TrainingRows(log, parts, self.catalogue, self.tokenizer, self.sid_set.prompt, settings)
+        # What `fit` learned of these users judges nothing: only their events of the shard do.
+        hold_out = HoldOut(share=settings.validation_share)
+        parts = split_log(log, hold_out, settings).new_targets_only()
+        rows = TrainingRows(parts, self.catalogue, self.tokenizer, self.sid_set.prompt, settings)
         model = copy.deepcopy(self.model)
         train(model, rows, self.sid_set, settings)
         return model

@@ -356,9 +356,7 @@ def tune_window(
             settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
         )
         own_tokenizer = inputs.tokenizer
-        rows = TrainingRows(
-            inputs.log, inputs.split, inputs.catalogue, own_tokenizer, inputs.prompt, settings
-        )
+        rows = TrainingRows(inputs.split, inputs.catalogue, own_tokenizer, inputs.prompt, settings)
         folder = settings.home / "hf" / Path(settings.hf_model).name
         result = tune_lora(
             settings.hf_model, rows, own_tokenizer, inputs.sids, settings, folder,
@@ -366,7 +364,7 @@ def tune_window(
         )  # fmt: skip
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
         # Without a context: a foreign vocabulary has no tokens of it.
-        pairs, _ = window_rows(inputs, settings.dpo, window_ms, Context())
+        pairs = window_rows(inputs, settings.dpo, window_ms, Context()).learned
         if len(pairs) >= settings.dpo.min_pairs:
             result = align_lora(
                 result, pairs, rows, own_tokenizer, inputs.sids, settings,

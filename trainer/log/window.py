@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from aiokafka import TopicPartition
 
 from registry.bundles.context import Attributes, Context, Counts, count_values
 from registry.bundles.prompt import Sid
+from registry.hold_out import HoldOut
 from streams import events
 from streams.settings import KafkaSettings
 from streams.state import profile
@@ -23,6 +23,7 @@ from streams.wire.admin import incarnations, missing_topic_error, offset_spans
 from streams.wire.topic_reader import read_ranges
 from trainer.log.interaction_log import INTERACTIONS, VALUES, InteractionLog, Offsets, Ranges
 from trainer.log.pair_filter import FilteredPairs, newest_of_each_scheme, withdraw_contradicted
+from trainer.sequences.held_out import without_validation_users
 from trainer.sequences.interactions import Interactions, TrainingCatalogue, user_sequences
 
 TOPICS = ("clicks", "purchases", "preferences", "explorations", "catalog", "users", "sids")
@@ -32,8 +33,9 @@ _KEYED = ("catalog", "users", "sids")
 _FILE_ROWS = 1_000_000
 
 
-class _EventTime(msgspec.Struct):
+class _TimeAndUser(msgspec.Struct):
     ts: int
+    user_id: str
 
 
 @dataclass(frozen=True)
@@ -102,59 +104,63 @@ class Window:
                 newest[record.user_id] = record
         return {user: profile_record.attributes for user, profile_record in newest.items()}
 
-    def context_counts(self, profiles: Mapping[str, Attributes]) -> Counts:
-        """How many clicks each scene has, and how many users with an event have each attribute."""
-        clicks, _ = self._read("clicks")
-        purchases, _ = self._read("purchases")
+    def context_counts(self, profiles: Mapping[str, Attributes], hold_out: HoldOut) -> Counts:
+        """How many clicks each scene has, and how many users with an event have each attribute.
+
+        Validation users do not count.
+        """
+        clicks, purchases = (
+            _without_validation_users(self._read(topic)[0], hold_out) for topic in ("clicks", "purchases")
+        )
         scenes = {group["values"]: group["counts"] for group in clicks["scene"].value_counts().to_pylist()}
         scenes.pop(None, None)
         users = {user for table in (clicks, purchases) for user in table["user_id"].unique().to_pylist()}
         return count_values(scenes, (profiles[user] for user in sorted(users & profiles.keys())))
 
-    def purchase_counts(self) -> dict[str, int]:
-        """Purchases of each item over all that was logged."""
-        table, _ = self._read("purchases")
-        items = table["item_id"].to_pylist()
-        return Counter(items[row] for row in _first_of_each_event(table))
-
     def preference_pairs(
-        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int
-    ) -> FilteredPairs:
+        self, window_ms: int, codebook: str, schemes: Container[events.Scheme], max_pairs: int,
+        hold_out: HoldOut, max_validation_pairs: int = 0,
+    ) -> tuple[FilteredPairs, FilteredPairs]:  # fmt: skip
         """The newest `max_pairs` pairs of a codebook, from old windows too, in equal shares of `schemes`.
 
         Each once, without what purchases and clicks in the log contradict. `window_ms` is the attribution
-        window that the agents made them with.
+        window that the agents made them with. The first are to learn from, and none of them is a validation
+        user's; the second are validation users', `max_validation_pairs` at most.
         """
         table, _ = self._read("preferences")
         decoder = msgspec.json.Decoder(events.PreferencePair)
         decoded = (decoder.decode(value) for value in table["value"].to_pylist())
         of_codebook = [pair for pair in decoded if pair.codebook == codebook]
         of_schemes = [pair for pair in of_codebook if pair.scheme in schemes]
+        learned, validation = without_validation_users(of_schemes, lambda pair: pair.user_id, hold_out)
+        purchases, clicks = self._read("purchases")[0], self._read("clicks")[0]
         # A pair that repeats or is withdrawn is not replaced by an older one: that would be one more rule.
-        filtered = withdraw_contradicted(
-            newest_of_each_scheme(of_schemes, max_pairs),
-            self._read("purchases")[0],
-            self._read("clicks")[0],
-            window_ms,
+        filtered, filtered_validation = (
+            withdraw_contradicted(newest_of_each_scheme(pairs, limit), purchases, clicks, window_ms)
+            for pairs, limit in ((learned, max_pairs), (validation, max_validation_pairs))
         )
-        return replace(filtered, of_other_schemes=len(of_codebook) - len(of_schemes))
+        other_schemes = len(of_codebook) - len(of_schemes)
+        return replace(filtered, of_other_schemes=other_schemes), filtered_validation
 
-    def explorations(self, horizon_ms: int) -> list[tuple[events.Exploration, bool]]:
+    def explorations(self, horizon_ms: int, hold_out: HoldOut) -> list[tuple[events.Exploration, bool]]:
         """Explorations whose click window closed in this window, each request once: was its item clicked?
 
         A click window closes when the newest click is `horizon_ms` or more after the answer; a click that is
         later than that does not count, so that a reward never changes again. One that was logged before
-        this window, and was open then, is of this window: each counts in one.
+        this window, and was open then, is of this window: each counts in one. Those to validation users are
+        of all windows: nothing is learned from them, and so they judge each model anew.
         """
         clicks, new = self._read("clicks")
         stamps = clicks["ts"].to_numpy()
         newest_click, newest_earlier_click = int(stamps.max(initial=0)), int(stamps[~new].max(initial=0))
         table, fresh = self._read("explorations")
-        time_decoder, decoder = msgspec.json.Decoder(_EventTime), msgspec.json.Decoder(events.Exploration)
+        short_decoder, decoder = msgspec.json.Decoder(_TimeAndUser), msgspec.json.Decoder(events.Exploration)
         closed: dict[str, events.Exploration] = {}
         for value, is_new in zip(table["value"].to_pylist(), fresh.tolist(), strict=True):
-            closes = time_decoder.decode(value).ts + horizon_ms
-            if closes <= newest_click and (is_new or closes > newest_earlier_click):
+            short = short_decoder.decode(value)
+            closes = short.ts + horizon_ms
+            of_window = is_new or closes > newest_earlier_click
+            if closes <= newest_click and (of_window or hold_out.has(short.user_id)):
                 exploration = decoder.decode(value)
                 # An answer may be sent twice. Its draw is the same, its event_id need not be.
                 closed.setdefault(exploration.request_id, exploration)
@@ -200,6 +206,12 @@ class Window:
             else:
                 newest[name] = value
         return newest
+
+
+def _without_validation_users(table: pa.Table, hold_out: HoldOut) -> pa.Table:
+    users = table["user_id"].unique()
+    learned, _ = without_validation_users(users.to_pylist(), lambda user: user, hold_out)
+    return table.filter(pc.is_in(table["user_id"], value_set=pa.array(learned, pa.string())))
 
 
 def _first_of_each_event(table: pa.Table) -> list[int]:

@@ -36,7 +36,7 @@ def purchase_labels(log: Interactions, window_ms: int) -> Int64:
     0 for a click whose window closed without a purchase before the newest event of the log; UNKNOWN while the
     window is open, since the user may still buy.
     """
-    led = bought_within(log, log.starts[1:], window_ms)
+    led = bought_within(log, window_ms)
     is_open = log.ts + window_ms >= log.ts.max(initial=0)
     return np.where(led, 1, np.where(is_open, UNKNOWN, 0))
 

@@ -142,10 +142,9 @@ class OnlineStage:
         self.bins = {name: item_bins(evidence.rewards, name, evidence.offers) for name in (PRICE, COMMISSION)}
         log = rows.log
         self.sequence_starts = np.repeat(log.starts[:-1], np.diff(log.starts))
-        trained = np.arange(len(log)) < np.repeat(rows.split.training_ends, np.diff(log.starts))
         fresh = np.ones(len(log), dtype=bool)
         fresh[1:] = log.items[1:] != log.items[:-1]
-        self.request_rows = np.flatnonzero(trained & fresh & (np.arange(len(log)) > self.sequence_starts))
+        self.request_rows = np.flatnonzero(fresh & (np.arange(len(log)) > self.sequence_starts))
 
     def histories(self, at: Int64) -> list[Int64]:
         """The users' histories before the log's rows (N,): the newest `max_items` items."""

@@ -30,6 +30,16 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.items)
 
+    def of_users(self, kept: npt.NDArray[np.bool_]) -> Interactions:
+        """The interactions of the users (U,) that are `kept`."""
+        lengths = np.diff(self.starts)
+        rows = np.repeat(kept, lengths)
+        return Interactions(
+            [user for user, keep in zip(self.users, kept.tolist(), strict=True) if keep],
+            np.concatenate(([0], np.cumsum(lengths[kept]))), self.items[rows], self.ts[rows],
+            self.fresh[rows], self.bought[rows], self.context[rows], self.rewards[rows],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainingCatalogue:
@@ -82,12 +92,7 @@ def user_sequences(
     )  # fmt: skip
 
 
-def items_by_popularity(
-    log: Interactions, catalogue: TrainingCatalogue, training_ends: Int64 | None = None
-) -> Iterator[int]:
-    """Rows of items, most interactions first (in the training part, given its `ends`); ties by item_id."""
-    counted = np.ones(len(log), dtype=bool)
-    if training_ends is not None:
-        counted[training_ends[training_ends < log.starts[1:]]] = False
-    counts = np.bincount(log.items[counted], minlength=len(catalogue.item_ids))
+def items_by_popularity(log: Interactions, catalogue: TrainingCatalogue) -> Iterator[int]:
+    """Rows of items, most interactions first; ties by item_id."""
+    counts = np.bincount(log.items, minlength=len(catalogue.item_ids))
     yield from np.argsort(-counts, kind="stable").tolist()

@@ -31,23 +31,17 @@ class TrainingRows:
     """The rows of one epoch after another. The same seed and epoch give the same rows in the same order."""
 
     def __init__(
-        self, log: Interactions, split: TrainingSplit, catalogue: TrainingCatalogue,
-        tokenizer: PreTrainedTokenizerFast,
+        self, split: TrainingSplit, catalogue: TrainingCatalogue, tokenizer: PreTrainedTokenizerFast,
         prompt: Prompt, settings: TrainerSettings, labelled_answers: LabelledAnswers | None = None,
     ) -> None:  # fmt: skip
         """`labelled_answers` are learned beside the log, but for those of items without an interaction."""
-        self.log, self.split, self.catalogue, self.prompt, self.settings = (
-            log,
-            split,
-            catalogue,
-            prompt,
-            settings,
-        )
+        self.split, self.catalogue, self.prompt, self.settings = split, catalogue, prompt, settings
+        self.log: Interactions = split.log
         # An item without interactions would only be pushed away (trainer.tuning.next_item.ScoredItems).
         self.labelled_answers = labelled_answers.of_items(self.trained_items) if labelled_answers else None
         self.title_words = [self._word_ids(title, tokenizer) for title in catalogue.titles]
         self.words = TitleWords(self.title_words)
-        self.led_to_purchase = bought_within(log, split.training_ends, settings.tasks.buy_within_s * 1000)
+        self.led_to_purchase = bought_within(self.log, settings.tasks.buy_within_s * 1000)
 
     def _word_ids(self, title: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         ids = tokenizer(title, add_special_tokens=False).input_ids if title else []
@@ -59,16 +53,14 @@ class TrainingRows:
     @property
     def trained_items(self) -> Int64:
         """The items of the training part, ascending; held-out targets stand for what is not known yet."""
-        spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
-        return np.unique(np.concatenate([self.log.items[low:high] for low, high in spans]))
+        return np.unique(self.log.items)
 
     def newest_share(self, share: float, settings: TrainerSettings) -> TrainingRows:
         """These rows where only the newest `share` of the training part's events are new.
 
         Events at the time of the oldest of them are new, too. A log without times is new as a whole.
         """
-        spans = zip(self.log.starts[:-1], self.split.training_ends, strict=True)
-        ts = np.sort(np.concatenate([self.log.ts[low:high] for low, high in spans]))
+        ts = np.sort(self.log.ts)
         since = ts[min(len(ts) - 1, round((1 - share) * len(ts)))]
         rows = self.with_settings(settings)
         rows.log = replace(self.log, fresh=self.log.ts >= since)
@@ -150,9 +142,7 @@ class TrainingRows:
         )
         repeats_previous = np.zeros(len(rows), dtype=bool)
         repeats_previous[1:] = (self.log.items[1:] == self.log.items[:-1]) & (user[1:] == user[:-1])
-        candidates = rows[
-            (rows < self.split.training_ends[user]) & has_known_word[self.log.items] & ~repeats_previous
-        ]
+        candidates = rows[has_known_word[self.log.items] & ~repeats_previous]
         return rng.choice(candidates, sum(map(bool, self.title_words))).tolist() if len(candidates) else []
 
     def search_rows(self, number: int) -> list[TokenRow]:
@@ -177,7 +167,7 @@ class TrainingRows:
         size = self.settings.max_items + 1
         fresh: list[tuple[int, int]] = []
         older: list[tuple[int, int]] = []
-        for user, end in enumerate(self.split.training_ends):
+        for user, end in enumerate(self.log.starts[1:]):
             begin = int(self.log.starts[user])
             if end - begin < self.settings.min_history:
                 continue

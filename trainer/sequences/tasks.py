@@ -16,22 +16,18 @@ Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
 
-def bought_within(log: Interactions, ends: Int64, within_ms: int) -> Bool:
-    """(N,) whether an event of the log is a purchase, or its user bought its item at most `within_ms` later.
-
-    `ends` (U,): one past the last row of each user that may be looked at; rows from there on are False.
-    """
+def bought_within(log: Interactions, within_ms: int) -> Bool:
+    """(N,) whether an event is a purchase, or its user bought its item at most `within_ms` later."""
     count = len(log)
     user = np.repeat(np.arange(len(log.starts) - 1), np.diff(log.starts))
-    in_training_part = np.arange(count) < ends[user]
     # By user and item, then time, a purchase after the clicks of its moment, which led to it: the next
     # purchase of each row is the next one in its group.
     order = np.lexsort((log.bought, log.ts, log.items, user))
-    purchase_place = np.where((log.bought & in_training_part)[order], np.arange(count), count)
+    purchase_place = np.where(log.bought[order], np.arange(count), count)
     following = np.minimum.accumulate(purchase_place[::-1])[::-1]
     with_later_purchase = np.flatnonzero(following < count)
     now, then = order[with_later_purchase], order[following[with_later_purchase]]
-    same = (user[now] == user[then]) & (log.items[now] == log.items[then]) & in_training_part[now]
+    same = (user[now] == user[then]) & (log.items[now] == log.items[then])
     leads_to_purchase = np.zeros(count, dtype=bool)
     leads_to_purchase[now] = same & (log.ts[then] - log.ts[now] <= within_ms)
     return leads_to_purchase

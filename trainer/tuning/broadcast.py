@@ -46,7 +46,6 @@ def write_training_inputs(
         "codes": rows.catalogue.codes, "starts": log.starts, "items": log.items, "ts": log.ts,
         "fresh": log.fresh,
         "bought": log.bought, "context": log.context, "rewards": log.rewards,
-        "ends": rows.split.training_ends,
     }  # fmt: skip
     if rows.labelled_answers is not None:
         arrays |= {_ANSWERS + name: value for name, value in vars(rows.labelled_answers).items()}
@@ -78,12 +77,12 @@ def read_training_inputs(run: Path) -> tuple[GeneratorForCausalLM, TrainingRows,
     names = ("starts", "items", "ts", "fresh", "bought", "context", "rewards")
     log = Interactions([], *(arrays[name] for name in names))
     no_held_out = HeldOut([], np.zeros(0, dtype=np.int64), [], [])
-    split = TrainingSplit(arrays["ends"], no_held_out)
+    split = TrainingSplit(log, no_held_out)
     answer_arrays = {
         name.removeprefix(_ANSWERS): array for name, array in arrays.items() if name.startswith(_ANSWERS)
     }
     answers = LabelledAnswers(**answer_arrays) if answer_arrays else None
-    return model, TrainingRows(log, split, catalogue, tokenizer, prompt, settings, answers), settings
+    return model, TrainingRows(split, catalogue, tokenizer, prompt, settings, answers), settings
 
 
 def follow_main_process(devices: Devices) -> None:

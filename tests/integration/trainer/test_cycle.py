@@ -17,6 +17,7 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
 from registry.decoding.onnx_generator import OnnxGenerator
+from registry.hold_out import HoldOut
 from registry.releases.release import Publisher
 from registry.settings import RegistrySettings, RolloutSettings
 from streams.errors import SidstreamError
@@ -56,7 +57,7 @@ class World:
         self.settings = TrainerSettings.model_validate(
             {
                 "home": home / "trainer", "width": 32, "heads": 2, "max_items": 8, "epochs": 4,
-                "max_seconds": None, "validation_users": 10, "batch_positions": 64, "lr": 5e-3,
+                "max_seconds": None, "validation_share": 0.25, "batch_positions": 64, "lr": 5e-3,
                 "threads": 1, "min_validity": 0.0,
                 "max_fall": 0.9, "beat_popularity": False,
                 "dpo": {"min_pairs": 20, "batch": 16, "schemes": ["purchased_over_clicked"]},
@@ -160,7 +161,10 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     world.prefer(48)
     second = world.cycle()
     assert (second.action, set(second.versions), second.events) == ("trial", {"sft", "dpo"}, 80)
-    assert (second.pairs, second.no_dpo) == (48, None)
+    learned = [n for n in range(48) if not HoldOut(share=0.25).has(f"u{n}")]
+    assert 30 < len(learned) < 42
+    assert (second.pairs, second.no_dpo) == (len(learned), None)
+    assert second.metrics["dpo/held_out_pairs"] == 48 - len(learned)
     sft, dpo = (world.registry.fetch(f"challenger-{kind}") for kind in ("sft", "dpo"))
     assert sft.manifest.lineage.parent == dpo.manifest.lineage.parent == champion.id
     assert (sft.manifest.lineage.reference, dpo.manifest.lineage.reference) == (None, sft.id)
@@ -170,7 +174,7 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert {n: begin for n, (begin, _) in sft.manifest.window["purchases"].items()} == begins
     assert world.registry.alias("champion") == first.versions["base"]
     metrics = {version.version: version.metrics for version in world.registry.versions()}
-    assert metrics[second.versions["dpo"]]["dpo/rejected"] == 48
+    assert metrics[second.versions["dpo"]]["dpo/rejected"] == len(learned)
     assert "parent/hr10" in metrics[second.versions["sft"]]
 
     third = world.cycle()
@@ -207,7 +211,11 @@ def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
     )  # fmt: skip
     assert lines == ["lora", "dpo"]
     assert result.dpo is not None
-    assert (result.dpo.pairs, result.quality.users) == (48, 10)
+    learned, judging = (
+        [n for n in range(count) if HoldOut(share=0.25).has(f"u{n}") == judges]
+        for count, judges in ((48, False), (30, True))
+    )
+    assert (result.dpo.pairs, result.quality.users) == (len(learned), len(judging))
     # Its answers are trainer files: nothing is in service, and the window is there for the next cycle.
     assert Path(result.folder).parent == chosen.home / "hf"
     assert (result.aligned is None) == (result.aligned_quality is None)
@@ -323,9 +331,9 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     world.publish(events)
     # Newcomers who walk the other way.
     world.walk(range(100, 160), 10, Click, 1000, step=-1)
-    # A draw in eight is what a certain model would have answered: 190 effective samples of 1,500.
-    explored = OffPolicySettings.model_validate({"min_ess": 50})
-    # Nobody is held out: the weights of the last step are kept, and only explored answers can refuse them.
+    # A draw in eight is what a certain model would have answered: some 45 effective samples of 375.
+    explored = OffPolicySettings.model_validate({"min_ess": 20})
+    # Nobody is scored: the weights of the last step are kept, and only explored answers can refuse them.
     sane = sane.model_copy(update={"validation_users": 0, "offpolicy": explored})
 
     # A refresh that learns from the newcomers alone passes the loose checks of these tests.
@@ -353,11 +361,14 @@ def test_explored_answers_veto_models_that_would_be_clicked_less(world: World) -
     assert second.no_dpo is not None
     assert second.no_dpo.startswith("it failed its offline check: veto: CTR ")
     sft, aligned = second.offpolicy["sft"], second.offpolicy["dpo"]
-    assert (sft.n, sft.vetoed, aligned.vetoed) == (1500, False, True)
+    # Only what validation users were shown judges: the others' clicks were learned.
+    judging = [clicked for event, clicked in explorations if HoldOut(share=0.25).has(event.user_id)]
+    assert 300 < len(judging) < 450
+    assert (sft.n, sft.vetoed, aligned.vetoed) == (len(judging), False, True)
     assert sft.logged is not None
-    assert sft.logged.value == pytest.approx(np.mean([clicked for _, clicked in explorations]))
+    assert sft.logged.value == pytest.approx(np.mean(judging))
     version = next(one for one in world.registry.versions() if one.version == second.versions["sft"])
-    assert version.metrics["sft/ope_n"] == 1500
+    assert version.metrics["sft/ope_n"] == len(judging)
     assert version.metrics["sft/ope_dr"] > 5 * version.metrics["dpo/ope_dr"]
 
 

@@ -19,7 +19,7 @@ from registry.bundles.prompt import Prompt
 from streams.events import CatalogItem, SidAssignment, UserProfile
 from streams.settings import KafkaSettings
 from tests.tiny_explorations import T0, exploration
-from tests.tiny_log import Logged
+from tests.tiny_log import NOBODY, Logged
 from tests.tiny_shop import SIZES, sid_of
 from trainer import cycle_inputs
 from trainer.log.interaction_log import INTERACTIONS
@@ -72,7 +72,10 @@ def test_only_users_who_did_something_and_scenes_of_clicks_are_counted(logged: L
     logged.clicks((None, "x", "i00", 1))
     logged.purchases(("v", "i02", 3), ("u", "i02", 4))
     window = logged.window()
-    assert window.context_counts(window.profiles()) == {"scene": {"home": 2}, "profile.country": {"Peru": 2}}
+    assert window.context_counts(window.profiles(), NOBODY) == {
+        "scene": {"home": 2},
+        "profile.country": {"Peru": 2},
+    }
 
 
 def test_each_event_has_its_own_scene_and_its_users_profile(logged: Logged) -> None:
@@ -98,7 +101,7 @@ def test_a_log_from_before_clicks_had_scenes_is_read_as_without(logged: Logged) 
     logged.ends["clicks"] = 1
     logged.clicks((None, "u", "i01", 9), scene="home")
     window = logged.window()
-    assert window.context_counts({}) == {"scene": {"home": 1}}
+    assert window.context_counts({}, NOBODY) == {"scene": {"home": 1}}
     catalogue = training_catalogue({f"i{n:02}": sid_of(n) for n in range(2)}, {}, Prompt(SIZES, 8))
     assert window.user_sequences(catalogue, Context(7, {"scene": ["home"]})).context.tolist() == [[0], [7]]
 
@@ -118,6 +121,7 @@ def read(
             "home": logged.log.folder,
             "context": context,
             "text_inputs": False,
+            "validation_share": 0.0,
             "rewards": {"enabled": priced, "min_count": 3},
         }
     )

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.releases.rollout import assign, user_share
+from registry.hold_out import user_share
+from registry.releases.rollout import assign
 from streams.errors import SidstreamError
 from streams.events import Arm
 

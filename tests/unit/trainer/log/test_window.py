@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from registry.hold_out import HoldOut
 from streams.events import Exploration
 from tests.tiny_explorations import T0, exploration
 from tests.tiny_log import Logged
@@ -18,7 +19,7 @@ HORIZON = 1000
 
 
 def judged(window: Window) -> dict[str, bool]:
-    actual = window.explorations(HORIZON)
+    actual = window.explorations(HORIZON, HoldOut(share=0.5))
     explorations = {event.request_id: clicked for event, clicked in actual}
     assert len(explorations) == len(actual)
     return explorations
@@ -64,6 +65,15 @@ def test_an_exploration_waits_until_its_clicks_can_no_longer_come_and_counts_in_
     logged.explorations(at(3, 100))
     assert judged(logged.window()) == {"r3": False}
     assert judged(logged.window()) == {}
+
+
+def test_answers_to_validation_users_are_of_every_window(logged: Logged) -> None:
+    judging = next(f"v{n}" for n in range(100) if HoldOut(share=0.5).has(f"v{n}"))
+    logged.explorations(at(0, 0), at(1, 0, user_id=judging), at(2, 5 * HORIZON, user_id=judging))
+    logged.clicks(("r1", judging, "i00", 5), (None, "v", "i05", 5 * HORIZON))
+    assert judged(logged.window()) == {"r0": False, "r1": True}
+    logged.clicks((None, "v", "i05", 7 * HORIZON))
+    assert judged(logged.window()) == {"r1": True, "r2": False}
 
 
 def test_an_answer_that_was_sent_twice_counts_once(logged: Logged) -> None:

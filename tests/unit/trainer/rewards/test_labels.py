@@ -17,6 +17,7 @@ from registry.bundles.rewards import REWARD_NAMES, Offer, Rewards, reward_fields
 from registry.decoding.list_rules import ListLimits
 from registry.decoding.onnx_generator import OnnxGenerator
 from registry.decoding.sid_index import SidIndex
+from registry.hold_out import HoldOut
 from serving.bundle_loader import LoadedBundle, LoadedRollout
 from serving.exploration import Explorer
 from serving.recommender import Recommender, Request
@@ -27,7 +28,7 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.quality import evaluate_held_out
 from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.rewards.labels import UNKNOWN, learn_rewards, purchase_labels, reward_values, with_reward_labels
-from trainer.sequences.held_out import held_out_rows
+from trainer.sequences.held_out import split_log
 from trainer.sequences.interactions import Interactions, training_catalogue, user_sequences
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import RewardSettings
@@ -117,19 +118,20 @@ def rewarded(**shop_options: object) -> tuple[Shop, Rewards]:
     Users go on by 1 to 4 items at a time, so that every price is among what may come next.
     """
     plain = shop(**{"text_inputs": False, "weights": {"sid_to_title": 0, "title_to_sid": 0}} | shop_options)
-    steps = np.random.default_rng(5).integers(1, 5, size=len(plain.log.items))
-    walks = np.split(steps, plain.log.starts[1:-1])
+    steps = np.random.default_rng(5).integers(1, 5, size=len(plain.whole_log))
+    walks = np.split(steps, plain.whole_log.starts[1:-1])
     items = np.concatenate([np.cumsum(walk) % ITEMS for walk in walks])
-    log = replace(plain.log, items=items)
+    whole_log = replace(plain.whole_log, items=items)
+    split = split_log(whole_log, HoldOut(share=plain.settings.validation_share), plain.settings)
+    log = split.log
     bought = purchase_labels(log, 0)
     rewards = learn_rewards(OFFERS, log, bought, 0, chosen())
     assert rewards is not None
     context = with_reward_fields(plain.context, rewards)
     log = with_reward_labels(log, OFFERS, bought, rewards, context)
-    last = plain.split.training_ends[plain.split.training_ends < log.starts[1:]]
-    split = replace(plain.split, held_out=held_out_rows(log, last, plain.settings.max_items))
-    rows = TrainingRows(log, split, plain.catalogue, plain.tokenizer, plain.prompt, plain.settings)
-    return replace(plain, log=log, split=split, rows=rows, context=context), rewards
+    split = replace(split, log=log)
+    rows = TrainingRows(split, plain.catalogue, plain.tokenizer, plain.prompt, plain.settings)
+    return replace(plain, whole_log=whole_log, split=split, rows=rows, context=context), rewards
 
 
 def test_each_event_is_told_with_its_own_rewards_some_or_none() -> None:
@@ -170,7 +172,7 @@ def test_other_processes_get_the_same_rewards(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def trained() -> tuple[Shop, Rewards, GeneratorForCausalLM]:
     tiny_shop, rewards = rewarded(
-        users=220, validation_users=70, epochs=25, batch_positions=256, lr=1e-2, patience=100
+        users=220, validation_share=0.3, epochs=25, batch_positions=256, lr=1e-2, patience=100
     )
     model = tiny_shop.model()
     train(model, tiny_shop.rows, tiny_shop.sids, tiny_shop.settings)

@@ -88,7 +88,7 @@ def with_online(tiny_shop: Shop, **values: object) -> Shop:
     rewards = tiny_shop.settings.rewards.model_copy(update={"online": online})
     settings = tiny_shop.settings.model_copy(update={"rewards": rewards})
     rows = type(tiny_shop.rows)(
-        tiny_shop.log, tiny_shop.split, tiny_shop.catalogue, tiny_shop.tokenizer, tiny_shop.prompt, settings
+        tiny_shop.split, tiny_shop.catalogue, tiny_shop.tokenizer, tiny_shop.prompt, settings
     )
     return replace(tiny_shop, settings=settings, rows=rows)
 

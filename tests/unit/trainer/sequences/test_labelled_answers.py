@@ -34,8 +34,9 @@ def clicking(**settings: object) -> Shop:
     context = with_reward_fields(tiny.context, BINS)
     token = context.row(reward_fields({"click": 1}))
     log = replace(tiny.log, rewards=np.array([token] * len(tiny.log), dtype=np.int32))
-    rows = TrainingRows(log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
-    return replace(tiny, log=log, rows=rows, context=context)
+    split = replace(tiny.split, log=log)
+    rows = TrainingRows(split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    return replace(tiny, split=split, rows=rows, context=context)
 
 
 def unclicked_explorations(
@@ -130,7 +131,7 @@ def test_answers_of_what_nobody_touched_are_left_out_and_others_reach_every_proc
     answers = join_answers([items[:at] for at in range(ITEMS)], items, none, rewards, rewards > 0)
     all_of_them = tiny.settings.rewards.model_copy(update={"ignored_share": 1.0})
     chosen = tiny.settings.model_copy(update={"rewards": all_of_them})
-    rows = TrainingRows(tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, chosen, answers)
+    rows = TrainingRows(tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, chosen, answers)
     assert isinstance(rows.labelled_answers, LabelledAnswers)
     assert (
         rows.labelled_answers.targets.tolist()
@@ -155,9 +156,7 @@ def test_ignored_answers_are_a_share_of_what_is_learned(share: float) -> None:
     answers = unclicked_answers(
         unclicked_explorations(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0
     )
-    rows = TrainingRows(
-        tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers
-    )
+    rows = TrainingRows(tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers)
     alone = sum(int(piece.learned.sum()) for piece in tiny.rows.sequence_batches(0))
     both = sum(int(piece.learned.sum()) for piece in rows.sequence_batches(0))
     assert both - alone == round(share * alone)
@@ -174,9 +173,7 @@ def taught() -> tuple[Shop, GeneratorForCausalLM]:
     answers = unclicked_answers(
         unclicked_explorations(tiny, *shown), tiny.catalogue, ANY, BINS, tiny.context, 0
     )
-    rows = TrainingRows(
-        tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers
-    )
+    rows = TrainingRows(tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings, answers)
     model = tiny.model()
     train(model, rows, tiny.sids, tiny.settings)
     return tiny, model.eval()

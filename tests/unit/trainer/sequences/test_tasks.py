@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
+from registry.hold_out import HoldOut
 from tests.tiny_shop import SIZES, Shop, shop
 from trainer.evaluation.tasks import predict_words, prompt_states, search_items
 from trainer.sequences.batches import pad_token_rows
+from trainer.sequences.held_out import split_log
 from trainer.sequences.interactions import user_sequences
 from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tasks import TitleWords, bought_within, search_prompt, summary_prompt
@@ -32,7 +35,7 @@ def pair_shop(**more: Any) -> Shop:
     titles = [f"thing {chr(97 + item // 2) * 3}" for item in range(24)]
     catalogue = replace(tiny.catalogue, titles=titles)
     tokenizer = type(tiny.tokenizer)(tokenizer_object=_words(tiny, titles), unk_token="<unk>")
-    rows = TrainingRows(tiny.log, tiny.split, catalogue, tokenizer, tiny.prompt, tiny.settings)
+    rows = TrainingRows(tiny.split, catalogue, tokenizer, tiny.prompt, tiny.settings)
     return replace(tiny, catalogue=catalogue, tokenizer=tokenizer, rows=rows)
 
 
@@ -56,10 +59,7 @@ def test_a_search_has_words_of_the_item_that_a_user_went_to_after_that_history()
     actual = tiny.rows.search_rows(3)
     assert len(actual) == 24
     bare, lengths = 0, set()
-    trained = [
-        tiny.log.items[low:high].tolist()
-        for low, high in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)
-    ]
+    trained = [tiny.log.items[low:high].tolist() for low, high in pairwise(tiny.log.starts.tolist())]
     for row in [row for number in range(10) for row in tiny.rows.search_rows(number)]:
         history, words, mark, target = parts(tiny, row.ids.tolist())
         assert (row.ids[0], mark, row.weight) == (BOS, ITEM, 0.5)
@@ -105,15 +105,17 @@ def test_without_weights_or_words_there_is_no_such_row() -> None:
 
 def test_no_text_looks_at_what_is_held_out() -> None:
     tiny = pair_shop(users=12, length=3)
-    held_out = tiny.split.training_ends < tiny.log.starts[1:]
-    assert held_out.any()
-    tiny.log.items[:] = 0
-    tiny.log.items[tiny.log.starts[1:] - 1] = 1
-    tiny.log.items[tiny.log.starts[1:] - 2] = 2
-    tiny.log.items[tiny.split.training_ends[held_out]] = 23
+    whole_log, hold_out = tiny.whole_log, HoldOut(share=tiny.settings.validation_share)
+    whole_log.items[:] = 0
+    whole_log.items[whole_log.starts[1:] - 1] = 1
+    owner = np.repeat([hold_out.has(user) for user in whole_log.users], np.diff(whole_log.starts))
+    assert owner.any()
+    whole_log.items[owner] = 23
+    split = split_log(whole_log, hold_out, tiny.settings)
+    rows = TrainingRows(split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
     codes = tiny.catalogue.codes[23].tolist()
     for number in range(5):
-        for row in tiny.rows.text_rows(number):
+        for row in rows.text_rows(number):
             flat = row.ids.tolist()
             assert not any(flat[at : at + LEVELS] == codes for at in range(len(flat)))
 
@@ -163,23 +165,22 @@ def test_rare_words_are_asked_for_more_often() -> None:
 
 @hypothesis_settings(max_examples=100, deadline=None)
 # A click past the end, in the moment of a purchase before it.
-@example([(0, 0, 0, True), (0, 0, 0, False)], 0, 1)
+@example([(0, 0, 0, True), (0, 0, 0, False)], 0)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 9), st.booleans()),
         min_size=1, max_size=25,
     ),
-    st.integers(0, 4), st.integers(0, 2),
+    st.integers(0, 4),
 )  # fmt: skip
 def test_a_target_is_bought_where_its_user_buys_it_in_time(
-    events: list[tuple[int, int, int, bool]], within: int, held_out: int
+    events: list[tuple[int, int, int, bool]], within: int
 ) -> None:
     catalogue = shop().catalogue
     users, items, ts, paid = zip(*events, strict=True)
     log = user_sequences(
         [f"u{user}" for user in users], list(ts), [f"i{item:02}" for item in items], catalogue, bought=paid
     )
-    ends = np.maximum(log.starts[1:] - held_out, log.starts[:-1])
     # Of one moment, a purchase follows the click that led to it, whichever of them the log has first.
     expected = [
         any(
@@ -188,17 +189,16 @@ def test_a_target_is_bought_where_its_user_buys_it_in_time(
             and 0 <= log.ts[other] - log.ts[at] <= within
             for other in range(begin, end)
         )
-        and at < end
-        for begin, stop, end in zip(log.starts[:-1], log.starts[1:], ends, strict=True)
-        for at in range(begin, stop)
+        for begin, end in pairwise(log.starts.tolist())
+        for at in range(begin, end)
     ]
-    assert bought_within(log, ends, within).tolist() == expected
+    assert bought_within(log, within).tolist() == expected
 
 
 def test_pieces_say_what_was_bought() -> None:
     tiny = shop(length=6, tasks={"buy_within_s": 1})
     tiny.log.bought[tiny.log.starts[3] + 2] = True
-    rows = TrainingRows(tiny.log, tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    rows = TrainingRows(tiny.split, tiny.catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
     actual = []
     for piece in rows.sequence_batches(0):
         assert piece.bought is not None

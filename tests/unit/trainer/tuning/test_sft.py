@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 
 from registry.bundles.prompt import BOS, EOS, ITEM, TITLE, UNK
 from registry.bundles.ranking import Ranking
+from registry.hold_out import HoldOut
 from tests.tiny_shop import SIZES, come_again, shop
 from trainer.generator.constrained import SidSet
 from trainer.offline_checks.quality import HeldOutQuality, hr_ndcg
 from trainer.offline_checks.ranking import sid_scores
 from trainer.plots.training_curve import draw_training_curve
 from trainer.sequences.batches import IGNORE, SequenceBatch, pad_token_rows
-from trainer.sequences.held_out import hold_out_last_items
+from trainer.sequences.held_out import split_log
 from trainer.sequences.interactions import training_catalogue, user_sequences
 from trainer.tuning.next_item import sequence_loss, token_loss
 from trainer.tuning.sft import TrainingState, spells_more_real_sids, train
@@ -28,7 +30,7 @@ def test_training_learns_which_item_follows() -> None:
     model = tiny.model()
     result = train(model, tiny.rows, tiny.sids, tiny.settings)
     assert result.quality is not None
-    assert result.quality.users == 10
+    assert result.quality.users == len(tiny.split.held_out.targets) > 5
     assert result.quality.hr10 == 1.0
     assert result.quality.ndcg10 > 0.8
     assert result.quality.validity > 0.9
@@ -107,7 +109,7 @@ def test_title_rows_learn_one_side_and_never_take_a_title_for_a_code() -> None:
     assert back.ids[back.learned].tolist() == codes
     assert tiny.tokenizer.convert_ids_to_tokens(words)[:2] == ["red", "item"]
     catalogue = training_catalogue({"x": (0, 0, 0)}, {"x": "<a_1> red <eos> <pad>"}, tiny.prompt)
-    rows = type(tiny.rows)(tiny.log, tiny.split, catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
+    rows = type(tiny.rows)(tiny.split, catalogue, tiny.tokenizer, tiny.prompt, tiny.settings)
     assert rows.title_words[0] == [UNK, words[0], UNK, UNK]
 
 
@@ -186,20 +188,22 @@ def test_each_prefix_is_a_sample_that_learns_its_last_item_after_its_whole_past(
             samples.append(real)
     expected = [
         tiny.log.items[max(begin, end - 9) : end].tolist()
-        for begin, stop in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)
+        for begin, stop in pairwise(tiny.log.starts.tolist())
         for end in range(begin + 2, stop + 1)
     ]
     assert sorted(samples) == sorted(expected)
 
 
-def test_held_out_items_are_not_trained_on() -> None:
+def test_all_events_but_those_of_validation_users_are_trained_on() -> None:
     tiny = shop()
-    assert len(tiny.split.held_out.targets) == 10
+    validation = [user for user in tiny.whole_log.users if HoldOut(share=0.25).has(user)]
+    assert 5 < len(validation) < 15
+    assert sorted({*tiny.whole_log.users} - {*validation}) == tiny.log.users
     trained = 0
     for row in tiny.rows.epoch_rows(0):
         if row.weight == tiny.settings.weights.next_sid:
             trained += (len(row.ids) - 1) // len(SIZES)
-    assert trained == len(tiny.log) - 10
+    assert trained == len(tiny.whole_log) - 12 * len(validation)
 
 
 def test_the_same_epoch_gives_the_same_batches_and_another_one_other_cuts() -> None:
@@ -217,9 +221,7 @@ def test_a_refresh_takes_sequences_with_new_events_and_a_share_of_older_ones() -
     tiny.log.fresh[: tiny.log.starts[10]] = True  # the first ten users have new events
     cuts = tiny.rows.crops(np.random.default_rng(0))
     fresh = [low for low, _ in cuts if low < tiny.log.starts[10]]
-    assert sum(high - low for low, high in cuts if low < tiny.log.starts[10]) == tiny.split.training_ends[
-        :10
-    ].sum() - sum(int(start) for start in tiny.log.starts[:10])
+    assert sum(high - low for low, high in cuts if low < tiny.log.starts[10]) == tiny.log.starts[10]
     assert len(cuts) - len(fresh) == round(len(fresh) / 3)
 
 
@@ -236,11 +238,11 @@ def test_sequences_are_in_event_time_and_keep_the_order_of_equal_times() -> None
     assert log.starts.tolist() == [0, 3, 5]
 
 
-def test_nobody_is_held_out_where_histories_are_too_short() -> None:
+def test_nobody_is_scored_where_histories_are_too_short() -> None:
     tiny = shop(users=4, length=2)
-    split = hold_out_last_items(tiny.log, tiny.settings, np.random.default_rng(0))
+    split = split_log(tiny.whole_log, HoldOut(share=0.5), tiny.settings)
     assert len(split.held_out.targets) == 0
-    assert split.training_ends.tolist() == tiny.log.starts[1:].tolist()
+    assert 0 < len(split.log.users) < 4
 
 
 def test_hit_rate_and_ndcg_count_ranks_from_0() -> None:
@@ -268,11 +270,7 @@ def test_without_item_vectors_codes_alone_are_learned() -> None:
 
 def test_an_item_that_nobody_touched_is_not_pushed_away() -> None:
     tiny = shop(users=6, length=3, epochs=3)
-    touched = set(
-        np.concatenate(
-            [tiny.log.items[a:b] for a, b in zip(tiny.log.starts[:-1], tiny.split.training_ends, strict=True)]
-        ).tolist()
-    )
+    touched = set(tiny.log.items.tolist())
     new = [item for item in range(len(tiny.catalogue.item_ids)) if item not in touched]
     assert new
     model = tiny.model()
