@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -173,29 +171,26 @@ def main() -> None:
         settings.trainer,
         inputs.negative_feedback,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = read_window_pairs(settings, bundle)
-        ctr, cvr = judge.true_rates(load_model(bundle.model)[0], bundle)
-        print(json.dumps({"variant": "none", "ctr": round(ctr, 4), "cvr": round(cvr, 4)}), flush=True)
-        for name, changes in VARIANTS:
-            dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changes})
-            trainer_settings = settings.trainer.model_copy(update={"dpo": dpo})
-            rows = preference_rows(
-                pairs, bundle.manifest.codebook, bundle.prompt, dpo, judge.context, judge.profiles
-            )
-            model, tokenizer = load_model(bundle.model)
-            began = time.perf_counter()
-            aligned, result = align(
-                model, tokenizer, rows, trainer_settings, Path(folder) / name, sequences=sequences
-            )
-            seconds = time.perf_counter() - began
-            ctr, cvr = judge.true_rates(aligned, bundle)
-            line = {
-                "variant": name, **changes, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
-                "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": len(rows),
-                "steps": result.steps, "seconds": round(seconds, 1),
-            }  # fmt: skip
-            print(json.dumps(line), flush=True)
+    pairs = read_window_pairs(settings, bundle)
+    ctr, cvr = judge.true_rates(load_model(bundle.model)[0], bundle)
+    print(json.dumps({"variant": "none", "ctr": round(ctr, 4), "cvr": round(cvr, 4)}), flush=True)
+    for name, changes in VARIANTS:
+        dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changes})
+        trainer_settings = settings.trainer.model_copy(update={"dpo": dpo})
+        rows = preference_rows(
+            pairs, bundle.manifest.codebook, bundle.prompt, dpo, judge.context, judge.profiles
+        )
+        model, tokenizer = load_model(bundle.model)
+        began = time.perf_counter()
+        aligned, result = align(model, tokenizer, rows, trainer_settings, sequences=sequences)
+        seconds = time.perf_counter() - began
+        ctr, cvr = judge.true_rates(aligned, bundle)
+        line = {
+            "variant": name, **changes, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
+            "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": len(rows),
+            "steps": result.steps, "seconds": round(seconds, 1),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ between them is a list, a dictionary and a call here.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,10 +320,7 @@ class LineageShop:
             )
             pairs = preference_rows(learned, CODEBOOK_ID, self.prompt, train_settings.dpo)
             probe = held_out_probe(split.held_out, self.catalogue, self.sids, train_settings, quality.ranking)
-            with tempfile.TemporaryDirectory() as folder:
-                better, dpo = align(
-                    model, self.tokenizer, pairs, train_settings, Path(folder), sequences=rows, probe=probe
-                )
+            better, dpo = align(model, self.tokenizer, pairs, train_settings, sequences=rows, probe=probe)
             after = evaluate_held_out(
                 better, split.held_out, self.catalogue, self.sids, train_settings, quality.ranking
             )

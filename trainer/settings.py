@@ -312,7 +312,7 @@ class TrainerSettings(Section):
     checkpoint_seconds: float = Field(
         120.0,
         ge=0,
-        description="age of the last checkpoint at most: a training that is killed loses the work since; 0: one "
+        description="between two checkpoints of a training: a kill loses the work since the last one; 0: one "
         "after each step",
     )
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")

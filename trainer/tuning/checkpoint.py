@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from streams.errors import SidstreamError
+from trainer.files import digest, write_atomically
 
 _NEWEST = "newest.json"
 Tensors = dict[str, Tensor]
@@ -91,10 +90,9 @@ class Checkpoint:
         for name, group in tensors.items():
             path = fresh / f"{name}.safetensors"
             save_file(dict(group), path)
-            digests[name] = _digest(path)
-        write_atomically(
-            self.folder / _NEWEST, {"folder": fresh.name, "sha256": digests, "state": dict(state)}
-        )
+            digests[name] = digest(path)
+        about = {"folder": fresh.name, "sha256": digests, "state": dict(state)}
+        write_atomically(self.folder / _NEWEST, json.dumps(about).encode())
         for other in self.folder.iterdir():
             if other.is_dir() and other != fresh:
                 shutil.rmtree(other, ignore_errors=True)
@@ -105,9 +103,9 @@ class Checkpoint:
         if newest is None:
             return None
         tensors = {}
-        for name, digest in newest["sha256"].items():
+        for name, expected in newest["sha256"].items():
             path = self.folder / newest["folder"] / f"{name}.safetensors"
-            if not path.exists() or _digest(path) != digest:
+            if not path.exists() or digest(path) != expected:
                 raise self._damaged(f"{path.name} is missing or was changed")
             tensors[name] = load_file(path)
         return Saved(tensors, newest["state"])
@@ -126,19 +124,3 @@ class Checkpoint:
         return SidstreamError(
             f"checkpoint {self.folder} is damaged ({reason}): remove it to begin the stage anew"
         )
-
-
-def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    """Put JSON in place of a file: a crash leaves the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.pretrain import pretrain_and_tune
+from trainer.tuning.resumable import INTERRUPTED
 from trainer.tuning.sft import Progress, SftResult, validate
 
 # From a member's seed to the next one's: stages and refreshes count on from `seed` by ones.
@@ -60,7 +61,7 @@ def train_ensemble(
             devices=devices,
             teacher=teacher,
         )
-        if count == 1 or result.stopped == "interrupted":
+        if count == 1 or result.stopped == INTERRUPTED:
             return model, result
         members.append((model, result))
     results = [result for _, result in members]

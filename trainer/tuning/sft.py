@@ -31,6 +31,7 @@ from trainer.tuning.checkpoint import (
 from trainer.tuning.devices import Devices, device
 from trainer.tuning.next_item import TeacherTargets, batch_loss, catalogue_table_rows
 from trainer.tuning.optimization import ClippedAdamW
+from trainer.tuning.resumable import ALL_STEPS, INTERRUPTED, TIME_SPENT
 from trainer.tuning.soft_targets import code_tree
 
 _WARMUP = 0.05
@@ -159,7 +160,7 @@ class _TrainingRun:
             if not self._train_epoch(batches):
                 self._save()
                 epochs = self.state.epoch + self.state.batch / len(batches)
-                return self._result(epochs, None, "interrupted", [])
+                return self._result(epochs, None, INTERRUPTED, [])
             self._end_epoch(self.state.epoch + self.state.batch / max(1, len(batches)))
         return self._finish()
 
@@ -175,7 +176,7 @@ class _TrainingRun:
             spent_time, interrupted = self.devices.broadcast([spent_time, float(asked_to_stop)])
             spent_steps = state.step / settings.max_steps if settings.max_steps else 0.0
             if spent_time >= 1 or spent_steps >= 1:
-                state.stopped = "all steps done" if spent_steps >= 1 else "time budget spent"
+                state.stopped = ALL_STEPS if spent_steps >= 1 else TIME_SPENT
                 break
             if interrupted:
                 return False

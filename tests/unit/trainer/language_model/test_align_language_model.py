@@ -76,9 +76,7 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
     lora = LoraConfig(
         r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2"
     )
-    aligned, result = align_language_model(
-        model, theirs, rows, chosen, tmp_path / "run", lora if adapters else None
-    )
+    aligned, result = align_language_model(model, theirs, rows, chosen, lora if adapters else None)
     assert (result.pairs, result.rejected, result.steps) == (200, 600, 25)
     # The reference is the model that the stage began with: at the first look the policy has hardly moved.
     assert abs(result.curve[0]["margin"]) < abs(result.curve[-1]["margin"])
@@ -113,7 +111,7 @@ def test_the_margins_of_a_language_model_with_dropout_begin_at_zero(
         fan_in_fan_out=kind == "gpt2",
     )  # fmt: skip
     _, result = align_language_model(
-        model, theirs, rows, tiny.settings.model_copy(update={"dpo": dpo}), tmp_path / "run",
+        model, theirs, rows, tiny.settings.model_copy(update={"dpo": dpo}),
         lora if adapters else None,
     )  # fmt: skip
     assert (result.margin, result.accuracy, result.drop) == (0.0, 0.0, 0.0)
