@@ -65,7 +65,9 @@ class ShoppersSettings(Section):
     click_base: float = Field(-2.3, description="log-odds of a click on an item that means nothing to a user")
     click_taste: float = Field(3.0, description="weight of the user's taste in the click's log-odds")
     click_trigger: float = Field(2.0, description="weight of the trigger item in the click's log-odds")
-    click_position: float = Field(0.97, gt=0, le=1, description="chance kept from one place to the next")
+    click_position: float = Field(
+        0.97, gt=0, le=1, description="chance that a shopper who looked at a place looks at the next one"
+    )
     buy_base: float = Field(-1.8, description="log-odds of buying a clicked item of mean value")
     buy_value: float = Field(1.8, description="weight of the item's value in the purchase's log-odds")
     buy_taste: float = Field(0.5, description="weight of the user's taste in the purchase's log-odds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 from streams.events import Click, Event, Impression, Purchase
 
@@ -56,13 +57,21 @@ def _by_slate(user: str, log: Sequence[Event], window: int, most: int) -> Iterab
         ]
         any_way = {e.item_id for e in log if isinstance(e, Purchase) and start <= e.ts <= end}
         over_clicked = [i for i in clicked if i not in bought and i not in any_way]
-        over_shown = [i for i in shown if i not in clicked and i not in bought and i not in any_way]
+        lowest = max((shown.index(i) for i in (*bought, *clicked)), default=-1)
+        over_shown = [
+            i for i in shown[: lowest + 1] if i not in clicked and i not in bought and i not in any_way
+        ]
         for scheme, chosen, rejected in (
             ("purchased_over_clicked", bought, over_clicked),
             ("purchased_over_shown", bought, over_shown),
             ("clicked_over_shown", clicked, over_shown),
         ):  # fmt: skip
-            few = tuple(sorted(rejected, key=shown.index)[:most])
+            few = tuple(sorted(rejected, key=lambda i: drawn(request, i))[:most])
             for item in chosen:
                 if few:
                     yield user, scheme, str(request), item, few
+
+
+def drawn(request: str, item: str) -> str:
+    """The place of an item in the sample of its slate's rejected ones."""
+    return blake2b(f"{request}\x1f{item}".encode(), digest_size=8).hexdigest()

@@ -7,17 +7,21 @@ window of its first impression at t closes, what was shown, clicked and bought b
 gives
 
 - purchased_over_clicked: bought over clicked and not bought,
-- purchased_over_shown: bought over shown and neither clicked nor bought,
-- clicked_over_shown: clicked over shown and neither clicked nor bought,
+- purchased_over_shown: bought over passed over,
+- clicked_over_shown: clicked over passed over.
 
-the rejected ones nearest to the top first. An event with a request takes part only in its slate, except that
-an item which the user bought in time, by whatever way, is never rejected. Events may come in any order within
-the allowed lateness: a window is decided when it closes, never before.
+An item is passed over where it was shown above the lowest item of the slate that was clicked or bought, and
+was neither itself. Users look from the top and stop: what stands below that item was perhaps never looked at,
+and says nothing of what its user prefers ("click > skip above", Joachims et al. 2005). More rejected items
+than `max_rejected` are a sample of all places alike, drawn by a hash: the first ones would always be those
+at the top. An event with a request takes part only in its slate, except that an item which the user bought in
+time, by whatever way, is never rejected. Events may come in any order within the allowed lateness: a window
+is decided when it closes, never before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
@@ -38,13 +42,24 @@ UNDECIDED: Final = 1
 DECIDED: Final = 2
 
 
+# (request id, items shown from the top, items clicked or bought) -> how many of the places were looked at.
+ExaminedPlaces = Callable[[str, Sequence[str], Collection[str]], int]
+
+
+def places_above_lowest_response(request_id: str, shown: Sequence[str], responded: Collection[str]) -> int:
+    """The places down to the lowest item that was clicked or bought: these were looked at for certain."""
+    return max((place for place, item in enumerate(shown, 1) if item in responded), default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class PairRules:
-    """What decides pairs: the windows, how many items one pair rejects, and which items have a SID."""
+    """What decides pairs: the windows, how many items one pair rejects, which items have a SID, and how much
+    of a slate was looked at."""
 
     windows: WindowRules
     max_rejected: int
     has_sid: Callable[[str], bool]
+    examined: ExaminedPlaces = places_above_lowest_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,24 +250,29 @@ class OpenPairWindows(msgspec.Struct, array_like=True):
         """The pairs of a slate whose window is over."""
         last = shown_at + rules.windows.window_ms
         shown_in_time = (item for ts, items in slate.impressions if ts <= last for item in items)
-        shown = list(dict.fromkeys(item for item in shown_in_time if rules.has_sid(item)))
+        shown = list(dict.fromkeys(shown_in_time))
         bought = {i: slate.purchases[i] for i in shown if slate.purchases.get(i, last + 1) <= last}
         clicked = {i: slate.clicks[i] for i in shown if slate.clicks.get(i, last + 1) <= last}
-        not_bought = [i for i in shown if i not in bought and not self._was_bought(i, shown_at, last)]
+        examined = shown[: rules.examined(request_id, shown, bought.keys() | clicked.keys())]
+        not_bought = [
+            i for i in shown
+            if rules.has_sid(i) and i not in bought and not self._was_bought(i, shown_at, last)
+        ]  # fmt: skip
         clicked_only = [i for i in not_bought if i in clicked]
-        not_clicked = [i for i in not_bought if i not in clicked]
+        passed_over = [i for i in examined if i in not_bought and i not in clicked]
         decisions: list[PairDecision] = []
 
         def decide(scheme: Scheme, chosen: dict[str, int], candidates: Iterable[str]) -> None:
-            rejected = tuple(candidates)[: rules.max_rejected]
+            rejected = tuple(sorted(candidates, key=lambda item: _draw(request_id, item)))
             for item, ts in chosen.items():
-                if rejected:
+                if rejected and rules.has_sid(item):
                     origin = (request_id, slate.trigger, shown_at, slate.scene)
-                    decisions.append(PairDecision(scheme, ts, shown_at, item, rejected, *origin))
+                    kept = rejected[: rules.max_rejected]
+                    decisions.append(PairDecision(scheme, ts, shown_at, item, kept, *origin))
 
         decide("purchased_over_clicked", bought, clicked_only)
-        decide("purchased_over_shown", bought, not_clicked)
-        decide("clicked_over_shown", clicked, not_clicked)
+        decide("purchased_over_shown", bought, passed_over)
+        decide("clicked_over_shown", clicked, passed_over)
         return decisions
 
 
@@ -265,6 +285,11 @@ def pair_id(user: str, decision: PairDecision, codebook: str) -> str:
         ]
     )  # fmt: skip
     return blake2b(content, digest_size=16).hexdigest()
+
+
+def _draw(request_id: str, item: str) -> bytes:
+    """Where an item stands in the sample of a slate: by chance, and the same for the same events."""
+    return blake2b(f"{request_id}\x1f{item}".encode(), digest_size=8).digest()
 
 
 def _keep_earliest(times: dict[str, int], item: str, ts: int) -> None:

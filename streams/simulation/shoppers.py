@@ -75,7 +75,21 @@ class Truth:
         odds = s.click_base + s.click_taste * (shown @ taste)
         if trigger in self.row:
             odds = odds + s.click_trigger * (shown @ self.vectors[self.row[trigger]])
-        return _sigmoid(odds) * s.click_position ** np.arange(len(items))
+        return _sigmoid(odds) * self.examination(len(items))
+
+    def examination(self, places: int) -> Vector:
+        """(places,): the chance that each place is looked at, the first shown first.
+
+        Shoppers look from the top and stop: each place that is looked at leads to the next one with the
+        chance `click_position`, whatever stands there (the cascade of Craswell et al. 2008, in which here a
+        click does not end the look).
+        """
+        chances: Vector = self.settings.click_position ** np.arange(places)
+        return chances
+
+    def examined_places(self, places: int, rng: np.random.Generator) -> int:
+        """How many of the places one shopper looks at, drawn by `examination`; at least the first."""
+        return int((rng.random() < self.examination(places)).sum())
 
     def purchase_probability(self, taste: Vector, items: Sequence[str]) -> Vector:
         """(n,): the chance that each item is bought once it is clicked."""

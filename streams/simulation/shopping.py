@@ -140,12 +140,14 @@ class ShoppingTrip:
         tally.shown += len(items)
         tally.expected_clicks += float(click_chance.sum())
         tally.expected_purchases += float((click_chance * buy_chance).sum())
+        examination = self._truth.examination(len(items))
+        examined = self._truth.examined_places(len(items), rng)
         yield Impression.new(
             event_id=f"{request}-i", ts=ts + 200, user_id=user, item_ids=items, request_id=request,
             scene=trigger.scene,
         )  # fmt: skip
-        for place, item in enumerate(items):
-            if rng.random() >= click_chance[place]:
+        for place, item in enumerate(items[:examined]):
+            if rng.random() >= click_chance[place] / examination[place]:
                 continue
             clicked = ts + int(rng.integers(*_TO_CLICK_S) * 1000)
             tally.clicks += 1

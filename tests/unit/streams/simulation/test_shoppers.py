@@ -95,3 +95,13 @@ def test_items_that_are_unknown_count_for_nothing(truth: Truth) -> None:
 def test_a_population_is_in_the_order_of_its_users(truth: Truth) -> None:
     made = population(truth, {"b": ["i1"], "a": ["i2"], "c": []})
     assert [shopper.user_id for shopper in made] == ["a", "b", "c"]
+
+
+def test_shoppers_look_from_the_top_and_stop_by_the_examination_curve() -> None:
+    truth = Truth(catalogue(), ShoppersSettings(click_position=0.7))
+    rng = np.random.default_rng(5)
+    looked = np.array([truth.examined_places(10, rng) for _ in range(4000)])
+    shares = (looked[:, None] > np.arange(10)).mean(axis=0)
+    assert shares[0] == 1
+    # A share of 4,000 has a standard error of .008 at most.
+    assert np.abs(shares - truth.examination(10)).max() < 0.03

@@ -111,3 +111,17 @@ def test_who_gets_no_answer_is_counted_and_does_nothing() -> None:
     result = shop(desk)
     assert result.unanswered > 0
     assert all(event.user_id != "u7" for event in desk.published if isinstance(event, (Click, Impression)))
+
+
+def test_a_shopper_who_stops_early_clicks_nothing_below() -> None:
+    desk = Desk()
+    # Everything that is looked at is clicked: the lowest click is where the look ended.
+    shop(desk, sessions=300, click_position=0.5, click_base=50.0, k=8)
+    clicks_of: dict[str, set[str]] = {}
+    for event in desk.published:
+        if isinstance(event, Click):
+            assert event.request_id is not None
+            clicks_of.setdefault(event.request_id, set()).add(event.item_id)
+    for items in clicks_of.values():
+        assert items == {f"i{n}" for n in range(len(items))}
+    assert len({len(items) for items in clicks_of.values()}) > 3
