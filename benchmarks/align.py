@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -159,10 +161,11 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     judge = draw_judge(settings, bundle)
-    inputs = read_cycle_inputs(
-        settings.trainer, settings.kafka, registry, from_scratch=False,
-        horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as runs:
+        inputs, _ = read_cycle_inputs(
+            settings.trainer, settings.kafka, registry, from_scratch=False, runs=Path(runs),
+            horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
+        )  # fmt: skip
     sequences = TrainingRows(
         inputs.split,
         inputs.catalogue,

@@ -124,7 +124,7 @@ def read_cycle_inputs(
     }  # fmt: skip
     run = RunFolder.open(runs, about, say)
     log = InteractionLog.open(settings.home / "log")
-    window = run.window(log, incarnations(kafka), say)
+    window = run.window(log, lambda: incarnations(kafka), say)
     if window is None:
         window = _read_new_window(kafka, log, parent, reading)
     start = registry.alignment_reference(parent) if parent else None

@@ -62,11 +62,11 @@ class RunFolder:
         write_atomically(self.path / _WINDOW, msgspec.json.encode(frozen))
 
     def window(
-        self, log: InteractionLog, incarnations: Mapping[str, int], say: Callable[[str], None]
+        self, log: InteractionLog, incarnations: Callable[[], Mapping[str, int]], say: Callable[[str], None]
     ) -> Window | None:
         """The frozen window; None where the run is new, or where what it was read from is gone.
 
-        In that case `say` gets a sentence, and the run is removed. `incarnations`: of the topics as they are
+        In that case `say` gets a sentence, and the run is removed. `incarnations()`: those of the topics
         now. Raises SidstreamError where the file is damaged.
         """
         path = self.path / _WINDOW
@@ -78,9 +78,10 @@ class RunFolder:
             raise SidstreamError(
                 f"{path} is damaged ({error}): remove {self.path}, and the run begins anew"
             ) from error
+        lives = incarnations()
         for topic in TOPICS:
             ends = log.ends(topic, frozen.incarnations[topic])
-            if frozen.incarnations[topic] != incarnations.get(topic):
+            if frozen.incarnations[topic] != lives.get(topic):
                 reason = f"topic {topic} was deleted and made again"
             elif any(ends.get(number, 0) < end for number, end in frozen.logged[topic].items()):
                 reason = f"{log.folder} lacks records of topic {topic} that it began with"

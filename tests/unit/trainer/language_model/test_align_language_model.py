@@ -125,6 +125,7 @@ def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path)
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
     tuned = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    assert tuned is not None
     # One answer is both: whatever rises over it, it falls as well.
     rows = [
         one | {"chosen_ids": tiny.catalogue.codes[n % 24].tolist()} for n, one in enumerate(ours(tiny, 160))
@@ -147,6 +148,7 @@ def test_a_tuned_model_is_aligned_beside_it_and_ranked_under_the_same_constraint
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
     tuned = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    assert tuned is not None
     result = align_lora(tuned, ours(tiny, 160), tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings)
     assert result.dpo is not None
     assert result.aligned_quality is not None
