@@ -14,7 +14,8 @@ from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import EvaluationSplit
 from trainer.offline_checks.ranking import item_logits, sid_scores
 from trainer.sequences.batches import SequenceBatch, pad_items
-from trainer.tuning.next_item import ScoredItems, past_items, states_before_targets
+from trainer.tuning.losses import ItemBias
+from trainer.tuning.next_item import ScoredItems, learned_positions, states_before_targets
 from trainer.tuning.soft_targets import SoftTargets
 
 _CHUNK = 256
@@ -88,12 +89,11 @@ def distil(
         for member in ensemble.members:
             model = member.model.eval()
             catalogue_rows = model.model.items.rows(torch.from_numpy(member.catalogue.codes))
-            item_vectors, at, state = states_before_targets(model, pieces, catalogue_rows)
-            (query, past), repeat_distances = past_items(at, pieces.learned)
-            item_queries = model.model.queries(state)
-            logits = item_queries @ item_vectors.T
-            repeat_biases = model.model.items.repeat_bias(item_queries, query, repeat_distances)
-            logits = logits.index_put((query, past), repeat_biases, accumulate=True)
+            positions = learned_positions(pieces, catalogue_rows)
+            item_vectors, state = states_before_targets(model, positions)
+            queries = model.model.queries(state)
+            bias = ItemBias(positions.past_items, model.model.items.repeat_bias(queries, positions.past))
+            logits = bias.added_to(queries @ item_vectors.T)
             log_probabilities += logits.log_softmax(-1)[:, catalogue_rows]
         if "rows" not in student_rows:
             student_rows["rows"] = student_generator.model.model.items.rows(

@@ -21,8 +21,8 @@ from trainer.evaluation.generator_ranker import TrainedGenerator
 from trainer.evaluation.sequences import Float64, Int64
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import pad_items
-from trainer.tuning.losses import softmax_loss
-from trainer.tuning.optimization import ClippedAdamW, train_on_batches
+from trainer.tuning.losses import ItemBias, softmax_loss
+from trainer.tuning.optimization import ClippedAdamW
 
 STEPS, BATCH, LR = 120, 64, 5e-4
 # Strength of the pull to the reference, in MODPO; weight of the next-item loss beside it, where it has one.
@@ -72,9 +72,7 @@ def train_modpo(
     def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
         likely = training_set.likely[rows, random.integers(training_set.likely.shape[1], size=len(rows))]
         chosen, rejected = torch.from_numpy(training_set.targets[rows]), torch.from_numpy(likely)
-        policy_logits, query, item_vectors, (past, repeat_biases) = _logits(
-            trained, policy, training_set, rows
-        )
+        policy_logits, query, item_vectors, bias = _logits(trained, policy, training_set, rows)
         with torch.no_grad():
             reference_logits = _logits(trained, reference, training_set, rows)[0]
         change = policy_logits - reference_logits
@@ -86,7 +84,7 @@ def train_modpo(
         target = trained.model.model.items.rows(
             torch.from_numpy(trained.catalogue.codes[training_set.targets[rows]])
         )
-        return modpo_loss + next_item * softmax_loss(query, item_vectors, target, 0.0, past, repeat_biases)
+        return modpo_loss + next_item * softmax_loss(query, item_vectors, target, bias=bias)
 
     # Without dropout, as the reference: a margin starts at 0.
     return _train_policy(trained.model, loss, len(training_set.targets), seed, dropout=False)
@@ -99,9 +97,7 @@ def train_soup_parts(
 
     def part(values: Float64 | None) -> GeneratorForCausalLM:
         def loss(policy: GeneratorForCausalLM, rows: Int64, random: np.random.Generator) -> Tensor:
-            _, query, item_vectors, repeat_places = _logits(
-                trained, policy, training_set, rows, with_logits=False
-            )
+            _, query, item_vectors, bias = _logits(trained, policy, training_set, rows, with_logits=False)
             target = trained.model.model.items.rows(
                 torch.from_numpy(trained.catalogue.codes[training_set.targets[rows]])
             )
@@ -110,9 +106,7 @@ def train_soup_parts(
                 row_weights = torch.tensor(
                     np.exp(REWARD_SHARPNESS * values[training_set.targets[rows]]), dtype=torch.float32
                 )
-            return softmax_loss(
-                query, item_vectors, target, 0.0, repeat_places[0], repeat_places[1], row_weights
-            )
+            return softmax_loss(query, item_vectors, target, bias=bias, weights=row_weights)
 
         return _train_policy(trained.model, loss, len(training_set.targets), seed)
 
@@ -146,7 +140,8 @@ def _train_policy(
     torch.manual_seed(seed)
     optimizer = ClippedAdamW(policy.parameters(), lr=LR)
     batches = (random.integers(count, size=BATCH) for _ in range(STEPS))
-    train_on_batches(optimizer, batches, lambda rows: loss(policy, rows, random))
+    for rows in batches:
+        optimizer.minimise(loss(policy, rows, random))
     return policy.eval()
 
 
@@ -156,21 +151,16 @@ def _logits(
     training_set: RewardTrainingSet,
     rows: Int64,
     with_logits: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, ItemBias]:
     """The dense head's logits (B, I) in the order of the catalogue; what they are made of, by table row."""
     codes, lengths = pad_items(
         [training_set.histories[row] for row in rows.tolist()], trained.catalogue.codes
     )
     query = model.model.queries(model.encode(codes, lengths))
     item_vectors = model.model.items.vectors(model.model.embed_tokens.weight)
-    batch, past, repeat_biases = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
-    repeat_places = ((batch, past), repeat_biases)
+    bias = ItemBias(*model.model.repeat_bias_at_places(query, model.model.items.rows(codes), lengths))
     if not with_logits:
-        return query, query, item_vectors, repeat_places
-    logits = (query @ item_vectors.T).index_put((batch, past), repeat_biases, accumulate=True)
-    return (
-        logits[:, model.model.items.rows(torch.from_numpy(trained.catalogue.codes))],
-        query,
-        item_vectors,
-        repeat_places,
-    )
+        return query, query, item_vectors, bias
+    logits = bias.added_to(query @ item_vectors.T)
+    in_catalogue = model.model.items.rows(torch.from_numpy(trained.catalogue.codes))
+    return logits[:, in_catalogue], query, item_vectors, bias

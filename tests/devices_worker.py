@@ -44,7 +44,7 @@ def averaged(devices: Devices) -> list[list[float] | None]:
             loss.backward()
         shown = devices.average_gradients(model, None if own is None else torch.tensor(own))
         assert model.weight.grad is not None
-        made += [model.weight.grad.flatten().tolist(), [shown]]
+        made += [model.weight.grad.flatten().tolist(), [float(shown)]]
         made.append(None if model.bias.grad is None else model.bias.grad.tolist())
     return made
 
@@ -58,7 +58,7 @@ def followed(devices: Devices) -> list[list[float]]:
     dynamic, made = DynamicBeta(0.1, gather=accelerate.Accelerator(cpu=True).gather), []
     for step in GAPS:
         actual = dynamic(torch.tensor(step[devices.rank]), training=True)
-        made.append([dynamic.mean, dynamic.deviation, actual.beta])
+        made.append([dynamic.mean, dynamic.deviation, float(actual.beta)])
     return made
 
 

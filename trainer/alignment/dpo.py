@@ -29,6 +29,7 @@ from trainer.alignment.rows import PreferenceRow, collate_preferences
 from trainer.alignment.stop_rules import StopRules
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.probe import HeldOutProbe
+from trainer.sequences.batches import to_device
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.checkpoint import seed_of
@@ -88,7 +89,7 @@ def align(
     Raises SidstreamError when there are no rows.
     """
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
-    replay = LogReplay(policy, sequences) if sequences is not None and settings.dpo.replay_weight else None
+    replay = LogReplay(sequences) if sequences is not None and settings.dpo.replay_weight else None
     _, result = _train(policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, replay)
     aligned = type(model)(model.config).eval()
     aligned.load_state_dict({name: value.cpu() for name, value in policy.state_dict().items()})
@@ -142,7 +143,9 @@ def _batches(
         order = torch.randperm(len(rows), generator=generator).tolist()
         for low in range(0, len(order), settings.dpo.batch):
             chosen = [rows[at] for at in order[low : low + settings.dpo.batch]]
-            yield {name: value.to(where) for name, value in collate_preferences(chosen, pad_id).items()}
+            yield {
+                name: to_device(value, where) for name, value in collate_preferences(chosen, pad_id).items()
+            }
 
 
 class _Stage:
@@ -228,7 +231,9 @@ def _train(
         policy, optimizer, settings.seed, folder, settings.checkpoint_seconds, dpo.max_seconds, stop
     )
     rules = StopRules(dpo, probe, progress, steps)
-    stage = _Stage(policy, PreferenceObjective(dpo, reference, replay, settings.seed), rules, loop)
+    stage = _Stage(
+        policy, PreferenceObjective(dpo, reference, replay, settings.seed, settings.arithmetic), rules, loop
+    )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     state = loop.state
     loop.run(

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.sequences.batches import to_device
+
 
 def softmax_dpo(margins: Tensor, real: Tensor, beta: float | Tensor) -> Tensor:
     """Softmax-DPO (Chen et al. 2024, arXiv 2406.09215, equation 8) of each pair: (B,).
@@ -51,7 +53,7 @@ def mean_margins(margins: Tensor, real: Tensor) -> Tensor:
 class BatchBeta(NamedTuple):
     """The beta of a batch, and the pairs that are trained on."""
 
-    beta: float
+    beta: Tensor  # () float
     selected: Tensor  # (B,) bool
 
 
@@ -78,19 +80,23 @@ class DynamicBeta:
     warm_steps: int = 20  # in these first steps nothing is left out: the deviation is not yet estimated well
     bound: float = 10.0  # beta stays within base / bound and base * bound
     gather: Callable[[Tensor], Tensor] = field(default=_single_device, repr=False)
-    _mean: float = field(default=0.0, init=False)
-    _deviation: float = field(default=0.0, init=False)
+    # Numbers, or tensors () on the device of the gaps: the host would wait for a GPU to tell them.
+    _mean: float | Tensor = field(default=0.0, init=False)
+    _deviation: float | Tensor = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
 
     @property
     def mean(self) -> float:
         """The running mean of gaps; 0 before the first batch."""
-        return self._mean / (1 - self.momentum**self._steps) if self._steps else 0.0
+        return float(self._corrected(self._mean))
 
     @property
     def deviation(self) -> float:
         """The running standard deviation of a batch's gaps; 0 before the first batch."""
-        return self._deviation / (1 - self.momentum**self._steps) if self._steps else 0.0
+        return float(self._corrected(self._deviation))
+
+    def _corrected(self, average: float | Tensor) -> float | Tensor:
+        return average / (1 - self.momentum**self._steps) if self._steps else average
 
     def __call__(self, gap: Tensor, training: bool, generator: torch.Generator | None = None) -> BatchBeta:
         """The beta of a batch with gaps (B,), and which of its pairs are kept.
@@ -101,17 +107,16 @@ class DynamicBeta:
         gap = gap.detach().float()
         all_pairs = torch.ones_like(gap, dtype=torch.bool)
         if not training:
-            return BatchBeta(self._bounded_beta(float(self.gather(gap).mean())), all_pairs)
+            return BatchBeta(self._bounded_beta(self.gather(gap).mean()), all_pairs)
         all_gaps = self.gather(gap)
         self._steps += 1
         new_share = 1 - self.momentum
-        self._mean = self.momentum * self._mean + new_share * float(all_gaps.mean())
-        spread = float(all_gaps.std(correction=0)) if len(all_gaps) > 1 else 0.0
-        self._deviation = self.momentum * self._deviation + new_share * spread
+        self._mean = self.momentum * self._mean + new_share * all_gaps.mean()
+        self._deviation = self.momentum * self._deviation + new_share * all_gaps.std(correction=0)
         selected = all_pairs if self._steps <= self.warm_steps else self._select_pairs(gap, generator)
         # Sums and counts are gathered, not means, since devices may keep different numbers of pairs.
         sums = self.gather(torch.stack(((gap * selected).sum(), selected.sum().float()))[None]).sum(0)
-        return BatchBeta(self._bounded_beta(float(sums[0] / sums[1])), selected)
+        return BatchBeta(self._bounded_beta(sums[0] / sums[1]), selected)
 
     def state(self) -> dict[str, float]:
         """The running means, for a checkpoint."""
@@ -124,14 +129,14 @@ class DynamicBeta:
 
     def _select_pairs(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
         count = max(1, round((1 - self.outlier_share) * len(gap)))
-        # Weights stay above 0, so that `count` pairs can be drawn from a batch of outliers, too.
-        deviations = (gap - self.mean) / max(self.deviation, 1e-6)
-        weights = torch.exp(-0.5 * deviations.square()).clamp(min=1e-30)
-        indices = torch.multinomial(weights.cpu(), count, generator=generator)
-        selected = torch.zeros(len(gap), dtype=torch.bool)
-        selected[indices] = True
-        return selected.to(gap.device)
+        deviation = torch.as_tensor(self._corrected(self._deviation)).clamp(min=1e-6)
+        weights = -0.5 * ((gap - self._corrected(self._mean)) / deviation).square()
+        # The largest weights with Gumbel noise are a draw without replacement (Efraimidis and Spirakis 2006).
+        # The noise is the host's, so that a draw is the same on any device.
+        noise = torch.rand(len(gap), generator=generator).clamp(min=1e-30).log().neg().log().neg()
+        best = (weights + to_device(noise, gap.device)).topk(count).indices
+        return torch.zeros_like(gap).scatter(0, best, 1.0).bool()
 
-    def _bounded_beta(self, gap: float) -> float:
-        beta = self.base * (1 + self.scale * (gap - self.mean))
-        return min(max(beta, self.base / self.bound), self.base * self.bound)
+    def _bounded_beta(self, gap: Tensor) -> Tensor:
+        beta = self.base * (1 + self.scale * (gap - self._corrected(self._mean)))
+        return beta.clamp(self.base / self.bound, self.base * self.bound)

@@ -81,8 +81,9 @@ def _row(
 def collate_preferences(rows: Sequence[PreferenceRow | Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """B rows as (1 + K) B sequences, padded on the right: all chosen ones, all first rejected ones, ...
 
-    input_ids, attention_mask and completion_mask ((1 + K) B, T) int64; real (B, K) bool, False where a row
-    has fewer than K rejected answers and its chosen one stands in.
+    input_ids, attention_mask and completion_mask ((1 + K) B, T) int64; answer_places (M,) int64, where the
+    tokens of answers are in completion_mask[:, 1:], flattened; real (B, K) bool, False where a row has fewer
+    than K rejected answers and its chosen one stands in.
     """
     max_rejected = max(len(row["rejected_ids"]) for row in rows)
     sequences: list[tuple[list[int], list[int]]] = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
@@ -101,4 +102,7 @@ def collate_preferences(rows: Sequence[PreferenceRow | Mapping[str, Any]], pad_i
         ids[row_index, :end] = torch.tensor(prompt + answer)
         attention_mask[row_index, :end] = 1
         completion[row_index, len(prompt) : end] = 1
-    return {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion, "real": real}
+    return {
+        "input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion, "real": real,
+        "answer_places": completion[:, 1:].flatten().nonzero()[:, 0],
+    }  # fmt: skip

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from trainer.generator.items import PastOccurrences
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.tuning.losses import softmax_loss
+from trainer.settings import Arithmetic
+from trainer.tuning.devices import training_arithmetic
+from trainer.tuning.losses import ItemBias, softmax_loss
 
 
 class HeadScores(NamedTuple):
@@ -28,17 +30,21 @@ class HeadScores(NamedTuple):
     nll: Tensor  # (): mean negative log-probability of the chosen answers, per token
 
 
-def score_answers(model: Any, batch: dict[str, Tensor], with_nll: bool = True) -> list[HeadScores]:
+def score_answers(
+    model: Any, batch: dict[str, Tensor], with_nll: bool = True, arithmetic: Arithmetic = "float32"
+) -> list[HeadScores]:
     """The scores of each head of a generator, or of another causal LM, for a batch of `collate_preferences`.
 
     A prompt of the generator is BOS, whole items and at its end the tokens of its context; an answer is one
     SID. `with_nll`: False for a reference, whose nll is 0. Nothing is dropped, also of a model in training:
-    a policy and its reference differ in their weights alone, and their margins start at 0.
+    a policy and its reference differ in their weights alone, and their margins start at 0. `arithmetic`: of
+    the generator's backbone, or of the whole language model; the generator's heads are in float32, since
+    bfloat16 would round a logit of 10 by .04, as much as margins move in a stage.
     """
     with _evaluation_mode(model):
         if isinstance(model, GeneratorForCausalLM):
-            return _generator_heads(model, batch, with_nll)
-        return [_language_head(model, batch)]
+            return _generator_heads(model, batch, with_nll, arithmetic)
+        return [_language_head(model, batch, arithmetic)]
 
 
 @contextmanager
@@ -54,7 +60,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _generator_heads(
-    model: GeneratorForCausalLM, batch: dict[str, Tensor], with_nll: bool
+    model: GeneratorForCausalLM, batch: dict[str, Tensor], with_nll: bool, arithmetic: Arithmetic
 ) -> list[HeadScores]:
     ids, real = batch["input_ids"], batch["real"]
     count, levels = len(real), model.config.levels
@@ -62,26 +68,27 @@ def _generator_heads(
     ends = batch["completion_mask"].cumsum(1).eq(0).sum(1)
     answers = ids.gather(1, ends[:, None] + torch.arange(levels, device=ids.device)).unflatten(0, (-1, count))
     # The prompt is read once for all of its answers.
-    state = model.encode(codes, lengths, context=context)
+    with training_arithmetic(arithmetic, ids.device):
+        state = model.encode(codes, lengths, context=context).float()
     sid_log_probs = _sid_log_probs(model, state, answers)
     heads = [HeadScores(sid_log_probs, real, -sid_log_probs[0].mean() / levels)]
-    rows = model.model.items.rows(answers)
-    both_known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
-    if not bool(both_known.any()):
+    table = model.model.items
+    if not len(table.keys):
         return heads
+    rows = table.rows(answers)
     query = model.model.queries(state)
-    item_vectors = model.model.items.vectors(model.model.embed_tokens.weight)
-    history_rows = model.model.items.rows(codes)
+    item_vectors = table.vectors(model.model.embed_tokens.weight)
+    history_rows = table.rows(codes)
     scores = (query * F.embedding(rows.clamp(min=0), item_vectors)).sum(-1) + _repeat_bias(
         model, query, history_rows, lengths, rows
     )
     nll = torch.zeros((), device=ids.device)
     if with_nll:
-        with_item = rows[0] >= 0
-        owner, row, repeat_bias = model.model.repeat_bias(
-            query[with_item], history_rows[with_item], lengths[with_item], as_learned=True
-        )
-        nll = softmax_loss(query[with_item], item_vectors, rows[0, with_item], 0.0, (owner, row), repeat_bias)
+        bias = ItemBias(*model.model.repeat_bias_at_places(query, history_rows, lengths, as_learned=True))
+        # A chosen answer without an item weighs nothing: to leave it out, the host would wait for its place.
+        chosen, has_item = rows[0].clamp(min=0), (rows[0] >= 0).float()
+        nll = softmax_loss(query, item_vectors, chosen, bias=bias, weights=has_item)
+    both_known = real & (rows[0] >= 0)[:, None] & (rows[1:] >= 0).T
     return [*heads, HeadScores(scores, both_known, nll)]
 
 
@@ -92,7 +99,9 @@ def _split_prompts(
     levels, first_context_token = model.config.levels, model.config.vocab_size - model.config.num_context
     is_context = (ids >= first_context_token) & (completion.cumsum(1) == 0)
     lengths = (completion.cumsum(1).eq(0).sum(1) - 1 - is_context.sum(1)) // levels
-    longest = max(1, int(lengths.max()))
+    # No prompt is longer, and it is the longest one's length but where tokens of its context are more than an
+    # item's; the longest itself is known to the device alone.
+    longest = max(1, (ids.shape[1] - levels - 1) // levels)
     ids = F.pad(ids, (0, max(0, 1 + longest * levels - ids.shape[1])), value=model.config.code_base)
     codes = ids[:, 1 : 1 + longest * levels].unflatten(1, (longest, levels))
     # Codes after a row's own prompt are its answer or padding. A valid code takes their place: no length
@@ -128,18 +137,18 @@ def _repeat_bias(
     places = torch.arange(history_rows.shape[1], device=history_rows.device)
     same = (history_rows == rows[..., None]) & (rows >= 0)[..., None] & (places < lengths[:, None])
     last_place = torch.where(same, places, -1).amax(-1)
-    owner = torch.arange(len(query), device=history_rows.device).expand_as(last_place)
-    occurrences = PastOccurrences((lengths - last_place).clamp(min=1), same.sum(-1).clamp(min=1))
-    return torch.where(last_place >= 0, model.model.items.repeat_bias(query, owner, occurrences), 0.0)
+    occurrences = PastOccurrences((lengths - last_place).clamp(min=1).T, same.sum(-1).clamp(min=1).T)
+    return torch.where(last_place >= 0, model.model.items.repeat_bias(query, occurrences).T, 0.0)
 
 
-def _language_head(model: Any, batch: dict[str, Tensor]) -> HeadScores:
-    ids, answer = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+def _language_head(model: Any, batch: dict[str, Tensor], arithmetic: Arithmetic) -> HeadScores:
+    ids, places = batch["input_ids"], batch["answer_places"]
     # Called as a module, so that wrappers that gather gradients of several devices see the call.
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
-    logs = logits[answer].float().log_softmax(-1).gather(-1, ids[:, 1:][answer][:, None])[:, 0]
-    scores = torch.zeros_like(answer, dtype=logs.dtype).masked_scatter(answer, logs).sum(1)
-    count = len(batch["real"])
-    return HeadScores(
-        scores.unflatten(0, (-1, count)), batch["real"], -scores[:count].sum() / answer[:count].sum()
-    )
+    with training_arithmetic(arithmetic, ids.device):
+        output = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False)
+    logits = output.logits[:, :-1]
+    targets = ids[:, 1:].flatten()[places][:, None]
+    logs = logits.flatten(0, 1)[places].float().log_softmax(-1).gather(-1, targets)[:, 0]
+    per_token = logs.new_zeros(ids[:, 1:].numel()).index_put((places,), logs).view(ids[:, 1:].shape)
+    scores, count = per_token.sum(1).unflatten(0, (-1, len(batch["real"]))), len(batch["real"])
+    return HeadScores(scores, batch["real"], -scores[0].sum() / batch["completion_mask"][:count, 1:].sum())

@@ -11,6 +11,7 @@ from torch import Tensor
 from registry.bundles.prompt import PAD
 from trainer.evaluation.sequences import Int64
 from trainer.generator.constrained import SidSet, beam_search
+from trainer.generator.layout import token_layout
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.interactions import TrainingCatalogue
 
@@ -22,8 +23,9 @@ def prompt_states(model: GeneratorForCausalLM, prompts: Sequence[Sequence[int]])
     """The states (B, D) that an item is decoded from after prompts of token ids."""
     ids, lengths = _padded(prompts)
     where = model.lm_head.weight.device
-    states = model.model.depth_inputs(ids.to(where))[0]
-    return states[torch.arange(len(ids)), lengths - 1]
+    layout = token_layout(ids, None, model.config).to(where)
+    states = model.model.depth_inputs(ids.to(where), layout)[0]
+    return states[torch.arange(len(ids), device=where), lengths.to(where) - 1]
 
 
 def search_items(
@@ -57,7 +59,9 @@ def predict_words(
         for step in range(max(word_counts, default=0)):
             unfinished = [low + at for at, count in enumerate(word_counts) if count > step]
             ids, lengths = _padded([[*prompts[at], *words[at]] for at in unfinished])
-            logits = model(ids.to(model.lm_head.weight.device)).logits[torch.arange(len(ids)), lengths - 1]
+            where = model.lm_head.weight.device
+            ends = torch.arange(len(ids), device=where), lengths.to(where) - 1
+            logits = model(ids.to(where)).logits[ends]
             logits[:, :first_word], logits[:, end:] = -torch.inf, -torch.inf
             for row, at in enumerate(unfinished):
                 logits[row, words[at]] = -torch.inf

@@ -26,15 +26,19 @@ _MAX_SIDS = 2**62
 
 
 class PastOccurrences(NamedTuple):
-    """M distinct items of histories: how long ago each was there last, and how often."""
+    """S items of each of N histories: how long ago each was there last, and how often."""
 
-    last_distance: Tensor  # (M,) int64, in items before the next one: 1 for the newest item of the history
-    frequency: Tensor  # (M,) int64, how often the history has the item, from 1
+    last_distance: Tensor  # (N, S) int64, in items before the next one: 1 for the newest item of the history
+    frequency: Tensor  # (N, S) int64, how often the history has the item, from 1
 
 
 def _bucket(numbers: Tensor, starts: Sequence[int]) -> Tensor:
-    """The bucket (M,) of each number (M,), where bucket b begins at starts[b]."""
-    return torch.bucketize(numbers, torch.tensor(starts, device=numbers.device), right=True) - 1
+    """The bucket (...) of each number (...) from starts[0], where bucket b begins at starts[b]."""
+    # Not bucketize: its bounds would be copied to a GPU in every step, and the host would wait for it.
+    bucket = torch.zeros_like(numbers)
+    for start in starts[1:]:
+        bucket += numbers >= start
+    return bucket
 
 
 class ItemDropout(nn.Dropout):
@@ -143,18 +147,15 @@ class ItemTable(nn.Module):
             vectors = vectors + self.text_proj(self.text[at])
         return vectors * is_known
 
-    def repeat_bias(
-        self, query: Tensor, owner: Tensor, occurrences: PastOccurrences, as_learned: bool = False
-    ) -> Tensor:
-        """The addends (M,) float32 to the logits of items that are in a user's history.
+    def repeat_bias(self, query: Tensor, occurrences: PastOccurrences, as_learned: bool = False) -> Tensor:
+        """The addends (N, S) float32 to the logits of S items of each query's history; query (N, D).
 
-        query (N, D); owner (M,) int64: the query whose history has the item. `as_learned`: without
-        `repeat_strength`, as in the next-item loss.
+        `as_learned`: without `repeat_strength`, as in the next-item loss.
         """
         by_bucket = (query @ self.repeat_vectors.to(query.dtype).T).float()
         distance = _bucket(occurrences.last_distance, DISTANCE_STARTS)
         frequency = len(DISTANCE_STARTS) + _bucket(occurrences.frequency, COUNT_STARTS)
-        bias = by_bucket[owner, distance] + by_bucket[owner, frequency]
+        bias = by_bucket.gather(1, distance) + by_bucket.gather(1, frequency)
         return bias if as_learned else bias * self.repeat_strength
 
     def vectors(self, embeddings: Tensor) -> Tensor:

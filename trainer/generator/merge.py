@@ -47,12 +47,12 @@ def merge_generators(members: Sequence[GeneratorForCausalLM]) -> GeneratorForCau
             raise ValueError("only generators of one shape, vocabulary and catalogue can be merged")
     widened = {name: len(members) * getattr(first.config, name) for name in _WIDENED_SIZES}
     config = type(first.config).from_dict(first.config.to_dict() | widened)
-    wide_model = GeneratorForCausalLM(config)
+    wide_model = GeneratorForCausalLM(config).to(first.device)
     wide_model.set_items(table.codes, table.text if config.text_size else None)
     parts = [dict(member.named_modules()) for member in members]
     for name, module in wide_model.named_modules():
         _join_module(name, module, [part[name] for part in parts])
-    return wide_model.to(next(first.parameters()).device).train(first.training)
+    return wide_model.train(first.training)
 
 
 def _member_shape(model: GeneratorForCausalLM) -> dict[str, object]:

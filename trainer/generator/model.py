@@ -28,6 +28,7 @@ from trainer.generator.backbone import DepthLevel, Layer, RMSNorm
 from trainer.generator.configuration import GeneratorConfig
 from trainer.generator.context import Modulation
 from trainer.generator.items import ItemTable, PastOccurrences
+from trainer.generator.layout import TokenLayout, token_layout
 from trainer.sequences.batches import IGNORE
 
 # Spread of fresh weights, as in BERT and GPT-2.
@@ -119,12 +120,24 @@ class GeneratorModel(GeneratorPreTrainedModel):
         lengths (B,): how many of them are the history -> row of the batch (M,), row of the item table (M,),
         addend (M,) float32, without repeats. `as_learned`: without `repeat_strength`.
         """
+        rows, addends = self.repeat_bias_at_places(query, rows, lengths, as_learned)
+        batch, place = (rows >= 0).nonzero(as_tuple=True)
+        return batch, rows[batch, place], addends[batch, place]
+
+    def repeat_bias_at_places(
+        self, query: Tensor, rows: Tensor, lengths: Tensor, as_learned: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`repeat_bias` in the shape of the histories: rows (B, P), addends (B, P) float32.
+
+        Rows are -1 where the history has no item of the table, or has it again later. No shape depends on
+        what is in the histories.
+        """
         places = torch.arange(rows.shape[1], device=rows.device)
         is_history = (places < lengths[:, None]) & (rows >= 0)
         same = (rows[:, :, None] == rows[:, None]) & is_history[:, None]
-        batch, place = (is_history & ~(same & (places[:, None] < places)).any(-1)).nonzero(as_tuple=True)
-        occurrences = PastOccurrences(lengths[batch] - place, same.sum(-1)[batch, place])
-        return batch, rows[batch, place], self.items.repeat_bias(query, batch, occurrences, as_learned)
+        is_last = is_history & ~(same & (places[:, None] < places)).any(-1)
+        occurrences = PastOccurrences((lengths[:, None] - places).clamp(min=1), same.sum(-1).clamp(min=1))
+        return torch.where(is_last, rows, -1), self.items.repeat_bias(query, occurrences, as_learned)
 
     def with_context(self, states: Tensor, context: Tensor | None) -> Tensor:
         """States (..., D) under contexts (..., C) of token ids, padded with 0 -> (..., D)."""
@@ -133,13 +146,6 @@ class GeneratorModel(GeneratorPreTrainedModel):
         real = context != self.config.pad_token_id
         modulated: Tensor = self.modulation(states, (self.embed_tokens(context) * real[..., None]).sum(-2))
         return modulated
-
-    def _token_levels(self, ids: Tensor) -> Tensor:
-        """(B, T) ids -> 0 for specials, 1..L for codes of level 0..L-1, L+1 for words, L+2 for contexts."""
-        bounds = [self.config.code_range(level)[0] for level in range(self.config.levels)]
-        bounds.append(self.config.code_range(self.config.levels - 1)[1])
-        bounds.append(self.config.vocab_size - self.config.num_context)
-        return torch.bucketize(ids.contiguous(), torch.tensor(bounds, device=ids.device), right=True)
 
     def forward(
         self,
@@ -155,33 +161,23 @@ class GeneratorModel(GeneratorPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("the generator folds token ids: pass input_ids, not inputs_embeds")
-        state, folded, chosen = self.depth_inputs(input_ids, attention_mask)
+        layout = token_layout(input_ids, attention_mask, self.config)
+        state, folded = self.depth_inputs(input_ids, layout)
         vectors = torch.zeros_like(state)
         for level, head in enumerate(self.depth):
-            at = (chosen == level).nonzero(as_tuple=True)
+            at = (layout.chosen == level).nonzero(as_tuple=True)
             scored = head(state[at], folded[at] if level else None)
             vectors = vectors.index_put(at, scored.to(vectors.dtype))
         return BaseModelOutput(last_hidden_state=vectors)
 
-    def depth_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs of the depth head at each place of flat input (B, T).
+    def depth_inputs(self, input_ids: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """The inputs of the depth head at each place of flat input (B, T) of a layout.
 
-        States (B, T, D) after the last closed position, sums (B, T, D) of the embeddings of the open item's
-        codes, and the number (B, T) of these codes, 0 where no item is open. A prompt is decoded from the
-        state of its last place.
+        States (B, T, D) after the last closed position, and sums (B, T, D) of the embeddings of the open
+        item's codes. A prompt is decoded from the state of its last place.
         """
-        levels, last = self._token_levels(input_ids), self.config.levels
-        real = input_ids != self.config.pad_token_id
-        if attention_mask is not None:
-            real = real & attention_mask.bool()
-        is_context = real & (levels == last + 2)
-        # A place closes a position unless it is a code that leaves its item open, or a context token.
-        opens = (levels >= 1) & (levels < last)
-        closes = real & ~opens & ~is_context
-        closed_count = closes.long().cumsum(1)
-        group = closed_count - closes.long()
+        real, is_context, closes, closed_count = layout[1:5]
+        group, last = closed_count - closes.long(), self.config.levels
 
         embeds = self.embed_tokens(input_ids)
         context_embeds = embeds * is_context[..., None]
@@ -192,7 +188,7 @@ class GeneratorModel(GeneratorPreTrainedModel):
             folded = folded + F.pad(embeds[:, :-back] * same[..., None], (0, 0, back, 0))
 
         batch, length, width = folded.shape
-        count = max(int(closed_count[:, -1].max()), 1)
+        count = layout.positions
         # Where each position was closed; rows with fewer positions read place 0, which nothing real sees.
         slots = torch.where(closes, group, count)
         places = torch.zeros(batch, count + 1, dtype=torch.long, device=folded.device)
@@ -201,7 +197,8 @@ class GeneratorModel(GeneratorPreTrainedModel):
         closed = places[:, :count]
         positions = folded[rows, closed]
         if len(self.items.keys):
-            positions = positions + self.items.beyond_codes(self._closed_items(input_ids, levels, closed))
+            rows_of_items = self._closed_items(input_ids, layout.levels, closed)
+            positions = positions + self.items.beyond_codes(rows_of_items)
         states = self.states(positions)
 
         states = torch.cat((self.start.to(states.dtype).expand(batch, 1, width), states), dim=1)
@@ -213,12 +210,12 @@ class GeneratorModel(GeneratorPreTrainedModel):
             state = self.modulation(
                 state, context_sums[:, 1:] - context_sums[rows, item_starts.gather(1, closed_count)]
             )
-        return state, folded, torch.where(real & opens, levels, 0)
+        return state, folded
 
     def _closed_items(self, input_ids: Tensor, levels: Tensor, closed: Tensor) -> Tensor:
         """Rows (B, P) of the item table for the items that close at places `closed` (B, P) of input (B, T).
 
-        -1 where the L tokens up to the place are not one whole item. levels (B, T) as of `_token_levels`.
+        -1 where the L tokens up to the place are not one whole item. levels (B, T) as of `TokenLayout`.
         """
         last, row = self.config.levels, torch.arange(len(closed), device=closed.device)[:, None, None]
         places = (closed[..., None] - torch.arange(last - 1, -1, -1, device=closed.device)).clamp(min=0)

@@ -39,7 +39,7 @@ from trainer.sequences.labelled_answers import LabelledAnswers
 from trainer.sequences.rows import TrainingRows
 from trainer.tuning.checkpoint import restore, snapshot
 from trainer.tuning.devices import device
-from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows
+from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows, smoothing_tree
 from trainer.tuning.optimization import ClippedAdamW
 from trainer.tuning.resumable import INTERRUPTED, StepLoop
 
@@ -264,11 +264,12 @@ class OnlineStage:
             "answers": {name: torch.from_numpy(value) for name, value in vars(lessons).items()}
         }
         table, scored = catalogue_table_rows(model, self.rows)
-        replay = LogReplay(model, self.rows)
+        tree = smoothing_tree(model, self.settings)
+        replay = LogReplay(self.rows)
         replay.skip(loop.state.step)
 
         def loss_of(batch: SequenceBatch) -> Tensor:
-            return batch_loss(model, batch, [], table, scored, self.settings) + replay.loss(model)
+            return batch_loss(model, batch, [], table, scored, self.settings, tree) + replay.loss(model)
 
         model.train()
         loop.run(islice(self._endless_batches(lessons), online.steps), loss_of)

@@ -18,6 +18,13 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 
+def to_device(part: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. Where that is a GPU, the host goes on while it is copied."""
+    if device.type == "cpu":
+        return part.to(device)
+    return part.pin_memory().to(device, non_blocking=True)
+
+
 class TokenRow(NamedTuple):
     """One training row: token ids, which of them are learned, and the weight of its task."""
 
@@ -33,11 +40,6 @@ class SequenceBatch(NamedTuple):
     learned: Tensor  # (B, P) bool: True where the item is a target
     context: Tensor | None = None  # (B, P, C) int64 token ids of each item's own event, 0 where there is none
     bought: Tensor | None = None  # (B, P) bool: True where the item was bought (trainer.sequences.tasks)
-
-    def to(self, device: torch.device) -> SequenceBatch:
-        """These pieces on a device."""
-        context, bought = (None if part is None else part.to(device) for part in (self.context, self.bought))
-        return SequenceBatch(self.items.to(device), self.learned.to(device), context, bought)
 
 
 class TokenBatch(NamedTuple):

@@ -29,9 +29,14 @@ _NAMES = (
 )  # fmt: skip
 
 
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that torch can use."""
+    return torch.cuda.is_available()
+
+
 def device() -> torch.device:
     """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if has_gpu() else "cpu")
 
 
 def fast_bf16(processor: torch.device) -> bool:
@@ -77,14 +82,14 @@ class Devices:
     def broadcast_weights(self, model: nn.Module) -> None:
         """Give every process the main one's weights; all have come here when this returns."""
 
-    def average_gradients(self, model: nn.Module, loss: Tensor | None) -> float:
-        """Put the mean gradient over batches in place of each process's own, and return the mean loss.
+    def average_gradients(self, model: nn.Module, loss: Tensor | None) -> Tensor:
+        """Put the mean gradient over batches in place of each process's own, and return the mean loss ().
 
         A process that has no batch in this step gives None. A parameter that no batch reached keeps no
         gradient.
         """
         assert loss is not None, "one process has a batch in every step"
-        return float(loss.detach())
+        return loss.detach()
 
     def send(self, folder: Path) -> None:
         """Tell the others, who are in `receive`, in which folder the next training lies."""
@@ -107,7 +112,7 @@ class ProcessGroup(Devices):
         # Here: a training in one process does not pay for the import.
         from accelerate import PartialState
 
-        gpu = torch.cuda.is_available()
+        gpu = has_gpu()
         with _together():
             self._state = PartialState(cpu=not gpu, backend=None if gpu else "gloo", timeout=_WAIT)
         self.rank, self.count = self._state.process_index, self._state.num_processes
@@ -128,7 +133,7 @@ class ProcessGroup(Devices):
             nn.utils.vector_to_parameters(broadcast(flat), model.parameters())
             self._state.wait_for_everyone()
 
-    def average_gradients(self, model: nn.Module, loss: Tensor | None) -> float:
+    def average_gradients(self, model: nn.Module, loss: Tensor | None) -> Tensor:
         from accelerate.utils import reduce
 
         parameters = list(model.parameters())
@@ -141,11 +146,12 @@ class ProcessGroup(Devices):
         sent = torch.cat([*(grad.flatten() for grad in own), last])
         with _together():
             total = reduce(sent, "sum")
+        # The one look at the host: a parameter that no batch reached must keep no gradient.
         *reached, value, batches = total[-len(last) :].tolist()
         grads = (total[: -len(last)] / batches).split([grad.numel() for grad in own])
         for parameter, grad, there in zip(parameters, grads, reached, strict=True):
             parameter.grad = grad.view_as(parameter) if there else None
-        return value / batches
+        return total.new_tensor(value / batches)
 
     def send(self, folder: Path) -> None:
         self._broadcast_text(str(folder.absolute()))

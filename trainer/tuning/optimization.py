@@ -1,15 +1,15 @@
-"""The optimisation step that every training loop here takes, and the loop of those that need no more."""
+"""The optimisation step that every training loop here takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 _MAX_GRADIENT_NORM = 1.0
-Batch = TypeVar("Batch")
+# Steps between two looks at the loss of a training: some tenths of a second of a small model on a GPU.
+STEPS_BETWEEN_LOOKS = 20
 
 
 class ClippedAdamW:
@@ -35,33 +35,9 @@ class ClippedAdamW:
                 group["lr"] = lr
         self.optimizer.step()
 
-    def minimise(self, loss: Tensor, lr: float | None = None) -> float:
-        """One step down a scalar loss, at the rate `lr` from now on where one is given; its value."""
+    def minimise(self, loss: Tensor, lr: float | None = None) -> Tensor:
+        """One step down a scalar loss, at the rate `lr` from now on if it is given; its value () there."""
         self.clear_gradients()
         loss.backward()
         self.apply_gradients(lr)
-        return float(loss.detach())
-
-
-def train_on_batches(
-    optimizer: ClippedAdamW,
-    batches: Iterable[Batch],
-    loss_of: Callable[[Batch], Tensor],
-    *,
-    stop: Callable[[], bool] | None = None,
-    progress: Callable[[int, float], None] | None = None,
-) -> tuple[int, float]:
-    """A step for each batch until `stop()`, called before each -> how many steps, and the last one's loss.
-
-    The loss is NaN where there was no step. `progress(step, loss)` is called after each step. SFT has a loop
-    of its own (trainer.tuning.sft): it shares its steps with other processes, and goes on from checkpoints.
-    """
-    steps, value = 0, float("nan")
-    for batch in batches:
-        if stop is not None and stop():
-            break
-        value = optimizer.minimise(loss_of(batch))
-        steps += 1
-        if progress is not None:
-            progress(steps, value)
-    return steps, value
+        return loss.detach()

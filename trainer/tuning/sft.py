@@ -29,10 +29,9 @@ from trainer.tuning.checkpoint import (
     snapshot,
 )
 from trainer.tuning.devices import Devices, device
-from trainer.tuning.next_item import TeacherTargets, batch_loss, catalogue_table_rows
+from trainer.tuning.next_item import TeacherTargets, batch_loss, catalogue_table_rows, smoothing_tree
 from trainer.tuning.optimization import ClippedAdamW
 from trainer.tuning.resumable import ALL_STEPS, INTERRUPTED, TIME_SPENT
-from trainer.tuning.soft_targets import code_tree
 
 _WARMUP = 0.05
 # Seconds between two lines of progress.
@@ -138,9 +137,12 @@ class _TrainingRun:
         self.state, self.best_weights = self._load()
         devices.broadcast_weights(model)
         self.quality: HeldOutQuality | None = None  # of the newest validation
-        self.running_loss = math.nan if self.state.loss is None else self.state.loss
+        # On the model's device: the host would wait for a GPU to tell it.
+        self.mean_loss: Tensor | None = None
+        if self.state.loss is not None:
+            self.mean_loss = torch.tensor(self.state.loss, device=model.device)
         self.table, self.scored = catalogue_table_rows(model, rows)
-        self.code_tree = code_tree(model.model.items.codes) if settings.smoothing else ()
+        self.tree = smoothing_tree(model, settings)
         self._began, self._seconds_before = time.monotonic(), self.state.seconds
         self._reported_at, self._saved_at = self.state.seconds, self.state.seconds
 
@@ -190,10 +192,7 @@ class _TrainingRun:
                 own,
                 max(spent_time, spent_steps, done / settings.epochs),
             )
-            self.running_loss = (
-                loss if math.isnan(self.running_loss) else 0.98 * self.running_loss + 0.02 * loss
-            )
-            state.loss = self.running_loss
+            self.mean_loss = loss if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * loss
             state.step += 1
             state.batch = min(state.batch + self.devices.count, len(batches))
             if state.seconds - self._saved_at >= settings.checkpoint_seconds:
@@ -206,8 +205,8 @@ class _TrainingRun:
 
     def _step(
         self, batch: SequenceBatch | None, texts: list[TokenRow], number: int, fraction: float
-    ) -> float:
-        """One step of all processes after `fraction` of the run -> the mean loss.
+    ) -> Tensor:
+        """One step of all processes after `fraction` of the run -> the mean loss ().
 
         `batch` is None in a process that has none left; `number` of it in its epoch seeds the dropout.
         """
@@ -218,7 +217,7 @@ class _TrainingRun:
             # Dropout belongs to the batch: it is the same after a pause, and in whichever process.
             torch.manual_seed(seed_of(self.settings.seed, self.state.epoch, number))
             loss = batch_loss(
-                self.model, batch, texts, self.table, self.scored, self.settings, self.code_tree, self.teacher
+                self.model, batch, texts, self.table, self.scored, self.settings, self.tree, self.teacher
             )
             loss.backward()
         mean_loss = self.devices.average_gradients(self.model, loss)
@@ -284,6 +283,11 @@ class _TrainingRun:
         state = self.state
         return SftResult(state.step, epochs, state.seconds, self.running_loss, quality, stopped, curve)
 
+    @property
+    def running_loss(self) -> float:
+        """The running mean of the steps' losses; NaN before the first one."""
+        return math.nan if self.mean_loss is None else float(self.mean_loss)
+
     def _measure_time(self) -> None:
         self.state.seconds = self._seconds_before + time.monotonic() - self._began
 
@@ -291,6 +295,7 @@ class _TrainingRun:
         self._saved_at = self.state.seconds
         if not self.checkpoint or not self.devices.main:
             return
+        self.state.loss = None if self.mean_loss is None else float(self.mean_loss)
         tensors = {
             "weights": snapshot(self.model), "optimizer": optimizer_tensors(self.optimizer.optimizer)
         }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.tuning.losses import weighted_mean
+from trainer.tuning.losses import ItemBias, weighted_mean
 
 
 class CodeTreeLevel(NamedTuple):
@@ -72,17 +72,23 @@ def teacher_term(
     targets: Tensor,
     soft_targets: SoftTargets,
     weights: Tensor | None = None,
+    bias: ItemBias | None = None,
 ) -> Tensor:
     """What is added to the mean cross-entropy of items for distillation (Hinton et al. 2015, equation 2).
 
     queries (N, D), every (I, D), targets (N,) -> scalar: share * mean of logit(target) - expected logit under
-    the teacher; temperature 1, the normaliser cancels. `weights` (N,) as in `softmax_loss`.
+    the teacher; temperature 1, the normaliser cancels. `weights` (N,) and `bias` as in `softmax_loss`.
     """
     queries = queries.float()
     target_logits = (queries * F.embedding(targets, item_vectors).float()).sum(-1)
     teacher_logits = torch.einsum(
         "nd,nkd->nk", queries, F.embedding(soft_targets.items, item_vectors).float()
     )
+    if bias is not None:
+        target_logits = target_logits + bias.at(targets)
+        # (N, K, S): which of a query's biased items is which of the teacher's.
+        same = soft_targets.items[:, :, None] == bias.items[:, None]
+        teacher_logits = teacher_logits + (bias.values[:, None] * same).sum(-1)
     return soft_targets.share * weighted_mean(
         target_logits - (teacher_logits * soft_targets.probabilities).sum(-1), weights
     )

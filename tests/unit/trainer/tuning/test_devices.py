@@ -58,7 +58,7 @@ def test_a_dynamic_beta_follows_the_gaps_of_all_processes_as_of_one_batch(traine
     alone, expected = DynamicBeta(0.1), []
     for step in GAPS:
         actual = alone(torch.tensor([gap for part in step for gap in part]), training=True)
-        expected += [alone.mean, alone.deviation, actual.beta]
+        expected += [alone.mean, alone.deviation, float(actual.beta)]
     for rank in (0, 1):
         betas = json.loads((trained / f"followed-{rank}.json").read_text())
         assert [number for step in betas for number in step] == pytest.approx(expected)

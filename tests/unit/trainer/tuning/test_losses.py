@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from trainer.tuning.losses import softmax_loss
+from trainer.tuning.losses import ItemBias, softmax_loss
 
 
 @settings(max_examples=30, deadline=None)
@@ -16,7 +16,7 @@ from trainer.tuning.losses import softmax_loss
     st.integers(1, 600),
     st.integers(2, 40),
     st.sampled_from([0.0, 0.1]),
-    st.integers(0, 50),
+    st.integers(0, 6),
     st.booleans(),
     st.integers(0, 99),
 )
@@ -27,14 +27,16 @@ def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(
     queries = torch.randn(count, 6, requires_grad=True)
     table = torch.randn(items, 6, requires_grad=True)
     targets = torch.randint(0, items, (count,))
-    place = torch.randint(0, count * items, (pairs,)).unique() if not smoothing else torch.zeros(0).long()
-    places = (place // items, place % items)
-    bias = torch.randn(len(place), requires_grad=True)
-    inputs = (queries, table, bias) if len(place) else (queries, table)
-    given_extra = (places, bias) if len(place) else (None, None)
+    # Distinct items of each query, some places empty; with smoothing and without.
+    places = torch.stack([torch.randperm(items)[: min(items, pairs)] for _ in range(count)])
+    places = torch.where(torch.rand(places.shape) < 0.7, places, -1)
+    values = torch.randn(places.shape, requires_grad=True)
+    inputs = (queries, table, values) if pairs else (queries, table)
+    bias = ItemBias(places, values) if pairs else None
     weights = torch.rand(count) + 0.1 if weighted else None
-    actual = softmax_loss(queries, table, targets, smoothing, *given_extra, weights)
-    logits = (queries @ table.T).index_put(places, bias, accumulate=True)
+    actual = softmax_loss(queries, table, targets, smoothing, bias, weights)
+    row, column = (places >= 0).nonzero(as_tuple=True)
+    logits = (queries @ table.T).index_put((row, places[row, column]), values[row, column], accumulate=True)
     each = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
     expected = each.mean() if weights is None else (each * weights).sum() / weights.sum()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -59,3 +61,12 @@ def test_under_autocast_the_loss_is_near_the_one_in_full_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual = softmax_loss(queries, table, targets)
     assert float(actual) == pytest.approx(float(F.cross_entropy(queries @ table.T, targets)), rel=0.02)
+
+
+def test_rows_that_weigh_nothing_leave_a_loss_of_zero_and_no_gradient() -> None:
+    queries = torch.randn(3, 4, requires_grad=True)
+    loss = softmax_loss(queries, torch.randn(5, 4), torch.tensor([0, 1, 2]), weights=torch.zeros(3))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert queries.grad is not None
+    assert not queries.grad.any()

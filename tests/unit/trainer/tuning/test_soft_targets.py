@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from trainer.tuning.losses import softmax_loss
+from trainer.tuning.losses import ItemBias, softmax_loss
 from trainer.tuning.soft_targets import SoftTargets, code_tree, sibling_term, teacher_term
 
 SIZES = (4, 3, 3)
@@ -47,19 +47,31 @@ def test_smoothing_along_the_tree_spreads_over_codes_that_real_items_have_below_
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 999), st.floats(0.0, 1.0))
-def test_a_teacher_takes_its_share_of_the_target(seed: int, share: float) -> None:
+@given(st.integers(0, 999), st.floats(0.0, 1.0), st.booleans())
+def test_a_teacher_takes_its_share_of_the_target(seed: int, share: float, biased: bool) -> None:
     torch.manual_seed(seed)
-    queries, every = torch.randn(9, 6), torch.randn(20, 6)
+    queries, every = torch.randn(9, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
     targets = torch.randint(0, 20, (9,))
     named = torch.stack([torch.randperm(20)[:4] for _ in range(9)])
     probabilities = torch.rand(9, 4).softmax(-1)
     aim = (1 - share) * F.one_hot(targets, 20).float()
     aim = aim.scatter_add(1, named, share * probabilities)
     weights = torch.rand(9) + 0.1
-    each = F.cross_entropy(queries @ every.T, aim, reduction="none")
+    # Items of the past, the last place of each query empty.
+    past = torch.stack([torch.randperm(20)[:5] for _ in range(9)])
+    past[:, 4] = -1
+    values = torch.randn(9, 5, requires_grad=True)
+    bias = ItemBias(past, values) if biased else None
+    logits = queries @ every.T
+    if biased:
+        logits = logits.scatter_add(1, past[:, :4], values[:, :4])
+    each = F.cross_entropy(logits, aim, reduction="none")
     expected = (each * weights).sum() / weights.sum()
     soft = SoftTargets(named, probabilities, share)
-    hard = softmax_loss(queries, every, targets, weights=weights)
-    actual = hard + teacher_term(queries, every, targets, soft, weights)
+    hard = softmax_loss(queries, every, targets, bias=bias, weights=weights)
+    actual = hard + teacher_term(queries, every, targets, soft, weights, bias)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    inputs = (queries, every, values) if biased else (queries, every)
+    ours, plain = torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs)
+    for gradient, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
