@@ -37,7 +37,7 @@ from trainer.sequences.batches import IGNORE, TokenRow
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import device
-from trainer.tuning.optimization import ClippedAdamW
+from trainer.tuning.optimization import STEPS_BETWEEN_LOOKS, ClippedAdamW
 from trainer.tuning.resumable import INTERRUPTED, StepLoop
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 _MARKS = {TITLE: "<sid_title>", ITEM: "<sid_item>"}
 _EVAL_ROWS = 16
-# Steps between two lines of progress: the host waits for a GPU to tell a loss.
-_STEPS_BETWEEN_LOOKS = 20
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ def tune_lora(
         return (losses * weight[:, None].expand_as(learned)[learned]).mean()
 
     def report(step: int) -> None:
-        if progress and step % _STEPS_BETWEEN_LOOKS == 0:
+        if progress and step % STEPS_BETWEEN_LOOKS == 0:
             progress(f"step {step}, loss {loop.loss:.3f}")
 
     loop = StepLoop(
