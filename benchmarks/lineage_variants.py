@@ -146,9 +146,7 @@ class CycleTrainer:
         pairs = preference_rows(learned, CODEBOOK_ID, self.items.prompt, dpo)
         probe = held_out_probe(held_out, self.items.catalogue, self.items.sids, settings, quality.ranking)
         model, result = align(tuned.model, self.items.tokenizer, pairs, settings, sequences=rows, probe=probe)
-        after = evaluate_held_out(
-            model, held_out, self.items.catalogue, self.items.sids, settings, quality.ranking
-        )
+        after = evaluate_held_out(model, held_out, self.items.catalogue, self.items.sids, quality.ranking)
         refused = reason_to_refuse(after, quality.hr10, settings) or result.failed(dpo.max_drop)
         self.report(
             f"aligned: {len(pairs)} pairs, {result.steps} steps, HR@10 {after.hr10:.3f}, {result.stopped}"

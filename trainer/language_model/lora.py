@@ -262,7 +262,7 @@ def language_model_ranks(
     """Rank (B,) from 0 of each held-out item by constrained `generate`; which (B,) free answers are SIDs."""
     model_device = next(model.parameters()).device
     prompt, held_out, catalogue = rows.prompt, rows.split.held_out, rows.catalogue
-    beams = min(max(settings.beam, 10), len(sids))
+    beams = min(max(catalogue.limits.beam, 10), len(sids))
     ranks: list[int] = []
     valid: list[bool] = []
     for low in range(0, len(held_out.targets), _EVAL_ROWS):
