@@ -442,11 +442,11 @@ def test_an_interrupted_alignment_puts_nothing_on_trial_and_goes_on(world: World
     world.walk(range(30), 8, Purchase, 0)
     world.cycle()
     world.walk(range(20), 4, Click, 1000)
-    world.prefer(96)
+    world.prefer(160)
     in_alignment = False
 
     def stop() -> bool:
-        # SFT's checkpoint is whole before alignment asks, and alignment's first step writes its own.
+        # From alignment's first log on.
         return in_alignment
 
     def look(stage: str, text: str, last: bool) -> None:
