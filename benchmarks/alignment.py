@@ -21,7 +21,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,11 @@ def publish(dataset: str, result_lines: list[dict[str, Any]], folder: Path) -> N
     file = folder / "alignment.jsonl"
     other_lines = [row for row in read_lines(file) if row["dataset"] != dataset]
     write_lines(file, [*other_lines, *result_lines])
+    put_table(folder / "alignment.md", BEGIN.format(dataset), END.format(dataset), table(result_lines))
+
+
+def table(result_lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of one data set as a table, a row each variant."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for figure in result_lines:
         rows.setdefault(figure["claim"].removeprefix("alignment: "), {})[figure["metric"]] = figure
@@ -308,8 +313,7 @@ def publish(dataset: str, result_lines: list[dict[str, Any]], folder: Path) -> N
                 cell += f" ({figure['change']:+.1%}, {figure['change_low']:+.1%} to {high})"
             cells.append(cell)
         table_rows.append([name, *cells, f"{figures['invalid rate']['value']:.3f}"])
-    table = markdown_table(["model, pairs", *METRICS, "invalid"], table_rows)
-    put_table(folder / "alignment.md", BEGIN.format(dataset), END.format(dataset), table)
+    return markdown_table(["model, pairs", *METRICS, "invalid"], table_rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Everything is the product's, on a stack of its own: Kafka, Redis, MLflow, agents
 rollout, `sidstream.continuous_delivery.ContinuousDelivery`. Only the shoppers are simulated, and their true
 chances are known. In the cycle `--poison`, bots with copied histories buy what shoppers would not, before the
 model is trained.
-Prints one line of JSON a turn and one a cycle; with `--out`, figures are appended there.
+Prints one line of JSON a turn and one a cycle; with `--out`, figures are put there, and their table into
+docs/results/cycles.md.
 
     python -m benchmarks.cycles --cycles 10 --poison 5 --out docs/results/cycles.jsonl
 """
@@ -28,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import line
+from benchmarks import cycles_page
+from benchmarks.ratchet import publish
 from registry.bundles.store import Registry
 from registry.releases.current_rollout import current_rollout
 from sidstream.commands.registry import promoting
@@ -256,29 +258,6 @@ def run_cycles(
     return rows
 
 
-def figures(rows: list[dict[str, Any]], poison: int | None, command: str, seed: int) -> list[dict[str, Any]]:
-    """One line a figure."""
-    figures_of_run = [
-        ("10 cycles run unattended", "cycles ended by a verdict or a stated refusal", len(rows)),
-        ("none", "promotions", sum(row["did"] == "promote" for row in rows)),
-    ]
-    if poison is not None:
-        (poisoned_row,) = (row for row in rows if row["poisoned"])
-        stayed = poisoned_row["did"] == "promote" and "rolled_back" not in poisoned_row
-        figures_of_run.append(
-            (
-                "a poisoned model is refused or rolled back",
-                "poisoned models that stayed in service",
-                int(stayed),
-            )
-        )
-    dataset = "UCI Online Retail, simulated shoppers with drift"
-    return [
-        line(claim, dataset, "closed loop on the local stack", metric, value, seed, command)
-        for claim, metric, value in figures_of_run
-    ]
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -297,13 +276,11 @@ def main() -> None:
             world = DriftingShop(settings, client, options.seed, options.cycles, last_ts + 86_400_000)
             rows = run_cycles(settings, world, options.cycles, options.poison, options.first_seconds)
     command = f"python -m benchmarks.cycles {' '.join(sys.argv[1:])}".strip()
-    lines = "".join(
-        json.dumps(figure) + "\n" for figure in figures(rows, options.poison, command, options.seed)
-    )
+    lines = list(cycles_page.figures(rows, options.poison, command, options.seed))
     if options.out:
-        with options.out.open("a") as out:
-            out.write(lines)
-    print(lines, end="")
+        publish(options.out, lines, cycles_page.MARK, cycles_page.table(lines))
+    for figure in lines:
+        print(json.dumps(figure))
 
 
 if __name__ == "__main__":

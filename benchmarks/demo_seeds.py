@@ -30,15 +30,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.results import RESULTS, exact_share, line, put_table, write_lines
+from benchmarks.demo_page import publish
+from benchmarks.results import RESULTS
 from harness.servers import wait_until
+from registry.arms import CHAMPION, DPO, SFT
 
-BEGIN, END = "<!-- seeds -->\n", "<!-- end of seeds -->\n"
-COMMAND = "python -m benchmarks.demo_seeds"
-DATASET = "UCI Online Retail, simulated shoppers"
-CHAMPION, SFT, DPO = "champion", "challenger-sft", "challenger-dpo"
 # The demo takes six minutes at most on a quiet machine of two cores.
 _DEMO_S, _COMMAND_S = 1800, 600
 # A machine that is shared answers late; the applying of the last events takes seconds.
@@ -278,105 +274,6 @@ def truths(rates: dict[str, list[float]], winner: str, margin: float) -> dict[st
         "best": max(better, key=lambda arm: rates[arm][1], default=CHAMPION),
         "right": winner in better if winner != CHAMPION else None,
     }
-
-
-def publish(rows: list[dict[str, Any]], folder: Path) -> None:
-    """One line a figure into demo.jsonl, and the tables into demo.md."""
-    seeds = " ".join(str(row["seed"]) for row in rows)
-    command = f"{COMMAND} --seeds {seeds} --out FILE --publish"
-    lines = [figure for row in rows for figure in _lines(row, command)]
-    lines += [
-        line(claim, DATASET, "sidstream demo", metric, found["value"], None, command) | found
-        for claim, metric, found in _shares(rows)
-    ]
-    write_lines(folder / "demo.jsonl", lines)
-    put_table(folder / "demo.md", BEGIN, END, tables(rows))
-
-
-def _lines(row: dict[str, Any], command: str) -> list[dict[str, Any]]:
-    claim = "the demo promotes what is better in truth"
-    if row["failed"]:
-        made: list[tuple[str, Any]] = [("failed", row["failed"])]
-    else:
-        null = row["null"]["figures"]["cvr"] or {}
-        made = [
-            ("seconds", row["seconds"]), ("verdict", row["verdict"]), ("winner", row["winner"]),
-            ("the promoted arm is better in truth", row["right"]), ("best arm in truth", row["best"]),
-            *((f"true CTR, {arm}", rates[0]) for arm, rates in row["truth"].items()),
-            *((f"true CVR, {arm}", rates[1]) for arm, rates in row["truth"].items()),
-            *((f"CVR, p of {compared['target']} above {compared['control']}",
-               (compared["cvr"] or {}).get("p_above"))
-              for compared in row["gate"]),
-            ("null trial, verdict", row["null"]["compared"]), ("null trial, CVR, p", null.get("p_above")),
-        ]  # fmt: skip
-    return [line(claim, DATASET, "sidstream demo", metric, value, row["seed"], command)
-            for metric, value in made]  # fmt: skip
-
-
-def _shares(rows: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Claim, metric and share with its interval, of all seeds that ended."""
-    ended = [row for row in rows if not row["failed"]]
-    promoted = [row for row in ended if row["winner"] != CHAMPION]
-    counted = [
-        ("the demo ends", "demos that ended", len(ended), len(rows)),
-        ("the aligned challenger typically wins", "aligned challenger promoted",
-         sum(row["winner"] == DPO for row in ended), len(ended)),
-        ("the demo promotes what is better in truth", "promotions that are right",
-         sum(bool(row["right"]) for row in promoted), len(promoted)),
-        ("a null challenger is promoted once in twenty times at most", "null trials that promote",
-         sum(row["null"]["compared"] == "promote" for row in ended), len(ended)),
-    ]  # fmt: skip
-    return [(claim, metric, exact_share(count, of)) for claim, metric, count, of in counted if of]
-
-
-def tables(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of Markdown: one seed a row, then the shares."""
-    head = [
-        "seed", "seconds", "verdict", "true CVR over the champion's, aligned", "true CTR", "CVR, fine-tuned",
-        "right", "p of CVR, by comparison", "null trial",
-    ]  # fmt: skip
-    made = [_cells(head), "|" + "---|" * len(head)]
-    for row in rows:
-        if row["failed"]:
-            made.append(_cells([str(row["seed"]), "", f"failed: {row['failed']}", *[""] * (len(head) - 3)]))
-            continue
-        values = ", ".join(_p(compared["cvr"]) for compared in row["gate"])
-        decision = row["verdict"] + (f" {row['winner']}" if row["winner"] != CHAMPION else "")
-        made.append(_cells([
-            str(row["seed"]), f"{row['seconds']:.0f}", decision, _over(row, DPO, 1), _over(row, DPO, 0),
-            _over(row, SFT, 1), {True: "yes", False: "no", None: ""}[row["right"]], values,
-            f"{row['null']['compared']}, p {_p(row['null']['figures']['cvr'])}",
-        ]))  # fmt: skip
-    ended = [row for row in rows if not row["failed"]]
-    if ended:
-        mean = [np.mean([row["truth"][DPO][n] / row["truth"][CHAMPION][n] - 1 for row in ended
-                         if DPO in row["truth"]] or [np.nan]) for n in (1, 0)]  # fmt: skip
-        seconds = float(np.mean([row["seconds"] for row in ended]))
-        made.append(
-            _cells(
-                ["mean", f"{seconds:.0f}", "", f"{mean[0]:+.1%}", f"{mean[1]:+.1%}", *[""] * (len(head) - 5)]
-            )
-        )
-    made += ["", _cells(["", "share", "95 % interval"]), "|---|---|---|"]
-    made += [
-        _cells([metric, f"{found['value']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}"])
-        for _, metric, found in _shares(rows)
-    ]
-    return made
-
-
-def _over(row: dict[str, Any], arm: str, rate: int) -> str:
-    if arm not in row["truth"]:
-        return ""
-    return f"{row['truth'][arm][rate] / row['truth'][CHAMPION][rate] - 1:+.1%}"
-
-
-def _p(rate: dict[str, Any] | None) -> str:
-    return "none" if rate is None or rate["p_above"] is None else f"{rate['p_above']:.2g}"
-
-
-def _cells(row: list[str]) -> str:
-    return f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":

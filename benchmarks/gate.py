@@ -44,6 +44,7 @@ from registry.experiment.sample_size import ExpectedRates, TrialArms, users_need
 from registry.settings import GateSettings, RolloutSettings
 
 SEED = 20
+COLUMNS = ("users", "trial and figure", "mode")
 SETTINGS = GateSettings.model_validate({})
 WEIGHTS = arm_weights(RolloutSettings.model_validate({}))
 # Trials handed to a process at once.
@@ -244,7 +245,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     if not options.quick:
-        publish_shares("gate", rows, ["users", "trial and figure", "mode"], cells)
+        publish_shares("gate", rows, COLUMNS, cells)
 
 
 def cells(row: dict[str, Any]) -> list[str]:

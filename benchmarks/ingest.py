@@ -21,6 +21,7 @@ from pathlib import Path
 
 import redis
 
+from benchmarks.speed_page import publish
 from harness.agents_worker import worker, write_codebook
 from harness.pure_histories import pure_histories
 from harness.servers import PARTITIONS, free_port, kafka_settings, local_kafka, local_redis, wait_until
@@ -52,7 +53,9 @@ def applied_purchases(port: int) -> int:
 
 def main() -> None:
     """Run the benchmark."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--publish", action="store_true", help="put the figures into docs/results/speed.md")
+    options = parser.parse_args()
     shop = OnlineRetail()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -97,6 +100,8 @@ def main() -> None:
                     "equal_to_pure_replay": equal,
                 }  # fmt: skip
     print(json.dumps(result))
+    if options.publish:
+        publish("one worker applies a year of events", "UCI Online Retail", "benchmarks.ingest", result)
 
 
 if __name__ == "__main__":

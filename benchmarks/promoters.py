@@ -254,6 +254,9 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+COLUMNS = ("what was done", "what was seen", "times")
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A line's first cells in the table for people."""
     what, _, times = row["metric"].partition("; ")
@@ -275,7 +278,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
     if not options.quick:
-        publish_shares("promoters", rows, ["what was done", "what was seen", "times"], cells)
+        publish_shares("promoters", rows, COLUMNS, cells)
 
 
 if __name__ == "__main__":

@@ -213,22 +213,25 @@ def figures(ratchet_run: RatchetRun, dataset: str) -> Iterator[dict[str, Any]]:
         )
 
 
-def table(runs: Sequence[RatchetRun]) -> list[str]:
-    """For people: a row a run, and what the anchor said when it first refused."""
-    rows, refusals = [], []
-    for ratchet_run in runs:
-        name, seed, stopped = ratchet_run.run, str(ratchet_run.seed), ratchet_run.stopped
-        promoted = sum(row["did"] == "promote" for row in ratchet_run.rows)
-        rates = " ".join(f"{row['ctr']:.3f}" for row in ratchet_run.rows)
-        first_refusal = f"cycle {stopped['cycle']}" if stopped else "never"
-        rows.append([name, seed, str(promoted), rates, first_refusal, f"{ratchet_run.seconds / 60:.1f}"])
-        if stopped:
-            refusals.append(f"- {name}, seed {seed}, cycle {stopped['cycle']}: {stopped['sentence']}.")
+def table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """For people: a row a run."""
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    for figure in lines:
+        run = runs.setdefault((figure["model"].removeprefix("run "), figure["seed"]), {})
+        run[figure["metric"].partition(";")[0]] = figure["value"]
+    rows = []
+    for (name, seed), values in runs.items():
+        refused = values["first cycle refused by the anchor"]
+        rows.append([
+            name, str(seed), str(values["promotions"]),
+            " ".join(f"{rate:.3f}" for rate in values["the same after each cycle"]),
+            "never" if refused is None else f"cycle {refused}",
+        ])  # fmt: skip
     headings = [
         "run", "seed", "promotions", "true CTR over the first model's, after each cycle",
-        "first refused by the anchor", "minutes",
+        "first refused by the anchor",
     ]  # fmt: skip
-    return [*markdown_table(headings, rows), "", *refusals]
+    return markdown_table(headings, rows)
 
 
 def publish(out: Path, lines: Sequence[dict[str, Any]], mark: str, rows: Sequence[str]) -> None:
@@ -264,10 +267,10 @@ def main() -> None:
         with ProcessPoolExecutor(options.processes) as pool:
             for ratchet_run in pool.map(_job, jobs):
                 runs.append(ratchet_run)
+                lines = [figure for finished in runs for figure in figures(finished, dataset)]
                 if options.out:
-                    lines = [figure for finished in runs for figure in figures(finished, dataset)]
-                    publish(options.out, lines, "ratchet", table(runs))
-    print("\n".join(table(runs)))
+                    publish(options.out, lines, "ratchet", table(lines))
+    print("\n".join(table(lines)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from trainer.evaluation.sequences import Float64
 
 __all__ = [
     "COMMIT", "RESULTS", "add_data_option", "exact_share", "line", "markdown_table", "mean_line",
-    "publish_shares", "put_table", "read_lines", "report_progress", "write_lines",
+    "publish_shares", "put_table", "read_lines", "report_progress", "share_table", "write_lines",
 ]  # fmt: skip
 
 COMMIT = commit()
@@ -59,14 +59,21 @@ def publish_shares(
     """
     RESULTS.mkdir(exist_ok=True)
     write_lines(RESULTS / f"{name}.jsonl", rows)
-    table = markdown_table(
+    table = share_table(rows, columns, cells)
+    put_table(RESULTS / f"{name}.md", "<!-- table -->\n", "<!-- end -->\n", table)
+
+
+def share_table(
+    rows: Sequence[dict[str, Any]], columns: Sequence[str], cells: Callable[[dict[str, Any]], Sequence[str]]
+) -> list[str]:
+    """A row a share; `columns` and `cells(row)` come first, as of `publish_shares`."""
+    return markdown_table(
         [*columns, "share", "95 % interval", "claim"],
         [
             [*cells(row), f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", row["claim"]]
             for row in rows
         ],
     )
-    put_table(RESULTS / f"{name}.md", "<!-- table -->\n", "<!-- end -->\n", table)
 
 
 def report_progress(text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from streams.errors import SidstreamError
@@ -14,14 +16,15 @@ from trainer.settings import Arithmetic
 class Options(NamedTuple):
     """What a run asks of a model that is trained."""
 
-    max_seconds: float | None = None  # time budget of one `fit`; None: until it stops by itself
+    cpu_seconds: float | None = None  # budget of a training on the processor; None: until it stops by itself
     epochs: int | None = None  # passes over the training part, at most; None: the model's own
     arithmetic: Arithmetic = "auto"  # of matrix products in training
+    chosen_for: str | None = None  # the data set whose chosen settings are used; None: each model's own
 
 
 Factory = Callable[[Options], Ranker]
-# By which settings the generator is trained: those found for Amazon Beauty, the same of several that are
-# merged, the defaults, or the defaults without what is known of users.
+# By which settings the generator is trained: those of Amazon Beauty, or the chosen ones of a data set; those
+# of Beauty for several that are merged; the defaults; or the defaults without what is known of users.
 Kind = Literal["tuned", "merged", "default", "no-context"]
 _MEMBERS = 3
 
@@ -53,12 +56,19 @@ def _itemknn(forward: bool) -> Factory:
     return make
 
 
-def _sasrec(samples: str) -> Factory:
+def _sasrec(loss: Literal["softmax", "gbce"]) -> Factory:
     def make(options: Options) -> Ranker:
         from trainer.baselines.sasrec import SasRec, SasRecSettings
 
-        own = SasRecSettings(samples=samples, max_seconds=options.max_seconds, arithmetic=options.arithmetic)
-        return SasRec(own if options.epochs is None else replace(own, epochs=options.epochs))
+        name = "sasrec" if loss == "softmax" else "gsasrec"
+        settings: dict[str, Any] = {} if options.epochs is None else {"epochs": options.epochs}
+        if options.chosen_for is not None:
+            settings = chosen_settings(options.chosen_for, name) | settings
+        return SasRec(
+            SasRecSettings(
+                loss=loss, cpu_seconds=options.cpu_seconds, arithmetic=options.arithmetic, **settings
+            )
+        )
 
     return make
 
@@ -77,25 +87,25 @@ def _generator(variant: str, head: Head, kind: Kind = "tuned") -> Factory:
             tuned_recipe,
         )
 
-        limits = (options.max_seconds, options.epochs)
-
         def untrained(
             recipe: TrainingRecipe, first_member: TrainedGenerator | None = None
         ) -> TrainedGenerator:
-            return TrainedGenerator(
-                recipe.with_trainer_settings({"arithmetic": options.arithmetic}), first_member
-            )
+            recipe = recipe.with_trainer_settings({"arithmetic": options.arithmetic})
+            return TrainedGenerator(replace(recipe, cpu_seconds=options.cpu_seconds), first_member)
 
+        epochs = options.epochs
         if kind == "merged":
             # Its first member is the generator that has no others: trained once for both.
             first_member = _TRAINED_GENERATORS.setdefault(
-                (options, "tuned"), untrained(tuned_recipe(*limits))
+                (options, "tuned"), untrained(tuned_recipe(epochs=epochs))
             )
-            generator = untrained(tuned_recipe(*limits, members=_MEMBERS), first_member)
+            generator = untrained(tuned_recipe(epochs=epochs, members=_MEMBERS), first_member)
+        elif kind == "tuned" and options.chosen_for is not None:
+            generator = untrained(TrainingRecipe(**chosen_settings(options.chosen_for, "sidstream")))
         elif kind == "tuned":
-            generator = untrained(tuned_recipe(*limits))
+            generator = untrained(tuned_recipe(epochs=epochs))
         else:
-            generator = untrained(default_recipe(*limits, kind == "default"))
+            generator = untrained(default_recipe(epochs=epochs, context=kind == "default"))
         trained = _TRAINED_GENERATORS.setdefault((options, kind), generator)
         return GeneratorRanker(f"sidstream-{variant}", trained, head)
 
@@ -108,8 +118,8 @@ MODELS: dict[str, Factory] = {
     "own-past": _own_past,
     "itemknn": _itemknn(forward=False),
     "itemknn-forward": _itemknn(forward=True),
-    "sasrec": _sasrec("position"),
-    "sasrec-prefix": _sasrec("prefix"),
+    "sasrec": _sasrec("softmax"),
+    "gsasrec": _sasrec("gbce"),
     "sidstream-beam": _generator("beam", "beam"),
     "sidstream-reordered": _generator("reordered", "reordered"),
     "sidstream-dense": _generator("dense", "dense"),
@@ -121,7 +131,28 @@ MODELS: dict[str, Factory] = {
     "sidstream-default-no-context": _generator("default-no-context", "mixed", "no-context"),
 }
 # What `sidstream evaluate` runs where nothing is named.
-DEFAULT = ("popularity", "itemknn", "sasrec", "sidstream-beam", "sidstream-mixed")
+DEFAULT = ("popularity", "itemknn", "sasrec", "gsasrec", "sidstream-beam", "sidstream-mixed")
+
+
+# Written by `python -m benchmarks.tuning`: for each data set and family of models the settings that did best
+# on the validation part.
+CHOSEN_SETTINGS = Path(__file__).parent / "evaluation" / "chosen_settings.json"
+
+
+def chosen_settings(dataset: str, family: str) -> dict[str, Any]:
+    """What a search chose for "sasrec", "gsasrec" or "sidstream" on a data set.
+
+    Raises SidstreamError where nothing was searched there.
+    """
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    if CHOSEN_SETTINGS.is_file():
+        chosen = json.loads(CHOSEN_SETTINGS.read_text())
+    if family not in chosen.get(dataset, {}):
+        raise SidstreamError(
+            f"no settings of {family} were chosen on {dataset}: leave out --chosen-settings, or search them "
+            f"in a checkout with `python -m benchmarks.tuning {dataset}`"
+        )
+    return chosen[dataset][family]
 
 
 def checked_names(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -43,7 +43,23 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="also the difference of every model to this one")
     ] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="time budget of one training, in seconds")] = None,
+    cpu_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="budget of each training, in seconds on the processor; the same for all models",
+        ),
+    ] = None,
+    targets: Annotated[
+        int | None,
+        typer.Option(min=1, help="measure so many of the test's targets, the same for all; default: all"),
+    ] = None,
+    chosen_settings: Annotated[
+        bool,
+        typer.Option(
+            "--chosen-settings", help="train by what a search chose on this set's validation, not by defaults"
+        ),
+    ] = False,
     arithmetic: Annotated[
         str | None,
         typer.Option(
@@ -70,11 +86,14 @@ def evaluate(
     names = _model_names(models, against)
     masks = _masks(mask)
     kind = split or datasets.dataset_source(dataset).splits[0]
-    table = _Table(dataset, names, seeds, mask, kind, shards, max_seconds, _arithmetic(arithmetic))
+    table = _Table(
+        dataset, names, seeds, mask, kind, shards, targets, cpu_seconds, chosen_settings,
+        _arithmetic(arithmetic),
+    )  # fmt: skip
     splitter = _splitter(kind)
     commit()
     with status(f"reading {dataset}") as show:
-        split_data = splitter(datasets.load_dataset(dataset, data))
+        split_data = _with_targets(splitter(datasets.load_dataset(dataset, data)), targets, shards)
         measured = _measure(table, split_data, masks, show)
     figures, differences = table.lines(measured, against)
     lines = [*figures, *differences]
@@ -93,13 +112,18 @@ class _Table:
     mask: str
     split: str
     shards: int
-    max_seconds: float | None
+    targets: int | None
+    cpu_seconds: float | None
+    chosen_settings: bool
     arithmetic: Arithmetic
 
     @property
     def protocol(self) -> str:
-        """The split, and in how many shards its test is learned."""
-        return f"{self.split}, {self.shards} shards" if self.shards else self.split
+        """The split, in how many shards its test is learned, how many targets, the budget of a training."""
+        protocol = f"{self.split}, {self.shards} shards" if self.shards else self.split
+        if self.targets:
+            protocol += f", {self.targets} targets"
+        return f"{protocol}, {self.cpu_seconds:g} CPU seconds a training" if self.cpu_seconds else protocol
 
     @property
     def command(self) -> str:
@@ -108,8 +132,12 @@ class _Table:
         command += f" --mask {self.mask} --split {self.split}"
         if self.shards:
             command += f" --shards {self.shards}"
-        if self.max_seconds:
-            command += f" --max-seconds {self.max_seconds:g}"
+        if self.targets:
+            command += f" --targets {self.targets}"
+        if self.cpu_seconds:
+            command += f" --cpu-seconds {self.cpu_seconds:g}"
+        if self.chosen_settings:
+            command += " --chosen-settings"
         if self.arithmetic != "auto":
             command += f" --arithmetic {self.arithmetic}"
         return command
@@ -197,6 +225,18 @@ def _splitter(kind: str) -> Callable[[SequenceDataset], EvaluationSplit]:
     return splitters[kind]
 
 
+def _with_targets(split: EvaluationSplit, targets: int | None, shards: int) -> EvaluationSplit:
+    """The split with `targets` of its test, drawn with a fixed seed, in their order; None: with all."""
+    import numpy as np
+
+    if targets is None or targets >= len(split.test):
+        return split
+    if shards:
+        raise SidstreamError("--targets draws from a whole test: leave it out, or leave out --shards")
+    drawn = np.random.default_rng(0).permutation(len(split.test))[:targets]
+    return replace(split, test=split.test.take(np.sort(drawn)))
+
+
 def _measure(
     table: _Table, split: EvaluationSplit, masks: Sequence[Mask], show: Callable[[str], None]
 ) -> list[MeasuredRun]:
@@ -204,7 +244,10 @@ def _measure(
     from trainer.evaluation.run import evaluate_ranker, with_means
     from trainer.rankers import MODELS, Options
 
-    options = Options(table.max_seconds, arithmetic=table.arithmetic)
+    options = Options(
+        table.cpu_seconds, arithmetic=table.arithmetic,
+        chosen_for=table.dataset if table.chosen_settings else None,
+    )  # fmt: skip
     measured: list[MeasuredRun] = []
     for seed in range(1, table.seeds + 1):
         for name in table.names:

@@ -1,7 +1,8 @@
-"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) with a softmax over the whole catalogue as its loss.
+"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) with either of the two losses that mend it.
 
-The original's sampled binary loss is why it stands low in many tables; with the softmax it passes most
-generative models (Klenitskiy and Vasilev 2023, arXiv 2309.07602).
+The original's sampled binary loss is why it stands low in many tables. With a softmax over the whole
+catalogue it passes most generative models (Klenitskiy and Vasilev 2023, arXiv 2309.07602); with sampled
+negatives and gBCE it is gSASRec (Petrov and Macdonald 2023, arXiv 2308.07192).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,37 +18,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.evaluation.ranker import CHUNK, Mask, Progress, rank_in_chunks
+from trainer.baselines.gbce import gbce_loss
+from trainer.evaluation.ranker import Mask, Progress, rank_in_chunks
 from trainer.evaluation.sequences import Int64
-from trainer.evaluation.splits import EvaluationSplit, Queries
+from trainer.evaluation.splits import EvaluationSplit
+from trainer.evaluation.validation import VALIDATION_USERS, best_rule_ndcg, validation_targets
+from trainer.sequences.held_out import HeldOut
 from trainer.settings import Arithmetic
 from trainer.tuning.devices import device, training_arithmetic
 from trainer.tuning.losses import softmax_loss
+from trainer.tuning.sft import learning_rate_share
 
-# Of more validation targets than this, as many are drawn: NDCG@10 then has a standard error near .002.
-_VALIDATE = 10_000
 _CLIP = 5.0
 
 
 @dataclass(frozen=True)
 class SasRecSettings:
-    """Shape and training. `samples`: what one row of a batch teaches.
+    """Shape and training. `loss`: "softmax" over all items, or "gbce" (`trainer.baselines.gbce`).
+
+    `samples`: what one row of a batch teaches.
 
     "position": the next item at every position of a sequence, as in the paper; "prefix": every prefix is a
     row of its own with one target, which costs more and gives more on short histories.
     """
 
-    samples: str = "position"
+    loss: Literal["softmax", "gbce"] = "softmax"
+    negatives: int = 256  # of gbce, for each row; the paper's
+    calibration: float = 0.75  # t of gbce, the paper's
+    samples: Literal["position", "prefix"] = "position"
     width: int = 64
     layers: int = 2
     heads: int = 2
     dropout: float = 0.5
-    lr: float = 1e-3
+    lr: float = 1e-3  # the peak of the schedule
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: the one of SFT, over the budget
     length: int = 50  # items of a history, the newest kept
     batch: int = 128  # rows of a step; twice as many prefixes, which have one target each
     epochs: int = 200
     patience: int = 10  # epochs without a better NDCG@10 before it stops
-    max_seconds: float | None = None
+    cpu_seconds: float | None = None  # budget of `fit`, of this process on the processor
     arithmetic: Arithmetic = "auto"  # of matrix products
 
 
@@ -105,59 +115,74 @@ class Network(nn.Module):
 class SasRec:
     """Fitted with early stopping on validation NDCG@10 over all items; the best weights are kept."""
 
-    head = "softmax over items"
-
     def __init__(self, settings: SasRecSettings | None = None) -> None:
         self.settings = settings or SasRecSettings()
-        self.name = "sasrec" if self.settings.samples == "position" else f"sasrec-{self.settings.samples}"
+        self.name = "sasrec" if self.settings.loss == "softmax" else "gsasrec"
+        self.head = "softmax over items" if self.settings.loss == "softmax" else "gBCE"
+        self.validation_ndcg = 0.0  # of the weights that were kept
 
     def fit(self, split: EvaluationSplit, seed: int, progress: Progress) -> None:
-        """Train until validation stops it, `epochs` are over or `max_seconds` are spent."""
-        settings, target_device = self.settings, device()
+        """Train until validation stops it, `epochs` are over or `cpu_seconds` are spent."""
+        started, settings = time.process_time(), self.settings
         torch.manual_seed(seed)
         self._popular = split.train_counts()
-        self._network = Network(split.dataset.size, settings).to(target_device)
+        self._network = Network(split.dataset.size, settings).to(device())
         self.parameters = sum(part.numel() for part in self._network.parameters())
-        optimizer = torch.optim.Adam(self._network.parameters(), lr=settings.lr, betas=(0.9, 0.98))
-        started, best_ndcg, epochs_without_gain, best_weights = time.monotonic(), -1.0, 0, None
+        self.optimizer = torch.optim.Adam(self._network.parameters(), lr=settings.lr, betas=(0.9, 0.98))
+        targets = validation_targets(split, VALIDATION_USERS, seed, settings.length)
+        best_ndcg, epochs_without_gain, best_weights = -1.0, 0, None
         for epoch in range(settings.epochs):
-            self._network.train()
-            total = torch.zeros((), device=target_device)
-            batches = 0
-            for rows, targets in training_batches(split.train, settings, seed, epoch):
-                with training_arithmetic(settings.arithmetic, target_device):
-                    states = self._network(rows.to(target_device))
-                    has_target = targets >= 0
-                    loss = softmax_loss(
-                        states[has_target.to(target_device)],
-                        self._network.items.weight,
-                        targets[has_target].to(target_device),
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self._network.parameters(), _CLIP)
-                optimizer.step()
-                total += loss.detach()
-                batches += 1
-                if settings.max_seconds and time.monotonic() - started > settings.max_seconds:
-                    break
-            ndcg = self.ndcg(split.valid)
-            if ndcg > best_ndcg or best_weights is None:
-                best_ndcg, epochs_without_gain = ndcg, 0
+            loss = self._train_epoch(split, seed, epoch, started)
+            ndcg = self.ndcg(targets)
+            epochs_without_gain = 0 if ndcg > best_ndcg else epochs_without_gain + 1
+            # Of equals the later one, as in SFT.
+            if ndcg >= best_ndcg:
+                best_ndcg = ndcg
                 best_weights = {name: part.clone() for name, part in self._network.state_dict().items()}
-            else:
-                epochs_without_gain += 1
-            spent = time.monotonic() - started
+            spent = time.process_time() - started
             progress(
-                f"epoch {epoch + 1}, loss {float(total) / max(batches, 1):.3f}, validation NDCG@10 "
-                f"{ndcg:.4f}, best {best_ndcg:.4f}, {spent:.0f} s"
+                f"epoch {epoch + 1}, loss {loss:.3f}, validation NDCG@10 {ndcg:.4f}, best {best_ndcg:.4f}, "
+                f"{spent:.0f} s"
             )
             if epochs_without_gain >= settings.patience or (
-                settings.max_seconds and spent > settings.max_seconds
+                settings.cpu_seconds and spent > settings.cpu_seconds
             ):
                 break
         if best_weights is not None:
             self._network.load_state_dict(best_weights)
+            self.validation_ndcg = best_ndcg
+
+    def _train_epoch(self, split: EvaluationSplit, seed: int, epoch: int, started: float) -> float:
+        """Steps until the epoch or the budget is over -> the mean loss."""
+        settings, target_device = self.settings, self._network.items.weight.device
+        self._network.train()
+        total, batches = torch.zeros((), device=target_device), 0
+        for done, rows, targets in training_batches(split.train, settings, seed, epoch):
+            spent = (time.process_time() - started) / settings.cpu_seconds if settings.cpu_seconds else 0.0
+            if spent > 1 and batches:
+                break
+            share = 1.0
+            if settings.schedule == "cosine":
+                share = learning_rate_share(max(spent, (epoch + done) / settings.epochs))
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings.lr * share
+            with training_arithmetic(settings.arithmetic, target_device):
+                loss = self._loss(rows.to(target_device), targets.to(target_device))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._network.parameters(), _CLIP)
+            self.optimizer.step()
+            total += loss.detach()
+            batches += 1
+        return float(total) / max(batches, 1)
+
+    def _loss(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """The loss of rows and targets (B, T)."""
+        states, items, settings = self._network(rows), self._network.items.weight, self.settings
+        if settings.loss == "gbce":
+            return gbce_loss(states, items, targets, settings.negatives, settings.calibration)
+        has_target = targets >= 0
+        return softmax_loss(states[has_target], items, targets[has_target])
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) items by the newest state times their vectors; popular ones for an empty history."""
@@ -186,27 +211,18 @@ class SasRec:
             newest_states = states[torch.arange(len(rows)), lengths.to(target_device) - 1]
         return newest_states.float() @ self._network.items.weight.T
 
-    def ndcg(self, queries: Queries) -> float:
-        """NDCG@10 over all items; of a fixed draw where there are many targets. 0 without any."""
-        if not len(queries):
-            return 0.0
-        drawn = np.random.default_rng(0).permutation(len(queries))[:_VALIDATE]
-        # Alike lengths together: less padding.
-        drawn = drawn[np.argsort([len(queries.histories[row]) for row in drawn], kind="stable")]
-        gains = []
-        for low in range(0, len(drawn), CHUNK):
-            part = drawn[low : low + CHUNK]
-            scores = self._score([queries.histories[row] for row in part])
-            target = torch.from_numpy(queries.targets[part]).to(scores.device)
-            rank = (scores > scores.gather(1, target[:, None])).sum(1)
-            gains.append(torch.where(rank < 10, 1 / torch.log2(rank + 2.0), 0.0))
-        return float(torch.cat(gains).mean())
+    def ndcg(self, targets: HeldOut) -> float:
+        """NDCG@10 over all items, under the best repeat rule; 0 without any targets."""
+        return best_rule_ndcg(self._score, targets)
 
 
 def training_batches(
     train: Sequence[Int64], settings: SasRecSettings, seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch: rows and targets (B, T) int64, -1 where there is none; alike lengths share a batch."""
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """One epoch: the share of it that is done, rows and targets (B, T) int64, -1 where there is none.
+
+    Alike lengths share a batch.
+    """
     random = np.random.default_rng((seed, epoch))
     everywhere = settings.samples == "position"
     cutting = _windows(train, settings.length, random) if everywhere else _prefixes(train, settings.length)
@@ -215,7 +231,7 @@ def training_batches(
     lengths = np.array([end - begin for _, begin, end in samples], np.int64)
     order = np.lexsort((random.random(len(samples)), lengths))
     cuts = [order[low : low + size] for low in range(0, len(order), size)]
-    for cut in random.permutation(len(cuts)):
+    for number, cut in enumerate(random.permutation(len(cuts))):
         taken = [samples[n] for n in cuts[cut]]
         longest = max(end - begin for _, begin, end in taken)
         rows = np.full((len(taken), longest), -1, np.int64)
@@ -226,7 +242,7 @@ def training_batches(
                 targets[row, : end - begin] = train[user][begin + 1 : end + 1]
             else:
                 targets[row, end - begin - 1] = train[user][end]
-        yield torch.from_numpy(rows), torch.from_numpy(targets)
+        yield number / len(cuts), torch.from_numpy(rows), torch.from_numpy(targets)
 
 
 def _windows(

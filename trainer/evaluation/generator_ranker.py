@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,9 @@ import torch
 from registry.bundles.context import count_values, vocabulary
 from registry.bundles.embedder import title_vectors
 from registry.bundles.prompt import Prompt
-from registry.bundles.ranking import Ranking
+from registry.bundles.ranking import Ranking, RepeatRule
 from registry.bundles.rewards import with_reward_fields
+from registry.decoding.list_rules import ListLimits
 from registry.hold_out import HoldOut
 from registry.settings import CodebookSettings
 from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
@@ -25,13 +26,16 @@ from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
 from trainer.evaluation.ranker import Head, Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import EvaluationSplit, TimeShard
+from trainer.evaluation.validation import VALIDATION_USERS, validation_targets, validation_users
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.generator.torch_generator import TorchGenerator
 from trainer.offline_checks.ranking import Candidates, CatalogueRanker, in_histories
+from trainer.offline_checks.served_lists import ServedLists
 from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
-from trainer.sequences.held_out import HeldOut, TrainingSplit, split_log
+from trainer.sequences.held_out import TrainingSplit, split_log
 from trainer.sequences.interactions import Interactions, training_catalogue
 from trainer.sequences.rows import TrainingRows
 from trainer.sequences.tokenizer import build_tokenizer
@@ -49,23 +53,23 @@ class TrainingRecipe:
 
     trainer: dict[str, Any] = field(default_factory=dict)
     codebook: dict[str, Any] = field(default_factory=dict)
-    candidates: int = 50  # of each head
+    candidates: int = ListLimits.beam  # of each head, as in service
+    # Budget of the training on the processor, in place of `max_seconds`; None: the trainer's own limits.
+    cpu_seconds: float | None = None
 
     def with_trainer_settings(self, trainer: dict[str, Any]) -> TrainingRecipe:
         """The same recipe with other settings of the trainer."""
         return replace(self, trainer=self.trainer | trainer)
 
 
-def tuned_recipe(
-    max_seconds: float | None = None, epochs: int | None = None, members: int = 1
-) -> TrainingRecipe:
+def tuned_recipe(epochs: int | None = None, members: int = 1) -> TrainingRecipe:
     """What `sidstream evaluate` trains: tuned on the validation part of Amazon Beauty, used for all sets."""
     return TrainingRecipe(
         trainer={
             "members": members,
             "width": 128, "layers": 2, "heads": 2, "ffn_factor": 4, "depth_factor": 2, "dropout": 0.5,
             "lr": 1e-3, "weight_decay": 0.0, "epochs": 20 if epochs is None else epochs, "patience": 5,
-            "max_seconds": max_seconds, "validation_users": 3000, "max_words": 0,
+            "max_seconds": None, "validation_users": VALIDATION_USERS, "max_words": 0,
             "weights": {"sid_to_title": 0.0, "title_to_sid": 0.0}, "rewards": {"enabled": False},
         },
         codebook={"levels": 4, "size": 256, "collaborative": 0.5},
@@ -97,7 +101,8 @@ class TrainedGenerator:
         self.trained_s = 0.0
         self._seed: int | None = None
         self._split: EvaluationSplit | None = None
-        self._candidates: dict[int, Candidates] = {}
+        self._cached_lists: tuple[RankedRequests, Candidates] | None = None
+        self._weights: dict[Mask, float] = {}
 
     def fit(
         self, split: EvaluationSplit, seed: int, progress: Progress, teacher: TeacherTargets | None = None
@@ -108,7 +113,7 @@ class TrainedGenerator:
             return
         if self._first_member:
             self._first_member.fit(split, seed, progress)
-        started = time.monotonic()
+        started = time.process_time()
         self.settings = TrainerSettings.model_validate(
             {"beat_popularity": False, **self.recipe.trainer, "seed": seed}
         )
@@ -119,7 +124,7 @@ class TrainedGenerator:
         self._train_generator(text_vectors, progress, teacher)
         self._seed, self._split = seed, split
         self._train_lengths = [len(items) for items in split.train]
-        self.trained_s = time.monotonic() - started
+        self.trained_s = time.process_time() - started
         if self._first_member:
             self.trained_s += self._first_member.trained_s
 
@@ -178,7 +183,9 @@ class TrainedGenerator:
     def _training_rows(self, split: EvaluationSplit) -> TrainingRows:
         """What the generator learns from, with reward labels where the items have prices."""
         log = training_log(split, self.profiles)
-        self.held_out = _held_out(split, self.settings, self.profiles)
+        few, seed = self.settings.validation_users, self.settings.seed
+        held_out = validation_targets(split, few, seed, self.settings.max_items)
+        self.held_out = held_out._replace(contexts=self.profiles[validation_users(split, few, seed)])
         # These logs say only that an item was bought: the length of a purchase window does not matter.
         offers, bought = split.dataset.offers or [], purchase_labels(log, 0)
         self.rewards = learn_rewards(offers, log, bought, 0, self.settings.rewards) if offers else None
@@ -202,16 +209,21 @@ class TrainedGenerator:
             )  # fmt: skip
             return self.model
 
-        first_member = self._first_member
+        first_member, settings, clock = self._first_member, self.settings, time.monotonic
+        if self.recipe.cpu_seconds is not None:
+            clock = time.process_time
+            settings = settings.model_copy(update={"max_seconds": self.recipe.cpu_seconds})
         self.model, self.result = train_ensemble(
-            new_member, self.rows, self.sid_set, self.settings, progress=progress, teacher=teacher,
+            new_member, self.rows, self.sid_set, settings, progress=progress, teacher=teacher,
             first_member=(first_member.model, first_member.result) if first_member else None,
+            clock=clock,
         )  # fmt: skip
         quality = self.result.quality
+        self.validation_ndcg = quality.ndcg10 if quality else 0.0
         self.ranking = quality.ranking if quality else Ranking(dense_weight=0.5)
         self.invalid_rate = 1.0 - quality.validity if quality else None
         # The model after so many shards; the first is the one that `fit` trained.
-        self._models_after, self._shards_learned = [self.model], 0
+        self._models_after, self._shards_learned, self._weights = [self.model], 0, {}
         self.rank_with(self.model)
 
     def update(self, shard: TimeShard) -> None:
@@ -257,43 +269,84 @@ class TrainedGenerator:
 
     def rank_with(self, model: GeneratorForCausalLM) -> None:
         """Rank with another model of the same codebook, catalogue and weight of the heads."""
-        self.model, self._candidates = model, {}
+        self.model, self._cached_lists = model, None
         self.ranker = CatalogueRanker(model, self.catalogue.codes, self.sid_set, self.recipe.candidates)
 
     def rank(
         self, histories: Sequence[Int64], k: int, mask: Mask, head: Head, users: Int64 | None = None
     ) -> Int64:
         """(B, k) item rows, best first, -1 where candidates end. `users` (B,); None: no profiles."""
-        weight = {"beam": 0.0, "reordered": 1.0, "dense": 1.0, "mixed": self.ranking.dense_weight}[head]
+        if head == "dense" and mask == "none":
+            # The one head that needs no beam. As it is served (`mixed`), a list comes out of a beam search.
+            newest, contexts = self._newest(histories), self._contexts(users)
+            return _padded(self.ranker.best_items(newest, self.ranker.states(newest, contexts), k).numpy(), k)
+        weight = self.dense_weight_under(mask) if head == "mixed" else float(head != "beam")
         return self.rank_mixed(histories, k, mask, weight, head in ("beam", "reordered"), users)
+
+    def dense_weight_under(self, mask: Mask) -> float:
+        """The weight of the dense head that validation chose for the lists of a mask."""
+        if not self._weights:
+            scorer, limits = TorchGenerator(self._models_after[0]), self.catalogue.limits
+            rules: dict[Mask, RepeatRule] = {"none": RepeatRule(), "seen": RepeatRule(repeats="never")}
+            for of_mask, rule in rules.items():
+                catalogue = replace(self.catalogue, limits=replace(limits, repeats=rule))
+                lists = ServedLists(scorer, self.held_out, catalogue, self.settings.max_items)
+                self._weights[of_mask] = lists.fit_ranking()[0].dense_weight
+        return self._weights[mask]
 
     def rank_mixed(
         self, histories: Sequence[Int64], k: int, mask: Mask, dense_weight: float, beam_only: bool = False,
         users: Int64 | None = None,
     ) -> Int64:  # fmt: skip
         """As `rank`, with another weight of the dense head."""
-        contexts = None if users is None else self.profiles[users]
-        context_ids = () if contexts is None else tuple(contexts.ravel().tolist())
-        key = hash((context_ids, *((len(row), int(row[-1]) if len(row) else -1) for row in histories)))
-        candidates = self._candidates.get(key)
-        if candidates is None:
-            newest = [row[-self.settings.max_items :] for row in histories]
-            states = self.ranker.states(newest, contexts)
-            if dense_weight == 1 and mask == "none" and not beam_only:
-                return self.ranker.best_items(newest, states, k).numpy()
-            candidates = self.ranker.candidates(newest, states)
-            # Only the largest set of histories is kept: every head and mask ranks the same ones.
-            if all(len(histories) >= len(cached.items) for cached in self._candidates.values()):
-                self._candidates = {key: candidates}
+        candidates = self._candidates(self._newest(histories), self._contexts(users))
         allowed = torch.ones(candidates.items.shape, dtype=torch.bool)
         if beam_only:
             allowed[:, self.recipe.candidates :] = False
         if mask == "seen":
             allowed &= ~torch.from_numpy(in_histories(candidates.items, histories))
-        order = candidates.order(dense_weight, allowed)[:, :k].numpy()
-        lists = np.full((len(histories), k), -1, dtype=np.int64)
-        lists[:, : order.shape[1]] = order
-        return lists
+        return _padded(candidates.order(dense_weight, allowed)[:, :k].numpy(), k)
+
+    def _newest(self, histories: Sequence[Int64]) -> list[Int64]:
+        return [row[-self.settings.max_items :] for row in histories]
+
+    def _contexts(self, users: Int64 | None) -> Int32 | None:
+        return None if users is None else self.profiles[users]
+
+    def _candidates(self, newest: list[Int64], contexts: Int32 | None) -> Candidates:
+        """The candidates of both heads; those of the largest set of requests are kept.
+
+        Every head and mask ranks the same ones.
+        """
+        requests = RankedRequests(*flatten(newest), contexts)
+        if self._cached_lists is not None and self._cached_lists[0].equals(requests):
+            return self._cached_lists[1]
+        candidates = self.ranker.candidates(newest, self.ranker.states(newest, contexts))
+        if self._cached_lists is None or len(newest) >= len(self._cached_lists[1].items):
+            self._cached_lists = requests, candidates
+        return candidates
+
+
+def _padded(items: Int64, k: int) -> Int64:
+    """Lists of up to k items -> (B, k), -1 where there is none."""
+    lists = np.full((len(items), k), -1, dtype=np.int64)
+    lists[:, : items.shape[1]] = items
+    return lists
+
+
+class RankedRequests(NamedTuple):
+    """All that a set of lists is made of: histories, one after the other, and contexts."""
+
+    items: Int64  # (N,)
+    starts: Int64  # (B + 1,)
+    contexts: Int32 | None  # (B, C)
+
+    def equals(self, other: RankedRequests) -> bool:
+        """Whether the lists of both are the same ones."""
+        same_histories = np.array_equal(self.items, other.items) and np.array_equal(self.starts, other.starts)
+        if self.contexts is None or other.contexts is None:
+            return same_histories and self.contexts is other.contexts
+        return same_histories and np.array_equal(self.contexts, other.contexts)
 
 
 class GeneratorRanker:
@@ -303,27 +356,28 @@ class GeneratorRanker:
 
     def __init__(self, name: str, trained: TrainedGenerator, head: Head) -> None:
         self.name, self.head = name, head
-        self._trained, self._head = trained, head
+        self.trained, self._head = trained, head
 
     def fit(self, split: EvaluationSplit, seed: int, progress: Progress) -> None:
         """Train, or take what another head trained."""
-        self._trained.fit(split, seed, progress)
-        model: GeneratorForCausalLM = self._trained.model
+        self.trained.fit(split, seed, progress)
+        model: GeneratorForCausalLM = self.trained.model
         self.parameters = sum(value.numel() for value in model.parameters())
-        self.sids, self.trained_s = self._trained.sids, self._trained.trained_s
-        self.invalid_rate = self._trained.invalid_rate
+        self.sids, self.trained_s = self.trained.sids, self.trained.trained_s
+        self.invalid_rate = self.trained.invalid_rate
+        self.validation_ndcg = self.trained.validation_ndcg
 
     def update(self, shard: TimeShard) -> None:
         """Learn a shard, or take what another head learned of it."""
-        self._trained.update(shard)
+        self.trained.update(shard)
 
     def rank(self, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) item rows, best first."""
-        return self._trained.rank(histories, k, mask, self._head)
+        return self.trained.rank(histories, k, mask, self._head)
 
     def rank_for(self, users: Int64, histories: Sequence[Int64], k: int, mask: Mask) -> Int64:
         """(B, k) item rows, best first, by the profiles of the users (B,) as well."""
-        return self._trained.rank(histories, k, mask, self._head, users)
+        return self.trained.rank(histories, k, mask, self._head, users)
 
 
 def _text_vectors(split: EvaluationSplit, progress: Progress) -> Float32 | None:
@@ -348,19 +402,3 @@ def training_log(split: EvaluationSplit, profiles: Int32) -> Interactions:
         np.ones(count, dtype=bool), bought, np.repeat(profiles, np.diff(starts), axis=0),
         np.zeros((count, 0), dtype=np.int32),
     )  # fmt: skip
-
-
-def _held_out(split: EvaluationSplit, settings: TrainerSettings, profiles: Int32) -> HeldOut:
-    """The first validation target of each user, for up to `validation_users` users."""
-    first: dict[int, tuple[Int64, int]] = {}
-    for user, history, target in zip(
-        split.valid.users.tolist(), split.valid.histories, split.valid.targets.tolist(), strict=True
-    ):
-        first.setdefault(user, (history, target))
-    random = np.random.default_rng(settings.seed)
-    users = random.permutation(sorted(first))[: settings.validation_users]
-    histories = [first[int(user)][0][-settings.max_items :] for user in users]
-    targets = np.array([first[int(user)][1] for user in users], dtype=np.int64)
-    no_times = [np.zeros(len(row), dtype=np.int64) for row in histories]
-    not_bought = [row.astype(bool) for row in no_times]
-    return HeldOut(histories, targets, no_times, not_bought, profiles[users])

@@ -28,8 +28,9 @@ class Ranker(Protocol):
     It may also have `update` (see `UpdatableRanker`), `rank_for` (see `UserAwareRanker`) and, after `fit`,
     these attributes: `parameters` (count of trained numbers), `invalid_rate` (share of unconstrained answers
     that are no item), `sids` ((I, L) int64, its own SIDs, by which its lists are also counted), `trained_s`
-    (seconds of training, where several models share one); and `seeded`, False where `seed` changes nothing,
-    so that one run is enough.
+    (seconds of training on the processor, where several models share one), `validation_ndcg` (NDCG@10 on the
+    validation part, by which it stopped: `trainer.evaluation.validation`); and `seeded`, False where `seed`
+    changes nothing, so that one run is enough.
     """
 
     name: str

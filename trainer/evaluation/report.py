@@ -178,13 +178,18 @@ def publish(rows: Sequence[Line], folder: Path) -> None:
     replaced = {run_of(row) for row in rows}
     other_lines = [row for row in read_lines(file) if run_of(row) not in replaced]
     all_lines = sorted([*other_lines, *rows], key=lambda row: run_of(row)[:2])
+    put_table(page, BEGIN, END, page_rows(all_lines))
+    write_lines(file, all_lines)
+
+
+def page_rows(lines: Sequence[Line]) -> list[str]:
+    """What stands between the page's marks: a table for each data set and protocol."""
     chapters: dict[tuple[str, str], list[Line]] = {}
-    for row in all_lines:
+    for row in lines:
         chapters.setdefault((row["dataset"], row["claim"]), []).append(row)
-    page_rows: list[str] = []
+    text: list[str] = []
     for (dataset, claim), of_chapter in chapters.items():
         about = f"**{dataset}**, {claim.partition(', ')[2]}"
         headings, *cells = table(of_chapter)
-        page_rows += [about, "", *markdown_table(headings, cells), ""]
-    put_table(page, BEGIN, END, page_rows)
-    write_lines(file, all_lines)
+        text += [about, "", *markdown_table(headings, cells), ""]
+    return text

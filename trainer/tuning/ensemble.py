@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def train_ensemble(
     progress: Progress | None = None, stop: Callable[[], bool] | None = None,
     devices: Devices | None = None, teacher: TeacherTargets | None = None,
     first_member: tuple[GeneratorForCausalLM, SftResult] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[GeneratorForCausalLM, SftResult]:  # fmt: skip
     """`trainer.tuning.pretrain.pretrain_and_tune` for each of `settings.members`, and their merged generator.
 
@@ -60,6 +62,7 @@ def train_ensemble(
             stop=stop,
             devices=devices,
             teacher=teacher,
+            clock=clock,
         )
         if count == 1 or result.stopped == INTERRUPTED:
             return model, result

@@ -85,6 +85,7 @@ class TrainOptions(TypedDict, total=False):
     stop: Callable[[], bool] | None
     teacher: TeacherTargets | None
     devices: Devices | None
+    clock: Callable[[], float]
 
 
 def train(
@@ -98,20 +99,22 @@ def train(
     stop: Callable[[], bool] | None = None,
     teacher: TeacherTargets | None = None,
     devices: Devices | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
 
     With `folder` the run writes a checkpoint after each epoch, every `checkpoint_seconds` and when `stop()`
     says so, and goes on from the one it finds there; without a time budget the resumed run ends in the very
-    weights of an unbroken one.
-    `teacher` says what is likely at the learned positions of a batch, in rows of what the dense head scores.
+    weights of an unbroken one. `clock` is what `max_seconds` are counted by: `time.process_time` gives the
+    same work beside other processes. `teacher` says what is likely at the learned positions of a batch, in
+    rows of what the dense head scores.
 
     With several `devices` every process calls this with the same rows, settings and folder; a step takes one
     batch in each. Time, `stop`, validation and the best weights are the main process's: the others come back
     with the weights of their last step.
     """
     checkpoint = Checkpoint(folder) if folder else None
-    run = _TrainingRun(model, rows, sids, settings, devices or Devices(), checkpoint)
+    run = _TrainingRun(model, rows, sids, settings, devices or Devices(), checkpoint, clock)
     run.progress, run.stop, run.teacher = progress, stop, teacher
     return run.run()
 
@@ -125,7 +128,7 @@ class _TrainingRun:
 
     def __init__(
         self, model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, settings: TrainerSettings,
-        devices: Devices, checkpoint: Checkpoint | None,
+        devices: Devices, checkpoint: Checkpoint | None, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self.model, self.rows, self.sids, self.settings, self.devices = model, rows, sids, settings, devices
         model.to(device())
@@ -142,7 +145,8 @@ class _TrainingRun:
             self.mean_loss = torch.tensor(self.state.loss, device=model.device)
         self.table, self.scored = catalogue_table_rows(model, rows)
         self.tree = smoothing_tree(model, settings)
-        self._began, self._seconds_before = time.monotonic(), self.state.seconds
+        self._clock = clock
+        self._began, self._seconds_before = clock(), self.state.seconds
         self._reported_at, self._saved_at = self.state.seconds, self.state.seconds
 
     def _load(self) -> tuple[TrainingState, dict[str, Tensor] | None]:
@@ -286,7 +290,7 @@ class _TrainingRun:
         return math.nan if self.mean_loss is None else float(self.mean_loss)
 
     def _measure_time(self) -> None:
-        self.state.seconds = self._seconds_before + time.monotonic() - self._began
+        self.state.seconds = self._seconds_before + self._clock() - self._began
 
     def _save(self) -> None:
         self._saved_at = self.state.seconds

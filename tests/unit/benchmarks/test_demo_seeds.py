@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import demo_seeds
-from benchmarks.demo_seeds import CHAMPION, DPO, SFT, publish, seeded, truths
+from benchmarks.demo_page import BEGIN, END, publish
+from benchmarks.demo_seeds import seeded, truths
+from registry.arms import CHAMPION, DPO, SFT
 
 COMPARED = {
     "target": DPO, "control": SFT, "verdict": "promote",
@@ -83,7 +85,7 @@ def test_a_seed_that_is_there_is_not_run_again_and_the_others_go_on_after_a_fail
 
 def test_the_page_counts_failures_promotions_and_null_trials(tmp_path: Path) -> None:
     page = tmp_path / "demo.md"
-    page.write_text(f"# Demo\n{demo_seeds.BEGIN}old\n{demo_seeds.END}after\n")
+    page.write_text(f"# Demo\n{BEGIN}old\n{END}after\n")
     publish([row(1), row(2, CHAMPION, None), row(3, SFT, False), failure(4)], tmp_path)
     text = page.read_text()
     assert "old" not in text
@@ -95,3 +97,10 @@ def test_the_page_counts_failures_promotions_and_null_trials(tmp_path: Path) -> 
     assert shares["aligned challenger promoted"] == round(1 / 3, 4)
     assert shares["promotions that are right"] == 0.5
     assert shares["null trials that promote"] == 0
+    means = {one["metric"]: one["value"] for one in lines if one["metric"].endswith("model, mean")}
+    # Two promotions: the aligned model with CVR .23 over .20, the other with CTR .25 over .24 alone.
+    assert means["true change of CVR, promoted model, mean"] == pytest.approx(0.075)
+    assert means["true change of orders a page, promoted model, mean"] == pytest.approx(
+        (0.15 + 0.25 / 0.24 - 1) / 2, abs=1e-4
+    )
+    assert "| orders a page | +9.6% |" in text

@@ -10,6 +10,7 @@ from tests.tiny_sequences import chains
 from trainer.baselines import sasrec
 from trainer.baselines.sasrec import SasRec, SasRecSettings
 from trainer.evaluation import splits
+from trainer.evaluation.validation import VALIDATION_USERS, validation_targets
 
 
 def quiet(text):
@@ -17,15 +18,19 @@ def quiet(text):
 
 
 @pytest.mark.learning
-def test_it_learns_who_follows_whom():
-    split = splits.leave_one_out(chains(users=120, items=8, length=8))
+@pytest.mark.parametrize("loss", ["softmax", "gbce"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_it_learns_who_follows_whom(loss, schedule):
+    split = splits.leave_one_out(chains(users=240, items=20, length=8))
     ranker = SasRec(
-        SasRecSettings(width=16, layers=1, dropout=0.0, lr=0.01, batch=16, epochs=30, patience=30)
-    )
+        SasRecSettings(
+            width=16, layers=1, dropout=0.0, lr=0.01, batch=16, epochs=30, patience=30, loss=loss,
+            schedule=schedule, negatives=4,
+        )
+    )  # fmt: skip
     ranker.fit(split, 1, quiet)
-    # Not the mask "seen": of eight items in a circle it leaves hardly any wrong ones.
     listed = ranker.rank(split.test.histories, 1, "none")[:, 0]
-    assert (listed == split.test.targets).mean() > 0.9
+    assert (listed == split.test.targets).mean() > 0.8
 
 
 @given(
@@ -37,7 +42,7 @@ def test_every_event_but_a_users_first_is_a_target_once_in_an_epoch(lengths, len
     train = [np.arange(count) + 100 * user for user, count in enumerate(lengths)]
     settings = SasRecSettings(samples=samples, length=length, batch=2)
     targets = []
-    for rows, batch_targets in sasrec.training_batches(train, settings, 3, epoch):
+    for _, rows, batch_targets in sasrec.training_batches(train, settings, 3, epoch):
         assert rows.shape[1] <= length
         for row, target in zip(rows.numpy(), batch_targets.numpy(), strict=True):
             at = target >= 0
@@ -64,7 +69,7 @@ def test_a_new_epoch_cuts_long_sequences_elsewhere():
     train = [np.arange(200)]
     settings = SasRecSettings(length=10)
     cuts = [
-        {int(row[0]) for rows, _ in sasrec.training_batches(train, settings, 1, epoch) for row in rows}
+        {int(row[0]) for _, rows, _ in sasrec.training_batches(train, settings, 1, epoch) for row in rows}
         for epoch in range(5)
     ]
     assert len({frozenset(cut) for cut in cuts}) > 1
@@ -77,4 +82,17 @@ def test_the_weights_kept_are_those_that_validation_liked_best():
     ranker = SasRec(SasRecSettings(width=8, lr=0.5, epochs=6, patience=2))
     ranker.fit(split, 1, progress_lines.append)
     best = max(float(line.split("NDCG@10 ")[1].split(",")[0]) for line in progress_lines)
-    assert f"{ranker.ndcg(split.valid):.4f}" == f"{best:.4f}"
+    targets = validation_targets(split, VALIDATION_USERS, 1, ranker.settings.length)
+    assert f"{ranker.ndcg(targets):.4f}" == f"{best:.4f}"
+    assert ranker.validation_ndcg == pytest.approx(best, abs=1e-4)
+
+
+def test_a_budget_on_the_processor_ends_the_epoch_that_it_ends_in():
+    split = splits.leave_one_out(chains(users=30))
+    progress_lines = []
+    ranker = SasRec(SasRecSettings(width=8, batch=4, cpu_seconds=1e-9))
+    ranker.fit(split, 1, progress_lines.append)
+    assert len(progress_lines) == 1
+    # One step is learned all the same: a model without any is no model.
+    steps = {int(state["step"]) for state in ranker.optimizer.state_dict()["state"].values()}
+    assert steps == {1}

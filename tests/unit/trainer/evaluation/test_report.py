@@ -195,6 +195,32 @@ def test_the_command_prints_a_table_or_a_line_and_writes_lines(amazon, tmp_path,
     }
 
 
+def test_the_budget_and_the_chosen_settings_of_a_table_are_in_its_command_and_heading(amazon, monkeypatch):
+    used = []
+    monkeypatch.setitem(MODELS, "sasrec", lambda options: used.append(options) or Popularity())
+    words = ["evaluate", "amazon14-beauty", "--models", "sasrec", "--data", str(amazon), "--json"]
+    result = CliRunner().invoke(app, [*words, "--cpu-seconds", "40", "--chosen-settings"])
+    lines = json.loads(result.stdout.splitlines()[-1])["lines"]
+    assert [(options.cpu_seconds, options.chosen_for) for options in used] == [(40.0, "amazon14-beauty")]
+    assert all(" --cpu-seconds 40 --chosen-settings" in line["command"] for line in lines)
+    # Figures of another budget stand in a chapter of their own, and do not take the place of these.
+    assert {line["claim"] for line in lines} == {"accuracy, leave-one-out, 40 CPU seconds a training"}
+    assert any(line["metric"] == "CPU seconds of training" for line in lines)
+
+
+def test_a_draw_of_targets_is_the_same_for_every_model_and_is_named(amazon):
+    words = ["evaluate", "amazon14-beauty", "--models", "popularity,itemknn", "--data", str(amazon), "--json"]
+    result = CliRunner().invoke(app, [*words, "--targets", "7", "--against", "popularity"])
+    lines = json.loads(result.stdout.splitlines()[-1])["lines"]
+    assert {line["value"] for line in lines if line["metric"] == "targets"} == {7}
+    assert {line["claim"] for line in lines} == {"accuracy, leave-one-out, 7 targets"}
+    assert all(line["command"].endswith(" --targets 7") for line in lines)
+    everything = CliRunner().invoke(app, [*words, "--targets", "99"])
+    assert '"value": 20.0' in everything.stdout
+    refused = CliRunner().invoke(app, [*words, "--targets", "7", "--shards", "2", "--split", "leave-one-out"])
+    assert "leave out --shards" in str(refused.exception)
+
+
 @pytest.mark.parametrize("switch", [True, False])
 def test_the_arithmetic_of_a_table_is_in_its_command_and_with_every_figure(amazon, monkeypatch, switch):
     used = []
