@@ -30,7 +30,12 @@ from trainer.generator.model import GeneratorForCausalLM
 from trainer.log.run_folder import RunFolder
 from trainer.offline_checks.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
 from trainer.offline_checks.offpolicy import judge_by_explorations
-from trainer.offline_checks.quality import evaluate_held_out, hr_ndcg
+from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
+from trainer.offline_checks.quality_report import (
+    describe_ages,
+    describe_validation,
+    forgetting,
+)
 from trainer.plots.training_curve import draw_training_curve
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 from trainer.sequences.interactions import items_by_popularity
@@ -76,6 +81,7 @@ class UpdateCycle:
     result: CycleResult = field(init=False, default_factory=CycleResult)
     stages: StageReporter = field(init=False)
     inputs: CycleInputs = field(init=False)
+    parent_quality: HeldOutQuality | None = field(init=False, default=None)
     run_folder: RunFolder = field(init=False)  # of checkpoints and exports, until the cycle is done
 
     def run(self) -> CycleResult:
@@ -138,7 +144,8 @@ class UpdateCycle:
         self.result.events = inputs.window.count_new()
         self.stages.finish(
             "window",
-            f"{len(inputs.log):,} interactions of {len(inputs.log.users):,} users, "
+            f"{len(inputs.log):,} interactions of {len(inputs.log.users):,} users "
+            f"({inputs.split.validation_users:,} more are held out), "
             f"{len(inputs.catalogue.item_ids):,} items; {self.result.events:,} events are new",
         )
         least = self.settings.schedule.min_events
@@ -215,6 +222,7 @@ class UpdateCycle:
                 model, inputs.split.held_out, inputs.catalogue, inputs.sids,
                 read_ranking(inputs.start_bundle.path),
             )  # fmt: skip
+            self.parent_quality = quality
             self.result.record_quality("parent", quality)
         return model
 
@@ -232,13 +240,25 @@ class UpdateCycle:
                 self.result.record_quality("pretrain", pretraining.quality)
             before = f"{pretraining.epochs:.1f} epochs of pretraining ({pretraining.stopped}), then "
         if sft.quality:
-            self.result.record_quality("sft", sft.quality)
+            ages_note = self._record_held_out("sft", sft.quality)
             popularity_hr, popularity_ndcg = hr_ndcg(self._popularity_ranks())
             metrics |= {"popularity/hr10": popularity_hr, "popularity/ndcg10": popularity_ndcg}
-            ranking = f", HR@10 {sft.quality.hr10:.3f} (popularity {popularity_hr:.3f})"
+            ranking = f", HR@10 {sft.quality.hr10:.3f} (popularity {popularity_hr:.3f}){ages_note}"
+        if warning := describe_validation(sft.quality, self.inputs.split.validation_users):
+            ranking += f"; {warning}"
         self.stages.finish(
             "sft", f"{before}{sft.epochs:.1f} epochs, {sft.steps} steps{ranking}; {sft.stopped}"
         )
+
+    def _record_held_out(self, stage: str, quality: HeldOutQuality) -> str:
+        """Keep a stage's held-out figures; what they say of new and old events and of forgetting, as text."""
+        self.result.record_quality(stage, quality)
+        notes = [describe_ages(quality)]
+        lost = forgetting(self.parent_quality, quality) if self.parent_quality else None
+        if lost is not None:
+            self.result.metrics |= lost.metrics(stage)
+            notes.append(f"forgetting {lost.summary()}")
+        return "".join(f"; {note}" for note in notes if note)
 
     def _popularity_ranks(self) -> torch.Tensor:
         """Ranks (B,) from 0 of the held-out targets where active items are ranked by popularity, without the
@@ -270,7 +290,7 @@ class UpdateCycle:
             return
         if online.quality and not online.refused:
             sft.quality = online.quality
-            self.result.record_quality("rewards", online.quality)
+            self._record_held_out("rewards", online.quality)
         self.stages.finish("rewards", online.summary())
 
     def _check(self, model: GeneratorForCausalLM) -> None:
@@ -330,7 +350,7 @@ class UpdateCycle:
         result.metrics |= alignment.metrics
         result.dpo_quality = alignment.quality
         if alignment.quality:
-            result.record_quality("dpo", alignment.quality)
+            alignment.summary += self._record_held_out("dpo", alignment.quality)
         self.stages.finish("dpo", alignment.summary)
         if alignment.model is None:
             return None

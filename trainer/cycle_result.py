@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from registry.bundles.ranking import Ranking
 from trainer.offline_checks.offpolicy import OffPolicyVerdict
 from trainer.offline_checks.quality import HeldOutQuality, for_json
+from trainer.offline_checks.quality_report import quality_metrics
 from trainer.rewards.online import OnlineResult
 from trainer.tuning.sft import SftResult
 
@@ -44,13 +45,7 @@ class CycleResult:
 
     def record_quality(self, stage: str, quality: HeldOutQuality) -> None:
         """Put the figures of held-out users into the metrics of a stage."""
-        numbers = {
-            "users": quality.users, "hr10": quality.hr10, "ndcg10": quality.ndcg10,
-            "validity": quality.validity, "dense_weight": quality.ranking.dense_weight,
-        }  # fmt: skip
-        if quality.purchases:
-            numbers["purchase_hr10"] = quality.purchase_hr10
-        self.metrics |= {f"{stage}/{name}": float(value) for name, value in numbers.items()}
+        self.metrics |= quality_metrics(stage, quality)
 
     def ranking(self) -> Ranking:
         """How the two heads of the cycle's models are mixed."""

@@ -2,8 +2,8 @@
 
 Serving draws the first place of some answers by chance, and logs the candidates and their probabilities. A
 new model's softmax over the same candidates gives each drawn item another probability, and the quotient of
-both weights its click. Items that only the new model would show are not judged. The window's clicks were also
-trained on, so the estimates favour the new model: they can refuse a model, but not show that it is better.
+both weights its click. Items that only the new model would show are not judged. In the update cycle the
+explorations are those of validation users, whom no model has learned from.
 """
 
 from __future__ import annotations
@@ -252,7 +252,12 @@ class OffPolicyVerdict:
 def judge_by_explorations(
     model: GeneratorForCausalLM, logged: LoggedExplorations, settings: OffPolicySettings, weight: float = 0.0
 ) -> OffPolicyVerdict:
-    """Judge a model by the explorations; `weight` is the dense head's in its score.
+    """Judge a model by the explorations, as `judge_policy`; `weight` is the dense head's in its score."""
+    return judge_policy(target_policy(candidate_scores(model, logged, weight), logged), logged, settings)
+
+
+def judge_policy(policy: Floats, logged: LoggedExplorations, settings: OffPolicySettings) -> OffPolicyVerdict:
+    """Judge the probabilities (M,) with which a model would draw the candidates of N explorations.
 
     It is vetoed where there are enough effective samples and the doubly robust value is significantly
     (one-sided `alpha`, clustered by user) below (1 - margin) of the logged policy's value.
@@ -264,7 +269,6 @@ def judge_by_explorations(
     )  # fmt: skip
     if users < 2:
         return nothing
-    policy = target_policy(candidate_scores(model, logged, weight), logged)
     w, r = policy[logged.drawn] / logged.propensity, logged.reward
     q = reward_model(logged)
     q_chosen, q_pi = q[logged.drawn], np.add.reduceat(policy * q, logged.starts[:-1])

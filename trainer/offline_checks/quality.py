@@ -40,9 +40,11 @@ class HeldOutQuality:
     ranking: Ranking  # how the two heads were mixed
     purchases: int = 0  # users whose held-out item was bought
     purchase_hr10: float = 0.0  # of these alone
-    # (users,) of each, for comparisons: whether the item is among the ten best, and whether it was bought.
+    # (users,) of each, for comparisons: whether the item is among the ten best, whether it was bought, and
+    # whether it is of the new window.
     hits: Mask = field(default_factory=_no_users, repr=False, compare=False)
     paid: Mask = field(default_factory=_no_users, repr=False, compare=False)
+    fresh: Mask = field(default_factory=_no_users, repr=False, compare=False)
 
 
 def for_json(result: Any) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def _quality(rank: Tensor, held_out: HeldOut, validity: float, ranking: Ranking)
         if held_out.target_bought is None
         else held_out.target_bought
     )
+    fresh = np.ones_like(paid) if held_out.target_fresh is None else held_out.target_fresh
     return HeldOutQuality(
         len(held_out.targets), hr, ndcg, validity, ranking,
-        int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,
+        int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid, fresh,
     )  # fmt: skip

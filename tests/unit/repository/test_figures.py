@@ -130,7 +130,8 @@ def figures_without_a_line(text: str, of_lines: Sequence[float]) -> list[str]:
 def test_a_table_is_made_of_the_lines_beside_it(page: str, mark: str) -> None:
     tables = {table["mark"]: table["rows"] for table in _TABLE.finditer((RESULTS / page).read_text())}
     lines = read_lines((RESULTS / page).with_suffix(".jsonl"))
-    assert tables[mark].splitlines() == list(TABLES[page, mark](lines))
+    # A page whose figures are not measured by this version has its marks, and nothing between them.
+    assert tables[mark].splitlines() == (list(TABLES[page, mark](lines)) if lines else [])
 
 
 @pytest.mark.parametrize("page", PAGES)

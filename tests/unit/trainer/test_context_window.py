@@ -142,6 +142,7 @@ def bundled(first: Any, tmp_path: Path) -> Any:
     kept.write(first.context, folder)
     rewards.write(first.rewards, folder)
     return SimpleNamespace(
+        id="p",
         path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
         manifest=SimpleNamespace(codebook=BOOK, window={}),
     )  # fmt: skip
