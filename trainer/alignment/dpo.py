@@ -126,12 +126,14 @@ def align_language_model(
 def learning_rate_share(step: int, steps: int, spent: float) -> float:
     """Share of the peak rate in a step (from 0) of a stage: a linear rise, then half a cosine to 0.
 
-    The cosine ends with the steps or with the time budget, of which the share `spent` is gone, whichever is
-    nearer to its end.
+    The cosine ends with the steps. Where the time budget, of which the share `spent` is gone, will end the
+    stage before them, it ends with the budget: a budget that is large enough changes no rate, and no weight.
     """
     warmup = int(_WARMUP * steps)
-    done = max((step - warmup) / (steps - warmup), spent)
-    return min((step + 1) / (warmup + 1), 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
+    done = max(0.0, (step - warmup) / (steps - warmup))
+    if spent > (step + 1) / steps:
+        done = max(done, min(spent, 1.0))
+    return min((step + 1) / (warmup + 1), 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _batches(

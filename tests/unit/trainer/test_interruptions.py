@@ -184,3 +184,6 @@ def test_a_time_budget_ends_the_alignments_rate_as_its_steps_do() -> None:
     # With the budget all but spent the rate is low, however many steps are left.
     assert learning_rate_share(20, 100, 0.99) < 0.01
     assert learning_rate_share(0, 1, 0.0) == 1.0
+    # A budget that all steps fit into changes nothing, or no two runs had the same weights.
+    for step in range(8):
+        assert learning_rate_share(step, 8, (step + 1) / 9) == learning_rate_share(step, 8, 0.0)
