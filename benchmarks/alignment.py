@@ -282,6 +282,14 @@ def lines(dataset: str, runs_by_variant: dict[str, list[Figures]], command: str)
     return result_lines
 
 
+def _bounds(figure: dict[str, Any]) -> str:
+    """The interval of a change; a line without a lower bound has none that says anything."""
+    low, high = figure["change_low"], figure["change_high"]
+    if low is None:
+        return ""
+    return f", {low:+.1%} to {'no bound' if high is None else f'{high:+.1%}'}"
+
+
 def _change(values: list[Float64], before: list[Float64], users: Int64) -> Interval:
     """The relative change of the means over the seeds, each (B, 1) a seed."""
     if len(values) > 1:
@@ -309,8 +317,7 @@ def table(result_lines: Sequence[dict[str, Any]]) -> list[str]:
             figure = figures[metric]
             cell = f"{figure['value']:.4f}"
             if name != "SFT" and figure["change"] is not None:
-                high = "no bound" if figure["change_high"] is None else f"{figure['change_high']:+.1%}"
-                cell += f" ({figure['change']:+.1%}, {figure['change_low']:+.1%} to {high})"
+                cell += f" ({figure['change']:+.1%}{_bounds(figure)})"
             cells.append(cell)
         table_rows.append([name, *cells, f"{figures['invalid rate']['value']:.3f}"])
     return markdown_table(["model, pairs", *METRICS, "invalid"], table_rows)
