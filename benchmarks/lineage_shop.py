@@ -166,7 +166,7 @@ class LineageShop:
     def _reply(self, trigger: Trigger, arm: str, rows: list[int]) -> Recommendation:
         catalogue = self.items.catalogue
         items = [
-            RankedItem(item_id=catalogue.item_ids[row], sid=list(catalogue.sids[row]), score=-1.0 - place)
+            RankedItem(item_id=catalogue.item_ids[row], sid=self.items.sid_lists[row], score=-1.0 - place)
             for place, row in enumerate(rows)
         ]
         return Recommendation(
@@ -209,7 +209,7 @@ class LineageShop:
 
     def _pair(self, user: str, decision: PairDecision) -> PreferencePair:
         # What came since the page was opened is at the end of the history: its items are left out.
-        row_of, sid, length = self.items.row_of, self.items.catalogue.sids, self.items.prompt.max_items
+        row_of, sid, length = self.items.row_of, self.items.sid_lists, self.items.prompt.max_items
         later = {row_of[item] for item in (decision.chosen, *decision.rejected)}
         past = [row for row in self.history[user][-2 * length :] if row not in later][-length:]
         page = row_of.get(decision.trigger or "")
@@ -217,9 +217,9 @@ class LineageShop:
             schema_version=1, event_id=f"{user}-{decision.ts}-{decision.scheme}-{decision.chosen}",
             ts=decision.ts, user_id=user, scheme=decision.scheme, codebook=CODEBOOK_ID,
             chosen_item=decision.chosen,
-            chosen=list(sid[row_of[decision.chosen]]), rejected_items=list(decision.rejected),
-            rejected=[list(sid[row_of[item]]) for item in decision.rejected],
-            history=[list(sid[row]) for row in past], trigger=None if page is None else list(sid[page]),
+            chosen=sid[row_of[decision.chosen]], rejected_items=list(decision.rejected),
+            rejected=[sid[row_of[item]] for item in decision.rejected],
+            history=[sid[row] for row in past], trigger=None if page is None else sid[page],
         )  # fmt: skip
 
     # The trial

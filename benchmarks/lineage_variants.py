@@ -89,8 +89,8 @@ class CycleTrainer:
             self.items.catalogue, self.items.text_vectors, self.items.prompt, len(self.items.tokenizer),
             settings, self.context.size,
         )  # fmt: skip
-        quality = self._train(model, rows, settings, "first")
-        return self._version("first", model, model, quality)
+        self._train(model, rows, settings, "first")
+        return self._version("first", model, model)
 
     def fine_tune(self, shop: LineageShop, steps: int) -> FineTuning:
         """A model that goes on from what the champion was tuned from, on the shop's log."""
@@ -98,7 +98,7 @@ class CycleTrainer:
         rows = self._rows(shop, settings)
         model = copy.deepcopy(shop.arms[CHAMPION].tuned)
         quality = self._train(model, rows, settings, "sft")
-        return FineTuning(self._version("sft", model, model, quality), rows, quality)
+        return FineTuning(self._version("sft", model, model), rows, quality)
 
     def beside(self, shop: LineageShop, tuning: FineTuning, variant: Variant) -> ModelVersion | None:
         """What a variant tries beside the fine-tuned model; None where that is nothing."""
@@ -148,11 +148,10 @@ class CycleTrainer:
         return result.quality
 
     def _version(
-        self, kind: str, model: GeneratorForCausalLM, tuned: GeneratorForCausalLM, quality: HeldOutQuality,
-        **more: Any,
+        self, kind: str, model: GeneratorForCausalLM, tuned: GeneratorForCausalLM, **more: Any
     ) -> ModelVersion:  # fmt: skip
         self.versions += 1
-        return ModelVersion(self.versions, kind, model, tuned, quality.ranking, self.items, **more)
+        return ModelVersion(self.versions, kind, model, tuned, self.items, **more)
 
     def _aligned(self, shop: LineageShop, tuning: FineTuning, variant: Variant) -> ModelVersion | None:
         """The tuned model aligned to the shop's pairs; None where a check refuses it."""
@@ -170,7 +169,7 @@ class CycleTrainer:
             f"aligned: {len(pairs)} pairs, {result.steps} steps, HR@10 {after.hr10:.3f}, {result.stopped}"
             f"{f', refused: {refused}' if refused else ''}"
         )
-        return None if refused else self._version("dpo", model, tuned.model, quality)
+        return None if refused else self._version("dpo", model, tuned.model)
 
     def _moved_by_rates(self, shop: LineageShop, tuned: ModelVersion, strength: float) -> ModelVersion:
         """The tuned model's list, moved by how often a click on an item led to a purchase."""
@@ -188,8 +187,8 @@ class CycleTrainer:
         weights = settings.weights.model_copy(update={"purchase": weight})
         rows = tuning.rows.with_settings(settings.model_copy(update={"weights": weights}))
         model = copy.deepcopy(champion.model if champion.kind == "heavy" else champion.tuned)
-        quality = self._train(model, rows, rows.settings, f"purchases x{weight:g}")
-        return self._version("heavy", model, tuning.version.model, quality)
+        self._train(model, rows, rows.settings, f"purchases x{weight:g}")
+        return self._version("heavy", model, tuning.version.model)
 
     def _asked(self, tuned: ModelVersion) -> ModelVersion:
         """The tuned model, asked for purchases as a request's preferences ask."""
@@ -199,4 +198,4 @@ class CycleTrainer:
 
     def _derived(self, kind: str, tuned: ModelVersion, **more: Any) -> ModelVersion:
         self.versions += 1
-        return ModelVersion(self.versions, kind, tuned.model, tuned.model, tuned.ranking, self.items, **more)
+        return ModelVersion(self.versions, kind, tuned.model, tuned.model, self.items, **more)

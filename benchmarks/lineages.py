@@ -10,7 +10,7 @@ the same first visits. They differ in what is tried beside the fine-tuned model:
 a control that learns no preferences (`benchmarks.lineage_variants`). What is bought is either a function of
 an item's title or each shopper's own hidden taste (`streams.simulation.shoppers`).
 
-Training, pairs, ranking and the gate are the product's own functions; Kafka, Redis, MLflow and the serving
+Training, pairs and the gate are the product's own functions; Kafka, Redis, MLflow and the serving
 process are left out (`benchmarks.cycles` runs the whole stack). Trainings have a number of steps and no time
 budget: the same work on a machine that is busy. In the end the champion is judged by the true chances of what
 it shows to 2,000 shoppers, without the noise of clicks. `--choose` measures the controls' strengths by the
