@@ -46,8 +46,8 @@ class Variant:
     strength: float = 0.0  # of the log rates in "rates"; weight of purchases in "heavy"
 
 
-# Strengths of the controls: the best of `--choose` on seeds 1 to 3.
-RATE_STRENGTH, PURCHASE_WEIGHT = 1.0, 5.0
+# Of `--choose` on seeds 1 to 3: the one with most orders of those that cost less than 2 % of the clicks.
+RATE_STRENGTH, PURCHASE_WEIGHT = 0.5, 20.0
 VARIANTS = {
     "sft": Variant(),
     "softmax_dpo": Variant("aligned"),
@@ -57,6 +57,15 @@ VARIANTS = {
     "heavy": Variant("heavy", strength=PURCHASE_WEIGHT),
     "ric": Variant("asked"),
 }
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """A fine-tuned model, what it learned from, and its quality on validation users."""
+
+    version: ModelVersion
+    rows: TrainingRows
+    quality: HeldOutQuality
 
 
 class CycleTrainer:
@@ -85,22 +94,33 @@ class CycleTrainer:
         quality = self._train(model, rows, settings, "first")
         return self._version("first", model, model, quality)
 
-    def candidates(self, shop: LineageShop, variant: Variant, steps: int) -> dict[str, ModelVersion]:
-        """The candidates of a cycle by arm: fine-tuned from the champion, and what the variant adds."""
-        champion = shop.arms[CHAMPION]
+    def fine_tune(self, shop: LineageShop, steps: int) -> FineTuning:
+        """A model that goes on from what the champion was tuned from, on the shop's log."""
         settings = self.settings.model_copy(update={"max_steps": steps, "lr": self.settings.refresh_lr})
         rows = self._rows(shop, settings)
-        model = copy.deepcopy(champion.tuned)
+        model = copy.deepcopy(shop.arms[CHAMPION].tuned)
         quality = self._train(model, rows, settings, "sft")
-        tuned = self._version("sft", model, model, quality)
-        beside = {
-            "none": lambda: None,
-            "aligned": lambda: self._aligned(shop, tuned, rows, settings, quality, variant),
-            "rates": lambda: self.moved_by_rates(shop, tuned, variant.strength),
-            "heavy": lambda: self.heavy(champion, tuned, rows, settings, variant.strength),
-            "asked": lambda: self._asked(tuned),
-        }[variant.beside]()
-        return {SFT: tuned} | ({DPO: beside} if beside else {})
+        return FineTuning(self._version("sft", model, model, quality), rows, quality)
+
+    def beside(self, shop: LineageShop, tuning: FineTuning, variant: Variant) -> ModelVersion | None:
+        """What a variant tries beside the fine-tuned model; None where that is nothing."""
+        match variant.beside:
+            case "none":
+                return None
+            case "aligned":
+                return self._aligned(shop, tuning, variant)
+            case "rates":
+                return self._moved_by_rates(shop, tuning.version, variant.strength)
+            case "heavy":
+                return self._heavy(shop.arms[CHAMPION], tuning, variant.strength)
+            case "asked":
+                return self._asked(tuning.version)
+
+    def candidates(self, shop: LineageShop, variant: Variant, steps: int) -> dict[str, ModelVersion]:
+        """The candidates of a cycle by arm: fine-tuned from the champion, and what the variant adds."""
+        tuning = self.fine_tune(shop, steps)
+        beside = self.beside(shop, tuning, variant)
+        return {SFT: tuning.version} | ({DPO: beside} if beside else {})
 
     def _rows(self, shop: LineageShop, settings: TrainerSettings) -> TrainingRows:
         """The training rows of a shop's log, with the rewards that its events brought."""
@@ -136,13 +156,11 @@ class CycleTrainer:
         self.versions += 1
         return ModelVersion(self.versions, kind, model, tuned, quality.ranking, self.items, **more)
 
-    def _aligned(
-        self, shop: LineageShop, tuned: ModelVersion, rows: TrainingRows, settings: TrainerSettings,
-        quality: HeldOutQuality, variant: Variant,
-    ) -> ModelVersion | None:  # fmt: skip
+    def _aligned(self, shop: LineageShop, tuning: FineTuning, variant: Variant) -> ModelVersion | None:
         """The tuned model aligned to the shop's pairs; None where a check refuses it."""
-        dpo = settings.dpo.model_copy(update=variant.dpo)
-        settings = settings.model_copy(update={"dpo": dpo})
+        tuned, rows, quality = tuning.version, tuning.rows, tuning.quality
+        dpo = rows.settings.dpo.model_copy(update=variant.dpo)
+        settings = rows.settings.model_copy(update={"dpo": dpo})
         held_out = rows.split.held_out
         learned, _ = without_validation_users(shop.preference_pairs, lambda pair: pair.user_id, self.hold_out)
         pairs = preference_rows(learned, CODEBOOK_ID, self.items.prompt, dpo)
@@ -159,7 +177,7 @@ class CycleTrainer:
         )
         return None if refused else self._version("dpo", model, tuned.model, quality)
 
-    def moved_by_rates(self, shop: LineageShop, tuned: ModelVersion, strength: float) -> ModelVersion:
+    def _moved_by_rates(self, shop: LineageShop, tuned: ModelVersion, strength: float) -> ModelVersion:
         """The tuned model's list, moved by how often a click on an item led to a purchase."""
         log, begin = shop.log, shop.first_visit
         events = zip(log.users[begin:], log.items[begin:], log.bought[begin:], strict=True)
@@ -169,18 +187,14 @@ class CycleTrainer:
         rates = log_purchase_rates(names, bought, self.items.row_of)
         return self._derived("rates", tuned, addend=strength * rates)
 
-    def heavy(
-        self, champion: ModelVersion, tuned: ModelVersion, rows: TrainingRows, settings: TrainerSettings,
-        weight: float,
-    ) -> ModelVersion:  # fmt: skip
+    def _heavy(self, champion: ModelVersion, tuning: FineTuning, weight: float) -> ModelVersion:
         """A model that learns with a greater weight of purchases, from the champion where that is one."""
+        settings = tuning.rows.settings
         weights = settings.weights.model_copy(update={"purchase": weight})
-        heavy_settings = settings.model_copy(update={"weights": weights})
+        rows = tuning.rows.with_settings(settings.model_copy(update={"weights": weights}))
         model = copy.deepcopy(champion.model if champion.kind == "heavy" else champion.tuned)
-        quality = self._train(
-            model, rows.with_settings(heavy_settings), heavy_settings, f"purchases x{weight:g}"
-        )
-        return self._version("heavy", model, tuned.model, quality)
+        quality = self._train(model, rows, rows.settings, f"purchases x{weight:g}")
+        return self._version("heavy", model, tuning.version.model, quality)
 
     def _asked(self, tuned: ModelVersion) -> ModelVersion:
         """The tuned model, asked for purchases as a request's preferences ask."""

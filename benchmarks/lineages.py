@@ -24,26 +24,27 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lineage_models import shop_items
+from benchmarks.lineage_models import ModelVersion, ShopItems, shop_items
 from benchmarks.lineage_report import publish
 from benchmarks.lineage_shop import LOOKS, SESSIONS_PER_LOOK, LineageShop
-from benchmarks.lineage_variants import VARIANTS, CycleTrainer, Variant
+from benchmarks.lineage_variants import VARIANTS, CycleTrainer
 from benchmarks.results import RESULTS, read_lines, report_progress
-from registry.arms import CHAMPION, DPO, SFT
+from registry.arms import CHAMPION
 from sidstream.commands.train import set_thread_environment
-from streams.replay import source_of
+from streams.replay import EventSource, source_of
 from trainer.settings import TrainerSettings
 
 VALUES = ("title", "taste")
-# A first model of about half a pass over the year, and a refresh of a tenth to a fifth of one over what its
-# cycle has: what a minute and a few seconds of one core are.
-FIRST_STEPS, STEPS, CYCLES = 300, 40, 6
+# A first model of half a pass over the year, and refreshes of a sixth of one over what a cycle has: a minute
+# and a few seconds of one core.
+FIRST_STEPS, STEPS, CYCLES = 400, 40, 3
 # Histories as long as the prompts of pairs (`trainer.dpo.max_items`), and no time budgets.
-SETTINGS: dict[str, Any] = {"max_items": 20, "validation_users": 500, "max_seconds": None}
+SETTINGS: dict[str, Any] = {"max_items": 20, "validation_users": 300, "max_seconds": None}
 STRENGTHS = {"rates": (0.25, 0.5, 1.0, 2.0), "heavy": (2.0, 5.0, 10.0, 20.0)}
 
 
@@ -74,13 +75,10 @@ def main() -> None:
     }
     settings = TrainerSettings.model_validate(SETTINGS | {"dpo": {"max_seconds": None} | changes})
     rows = read_lines(options.out) if options.out else []
-    for value in options.values:
-        for seed in options.seeds:
-            run = (
-                chosen(value, seed, settings)
-                if options.choose
-                else lineages(value, seed, settings, options, rows)
-            )
+    for seed in options.seeds:
+        start = Start(seed, settings)
+        for value in options.values:
+            run = chosen(value, start) if options.choose else lineages(value, start, options, rows)
             for row in run:
                 print(json.dumps(row), flush=True)
                 rows.append(row)
@@ -91,63 +89,70 @@ def main() -> None:
         publish(rows, "python -m benchmarks.lineages", RESULTS)
 
 
-def start_of(value: str, seed: int, settings: TrainerSettings) -> tuple[LineageShop, CycleTrainer]:
-    """A shop of a seed with its first model in service, and the trainer of its next cycles."""
-    settings = settings.model_copy(update={"seed": seed})
-    year = source_of("online-retail")
-    items = shop_items(year, settings)
-    shop, trainer = LineageShop(seed, value, year, items), CycleTrainer(items, settings, report_progress)
-    shop.start(trainer.first_version(shop, FIRST_STEPS))
-    return shop, trainer
+class Start:
+    """What all shops of a seed begin with: items, and one first model that learned from the shop's year."""
+
+    def __init__(self, seed: int, settings: TrainerSettings) -> None:
+        self.seed, self.settings = seed, settings.model_copy(update={"seed": seed})
+
+    @cached_property
+    def year(self) -> EventSource:
+        """The shop's log of purchases."""
+        return source_of("online-retail")
+
+    @cached_property
+    def items(self) -> ShopItems:
+        """What the shop sells."""
+        return shop_items(self.year, self.settings)
+
+    @cached_property
+    def first(self) -> tuple[CycleTrainer, ModelVersion]:
+        """The first model, before anybody visits, and its trainer."""
+        trainer = CycleTrainer(self.items, self.settings, report_progress)
+        shop = LineageShop(self.seed, VALUES[0], self.year, self.items)
+        return trainer, trainer.first_version(shop, FIRST_STEPS)
+
+    def shop(self, value: str) -> LineageShop:
+        """A shop with the first model in service, after its first visits."""
+        shop = LineageShop(self.seed, value, self.year, self.items)
+        shop.start(self.first[1])
+        return shop
 
 
 def lineages(
-    value: str, seed: int, settings: TrainerSettings, options: argparse.Namespace, rows: list[dict[str, Any]]
+    value: str, start: Start, options: argparse.Namespace, rows: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The cycles of each variant of one seed that `rows` do not have, from one start."""
+    """The cycles of each variant that `rows` do not have, from one start."""
     ended = {(row["value"], row["seed"], row["variant"]) for row in rows if row["cycle"] == options.cycles}
-    missing = [name for name in options.variants if (value, seed, name) not in ended]
-    start: tuple[LineageShop, CycleTrainer] | None = None
+    missing = [name for name in options.variants if (value, start.seed, name) not in ended]
+    first_shop = start.shop(value) if missing else None
     for name in missing:
-        start = start or start_of(value, seed, settings)
-        shop, trainer = start[0].copy(), start[1].copy()
+        assert first_shop is not None
+        shop, trainer = first_shop.copy(), start.first[0].copy()
         for cycle in range(1, options.cycles + 1):
-            about = {"value": value, "seed": seed, "variant": name, "cycle": cycle}
             began = time.process_time()
-            outcome = run_cycle(shop, trainer, VARIANTS[name])
-            yield about | outcome | {"cpu_seconds": round(time.process_time() - began, 1)}
+            row = {"value": value, "seed": start.seed, "variant": name, "cycle": cycle}
+            verdict = shop.try_out(trainer.candidates(shop, VARIANTS[name], STEPS))
+            row |= {"did": verdict.verdict, "winner": verdict.winner, "sentence": verdict.sentence}
+            if cycle == options.cycles:
+                row |= asdict(shop.true_rates(shop.arms[CHAMPION]))
+            shop.turn_tastes()
+            yield row | {"cpu_seconds": round(time.process_time() - began, 1)}
 
 
-def run_cycle(shop: LineageShop, trainer: CycleTrainer, variant: Variant) -> dict[str, Any]:
-    """Train, try, judge, promote, and turn tastes -> the verdict, and the true rates of arms and champion."""
-    candidates = trainer.candidates(shop, variant, STEPS)
-    arms = {CHAMPION: shop.arms[CHAMPION], **candidates}
-    verdict = shop.try_out(candidates)
-    rates = {arm: asdict(shop.true_rates(version)) for arm, version in arms.items()}
-    row = {"did": verdict.verdict, "winner": verdict.winner, "sentence": verdict.sentence, "arms": rates}
-    row |= rates[verdict.winner]
-    shop.turn_tastes()
-    return row
-
-
-def chosen(value: str, seed: int, settings: TrainerSettings) -> Iterator[dict[str, Any]]:
-    """True rates of one cycle's fine-tuned and aligned model, and of each control at each strength."""
-    shop, trainer = start_of(value, seed, settings)
+def chosen(value: str, start: Start) -> Iterator[dict[str, Any]]:
+    """True rates of one cycle's fine-tuned model, and of what each variant makes of it at each strength."""
+    shop, trainer = start.shop(value), start.first[0].copy()
     # As much as a trial leaves, so that what is counted and learned is as of a later cycle.
     shop.visit(SESSIONS_PER_LOOK * LOOKS)
-    about = {"value": value, "seed": seed}
-    candidates = trainer.candidates(shop, VARIANTS["softmax_dpo"], STEPS)
-    if DPO in candidates:
-        yield about | {"model": "softmax_dpo"} | asdict(shop.true_rates(candidates[DPO]))
-    yield about | {"model": "sft"} | asdict(shop.true_rates(candidates[SFT]))
-    for strength in STRENGTHS["rates"]:
-        moved = trainer.moved_by_rates(shop, candidates[SFT], strength)
-        yield about | {"model": f"rates {strength:g}"} | asdict(shop.true_rates(moved))
-    for weight in STRENGTHS["heavy"]:
-        heavy = trainer.candidates(shop, Variant("heavy", strength=weight), STEPS)[DPO]
-        yield about | {"model": f"heavy {weight:g}"} | asdict(shop.true_rates(heavy))
-    asked = trainer.candidates(shop, VARIANTS["ric"], STEPS)[DPO]
-    yield about | {"model": "ric"} | asdict(shop.true_rates(asked))
+    tuning = trainer.fine_tune(shop, STEPS)
+    yield {"value": value, "seed": start.seed, "model": "sft"} | asdict(shop.true_rates(tuning.version))
+    for name, variant in VARIANTS.items():
+        for strength in STRENGTHS.get(name, (variant.strength,)):
+            beside = trainer.beside(shop, tuning, replace(variant, strength=strength))
+            if beside:
+                model = f"{name} {strength:g}" if name in STRENGTHS else name
+                yield {"value": value, "seed": start.seed, "model": model} | asdict(shop.true_rates(beside))
 
 
 if __name__ == "__main__":
