@@ -162,10 +162,11 @@ def main() -> None:
         raise SidstreamError("no fine-tuned model is registered: run `sidstream demo` first")
     bundle = registry.fetch(min(tuned, key=int))
     judge = draw_judge(settings, bundle)
-    inputs = read_cycle_inputs(
-        settings.trainer, settings.kafka, registry, from_scratch=False,
-        horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as runs:
+        inputs, _ = read_cycle_inputs(
+            settings.trainer, settings.kafka, registry, from_scratch=False, runs=Path(runs),
+            horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms,
+        )  # fmt: skip
     sequences = TrainingRows(
         inputs.split,
         inputs.catalogue,
@@ -174,29 +175,26 @@ def main() -> None:
         settings.trainer,
         inputs.negative_feedback,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = read_window_pairs(settings, bundle)
-        ctr, cvr = judge.true_rates(load_model(bundle.model)[0], bundle)
-        print(json.dumps({"variant": "none", "ctr": round(ctr, 4), "cvr": round(cvr, 4)}), flush=True)
-        for name, changes in VARIANTS:
-            dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changes})
-            trainer_settings = settings.trainer.model_copy(update={"dpo": dpo})
-            rows = preference_rows(
-                pairs, bundle.manifest.codebook, bundle.prompt, dpo, judge.context, judge.profiles
-            )
-            model, tokenizer = load_model(bundle.model)
-            began = time.perf_counter()
-            aligned, result = align(
-                model, tokenizer, rows, trainer_settings, Path(folder) / name, sequences=sequences
-            )
-            seconds = time.perf_counter() - began
-            ctr, cvr = judge.true_rates(aligned, bundle)
-            line = {
-                "variant": name, **changes, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
-                "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": len(rows),
-                "steps": result.steps, "seconds": round(seconds, 1),
-            }  # fmt: skip
-            print(json.dumps(line), flush=True)
+    pairs = read_window_pairs(settings, bundle)
+    ctr, cvr = judge.true_rates(load_model(bundle.model)[0], bundle)
+    print(json.dumps({"variant": "none", "ctr": round(ctr, 4), "cvr": round(cvr, 4)}), flush=True)
+    for name, changes in VARIANTS:
+        dpo = settings.trainer.dpo.model_copy(update={"max_seconds": None, **changes})
+        trainer_settings = settings.trainer.model_copy(update={"dpo": dpo})
+        rows = preference_rows(
+            pairs, bundle.manifest.codebook, bundle.prompt, dpo, judge.context, judge.profiles
+        )
+        model, tokenizer = load_model(bundle.model)
+        began = time.perf_counter()
+        aligned, result = align(model, tokenizer, rows, trainer_settings, sequences=sequences)
+        seconds = time.perf_counter() - began
+        ctr, cvr = judge.true_rates(aligned, bundle)
+        line = {
+            "variant": name, **changes, "ctr": round(ctr, 4), "cvr": round(cvr, 4),
+            "margin": round(result.margin, 3), "drop": round(result.drop, 2), "pairs": len(rows),
+            "steps": result.steps, "seconds": round(seconds, 1),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

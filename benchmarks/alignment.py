@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -237,10 +236,7 @@ def align_on_pairs(
     settings = tuned.settings.model_copy(update={"dpo": dpo})
     rows = preference_rows(pairs, "evaluation", tuned.sid_set.prompt, dpo)
     probe = held_out_probe(tuned.held_out, tuned.catalogue, tuned.sid_set, settings, tuned.ranking)
-    with tempfile.TemporaryDirectory() as folder:
-        model, result = align(
-            tuned.model, tuned.tokenizer, rows, settings, Path(folder), sequences=tuned.rows, probe=probe
-        )
+    model, result = align(tuned.model, tuned.tokenizer, rows, settings, sequences=tuned.rows, probe=probe)
     aligned = copy.copy(tuned)
     aligned.rank_with(model)
     return aligned, (

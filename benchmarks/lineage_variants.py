@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -165,10 +163,7 @@ class CycleTrainer:
         learned, _ = without_validation_users(shop.preference_pairs, lambda pair: pair.user_id, self.hold_out)
         pairs = preference_rows(learned, CODEBOOK_ID, self.items.prompt, dpo)
         probe = held_out_probe(held_out, self.items.catalogue, self.items.sids, settings, quality.ranking)
-        with tempfile.TemporaryDirectory() as folder:
-            model, result = align(
-                tuned.model, self.items.tokenizer, pairs, settings, Path(folder), sequences=rows, probe=probe
-            )
+        model, result = align(tuned.model, self.items.tokenizer, pairs, settings, sequences=rows, probe=probe)
         after = evaluate_held_out(model, held_out, self.items.catalogue, self.items.sids, quality.ranking)
         refused = reason_to_refuse(after, quality.hr10, settings) or result.failed(dpo.max_drop)
         self.report(

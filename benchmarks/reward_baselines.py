@@ -22,7 +22,7 @@ from trainer.evaluation.sequences import Float64, Int64
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import pad_items
 from trainer.tuning.losses import ItemBias, softmax_loss
-from trainer.tuning.optimization import ClippedAdamW, train_on_batches
+from trainer.tuning.optimization import ClippedAdamW
 
 STEPS, BATCH, LR = 120, 64, 5e-4
 # Strength of the pull to the reference, in MODPO; weight of the next-item loss beside it, where it has one.
@@ -140,7 +140,8 @@ def _train_policy(
     torch.manual_seed(seed)
     optimizer = ClippedAdamW(policy.parameters(), lr=LR)
     batches = (random.integers(count, size=BATCH) for _ in range(STEPS))
-    train_on_batches(optimizer, batches, lambda rows: loss(policy, rows, random))
+    for rows in batches:
+        optimizer.minimise(loss(policy, rows, random))
     return policy.eval()
 
 

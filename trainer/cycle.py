@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,7 @@ import torch
 from registry.arms import CHAMPION, SFT
 from registry.bundles.bundle import Bundle, BundleKind
 from registry.bundles.ranking import read as read_ranking
-from registry.bundles.store import Registry
+from registry.bundles.store import STATE, Registry
 from registry.decoding.list_rules import ListLimits
 from registry.releases import release
 from registry.settings import RolloutSettings
@@ -27,9 +24,10 @@ from streams.settings import KafkaSettings
 from trainer.alignment.cycle_stage import align_to_window
 from trainer.cycle_bundles import BundleWriter
 from trainer.cycle_inputs import CycleInputs, cycle_lock, read_cycle_inputs
-from trainer.cycle_result import CycleResult, ReportStage, StageReporter
+from trainer.cycle_result import INTERRUPTED_CYCLE, CycleResult, ReportStage, StageReporter
 from trainer.generator.build import fresh_generator, load_model
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.log.run_folder import RunFolder
 from trainer.offline_checks.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
 from trainer.offline_checks.offpolicy import judge_by_explorations
 from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
@@ -46,9 +44,14 @@ from trainer.settings import TrainerSettings
 from trainer.tuning.broadcast import write_training_inputs
 from trainer.tuning.devices import Devices
 from trainer.tuning.ensemble import train_ensemble
+from trainer.tuning.resumable import INTERRUPTED
 from trainer.tuning.sft import SftResult
 
 Promoting = Callable[[], contextlib.AbstractContextManager[release.Publisher]]
+
+
+class CandidateRefused(SidstreamError):
+    """The fine-tuned model failed its offline check."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ class UpdateCycle:
     stages: StageReporter = field(init=False)
     inputs: CycleInputs = field(init=False)
     parent_quality: HeldOutQuality | None = field(init=False, default=None)
-    run_folder: Path = field(init=False)  # of checkpoints and exports, until the cycle is done
+    run_folder: RunFolder = field(init=False)  # of checkpoints and exports, until the cycle is done
 
     def run(self) -> CycleResult:
         """Run the cycle. Raises SidstreamError where there is nothing to train on, another cycle runs in the
@@ -90,19 +93,33 @@ class UpdateCycle:
             self.result.skipped = self._reason_to_wait() or self._read_inputs()
             if self.result.skipped:
                 return self.result
-            self._prepare_run_folder()
-            model, rows = self._fine_tune()
-            if self.result.sft is not None and self.result.sft.stopped == "interrupted":
-                self.result.skipped = (
-                    "interrupted: the checkpoint is kept, and the next cycle goes on from it"
-                )
-                return self.result
-            self._learn_rewards(model, rows)
-            self._check(model)
-            aligned_model = self._align(model, rows)
-            self._publish(model, aligned_model)
-            shutil.rmtree(self.run_folder, ignore_errors=True)
+            try:
+                models = self._train()
+                if models is None:
+                    self.result.skipped = INTERRUPTED_CYCLE
+                    return self.result
+                self._publish(*models)
+            except CandidateRefused:
+                # The same window would lead to the same model: the next cycle reads a newer one.
+                self.run_folder.remove()
+                raise
+            self.run_folder.remove()
         return self.result
+
+    def _train(self) -> tuple[GeneratorForCausalLM, GeneratorForCausalLM | None] | None:
+        """The fine-tuned model and, where there is one, the aligned one; None: the cycle was interrupted."""
+        result = self.result
+        model, rows = self._fine_tune()
+        if result.sft is not None and result.sft.stopped == INTERRUPTED:
+            return None
+        self._learn_rewards(model, rows)
+        if result.rewards is not None and result.rewards.interrupted:
+            return None
+        self._check(model)
+        aligned_model = self._align(model, rows)
+        if result.dpo is not None and result.dpo.stopped == INTERRUPTED:
+            return None
+        return model, aligned_model
 
     def _reason_to_wait(self) -> str | None:
         """Why there is no cycle now; None where there may be one."""
@@ -113,11 +130,17 @@ class UpdateCycle:
 
     def _read_inputs(self) -> str | None:
         """Read the window; why it is too small for a cycle, None where it is not."""
-        self.inputs = inputs = read_cycle_inputs(
-            self.settings, self.kafka, self.registry, self.limits, from_scratch=self.from_scratch,
-            horizon_ms=self.horizon_ms, window_ms=self.window_ms,
-            reading=lambda count: self.stages.report("window", f"{count:,} records"),
-        )  # fmt: skip
+        for at_first in (True, False):
+            inputs, run = read_cycle_inputs(
+                self.settings, self.kafka, self.registry, self.limits, from_scratch=self.from_scratch,
+                horizon_ms=self.horizon_ms, window_ms=self.window_ms, runs=self.settings.home / "runs",
+                reading=lambda count: self.stages.report("window", f"{count:,} records"),
+                say=lambda sentence: self.stages.say("window", sentence),
+            )  # fmt: skip
+            if not at_first or not self._released(run):
+                break
+            run.remove()
+        self.inputs, self.run_folder = inputs, run
         self.result.events = inputs.window.count_new()
         self.stages.finish(
             "window",
@@ -127,25 +150,20 @@ class UpdateCycle:
         )
         least = self.settings.schedule.min_events
         if self.result.events >= least:
+            run.freeze(inputs.window)
             return None
         return (
             f"{self.result.events} new clicks and purchases since the champion's window; "
             f"a cycle takes at least {least}"
         )
 
-    def _prepare_run_folder(self) -> None:
-        """Name the run by its inputs, so that the same inputs find its checkpoint; remove others."""
-        inputs = self.inputs
-        about = {
-            "window": {topic: sorted(parts.items()) for topic, parts in inputs.window.ranges.items()},
-            "parent": inputs.parent.id if inputs.parent else None, "codebook": inputs.codebook.id,
-            "settings": self.settings.model_dump(mode="json", exclude={"home", "schedule"}),
-        }  # fmt: skip
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        self.run_folder = self.settings.home / "runs" / name
-        for folder in self.run_folder.parent.glob("*"):
-            if folder != self.run_folder:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _released(self, run: RunFolder) -> bool:
+        """Whether a run was killed after its release: its models were in service or on trial already."""
+        versions = run.versions().values()
+        return any(
+            entry.version in versions and entry.tags.get(STATE) != "candidate"
+            for entry in (self.registry.versions() if versions else [])
+        )
 
     def _fine_tune(self) -> tuple[GeneratorForCausalLM, TrainingRows]:
         """The fine-tuned model, and the rows that it learned from."""
@@ -168,7 +186,7 @@ class UpdateCycle:
             return model
 
         model, self.result.sft = train_ensemble(
-            begin, rows, inputs.sids, settings, self.run_folder, stop=self.stop, devices=self.devices,
+            begin, rows, inputs.sids, settings, self.run_folder.path, stop=self.stop, devices=self.devices,
             progress=lambda text: self.stages.report("sft", text),
         )  # fmt: skip
         self.devices.leave()
@@ -265,9 +283,11 @@ class UpdateCycle:
         )
         online = learn_from_own_answers(
             model, rows, inputs.sids, evidence, sft.quality,
-            lambda text: self.stages.report("rewards", text), self.stop,
+            lambda text: self.stages.report("rewards", text), self.stop, self.run_folder.path / "rewards",
         )  # fmt: skip
         self.result.rewards = online
+        if online.interrupted:
+            return
         if online.quality and not online.refused:
             sft.quality = online.quality
             self._record_held_out("rewards", online.quality)
@@ -281,12 +301,12 @@ class UpdateCycle:
             self._refuse(reason)
 
     def _refuse(self, reason: str) -> NoReturn:
-        """Raise SidstreamError: the fine-tuned model is not released."""
+        """Raise CandidateRefused: the fine-tuned model is not released."""
         # A refused model has no bundle id: its run and the bundle that it was trained from name it.
         start = self.inputs.start_bundle
         origin = f"bundle {start.id}" if start else "scratch"
-        raise SidstreamError(
-            f"candidate {self.run_folder.name} (from {origin}) failed its offline check and was not "
+        raise CandidateRefused(
+            f"candidate {self.run_folder.path.name} (from {origin}) failed its offline check and was not "
             f"registered: {reason}"
         )
 
@@ -320,11 +340,13 @@ class UpdateCycle:
             return None
         alignment = align_to_window(
             inputs, self.settings, self.window_ms, model, result.sft.quality if result.sft else None,
-            self.run_folder / "dpo", sequences=rows, stop=self.stop,
+            self.run_folder.path / "dpo", sequences=rows, stop=self.stop,
             report_progress=lambda text: self.stages.report("dpo", text),
         )  # fmt: skip
         result.pairs, result.withdrawn = alignment.pairs, alignment.withdrawn
         result.dpo, result.no_dpo = alignment.dpo, alignment.refused
+        if result.dpo is not None and result.dpo.stopped == INTERRUPTED:
+            return None
         result.metrics |= alignment.metrics
         result.dpo_quality = alignment.quality
         if alignment.quality:
@@ -342,7 +364,7 @@ class UpdateCycle:
         result, registry = self.result, self.registry
         first = registry.alias(CHAMPION) is None
         kind: BundleKind = "base" if first else "sft"
-        writer = BundleWriter(self.inputs, self._refresh_settings(), self.result, self.run_folder)
+        writer = BundleWriter(self.inputs, self._refresh_settings(), self.result, self.run_folder.path)
         models: dict[BundleKind, GeneratorForCausalLM] = {kind: model}
         bundles = {kind: self._write_tuned(writer, kind, model)}
         aligned_bundle = aligned_model and self._write_aligned(writer, aligned_model, bundles[kind].id)
@@ -355,6 +377,7 @@ class UpdateCycle:
             params = writer.params(name, models[name])
             result.versions[name] = registry.register(bundle, result.metrics, params)
         self._store_curves(kind)
+        self.run_folder.name_versions(result.versions)
         with self.promoting() as publisher:
             if first:
                 event = release.start(registry, publisher, result.versions[kind])

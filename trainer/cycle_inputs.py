@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ from registry.hold_out import HoldOut
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
 from streams.settings import KafkaSettings
+from streams.wire.admin import incarnations
 from trainer.generator.constrained import SidSet
 from trainer.log.interaction_log import InteractionLog
+from trainer.log.run_folder import RunFolder
 from trainer.log.window import Window, read_window
 from trainer.offline_checks.offpolicy import LoggedExplorations, logged_explorations
 from trainer.rewards.labels import extend_rewards, learn_rewards, purchase_labels, with_reward_labels
@@ -102,11 +105,14 @@ def read_cycle_inputs(
     from_scratch: bool,
     horizon_ms: int,
     window_ms: int,
+    runs: Path,
     reading: Callable[[int], None] | None = None,
-) -> CycleInputs:
-    """Read the window since the champion's. `reading(n)` is called after n records were read.
+    say: Callable[[str], None] = lambda sentence: None,
+) -> tuple[CycleInputs, RunFolder]:
+    """Read the window since the champion's, and find the run below `runs`. `reading(n)`: n records were read.
 
-    `limits`: those of serving's lists (None: serving's defaults).
+    A run that was cut off goes on with its own window. `say` gets a sentence where it does, and where a run
+    is removed. `limits`: those of serving's lists (None: serving's defaults).
 
     A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
     item within `window_ms` after it. Raises SidstreamError where no item has a SID, or no event of such an
@@ -114,11 +120,21 @@ def read_cycle_inputs(
     """
     codebook = registry.codebook()
     parent = None if from_scratch else _parent_bundle(registry, codebook)
-    window = _read_new_window(settings, kafka, parent, reading)
+    about = {
+        "code": version("sidstream"), "parent": parent.id if parent else None, "codebook": codebook.id,
+        "horizon_ms": horizon_ms, "window_ms": window_ms,
+        "settings": settings.model_dump(mode="json", exclude={"home", "schedule", "checkpoint_seconds"}),
+    }  # fmt: skip
+    run = RunFolder.open(runs, about, say)
+    log = InteractionLog.open(settings.home / "log")
+    window = run.window(log, lambda: incarnations(kafka), say)
+    if window is None:
+        window = _read_new_window(kafka, log, parent, reading)
     start = registry.alignment_reference(parent) if parent else None
-    return inputs_of_window(
+    inputs = inputs_of_window(
         settings, window, codebook, parent, start, limits, horizon_ms=horizon_ms, window_ms=window_ms
     )
+    return inputs, run
 
 
 def hold_out_of_lineage(settings: TrainerSettings, parent: Bundle | None) -> HoldOut:
@@ -206,7 +222,7 @@ def _parent_bundle(registry: Registry, codebook: Codebook) -> Bundle | None:
 
 
 def _read_new_window(
-    settings: TrainerSettings, kafka: KafkaSettings, parent: Bundle | None,
+    kafka: KafkaSettings, log: InteractionLog, parent: Bundle | None,
     reading: Callable[[int], None] | None,
 ) -> Window:  # fmt: skip
     """The window that begins where the parent's ended."""
@@ -218,7 +234,6 @@ def _read_new_window(
         if reading:
             reading(total)
 
-    log = InteractionLog.open(settings.home / "log")
     return read_window(kafka, log, parent.manifest.window if parent else None, advance)
 
 

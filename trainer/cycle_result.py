@@ -17,6 +17,7 @@ from trainer.tuning.sft import SftResult
 if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
 
+INTERRUPTED_CYCLE = "interrupted: the checkpoint is kept, and the next cycle goes on from it"
 # progress(stage, text, last): `last` marks the one line that stays of a stage.
 ReportStage = Callable[[str, str, bool], None]
 
@@ -75,6 +76,11 @@ class StageReporter:
         """Say how far the stage is."""
         if self._progress:
             self._progress(stage, text, False)
+
+    def say(self, stage: str, sentence: str) -> None:
+        """A sentence that stays, of a stage that goes on."""
+        if self._progress:
+            self._progress(stage, sentence, True)
 
     def finish(self, stage: str, text: str) -> None:
         """End the stage."""

@@ -310,6 +310,12 @@ class TrainerSettings(Section):
     max_steps: int | None = Field(
         None, ge=1, description="steps of one training, the same work on any machine; empty: no limit"
     )
+    checkpoint_seconds: float = Field(
+        120.0,
+        ge=0,
+        description="between two checkpoints of a training: a kill loses the work since the last one; 0: one "
+        "after each step",
+    )
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before SFT stops")
     batch_positions: int = Field(512, ge=8, description="items a step, padding included")
     # docs/decisions/0016-one-hold-out.md: what a share costs, and what it can show.

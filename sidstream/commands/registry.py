@@ -127,7 +127,10 @@ def _fit_to_catalogue(
         else []
     )
     with progress("fitting the codebook", settings.codebook.levels) as advance:
-        fit = fit_codebook(items, embedder, settings.codebook, advance, sequences=sequences, old=old)
+        fit = fit_codebook(
+            items, embedder, settings.codebook, advance, sequences=sequences, old=old,
+            runs=settings.trainer.home / "codebook-runs",
+        )  # fmt: skip
     return fit, embedder
 
 

@@ -36,6 +36,7 @@ def train(
 ) -> None:
     """Run one update cycle: the new events become a model in service (the first) or on trial (later ones).
 
+    SIGTERM and Ctrl-C keep a checkpoint, and the same command goes on from it.
     Several GPUs train it together: torchrun --nproc-per-node 4 -m sidstream train
 
     Example: sidstream train --max-seconds 60
@@ -43,6 +44,7 @@ def train(
     from sidstream.settings import load
 
     set_thread_environment()
+    from trainer.schedule import on_signal
     from trainer.tuning.devices import launched_devices
 
     devices = launched_devices()
@@ -54,13 +56,14 @@ def train(
     settings = load()
     options = {"max_seconds": max_seconds, "max_steps": max_steps, "seed": seed, "hf_model": hf_model}
     chosen = settings.trainer.model_copy(update={k: v for k, v in options.items() if v is not None})
+    ended = on_signal()
     with stage_lines() as report:
         if chosen.hf_model:
             # peft's adapters are trained in one process.
             devices.leave()
-            _tune_language_model(settings, chosen, report, as_json)
+            _tune_language_model(settings, chosen, report, as_json, ended.is_set)
             return
-        result = one_cycle(settings, chosen, report, from_scratch, devices=devices)
+        result = one_cycle(settings, chosen, report, from_scratch, stop=ended.is_set, devices=devices)
         devices.leave()
     emit(result.as_dict(), as_json, result.summary())
 
@@ -125,15 +128,20 @@ def one_cycle(
 
 
 def _tune_language_model(
-    settings: Settings, chosen: TrainerSettings, report: Callable[[str, str, bool], None], as_json: bool
-) -> None:
+    settings: Settings, chosen: TrainerSettings, report: Callable[[str, str, bool], None], as_json: bool,
+    stop: Callable[[], bool],
+) -> None:  # fmt: skip
     from registry.bundles.store import Registry
+    from trainer.cycle_result import INTERRUPTED_CYCLE
     from trainer.language_model.lora import tune_window
 
     result = tune_window(
         chosen, settings.kafka, Registry(settings.registry), horizon_ms=settings.agents.horizon_ms,
-        window_ms=settings.agents.window_ms, progress=report,
+        window_ms=settings.agents.window_ms, progress=report, stop=stop,
     )  # fmt: skip
+    if result is None:
+        emit({"skipped": INTERRUPTED_CYCLE}, as_json, INTERRUPTED_CYCLE)
+        return
     text = f"{result.folder}: HR@10 {result.quality.hr10:.3f} on {result.quality.users} users"
     if result.aligned_quality:
         text += f"; {result.aligned}: HR@10 {result.aligned_quality.hr10:.3f}"

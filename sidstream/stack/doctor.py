@@ -222,8 +222,8 @@ def mlflow(configured: str | None, running_stack: StackState | None) -> Check:
 
 def training() -> Check:
     """The packages that only `train` and `codebook fit` need."""
-    missing = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name) is None]
-    detail = f"without {', '.join(missing)}" if missing else "torch, transformers and trl are installed"
+    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    detail = f"without {', '.join(missing)}" if missing else "torch, transformers and peft are installed"
     return Check("training", not missing, detail, _TRAIN)
 
 

@@ -21,6 +21,7 @@ from trainer.offline_checks.quality import HeldOutQuality, describe_change, eval
 from trainer.sequences.interactions import Interactions, TrainingCatalogue
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import DpoSettings, TrainerSettings
+from trainer.tuning.resumable import INTERRUPTED
 
 if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
@@ -108,7 +109,7 @@ def align_to_window(
     `window_ms` is the attribution window of the pairs; `sequences` are the rows that it was fine-tuned on;
     `report_progress` gets a line of text at each log.
     """
-    # Here: TRL takes seconds to import, and a cycle without pairs has nothing to align.
+    # Here: peft takes seconds to import, and a cycle without pairs has nothing to align.
     from trainer.alignment.dpo import align
 
     dpo, alignment = settings.dpo, Alignment()
@@ -130,10 +131,12 @@ def align_to_window(
     if tuned is not None:
         probe = held_out_probe(held_out, inputs.catalogue, inputs.sids, settings, tuned.ranking)
     aligned_model, result = align(
-        model, inputs.tokenizer, rows, settings, folder, sequences=sequences, probe=probe,
+        model, inputs.tokenizer, rows, settings, folder=folder, sequences=sequences, probe=probe,
         progress=report_progress, stop=stop,
     )  # fmt: skip
     alignment.dpo = result
+    if result.stopped == INTERRUPTED:
+        return alignment
     alignment.metrics = {
         "dpo/margin": result.margin, "dpo/accuracy": result.accuracy, "dpo/drop": result.drop,
         "dpo/loss": result.loss, "dpo/rejected": float(result.rejected), "dpo/beta": result.beta,

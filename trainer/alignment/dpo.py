@@ -1,4 +1,4 @@
-"""Preference alignment with TRL: DPO, Softmax-DPO and beta-DPO, jointly with the chosen answer's own loss.
+"""Preference alignment: DPO, Softmax-DPO and beta-DPO, jointly with the chosen answer's own loss.
 
 Plain DPO on SIDs has been published as harmful: the next-token term keeps the chosen SID likely, one epoch is
 enough, and the stage stops where the chosen SID's log-probability, the hit rate on held-out users or the
@@ -12,20 +12,16 @@ starts from; where adapters are trained, it is the model without them.
 from __future__ import annotations
 
 import copy
-import inspect
-import logging
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import logging as transformers_logging
-from trl import DPOConfig, DPOTrainer
+from transformers import PreTrainedTokenizerBase
 
 from streams.errors import SidstreamError
 from trainer.alignment.objective import PreferenceObjective
@@ -33,14 +29,19 @@ from trainer.alignment.rows import PreferenceRow, collate_preferences
 from trainer.alignment.stop_rules import StopRules
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.probe import HeldOutProbe
+from trainer.sequences.batches import to_device
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.devices import has_gpu
+from trainer.tuning.checkpoint import seed_of
+from trainer.tuning.devices import device
 from trainer.tuning.next_item import LogReplay
+from trainer.tuning.optimization import ClippedAdamW
+from trainer.tuning.resumable import ALL_STEPS, INTERRUPTED, StepLoop
 
 # Steps between two checks of the chosen SID's log-probability.
 _STEPS_BETWEEN_LOGS = 5
-_INSTALL_HINT = "install trl>=1.16,<1.17"
+# Share of the steps in which the rate rises to its peak.
+_WARMUP = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,59 +67,13 @@ class DpoResult:
         return self.stopped if self.drop > max_drop or not self.kept else None
 
 
-class _PreferenceTrainer(DPOTrainer):
-    """DPOTrainer with losses over 1 + K answers, for rows that are already token ids."""
-
-    def __init__(self, objective: PreferenceObjective, **trainer_arguments: Any) -> None:
-        super().__init__(**trainer_arguments)
-        self.objective = objective
-        objective.gather = objective.dynamic.gather = self.accelerator.gather
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        loss, figures = self.objective(self.accelerator.unwrap_model(model), inputs)
-        # TRL averages them over the steps between two logs.
-        metrics = self._metrics["train" if model.training else "eval"]
-        for name, value in figures.items():
-            metrics[name].append(value)
-        return (loss, None) if return_outputs else loss
-
-
-def check_trl(trainer: type[DPOTrainer] = DPOTrainer) -> None:
-    """Raise SidstreamError where TRL's internals are not those that this module was written for."""
-    try:
-        constructor = inspect.getsource(trainer.__init__)
-        columns = inspect.getsource(trainer._set_signature_columns_if_needed)
-        caller = inspect.getsource(trainer.compute_loss)
-        logged = inspect.getsource(trainer.log)
-        prepared = list(inspect.signature(trainer._prepare_dataset).parameters)
-        computed = list(inspect.signature(trainer._compute_loss).parameters)
-    except AttributeError as error:
-        raise SidstreamError(f"this TRL has no DPOTrainer.{error.name}: {_INSTALL_HINT}") from error
-    for expected_text, source in (
-        ("self._prepare_dataset(train_dataset", constructor), ('"prompt_ids"', columns),
-        ('"chosen_ids"', columns), ('"rejected_ids"', columns),
-        ("self._compute_loss(", caller), ("self._metrics[mode]", logged),
-    ):  # fmt: skip
-        if expected_text not in source:
-            raise SidstreamError(f"this TRL's DPOTrainer does not use {expected_text}: {_INSTALL_HINT}")
-    for name, arguments, expected in (
-        ("_prepare_dataset", prepared[:2], ["self", "dataset"]),
-        ("_compute_loss", computed, ["self", "model", "inputs", "return_outputs"]),
-    ):
-        if arguments != expected:
-            raise SidstreamError(f"this TRL's DPOTrainer.{name} has other arguments: {_INSTALL_HINT}")
-
-
 def align(
     model: GeneratorForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[PreferenceRow],
     settings: TrainerSettings,
-    folder: Path,
     *,
+    folder: Path | None = None,
     sequences: TrainingRows | None = None,
     probe: HeldOutProbe | None = None,
     progress: Callable[[str], None] | None = None,
@@ -126,16 +81,16 @@ def align(
 ) -> tuple[GeneratorForCausalLM, DpoResult]:
     """A copy of `model` aligned to rows of token ids, in full; `model` itself is the frozen reference.
 
-    `folder` is for TRL's files; `sequences` are the rows of the fine-tuning: their next-item loss is added
-    with the weight `dpo.replay_weight`, so that clicks are not forgotten. `probe` measures the policy every
-    `dpo.probe_steps`. Where a stop rule ends the stage, the weights are those of the last probe that passed.
+    With `folder` a stage that was cut off goes on from its checkpoint there, in the very weights of an
+    unbroken one where there is no time budget. `sequences` are the rows of the fine-tuning: their next-item
+    loss is added with the weight `dpo.replay_weight`, so that clicks are not forgotten. `probe` measures the
+    policy every `dpo.probe_steps`. Where a stop rule ends the stage, the weights are those of the last probe
+    that passed.
     Raises SidstreamError when there are no rows.
     """
     policy, reference = copy.deepcopy(model).float(), copy.deepcopy(model).float().eval()
     replay = LogReplay(sequences) if sequences is not None and settings.dpo.replay_weight else None
-    _, result = _train(
-        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None, replay
-    )
+    _, result = _train(policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, replay)
     aligned = type(model)(model.config).eval()
     aligned.load_state_dict({name: value.cpu() for name, value in policy.state_dict().items()})
     return aligned, result
@@ -146,9 +101,9 @@ def align_language_model(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[PreferenceRow],
     settings: TrainerSettings,
-    folder: Path,
     adapters: PeftConfig | None,
     *,
+    folder: Path | None = None,
     probe: HeldOutProbe | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -159,76 +114,140 @@ def align_language_model(
     """
     policy = model if adapters is not None else copy.deepcopy(model)
     reference = None if adapters is not None else copy.deepcopy(model).eval()
+    if adapters is not None:
+        torch.manual_seed(settings.seed)
+        policy = get_peft_model(model, adapters)
     aligned, result = _train(
-        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, adapters, None
+        policy, reference, tokenizer, rows, settings, folder, probe, progress, stop, None
     )
     return (aligned.merge_and_unload() if adapters is not None else aligned).cpu().eval(), result
 
 
+def learning_rate_share(step: int, steps: int, spent: float) -> float:
+    """Share of the peak rate in a step (from 0) of a stage: a linear rise, then half a cosine to 0.
+
+    The cosine ends with the steps. Where the time budget, of which the share `spent` is gone, will end the
+    stage before them, it ends with the budget: a budget that is large enough changes no rate, and no weight.
+    """
+    warmup = int(_WARMUP * steps)
+    done = max(0.0, (step - warmup) / (steps - warmup))
+    if spent > (step + 1) / steps:
+        done = max(done, min(spent, 1.0))
+    return min((step + 1) / (warmup + 1), 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _batches(
+    rows: Sequence[PreferenceRow], settings: TrainerSettings, pad_id: int, where: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of all epochs; an epoch's order is drawn from its number."""
+    for epoch in range(settings.dpo.epochs):
+        generator = torch.Generator().manual_seed(seed_of(settings.seed, epoch))
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for low in range(0, len(order), settings.dpo.batch):
+            chosen = [rows[at] for at in order[low : low + settings.dpo.batch]]
+            yield {
+                name: to_device(value, where) for name, value in collate_preferences(chosen, pad_id).items()
+            }
+
+
+class _Stage:
+    """What a stage remembers beside weights and optimizer: its stop rules, beta, and figures."""
+
+    def __init__(self, policy: Any, objective: PreferenceObjective, rules: StopRules, loop: StepLoop) -> None:
+        self.policy, self.objective, self.rules, self.loop = policy, objective, rules, loop
+        self.total_loss = 0.0  # of all steps up to the last log
+        self._since_log: list[dict[str, Tensor]] = []
+        loop.extra = self._tensors
+        saved = loop.load()
+        if saved is None:
+            rules.begin(policy)
+            return
+        about, tensors = loop.state.about, saved.tensors
+        rules.restore(about["rules"], tensors["kept"])
+        objective.dynamic.restore(about["dynamic"])
+        objective.pair_generator.set_state(tensors["stage"]["pair_generator"])
+        self.total_loss = about["total_loss"]
+        self._since_log = [
+            {name: torch.tensor(value) for name, value in figures.items()} for figures in about["since_log"]
+        ]
+        if objective.replay is not None:
+            objective.replay.skip(loop.state.step)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss () of a batch, whose figures are kept until the next log."""
+        loss, figures = self.objective(self.policy, batch)
+        self._since_log.append(figures | {"loss": loss.detach()})
+        return loss
+
+    def after_step(self, step: int) -> str | None:
+        """Log where it is time to; why the stage ends, None: it goes on."""
+        stopped = None
+        if step % _STEPS_BETWEEN_LOGS == 0 or step == self.rules.steps:
+            stopped = self._log(step)
+        return stopped or self.rules.after_step(self.policy, step)
+
+    def _log(self, step: int) -> str | None:
+        names = self._since_log[0]
+        mean = {
+            name: float(torch.stack([figures[name].cpu() for figures in self._since_log]).mean())
+            for name in names
+        }
+        self.total_loss += mean["loss"] * len(self._since_log)
+        self._since_log = []
+        return self.rules.after_log(step, mean)
+
+    def mean_loss(self) -> float:
+        """Over all steps."""
+        total = self.total_loss + sum(float(figures["loss"]) for figures in self._since_log)
+        return total / self.loop.state.step if self.loop.state.step else 0.0
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        self.loop.state.about = {
+            "rules": self.rules.state(), "dynamic": self.objective.dynamic.state(),
+            "total_loss": self.total_loss,
+            "since_log": [
+                {name: float(value) for name, value in figures.items()} for figures in self._since_log
+            ],
+        }  # fmt: skip
+        generator = self.objective.pair_generator.get_state()
+        return {"kept": self.rules.kept_weights, "stage": {"pair_generator": generator}}
+
+
 def _train(
     policy: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferenceRow],
-    settings: TrainerSettings, folder: Path, probe: HeldOutProbe | None,
-    progress: Callable[[str], None] | None, stop: Callable[[], bool] | None, adapters: PeftConfig | None,
-    replay: LogReplay | None,
+    settings: TrainerSettings, folder: Path | None, probe: HeldOutProbe | None,
+    progress: Callable[[str], None] | None, stop: Callable[[], bool] | None, replay: LogReplay | None,
 ) -> tuple[Any, DpoResult]:  # fmt: skip
-    """The model as TRL trained it, with adapters where there are any, and the outcome of the stage."""
-    check_trl()
+    """The trained policy, and the outcome of the stage."""
     if not rows:
         raise SidstreamError(
             "there are no preference rows to align to; check trainer.dpo.schemes and the codebook"
         )
-    dpo = settings.dpo
+    dpo, where = settings.dpo, device()
     steps = -(-len(rows) // dpo.batch) * dpo.epochs
-    arguments = DPOConfig(
-        output_dir=str(folder), seed=settings.seed, num_train_epochs=dpo.epochs, learning_rate=dpo.lr,
-        per_device_train_batch_size=dpo.batch, beta=dpo.beta, max_length=None, bf16=False,
-        gradient_checkpointing=False, use_cpu=not has_gpu(), lr_scheduler_type="cosine",
-        # The first warm-up step has a rate of 0: a stage of fewer than ten steps has no warm-up.
-        warmup_steps=steps // 10, max_grad_norm=1.0, logging_steps=_STEPS_BETWEEN_LOGS, save_strategy="no",
-        report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=has_gpu(),
-        # Answers are scored without any; the replayed sequences are learned with it, as in fine-tuning.
-        disable_dropout=False,
-    )  # fmt: skip
-    # Where a machine has several GPUs, transformers would copy the model to all of them in every step.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    stop_rules = StopRules(dpo, probe, progress, stop)
+    policy.to(where).train()
+    if reference is not None:
+        reference.to(where)
+    optimizer = ClippedAdamW([value for value in policy.parameters() if value.requires_grad], lr=dpo.lr)
+    loop = StepLoop(
+        policy, optimizer, settings.seed, folder, settings.checkpoint_seconds, dpo.max_seconds, stop
+    )
+    rules = StopRules(dpo, probe, progress, steps)
+    stage = _Stage(
+        policy, PreferenceObjective(dpo, reference, replay, settings.seed, settings.arithmetic), rules, loop
+    )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with _SilentTraining():
-        objective = PreferenceObjective(dpo, reference, replay, settings.seed, settings.arithmetic)
-        trainer = _PreferenceTrainer(
-            objective, model=policy, ref_model=reference, args=arguments,
-            train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=tokenizer,
-            data_collator=lambda batch: collate_preferences(batch, pad_id), callbacks=[stop_rules],
-            peft_config=adapters,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        stop_rules.begin(trainer.model)
-        started_at = time.monotonic()
-        outcome = trainer.train()
-        stop_rules.end(trainer.model, outcome.global_step)
-    return trainer.model, DpoResult(
-        pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=outcome.global_step,
-        kept=stop_rules.kept_step(outcome.global_step), seconds=time.monotonic() - started_at,
-        loss=float(outcome.training_loss), margin=stop_rules.margin,
-        accuracy=stop_rules.last_log.get("accuracy", 0.0), drop=stop_rules.drop,
-        beta=stop_rules.last_log.get("beta", dpo.beta),
-        stopped=stop_rules.stopped, curve=stop_rules.curve,
+    state = loop.state
+    loop.run(
+        _batches(rows, settings, pad_id, where), stage.loss, after_step=stage.after_step,
+        learning_rate=lambda spent: dpo.lr * learning_rate_share(state.step, steps, spent),
     )  # fmt: skip
-
-
-class _SilentTraining:
-    """A context in which transformers and TRL print and log nothing below errors."""
-
-    def __enter__(self) -> None:
-        self._verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        self._levels = {name: logging.getLogger(name).level for name in ("trl", "accelerate", "datasets")}
-        for name in self._levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        transformers_logging.set_verbosity(self._verbosity)
-        transformers_logging.enable_progress_bar()
-        for name, level in self._levels.items():
-            logging.getLogger(name).setLevel(level)
+    stopped = "all pairs seen" if state.stopped == ALL_STEPS else str(state.stopped)
+    if state.stopped != INTERRUPTED:
+        stopped = rules.end(policy, state.step) or stopped
+    return policy, DpoResult(
+        pairs=len(rows), rejected=sum(len(row["rejected_ids"]) for row in rows), steps=state.step,
+        kept=rules.kept_step(state.step), seconds=state.seconds, loss=stage.mean_loss(),
+        margin=rules.margin, accuracy=rules.last_log.get("accuracy", 0.0), drop=rules.drop,
+        beta=rules.last_log.get("beta", dpo.beta), stopped=stopped, curve=rules.curve,
+    )  # fmt: skip

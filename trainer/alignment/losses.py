@@ -9,7 +9,7 @@ Tokens that chosen and rejected share at their beginning cancel in a margin, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -117,6 +117,15 @@ class DynamicBeta:
         # Sums and counts are gathered, not means, since devices may keep different numbers of pairs.
         sums = self.gather(torch.stack(((gap * selected).sum(), selected.sum().float()))[None]).sum(0)
         return BatchBeta(self._bounded_beta(sums[0] / sums[1]), selected)
+
+    def state(self) -> dict[str, float]:
+        """The running means, for a checkpoint."""
+        return {"mean": float(self._mean), "deviation": float(self._deviation), "steps": self._steps}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Put back what `state` gave."""
+        self._mean, self._deviation = state["mean"], state["deviation"]
+        self._steps = int(state["steps"])
 
     def _select_pairs(self, gap: Tensor, generator: torch.Generator | None) -> Tensor:
         count = max(1, round((1 - self.outlier_share) * len(gap)))

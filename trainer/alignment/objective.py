@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,17 +18,16 @@ from trainer.tuning.next_item import LogReplay
 class PreferenceObjective:
     """The loss of batches of `collate_preferences`, against a reference that stays.
 
-    `reference`: None where adapters are trained, for then it is the model without them. `gather` joins the
-    tensors of all devices. `seed` draws the pairs that a dynamic beta keeps. Nothing here waits for a GPU.
+    `reference`: None where adapters are trained, for then it is the model without them. `seed`
+    draws the pairs that a dynamic beta keeps. Nothing here waits for a GPU.
     """
 
     def __init__(
-        self, dpo: DpoSettings, reference: Any, replay: LogReplay | None, seed: int, arithmetic: Arithmetic,
-        gather: Callable[[Tensor], Tensor] = lambda values: values,
-    ) -> None:  # fmt: skip
+        self, dpo: DpoSettings, reference: Any, replay: LogReplay | None, seed: int, arithmetic: Arithmetic
+    ) -> None:
         self.dpo, self.reference, self.replay = dpo, reference, replay
-        self.arithmetic, self.gather = arithmetic, gather
-        self.dynamic = DynamicBeta(dpo.beta, dpo.beta_scale, dpo.beta_momentum, dpo.left_out, gather=gather)
+        self.arithmetic = arithmetic
+        self.dynamic = DynamicBeta(dpo.beta, dpo.beta_scale, dpo.beta_momentum, dpo.left_out)
         self.pair_generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, policy: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,7 +64,7 @@ class PreferenceObjective:
             "risen": chosen - reference.scores[0], "margin": mean_margins(margins.detach(), real),
             "accuracy": ((margins > 0) & real).sum(-1) / real.sum(-1), "logps/chosen": chosen,
         }  # fmt: skip
-        figures = {name: self.gather(values.float()).mean() for name, values in measured.items()}
+        figures = {name: values.float().mean() for name, values in measured.items()}
         # Filled, not copied: a number of the host would be waited for.
         return figures | {"beta": beta if isinstance(beta, Tensor) else torch.full_like(chosen[0], beta)}
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from trainer.offline_checks.probe import HeldOutProbe, ProbeOutcome
 from trainer.settings import DpoSettings
+from trainer.tuning.checkpoint import restore, trained_weights
 
 # One-sided, 1 %: a stage has several probes of a few hundred users, and none of them may stop it by chance.
 _Z_99_ONE_SIDED = 2.326
@@ -28,8 +27,8 @@ def _fell_significantly(before: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_
     return bool(fall.mean() > margin and lower_bound > 0)
 
 
-class StopRules(TrainerCallback):
-    """Reports progress, holds the time budget, and ends the stage by three rules.
+class StopRules:
+    """Reports progress, and ends a stage of `steps` steps by three rules.
 
     1. The chosen answer's log-probability is more than `max_drop` nats below the reference.
     2. HR@10 of held-out users fell by more than the share `max_recall_fall` since the start of the stage.
@@ -40,22 +39,36 @@ class StopRules(TrainerCallback):
     """
 
     def __init__(
-        self,
-        settings: DpoSettings,
-        probe: HeldOutProbe | None,
-        progress: Callable[[str], None] | None,
-        stop: Callable[[], bool] | None,
-    ) -> None:
-        self.settings, self.probe, self.progress, self.stop = settings, probe, progress, stop
-        self.started_at = time.monotonic()
+        self, settings: DpoSettings, probe: HeldOutProbe | None, progress: Callable[[str], None] | None,
+        steps: int,
+    ) -> None:  # fmt: skip
+        self.settings, self.probe, self.progress, self.steps = settings, probe, progress, steps
         self.last_log: dict[str, float] = {}
         self.curve: list[dict[str, float]] = []
-        self.stopped = "all pairs seen"
         self.outcome_at_start: ProbeOutcome | None = None
-        self._saved_weights: dict[str, Tensor] = {}
+        self.kept_weights: dict[str, Tensor] = {}  # those that passed the last probe
         self._saved_step = 0
         self._failed = False
         self._probed_step = 0
+
+    def state(self) -> dict[str, Any]:
+        """All but the kept weights, as JSON for a checkpoint."""
+        start = self.outcome_at_start
+        return {
+            "last_log": self.last_log, "curve": self.curve, "saved_step": self._saved_step,
+            "failed": self._failed, "probed_step": self._probed_step,
+            "start": start and {"hits": start.hits.tolist(), "valid": start.valid.tolist()},
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any], kept_weights: dict[str, Tensor]) -> None:
+        """Put back what `state` gave, and the kept weights."""
+        self.last_log, self.curve, self.kept_weights = state["last_log"], state["curve"], kept_weights
+        self._saved_step, self._failed = state["saved_step"], state["failed"]
+        self._probed_step = state["probed_step"]
+        if (start := state["start"]) is not None:
+            self.outcome_at_start = ProbeOutcome(
+                np.array(start["hits"], bool), np.array(start["valid"], bool)
+            )
 
     @property
     def drop(self) -> float:
@@ -73,56 +86,41 @@ class StopRules(TrainerCallback):
 
     def begin(self, model: Any) -> None:
         """Probe the model that the stage starts from."""
-        self.started_at = time.monotonic()
         if self.probe is not None:
             self.outcome_at_start = self._run_probe(model)
             self._save_weights(model, 0)
 
-    def end(self, model: Any, step: int) -> None:
-        """Probe the weights of the last step, unless a probe failed before."""
-        if self.outcome_at_start is not None and self._probed_step < step and not self._failed:
-            self._passes_probe(model, step)
+    def end(self, model: Any, step: int) -> str | None:
+        """Probe the last step's weights, unless a probe failed before; why they are not kept, or None."""
+        if self.outcome_at_start is None or self._probed_step >= step or self._failed:
+            return None
+        return self._probe_failure(model, step)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
-    ) -> None:
-        """Keep the figures that TRL averaged; stop where the chosen answer fell too far."""
-        # The last log of a run is a summary without these figures.
-        if not logs or "risen" not in logs:
-            return
-        self.last_log = {key: float(value) for key, value in logs.items()}
+    def after_log(self, step: int, figures: dict[str, float]) -> str | None:
+        """Keep the mean figures since the last log; why the stage ends here, None: it goes on."""
+        self.last_log = figures
         if self.progress:
-            self.progress(f"step {state.global_step} of {state.max_steps}, margin {self.margin:.3f}")
-        if "loss" in self.last_log:
-            self.curve.append({
-                "step": float(state.global_step), "loss": self.last_log["loss"], "drop": self.drop,
-                "margin": self.margin, "accuracy": self.last_log["accuracy"], "beta": self.last_log["beta"],
-            })  # fmt: skip
+            self.progress(f"step {step} of {self.steps}, margin {self.margin:.3f}")
+        self.curve.append({
+            "step": float(step), "loss": figures["loss"], "drop": self.drop, "margin": self.margin,
+            "accuracy": figures["accuracy"], "beta": figures["beta"],
+        })  # fmt: skip
         if self.drop > self.settings.max_drop:
-            self.stopped = f"the chosen SID's log-probability fell {self.drop:.2f} nats below the reference"
-            control.should_training_stop = True
+            return f"the chosen SID's log-probability fell {self.drop:.2f} nats below the reference"
+        return None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
-        """Stop at the time budget or on request; probe held-out users every `probe_steps` steps."""
-        budget = self.settings.max_seconds
-        if budget is not None and time.monotonic() - self.started_at > budget:
-            self.stopped = "time budget spent"
-            control.should_training_stop = True
-        elif self.stop is not None and self.stop():
-            self.stopped = "interrupted"
-            control.should_training_stop = True
-        elif (
-            self.outcome_at_start is not None
-            and state.global_step % self._steps_between_probes(state.max_steps) == 0
-        ):
-            control.should_training_stop = not self._passes_probe(model, state.global_step)
+    def after_step(self, model: Any, step: int) -> str | None:
+        """Probe held-out users every `probe_steps` steps; why the stage ends here, None: it goes on."""
+        if self.outcome_at_start is None or step % self._steps_between_probes():
+            return None
+        return self._probe_failure(model, step)
 
-    def _steps_between_probes(self, steps: int) -> int:
+    def _steps_between_probes(self) -> int:
         """Steps between two probes; a short stage has several, too, so that it has weights to go back to."""
-        return min(self.settings.probe_steps, max(_MIN_STEPS_BETWEEN_PROBES, steps // _PROBES_PER_STAGE))
+        return min(self.settings.probe_steps, max(_MIN_STEPS_BETWEEN_PROBES, self.steps // _PROBES_PER_STAGE))
 
-    def _passes_probe(self, model: Any, step: int) -> bool:
-        """Probe the policy; where it fails, restore the weights that passed the last probe."""
+    def _probe_failure(self, model: Any, step: int) -> str | None:
+        """Probe the policy; where it fails, restore the weights that passed the last probe, and say why."""
         assert self.outcome_at_start is not None, "`begin` sets the first outcome"
         outcome, before = self._run_probe(model), self.outcome_at_start
         self._probed_step = step
@@ -134,11 +132,10 @@ class StopRules(TrainerCallback):
             failure = f"the share of real SIDs fell from {before.validity:.3f} to {outcome.validity:.3f}"
         if not failure:
             self._save_weights(model, step)
-            return True
-        self.stopped = f"{failure}; the weights of step {self._saved_step} are kept"
+            return None
         self._failed = True
-        self._restore_weights(model)
-        return False
+        restore(model, self.kept_weights)
+        return f"{failure}; the weights of step {self._saved_step} are kept"
 
     @torch.no_grad()
     def _run_probe(self, model: Any) -> ProbeOutcome:
@@ -148,17 +145,6 @@ class StopRules(TrainerCallback):
         model.train(training)
         return outcome
 
-    @torch.no_grad()
     def _save_weights(self, model: Any, step: int) -> None:
         self._saved_step = step
-        self._saved_weights = {
-            name: value.detach().cpu().clone()
-            for name, value in model.named_parameters()
-            if value.requires_grad
-        }
-
-    @torch.no_grad()
-    def _restore_weights(self, model: Any) -> None:
-        for name, value in model.named_parameters():
-            if name in self._saved_weights:
-                value.copy_(self._saved_weights[name])
+        self.kept_weights = {name: value.cpu() for name, value in trained_weights(model).items()}

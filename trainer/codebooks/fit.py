@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -66,12 +67,13 @@ def fit_codebook(
     *,
     sequences: Sequence[Sequence[str]] = (),
     old: ReplacedCodebook | None = None,
+    runs: Path | None = None,
 ) -> FittedCodebook:
     """The codebook of a catalogue and a SID for each of its items.
 
     `sequences`: item_ids of each user in order of time, for the collaborative part. An `old` codebook with
-    another number of levels is ignored. `progress(1)` is called once a level. Raises SidstreamError for
-    an empty catalogue.
+    another number of levels is ignored. `progress(1)` is called once a level. `runs`: where an RQ-VAE keeps
+    its checkpoint (trainer.codebooks.rqvae). Raises SidstreamError for an empty catalogue.
     """
     # SIDs are assigned in this order, so that they do not depend on the order of the records.
     ordered = sorted({item.item_id: item for item in items}.values(), key=lambda item: item.item_id)
@@ -93,7 +95,7 @@ def fit_codebook(
     replaced = old.codebook if old else None
     before = [None if old is None else old.sids.get(name) for name in names]
     codebook = fit_codebook_to_vectors(
-        vectors, embedder.id, settings, collaborative_dim, replaced, before, progress
+        vectors, embedder.id, settings, collaborative_dim, replaced, before, progress, runs
     )
     return FittedCodebook(codebook, names, vectors, assign_keeping(codebook, vectors, before))
 
@@ -106,6 +108,7 @@ def fit_codebook_to_vectors(
     old: Codebook | None = None,
     sids: Sequence[Sid | None] = (),
     progress: Callable[[int], None] | None = None,
+    runs: Path | None = None,
 ) -> Codebook:
     """The codebook of vectors (N, D), whose last `collaborative` columns later items may lack.
 
@@ -124,7 +127,7 @@ def fit_codebook_to_vectors(
             embedder, (*levels, np.zeros_like(levels[0][:1])), collaborative_dims=collaborative
         )
     else:
-        partial_codebook = _rqvae_codebook(vectors, embedder, sizes, seed, collaborative, old, codes)
+        partial_codebook = _rqvae_codebook(vectors, embedder, sizes, seed, collaborative, old, codes, runs)
         quantised, residual = partial_codebook.quantise(vectors)
         prefixes = quantised[:, :-1]
         if progress:
@@ -143,7 +146,7 @@ def fit_codebook_to_vectors(
 
 def _rqvae_codebook(
     vectors: Float32, embedder: str, sizes: Sequence[int], seed: int, collaborative: int,
-    old: Codebook | None, codes: Int64 | None,
+    old: Codebook | None, codes: Int64 | None, runs: Path | None,
 ) -> Codebook:  # fmt: skip
     """An RQ-VAE's codebook. The encoder of the replaced codebook stays where it fits these vectors.
 
@@ -158,7 +161,7 @@ def _rqvae_codebook(
         )
     from trainer.codebooks.rqvae import fit_rqvae
 
-    fitted = fit_rqvae(vectors, sizes, seed, optional=collaborative, old=codes)
+    fitted = fit_rqvae(vectors, sizes, seed, optional=collaborative, old=codes, runs=runs)
     return Codebook(
         embedder, fitted.centroids, fitted.encoder, scaled=False, collaborative_dims=collaborative
     )

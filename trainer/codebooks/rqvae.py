@@ -8,9 +8,12 @@ straight-through for the decoder (Lee et al. 2022, arXiv 2203.01941; for SIDs: R
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,13 @@ from torch import Tensor, nn
 
 from registry.bundles.codebook import Layer
 from trainer.codebooks.kmeans import code_means, kmeans, mask_changed_codes, nearest_centroids
+from trainer.tuning.checkpoint import (
+    Checkpoint,
+    optimizer_tensors,
+    restore,
+    restore_optimizer,
+    snapshot,
+)
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -30,6 +40,7 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-4
 BATCH = 1024
 EPOCHS = 100
+EPOCHS_BETWEEN_CHECKPOINTS = 10
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,12 @@ def fit_rqvae(
     optional: int = 0,
     old: Int64 | None = None,
     progress: Callable[[int], None] | None = None,
+    runs: Path | None = None,
 ) -> FittedRqvae:
     """Train on rows (N, D), sizes[l] codes at level l. `progress(1)` is called once an epoch.
+
+    Below `runs` a fit that was cut off finds its checkpoint by its inputs, and goes on from it to the very
+    codes of an unbroken one; the checkpoints of other inputs there are removed.
 
     `optional`: the number of last columns that later items may lack; a quarter of the rows of a batch are
     encoded without them. `old`: the rows' codes (N, >= len(sizes)) in the codebook before, -1 for new rows:
@@ -91,9 +106,16 @@ def fit_rqvae(
         torch.manual_seed(seed)
         model = RQVAE(rows.shape[1], sizes)
     data = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-    _initialise_codes(model, data, seed, old)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    for epoch in range(EPOCHS):
+    checkpoint = _checkpoint(runs, data, sizes, seed, optional, old) if runs else None
+    saved = checkpoint.load() if checkpoint else None
+    if saved is None:
+        _initialise_codes(model, data, seed, old)
+    else:
+        restore(model, saved.tensors["weights"])
+        restore_optimizer(optimiser, saved.tensors["optimizer"])
+        generator.set_state(saved.tensors["generator"]["state"])
+    for epoch in range(saved.state["epochs"] if saved else 0, EPOCHS):
         used_codes = [torch.zeros(size, dtype=torch.bool) for size in sizes]
         for batch in torch.randperm(len(data), generator=generator).split(BATCH):
             targets = data[batch]
@@ -111,12 +133,30 @@ def fit_rqvae(
         # No restarts in the last fifth of the epochs: a code would have no time to converge.
         if epoch < 0.8 * EPOCHS:
             _restart_unused_codes(model, data, used_codes, generator)
+        if checkpoint and (epoch + 1) % EPOCHS_BETWEEN_CHECKPOINTS == 0:
+            tensors = {"weights": snapshot(model), "optimizer": optimizer_tensors(optimiser)}
+            random_state = {"state": generator.get_state()}
+            checkpoint.save({**tensors, "generator": random_state}, {"epochs": epoch + 1})
         if progress:
             progress(1)
     return FittedRqvae(
         tuple((_numpy(linear.weight.T), _numpy(linear.bias)) for linear in _linears(model.encoder)),
         tuple(_numpy(level) for level in model.codes),
     )
+
+
+def _checkpoint(
+    runs: Path, data: Tensor, sizes: Sequence[int], seed: int, optional: int, old: Int64 | None
+) -> Checkpoint:
+    """The checkpoint of a fit, named by its inputs; those of others are removed."""
+    about = hashlib.sha256(data.numpy().tobytes())
+    about.update(repr((tuple(data.shape), tuple(sizes), seed, optional)).encode())
+    about.update(b"" if old is None else np.ascontiguousarray(old).tobytes())
+    folder = runs / about.hexdigest()[:16]
+    for other in runs.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return Checkpoint(folder)
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -1,6 +1,6 @@
 """The small generator: one position an item, and a depth head that spells its SID code by code.
 
-To transformers, TRL and peft it is an ordinary causal language model over flat token ids. Inside, the L
+To transformers and peft it is an ordinary causal language model over flat token ids. Inside, the L
 codes of an item fold into one position (the sum of their embeddings), a causal backbone runs over positions,
 and the vector that predicts an item's next code is made from the last position and the codes already chosen
 (RQ-Transformer's spatial and depth parts, Lee et al. 2022, arXiv 2203.01941). A convolution over the last

@@ -7,7 +7,6 @@ of the network gets low-rank adapters (Hu et al. 2021). Ranked under the same co
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,8 @@ from trainer.sequences.batches import IGNORE, TokenRow, to_device
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
 from trainer.tuning.devices import device, training_arithmetic
-from trainer.tuning.optimization import ClippedAdamW, train_on_batches
+from trainer.tuning.optimization import STEPS_BETWEEN_LOOKS, ClippedAdamW
+from trainer.tuning.resumable import INTERRUPTED, StepLoop
 
 if TYPE_CHECKING:
     from trainer.alignment.dpo import DpoResult
@@ -167,9 +167,13 @@ def tune_lora(
     settings: TrainerSettings,
     folder: Path,
     progress: Callable[[str], None] | None = None,
-) -> LoraResult:
+    *,
+    run: Path | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> LoraResult | None:
     """Tune the causal LM `name` (id or folder), rank the held-out items, save the merged model in `folder`.
 
+    With `run` a tuning that was cut off goes on from its checkpoint there. None: `stop` interrupted it.
     Raises SidstreamError when the model cannot be loaded.
     """
     transformers_logging.disable_progress_bar()
@@ -201,28 +205,30 @@ def tune_lora(
         losses = F.cross_entropy(logits[row, place].float(), targets, reduction="none")
         return (losses * weights).mean()
 
-    def out_of_time() -> bool:
-        return settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
+    def report(step: int) -> None:
+        if progress and step % STEPS_BETWEEN_LOOKS == 0:
+            progress(f"step {step}, loss {loop.loss:.3f}")
 
-    def report(step: int, loss: float) -> None:
-        if progress:
-            progress(f"step {step}, loss {loss:.3f}")
-
-    began = time.monotonic()
+    loop = StepLoop(
+        model, optimizer, settings.seed, run and run / "lora", settings.checkpoint_seconds,
+        settings.max_seconds, stop,
+    )  # fmt: skip
+    loop.load()
     model.train()
     batches = (
         batch
         for epoch in range(settings.epochs)
         for batch in _translated_batches(rows.epoch_rows(epoch), translation, settings, epoch)
     )
-    steps, loss = train_on_batches(optimizer, batches, loss_of, stop=out_of_time, progress=report)
-    seconds = time.monotonic() - began
+    loop.run(batches, loss_of, after_step=report)
+    if loop.state.stopped == INTERRUPTED:
+        return None
     merged = model.merge_and_unload().eval()
     quality = evaluate_language_model(merged, translation, rows, sids, settings)
     folder.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(folder)
     foreign_tokenizer.save_pretrained(folder)
-    return LoraResult(str(folder), steps, seconds, loss, quality)
+    return LoraResult(str(folder), loop.state.step, loop.state.seconds, loop.loss, quality)
 
 
 def _translated_batches(
@@ -309,11 +315,15 @@ def align_lora(
     sids: SidSet,
     settings: TrainerSettings,
     progress: Callable[[str], None] | None = None,
+    *,
+    run: Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> LoraResult:
     """Align the model of `tune_lora` to preference rows of our token ids, by fresh adapters; saved beside it.
 
     The embeddings stay: the codes were learned in tuning. A model that a stop rule refuses is not saved:
-    `aligned` stays None, and `dpo.stopped` says why.
+    `aligned` stays None, and `dpo.stopped` says why. With `run` an alignment that was cut off goes on
+    from its checkpoint there.
     """
     from trainer.alignment.dpo import align_language_model
 
@@ -329,10 +339,12 @@ def align_lora(
     folder = Path(f"{tuned.folder}-dpo")
     aligned_model, result = align_language_model(
         model, foreign_tokenizer, [translation.translate_preference(row) for row in pairs], settings,
-        folder / "run",
-        _adapter_config(model, settings), probe=probe if len(few.split.held_out.targets) else None,
-        progress=progress,
+        _adapter_config(model, settings), folder=run and run / "dpo",
+        probe=probe if len(few.split.held_out.targets) else None,
+        progress=progress, stop=stop,
     )  # fmt: skip
+    if result.stopped == INTERRUPTED:
+        return replace(tuned, dpo=result)
     shutil.rmtree(folder, ignore_errors=True)
     if result.failed(settings.dpo.max_drop):
         return replace(tuned, dpo=result)
@@ -350,32 +362,41 @@ def tune_window(
     horizon_ms: int,
     window_ms: int,
     progress: Callable[[str, str, bool], None],
-) -> LoraResult:
+    stop: Callable[[], bool] | None = None,
+) -> LoraResult | None:
     """Tune `settings.hf_model` on the window, and align it where there are preference pairs enough.
 
     Nothing is registered: the merged models lie in <home>/hf. `horizon_ms` and `window_ms`: as of
-    `UpdateCycle`.
+    `UpdateCycle`. None: `stop` interrupted it, and the next call goes on from its checkpoint, with the same
+    window.
     """
     if settings.hf_model is None:
         raise SidstreamError("no model is named: give --hf-model, or set SIDSTREAM_TRAINER__HF_MODEL")
     with cycle_lock(settings.home):
-        inputs = read_cycle_inputs(
-            settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms
-        )
+        inputs, run = read_cycle_inputs(
+            settings, kafka, registry, from_scratch=True, horizon_ms=horizon_ms, window_ms=window_ms,
+            runs=settings.home / "hf-runs", say=lambda sentence: progress("window", sentence, True),
+        )  # fmt: skip
+        run.freeze(inputs.window)
         own_tokenizer = inputs.tokenizer
         rows = TrainingRows(inputs.split, inputs.catalogue, own_tokenizer, inputs.prompt, settings)
         folder = settings.home / "hf" / Path(settings.hf_model).name
         result = tune_lora(
             settings.hf_model, rows, own_tokenizer, inputs.sids, settings, folder,
-            lambda text: progress("lora", text, False),
+            lambda text: progress("lora", text, False), run=run.path, stop=stop,
         )  # fmt: skip
+        if result is None:
+            return None
         progress("lora", f"{result.steps} steps, loss {result.loss:.3f} ({result.seconds:.1f} s)", True)
         # Without a context: a foreign vocabulary has no tokens of it.
         pairs = window_rows(inputs, settings.dpo, window_ms, Context()).learned
         if len(pairs) >= settings.dpo.min_pairs:
             result = align_lora(
                 result, pairs, rows, own_tokenizer, inputs.sids, settings,
-                lambda text: progress("dpo", text, False),
+                lambda text: progress("dpo", text, False), run=run.path, stop=stop,
             )  # fmt: skip
+            if result.dpo is not None and result.dpo.stopped == INTERRUPTED:
+                return None
             progress("dpo", f"{len(pairs):,} pairs; {result.dpo.stopped if result.dpo else ''}", True)
+        run.remove()
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from streams.errors import SidstreamError
+from trainer.files import digest, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -94,28 +94,25 @@ class InteractionLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         pq.write_table(table, part, compression="zstd")
-        digest = _digest(part)
+        sha256 = digest(part)
         part.replace(path)
         self.files.append(
             LogFile(
                 topic=topic, incarnation=incarnation, path=path.relative_to(self.folder).as_posix(),
-                rows=table.num_rows, refused=refused, window=window, sha256=digest,
+                rows=table.num_rows, refused=refused, window=window, sha256=sha256,
             )
         )  # fmt: skip
-        fresh = self.folder / f"{MANIFEST}.part"
-        with fresh.open("wb") as file:
-            file.write(
-                msgspec.json.format(msgspec.json.encode(_Manifest(files=self.files)), indent=1) + b"\n"
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.folder / MANIFEST)
+        manifest = msgspec.json.format(msgspec.json.encode(_Manifest(files=self.files)), indent=1)
+        write_atomically(self.folder / MANIFEST, manifest + b"\n")
 
-    def read(self, topic: str, since: Offsets, incarnation: int) -> tuple[pa.Table, np.ndarray]:
+    def read(
+        self, topic: str, since: Offsets, incarnation: int, until: Offsets | None = None
+    ) -> tuple[pa.Table, np.ndarray]:
         """All records of a topic in the order they were logged, and which are new.
 
-        New: of this incarnation, at or after `since` (a partition that it lacks: from 0). Raises
-        SidstreamError when a file is missing or was changed.
+        New: of this incarnation, at or after `since` (a partition that it lacks: from 0). Of this incarnation
+        only those before `until` (a partition that it lacks: none); None: all. Raises SidstreamError when a
+        file is missing or was changed.
         """
         schema = INTERACTIONS if topic in ("clicks", "purchases") else VALUES
         tables, fresh = [schema.empty_table()], [np.zeros(0, dtype=bool)]
@@ -123,27 +120,27 @@ class InteractionLog:
             if file.topic != topic:
                 continue
             path = self.folder / file.path
-            if not path.exists() or _digest(path) != file.sha256:
+            if not path.exists() or digest(path) != file.sha256:
                 raise SidstreamError(
                     f"{path} is missing or was changed; remove {self.folder}, "
                     "and the next cycle reads Kafka again"
                 )
             table = pq.read_table(path, schema=schema)
             partition, offset = table["partition"].to_numpy(), table["offset"].to_numpy()
-            begin = np.zeros(int(partition.max(initial=0)) + 1, dtype=np.int64)
-            for number, at in since.items():
-                if number < len(begin):
-                    begin[number] = at
-            new = (
-                offset >= begin[partition]
-                if file.incarnation == incarnation
-                else np.zeros(len(offset), dtype=bool)
-            )
+            new = np.zeros(len(offset), dtype=bool)
+            if file.incarnation == incarnation:
+                new = offset >= _of_partitions(since, partition)
+                if until is not None and not (in_range := offset < _of_partitions(until, partition)).all():
+                    table, new = table.filter(pa.array(in_range)), new[in_range]
             tables.append(table)
             fresh.append(new)
         return pa.concat_tables(tables), np.concatenate(fresh)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _of_partitions(offsets: Offsets, partition: np.ndarray) -> np.ndarray:
+    """The offset of each record's partition (N,); 0 where there is none."""
+    table = np.zeros(int(partition.max(initial=0)) + 1, dtype=np.int64)
+    for number, offset in offsets.items():
+        if number < len(table):
+            table[number] = offset
+    return table[partition]

@@ -40,7 +40,7 @@ class _TimeAndUser(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Window:
-    """What one cycle trains on: everything that was logged, and which part of it is new."""
+    """What one cycle trains on: everything that was logged up to its ends, and which part of it is new."""
 
     log: InteractionLog
     ranges: Ranges  # {topic: {partition: (from, to)}}, from where the parent's window ended
@@ -48,7 +48,8 @@ class Window:
 
     def _read(self, topic: str) -> tuple[pa.Table, Any]:
         since = {partition: begin for partition, (begin, _) in self.ranges[topic].items()}
-        return self.log.read(topic, since, self.incarnations[topic])
+        until = {partition: end for partition, (_, end) in self.ranges[topic].items()}
+        return self.log.read(topic, since, self.incarnations[topic], until)
 
     def count_new(self) -> int:
         """Clicks and purchases that are new, repeats included."""

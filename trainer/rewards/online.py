@@ -13,10 +13,10 @@ items.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,8 @@ from trainer.sequences.rows import TrainingRows
 from trainer.tuning.checkpoint import restore, snapshot
 from trainer.tuning.devices import device
 from trainer.tuning.next_item import LogReplay, batch_loss, catalogue_table_rows, smoothing_tree
-from trainer.tuning.optimization import ClippedAdamW, train_on_batches
+from trainer.tuning.optimization import ClippedAdamW
+from trainer.tuning.resumable import INTERRUPTED, StepLoop
 
 # Clicks that the chance of a purchase is fitted to, the newest ones.
 _CALIBRATION_CLICKS = 5000
@@ -76,6 +77,7 @@ class OnlineResult:
     seconds: float = 0.0
     quality: HeldOutQuality | None = None
     refused: str | None = None
+    interrupted: bool = False  # the stage is not done: its checkpoint is kept
 
     def summary(self) -> str:
         """The stage in a line."""
@@ -238,23 +240,42 @@ class OnlineStage:
         outcome = RoundOutcome(len(at), int((scores >= floor).sum()), len(keep), float(followed))
         return outcome, lessons.of_items(self.rows.trained_items)
 
-    def learn(self, lessons: LabelledAnswers, number: int, stop: Callable[[], bool]) -> int:
-        """Train on the kept answers, each step with a batch of the log, too; the number of steps."""
+    def run_round(
+        self, number: int, folder: Path | None, stop: Callable[[], bool] | None
+    ) -> tuple[RoundOutcome, StepLoop]:
+        """Train on a round's kept answers, each step with a batch of the log, too.
+
+        With `folder` it goes on from the checkpoint there, which has the answers, too: the weights that they
+        were drawn with are gone.
+        """
         online, model = self.settings.rewards.online, self.model
         optimizer = ClippedAdamW(model.parameters(), lr=online.lr, weight_decay=self.settings.weight_decay)
+        loop = StepLoop(
+            model, optimizer, self.settings.seed + number, folder and folder / f"round-{number + 1}",
+            self.settings.checkpoint_seconds, stop=stop,
+        )  # fmt: skip
+        if (saved := loop.load()) is not None:
+            outcome = RoundOutcome(**saved.state["about"])
+            arrays = {name: value.numpy() for name, value in saved.tensors["answers"].items()}
+            lessons = LabelledAnswers(**arrays)
+        else:
+            outcome, lessons = self.collect_answers(number)
+            loop.state.about = asdict(outcome)
+        loop.extra = lambda: {
+            "answers": {name: torch.from_numpy(value) for name, value in vars(lessons).items()}
+        }
         table, scored = catalogue_table_rows(model, self.rows)
         tree = smoothing_tree(model, self.settings)
         replay = LogReplay(self.rows)
+        replay.skip(loop.state.step)
 
         def loss_of(batch: SequenceBatch) -> Tensor:
             return batch_loss(model, batch, [], table, scored, self.settings, tree) + replay.loss(model)
 
         model.train()
-        torch.manual_seed(self.settings.seed + number)
-        batches = islice(self._endless_batches(lessons), online.steps)
-        steps, _ = train_on_batches(optimizer, batches, loss_of, stop=stop)
+        loop.run(islice(self._endless_batches(lessons), online.steps), loss_of)
         model.eval()
-        return steps
+        return outcome, loop
 
     def _endless_batches(self, lessons: LabelledAnswers) -> Iterator[SequenceBatch]:
         """The batches of one epoch after another; none where an epoch is empty."""
@@ -268,29 +289,35 @@ class OnlineStage:
 def learn_from_own_answers(
     model: GeneratorForCausalLM, rows: TrainingRows, sids: SidSet, evidence: RewardEvidence,
     before: HeldOutQuality | None, progress: Callable[[str], None], stop: Callable[[], bool] | None = None,
+    folder: Path | None = None,
 ) -> OnlineResult:  # fmt: skip
     """Run the stage's rounds over `model`, in place; undone where HR@10 of held-out users falls too far.
 
-    `before`: the quality after SFT, whose ranking mixes the heads; None: no users are held out. Raises
-    ValueError where there is no reward field.
+    `before`: the quality after SFT, whose ranking mixes the heads; None: no users are held out. With `folder`
+    each round keeps checkpoints, and a stage that was cut off goes on from them in the very weights of an
+    unbroken one. Raises ValueError where there is no reward field.
     """
     if not evidence.rewards.mass:
         raise ValueError("no reward can be asked for: there is nothing to learn from answers")
-    settings, result, started_at = rows.settings, OnlineResult(), time.monotonic()
+    settings, result = rows.settings, OnlineResult()
     online, ranking = settings.rewards.online, before.ranking if before else Ranking()
     model.to(device())
     weights = snapshot(model)
     stage = OnlineStage(model, rows, sids, evidence, ranking.dense_weight)
     for number in range(online.rounds if len(stage.request_rows) else 0):
-        outcome, lessons = stage.collect_answers(number)
+        outcome, loop = stage.run_round(number, folder, stop)
         result.rounds.append(outcome)
+        result.steps += loop.state.step
+        result.seconds += loop.state.seconds
         progress(f"round {number + 1}: {outcome.kept:,} of {outcome.asked:,} answers kept")
-        result.steps += stage.learn(lessons, number, stop or (lambda: False))
+        if loop.state.stopped == INTERRUPTED:
+            result.interrupted = True
+            model.to("cpu").eval()
+            return result
     if before is not None and result.steps:
         result.quality = evaluate_held_out(model, rows.split.held_out, rows.catalogue, sids, ranking)
         if result.quality.hr10 < (1 - online.max_fall) * before.hr10:
             result.refused = f"HR@10 fell from {before.hr10:.3f} to {result.quality.hr10:.3f}"
             restore(model, weights)
     model.to("cpu").eval()
-    result.seconds = time.monotonic() - started_at
     return result

@@ -14,6 +14,7 @@ from trainer.settings import TrainerSettings
 from trainer.tuning.devices import Devices
 from trainer.tuning.next_item import TeacherTargets
 from trainer.tuning.pretrain import pretrain_and_tune
+from trainer.tuning.resumable import INTERRUPTED
 from trainer.tuning.sft import Progress, SftResult, validate
 
 # From a member's seed to the next one's: stages and refreshes count on from `seed` by ones.
@@ -63,7 +64,7 @@ def train_ensemble(
             teacher=teacher,
             clock=clock,
         )
-        if count == 1 or result.stopped == "interrupted":
+        if count == 1 or result.stopped == INTERRUPTED:
             return model, result
         members.append((model, result))
     results = [result for _, result in members]

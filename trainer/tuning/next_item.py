@@ -246,13 +246,21 @@ class LogReplay:
         self._epoch = 0
         self._left: list[SequenceBatch] = []
 
+    def skip(self, batches: int) -> None:
+        """Go on after so many batches, which a stage that was cut off has learned."""
+        for _ in range(batches):
+            self._next_batch()
+
+    def _next_batch(self) -> SequenceBatch:
+        if not self._left:
+            self._left = self._rows.sequence_batches(self._epoch)
+            self._epoch += 1
+        return self._left.pop()
+
     def loss(self, model: GeneratorForCausalLM) -> Tensor:
         """Of the next batch; epochs follow each other without an end. All models have the same items."""
         if self._places is None:
             # Not before: a stage may move the model to its device after it has made its parts.
             self._places = catalogue_table_rows(model, self._rows)
             self._tree = smoothing_tree(model, self._rows.settings)
-        if not self._left:
-            self._left = self._rows.sequence_batches(self._epoch)
-            self._epoch += 1
-        return batch_loss(model, self._left.pop(), [], *self._places, self._rows.settings, self._tree)
+        return batch_loss(model, self._next_batch(), [], *self._places, self._rows.settings, self._tree)

@@ -10,6 +10,7 @@ from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
+from trainer.tuning.resumable import INTERRUPTED
 from trainer.tuning.sft import SftResult, TrainOptions, train
 
 
@@ -37,7 +38,7 @@ def pretrain_and_tune(
         **options, "folder": folder and folder / "pretrain", "progress": report_progress
     }  # fmt: skip
     pretraining = train(model, rows, sids, pretraining_settings(settings), **first)
-    if pretraining.stopped == "interrupted":
+    if pretraining.stopped == INTERRUPTED:
         return pretraining
     recent, tuning_settings = tuning_after_pretraining(rows, settings, pretraining.seconds)
     result = train(model, recent, sids, tuning_settings, **options)

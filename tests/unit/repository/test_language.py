@@ -32,9 +32,7 @@ PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "she
 TRAINING = {
     "torch",
     "transformers",
-    "trl",
     "peft",
-    "datasets",
     "accelerate",
     "sklearn",
     "matplotlib",

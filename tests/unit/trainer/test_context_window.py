@@ -127,9 +127,11 @@ def read(
     )
     window = logged.window()
     monkeypatch.setattr(cycle_inputs, "read_window", lambda *_args: window)
-    return cycle_inputs.read_cycle_inputs(
-        chosen, KafkaSettings(), registry, from_scratch=False, horizon_ms=0, window_ms=0
-    )
+    inputs, _ = cycle_inputs.read_cycle_inputs(
+        chosen, KafkaSettings(), registry, from_scratch=False, horizon_ms=0, window_ms=0,
+        runs=chosen.home / "runs",
+    )  # fmt: skip
+    return inputs
 
 
 def bundled(first: Any, tmp_path: Path) -> Any:
@@ -140,6 +142,7 @@ def bundled(first: Any, tmp_path: Path) -> Any:
     kept.write(first.context, folder)
     rewards.write(first.rewards, folder)
     return SimpleNamespace(
+        id="p",
         path=folder, model=folder / "model", prompt=Prompt(SIZES, 8),
         manifest=SimpleNamespace(codebook=BOOK, window={}),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""DPO with TRL on rows of token ids: what becomes a row, that the margin rises, and when it stops."""
+"""DPO on rows of token ids: what becomes a row, that the margin rises, and when it stops."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trl
 
 from registry.bundles.context import Context
 from registry.bundles.prompt import BOS, PAD
 from streams.errors import SidstreamError
 from streams.events import PreferencePair
 from tests.tiny_shop import Shop, shop
-from trainer.alignment.dpo import align, check_trl
+from trainer.alignment.dpo import align
 from trainer.alignment.rows import collate_preferences, preference_rows
 from trainer.alignment.scores import score_answers
 from trainer.offline_checks.probe import ProbeOutcome
@@ -91,7 +90,7 @@ def test_alignment_learns_what_is_preferred_in_each_scene(tmp_path: Path) -> Non
     ]  # fmt: skip
     settings = settings_of(tiny_shop, weight=1.0, sft_weight=0.1, lr=2e-2, max_drop=50.0)
     rows = preference_rows(pairs, CODEBOOK, tiny_shop.prompt, settings.dpo, tiny_shop.context)
-    aligned, _ = align(model, tiny_shop.tokenizer, rows, settings, tmp_path)
+    aligned, _ = align(model, tiny_shop.tokenizer, rows, settings)
     tokens = tiny_shop.prompt.tokens
     history = [BOS, *tokens((1, 1, 1))]
     for scene, sign in (("up", 1), ("down", -1)):
@@ -126,7 +125,7 @@ def test_the_margin_of_chosen_over_rejected_rises_and_the_reference_stays(
     pairs = [pair(n, history=[[n % 4, n % 3, n % 5]]) for n in range(96)]
     settings = settings_of(tiny_shop, weight=1.0, sft_weight=0.1)
     rows = preference_rows(pairs, CODEBOOK, tiny_shop.prompt, settings.dpo)
-    aligned, result = align(model, tiny_shop.tokenizer, rows, settings, tmp_path)
+    aligned, result = align(model, tiny_shop.tokenizer, rows, settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (result.pairs, result.rejected, result.steps, result.kept) == (96, 96, 6, 6)
     assert result.stopped == "all pairs seen"
@@ -146,7 +145,7 @@ def test_it_stops_when_the_chosen_sid_falls_too_far_below_the_reference(tmp_path
     # policy leaves the reference at once.
     settings = settings_of(tiny_shop, weight=1.0, sft_weight=0.0, lr=0.5, max_drop=0.01, batch=4)
     rows = preference_rows([pair(n) for n in range(200)], CODEBOOK, tiny_shop.prompt, settings.dpo)
-    _, result = align(tiny_shop.model(), tiny_shop.tokenizer, rows, settings, tmp_path)
+    _, result = align(tiny_shop.model(), tiny_shop.tokenizer, rows, settings)
     assert result.steps < 50
     assert "nats below the reference" in result.stopped
 
@@ -166,7 +165,7 @@ def test_noise_on_few_users_is_no_collapse(tmp_path: Path) -> None:
         # A tenth less, at most: four of forty users, and others are hit than before.
         return ProbeOutcome(rng.random(300) < 0.12, rng.random(300) < 0.9)
 
-    _, result = align(tiny_shop.model(), tiny_shop.tokenizer, rows, settings, tmp_path, probe=probe)
+    _, result = align(tiny_shop.model(), tiny_shop.tokenizer, rows, settings, probe=probe)
     assert (result.stopped, result.kept) == ("all pairs seen", result.steps)
 
 
@@ -181,7 +180,7 @@ def test_the_weights_go_back_to_the_last_look_that_passed(tmp_path: Path) -> Non
         seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
         return shares(next(answers), 1.0)
 
-    aligned, result = align(tiny_shop.model(), tiny_shop.tokenizer, rows, settings, tmp_path, probe=probe)
+    aligned, result = align(tiny_shop.model(), tiny_shop.tokenizer, rows, settings, probe=probe)
     assert (result.steps, result.kept) == (6, 4)
     assert "fell from 0.500 to 0.420; the weights of step 4 are kept" in result.stopped
     assert all(torch.equal(value, seen[2][name]) for name, value in aligned.named_parameters())
@@ -198,7 +197,7 @@ def test_a_fall_beyond_the_margin_ends_it_as_soon_as_it_is_more_than_noise(
     # A fall of .06 where .05 may be: of 1,000 users the 1 % bound is .043 and up, of 50 it is below 0.
     answers = iter([0.5, 0.44])
     _, result = align(
-        tiny_shop.model(), tiny_shop.tokenizer, rows, settings, tmp_path,
+        tiny_shop.model(), tiny_shop.tokenizer, rows, settings,
         probe=lambda _: shares(next(answers), 1.0, users),
     )  # fmt: skip
     assert (result.kept, "fell from 0.500 to 0.440" in result.stopped) == ((0, True) if stops else (2, False))
@@ -209,7 +208,7 @@ def test_a_short_stage_is_looked_at_several_times(tmp_path: Path) -> None:
     settings = settings_of(tiny_shop, probe_steps=100, batch=8)
     rows = preference_rows([pair(n) for n in range(320)], CODEBOOK, tiny_shop.prompt, settings.dpo)
     _, result = align(
-        tiny_shop.model(), tiny_shop.tokenizer, rows, settings, tmp_path, probe=lambda _: shares(0.5, 1.0)
+        tiny_shop.model(), tiny_shop.tokenizer, rows, settings, probe=lambda _: shares(0.5, 1.0)
     )
     assert result.steps == 40
     assert [point["step"] for point in result.curve if "hr10" in point] == [6, 12, 18, 24, 30, 36, 40]
@@ -225,7 +224,6 @@ def test_it_stops_when_more_of_the_unconstrained_answers_are_no_sids(tmp_path: P
         tiny_shop.tokenizer,
         rows,
         settings,
-        tmp_path,
         probe=lambda _: shares(0.5, next(answers)),
     )
     assert result.steps == 2
@@ -244,7 +242,7 @@ def test_every_loss_raises_the_chosen_sid_over_all_that_were_rejected(
     pairs = [pair(n, history=[[n % 4, n % 3, n % 5]], rejected=refused) for n in range(400)]
     settings = settings_of(tiny_shop, loss=loss, dynamic_beta=dynamic, max_rejected=3)
     rows = preference_rows(pairs, CODEBOOK, tiny_shop.prompt, settings.dpo)
-    aligned, result = align(model, tiny_shop.tokenizer, rows, settings, tmp_path)
+    aligned, result = align(model, tiny_shop.tokenizer, rows, settings)
     assert (result.rejected, result.steps) == (1200, 25)
     assert (result.beta != settings.dpo.beta) == dynamic
     row = rows[7]
@@ -268,7 +266,7 @@ def test_the_logs_own_sequences_hold_what_was_learned_from_them(tmp_path: Path) 
     for weight in (0.0, 1.0):
         settings = settings_of(tiny_shop, replay_weight=weight, sft_weight=1.0, max_drop=50)
         rows = preference_rows(pairs, CODEBOOK, tiny_shop.prompt, settings.dpo)
-        aligned, _ = align(model, tiny_shop.tokenizer, rows, settings, tmp_path, sequences=tiny_shop.rows)
+        aligned, _ = align(model, tiny_shop.tokenizer, rows, settings, sequences=tiny_shop.rows)
         with torch.no_grad():
             losses.append(float(LogReplay(tiny_shop.rows).loss(aligned)))
     with torch.no_grad():
@@ -313,7 +311,7 @@ def test_the_joint_loss_of_two_steps_is_the_one_said_by_hand(loss: str, tmp_path
 
     def run(epochs: int) -> tuple[Any, float]:
         chosen = settings_of(tiny_shop, **dpo_settings, epochs=epochs)
-        aligned, result = align(model, tiny_shop.tokenizer, rows, chosen, tmp_path, sequences=tiny_shop.rows)
+        aligned, result = align(model, tiny_shop.tokenizer, rows, chosen, sequences=tiny_shop.rows)
         assert result.steps == epochs
         return aligned, result.loss
 
@@ -346,7 +344,7 @@ def test_every_margin_is_zero_before_the_first_change(
         replay_weight=beside, max_rejected=2,
     )  # fmt: skip
     rows = preference_rows(pairs, CODEBOOK, tiny_shop.prompt, settings.dpo, tiny_shop.context)
-    _, result = align(model, tiny_shop.tokenizer, rows, settings, tmp_path, sequences=tiny_shop.rows)
+    _, result = align(model, tiny_shop.tokenizer, rows, settings, sequences=tiny_shop.rows)
     # The mean of all margins is 0 and none is above 0: each is 0, to the bit.
     assert (result.margin, result.accuracy, result.drop) == (0.0, 0.0, 0.0)
     if not beside:
@@ -359,7 +357,7 @@ def test_a_stage_of_a_single_step_has_no_warm_up_to_lose_it_in(tmp_path: Path) -
     tiny_shop = shop()
     model, settings = tiny_shop.model(), settings_of(tiny_shop, batch=64)
     rows = preference_rows([pair(n) for n in range(8)], CODEBOOK, tiny_shop.prompt, settings.dpo)
-    aligned, result = align(model, tiny_shop.tokenizer, rows, settings, tmp_path)
+    aligned, result = align(model, tiny_shop.tokenizer, rows, settings)
     assert result.steps == 1
     assert not torch.equal(aligned.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
@@ -367,22 +365,4 @@ def test_a_stage_of_a_single_step_has_no_warm_up_to_lose_it_in(tmp_path: Path) -
 def test_without_rows_there_is_nothing_to_align_to(tmp_path: Path) -> None:
     tiny_shop = shop()
     with pytest.raises(SidstreamError, match="no preference rows"):
-        align(tiny_shop.model(), tiny_shop.tokenizer, [], tiny_shop.settings, tmp_path)
-
-
-def test_another_trl_is_refused_before_it_trains_on_the_wrong_rows() -> None:
-    check_trl()
-
-    class Changed(trl.DPOTrainer):
-        def _set_signature_columns_if_needed(self) -> None:
-            self.columns = ["prompt", "chosen", "rejected"]
-
-    class Split(trl.DPOTrainer):
-        def _compute_loss(self, model: Any, inputs: Any, extra: Any, return_outputs: bool) -> Any:
-            return None
-
-    with pytest.raises(SidstreamError, match=r"_compute_loss has other arguments"):
-        check_trl(Split)
-
-    with pytest.raises(SidstreamError, match=r"install trl>=1\.16,<1\.17"):
-        check_trl(Changed)
+        align(tiny_shop.model(), tiny_shop.tokenizer, [], tiny_shop.settings)

@@ -76,9 +76,7 @@ def test_the_chosen_answer_rises_over_every_rejected_one(
     lora = LoraConfig(
         r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2"
     )
-    aligned, result = align_language_model(
-        model, theirs, rows, chosen, tmp_path / "run", lora if adapters else None
-    )
+    aligned, result = align_language_model(model, theirs, rows, chosen, lora if adapters else None)
     assert (result.pairs, result.rejected, result.steps) == (200, 600, 25)
     # The reference is the model that the stage began with: at the first look the policy has hardly moved.
     assert abs(result.curve[0]["margin"]) < abs(result.curve[-1]["margin"])
@@ -113,7 +111,7 @@ def test_the_margins_of_a_language_model_with_dropout_begin_at_zero(
         fan_in_fan_out=kind == "gpt2",
     )  # fmt: skip
     _, result = align_language_model(
-        model, theirs, rows, tiny.settings.model_copy(update={"dpo": dpo}), tmp_path / "run",
+        model, theirs, rows, tiny.settings.model_copy(update={"dpo": dpo}),
         lora if adapters else None,
     )  # fmt: skip
     assert (result.margin, result.accuracy, result.drop) == (0.0, 0.0, 0.0)
@@ -127,6 +125,7 @@ def test_an_aligned_language_model_that_fell_too_far_is_not_kept(tmp_path: Path)
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
     tuned = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    assert tuned is not None
     # One answer is both: whatever rises over it, it falls as well.
     rows = [
         one | {"chosen_ids": tiny.catalogue.codes[n % 24].tolist()} for n, one in enumerate(ours(tiny, 160))
@@ -149,6 +148,7 @@ def test_a_tuned_model_is_aligned_beside_it_and_ranked_under_the_same_constraint
     )  # fmt: skip
     name = foreign(tmp_path / "foreign", "llama")
     tuned = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    assert tuned is not None
     result = align_lora(tuned, ours(tiny, 160), tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings)
     assert result.dpo is not None
     assert result.aligned_quality is not None

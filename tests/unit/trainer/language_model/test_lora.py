@@ -62,6 +62,7 @@ def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: P
     )
     name = foreign(tmp_path / "base", kind)
     result = tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    assert result is not None
     assert result.steps > 20
     assert result.quality.users == 12
     assert result.quality.hr10 > 0.8  # ten of 24 at random: 0.42

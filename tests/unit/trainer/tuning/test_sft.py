@@ -20,9 +20,8 @@ from trainer.plots.training_curve import draw_training_curve
 from trainer.sequences.batches import IGNORE, SequenceBatch, pad_token_rows
 from trainer.sequences.held_out import split_log
 from trainer.sequences.interactions import training_catalogue, user_sequences
-from trainer.tuning.checkpoint import TrainingState
 from trainer.tuning.next_item import sequence_loss, token_loss
-from trainer.tuning.sft import spells_more_real_sids, train
+from trainer.tuning.sft import TrainingState, spells_more_real_sids, train
 
 
 @pytest.mark.learning
