@@ -23,7 +23,7 @@ from registry.hold_out import HoldOut
 from registry.settings import CodebookSettings
 from trainer.codebooks.collaborative import collaborative_vectors, fuse_vectors
 from trainer.codebooks.fit import assign_keeping, fit_codebook_to_vectors
-from trainer.evaluation.ranker import Head, Mask, Progress
+from trainer.evaluation.ranker import MASKS, Head, Mask, Progress
 from trainer.evaluation.sequences import flatten
 from trainer.evaluation.splits import EvaluationSplit, TimeShard
 from trainer.evaluation.validation import VALIDATION_USERS, validation_targets, validation_users
@@ -366,6 +366,10 @@ class GeneratorRanker:
         self.sids, self.trained_s = self.trained.sids, self.trained.trained_s
         self.invalid_rate = self.trained.invalid_rate
         self.validation_ndcg = self.trained.validation_ndcg
+        if self._head == "mixed":
+            # Part of fitting, not of the first answer.
+            for mask in MASKS:
+                self.trained.dense_weight_under(mask)
 
     def update(self, shard: TimeShard) -> None:
         """Learn a shard, or take what another head learned of it."""

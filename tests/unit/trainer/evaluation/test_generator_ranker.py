@@ -73,6 +73,14 @@ def test_a_list_as_it_is_served_costs_a_beam_search_and_the_dense_head_alone_non
     assert mixed.tolist() == dense.tolist()
 
 
+def test_the_weight_of_the_heads_is_fitted_before_the_first_answer(monkeypatch):
+    ranker = GeneratorRanker("mixed", TrainedGenerator(TrainingRecipe(TINY, CODEBOOK, 8)), "mixed")
+    ranker.fit(SPLIT, 2, quiet)
+    # What fits it is gone: an answer whose time is taken has nothing left to fit.
+    monkeypatch.setattr("trainer.evaluation.generator_ranker.ServedLists", None)
+    assert ranker.rank(SPLIT.test.histories[:3], 4, "seen").shape == (3, 4)
+
+
 def test_a_budget_on_the_processor_ends_the_training_and_the_codebook_is_in_its_cost():
     generator = TrainedGenerator(TrainingRecipe(TINY | {"epochs": 500, "patience": 500}, CODEBOOK, 8, 0.5))
     began = time.process_time()
