@@ -46,13 +46,16 @@ def relative_change(ours: dict[int, float], theirs: dict[int, float]) -> Interva
 
 
 def lines_of(rows: Rows, command: str) -> list[dict[str, Any]]:
-    """The last cycle's true rates of each lineage, its promotions, and the changes over the seeds."""
+    """The true rates that each lineage ends with, its promotions, and the changes over the seeds.
+
+    Only the row of a last cycle has rates: a lineage that is not at its end is left out.
+    """
     last: dict[Lineage, dict[str, Any]] = {}
     promotions: Counter[Lineage] = Counter()
     for row in rows:
         lineage = Lineage(row["value"], row["variant"], row["seed"])
         promotions[lineage] += row["did"] == "promote"
-        if lineage not in last or row["cycle"] > last[lineage]["cycle"]:
+        if row.keys() >= METRICS.keys():
             last[lineage] = row
     rates = [
         line(CLAIM, _dataset(lineage.value), lineage.variant, name, row[metric], lineage.seed, command)

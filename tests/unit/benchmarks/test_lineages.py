@@ -188,6 +188,11 @@ def test_a_change_and_its_opposite_undo_one_another(rates: list[tuple[float, flo
     assert forth.low <= forth.value <= forth.high
 
 
+def test_a_lineage_that_is_not_at_its_end_is_left_out() -> None:
+    begun = {"value": "title", "variant": "dpo", "seed": 4, "cycle": 1, "did": "promote"}
+    assert lines_of([*ROWS, begun], "command") == lines_of(ROWS, "command")
+
+
 def test_the_last_cycle_counts_and_every_promotion() -> None:
     lines = lines_of(ROWS, "command")
     of_sft = [figure for figure in lines if (figure["model"], figure["seed"]) == ("sft", 4)]
