@@ -41,7 +41,7 @@ from registry.bundles.prompt import Prompt
 from registry.hold_out import HoldOut
 from registry.settings import CodebookSettings
 from streams.events import Event, Impression, PreferencePair, RankedItem, Recommendation, Trigger
-from streams.replay import source_of
+from streams.replay import EventSource, source_of
 from streams.settings import ShoppersSettings
 from streams.simulation.shoppers import Shopper, Truth, Vector, population
 from streams.simulation.shopping import ShoppingTrip
@@ -105,12 +105,13 @@ class TrueRates:
 class SteepShop:
     """The shop of one seed: items, shoppers with their pasts, and the visits to one model's lists."""
 
-    def __init__(self, seed: int, items: int, click_position: float, settings: TrainerSettings) -> None:
+    def __init__(
+        self, seed: int, source: EventSource, items: int, click_position: float, settings: TrainerSettings
+    ) -> None:
         self.settings = settings.model_copy(update={"seed": seed})
         self.shoppers_settings = ShoppersSettings.model_validate(
             {"seed": seed, "click_position": click_position, "k": SHOWN_ITEMS}
         )
-        source = source_of("online-retail")
         events = [(str(e.user_id), str(e.item_id), e.ts) for e in source.events()]  # type: ignore[attr-defined]
         sold = {item for item, _ in Counter(item for _, item, _ in events).most_common(items)}
         self.events = [event for event in events if event[1] in sold]
@@ -210,7 +211,7 @@ class SteepShop:
 
 
 class _ListClient:
-    """A client of the shopping loop that answers a batch of triggers at its first result; keeps the events."""
+    """A client of the shopping loop that answers a batch of triggers at its first result."""
 
     def __init__(self, lists: Callable[[Sequence[tuple[str, str]]], list[list[str]]]) -> None:
         self._lists = lists
@@ -271,7 +272,7 @@ def examination_rules(examined: dict[str, int]) -> dict[str, ExaminedPlaces]:
 
 def run_seed(seed: int, options: argparse.Namespace, settings: TrainerSettings) -> list[dict[str, Any]]:
     """The lines of one seed: every rule's change of every metric, relative to the fine-tuned model."""
-    shop = SteepShop(seed, options.items, options.click_position, settings)
+    shop = SteepShop(seed, source_of("online-retail"), options.items, options.click_position, settings)
     model, rows = shop.fine_tune()
     before = shop.true_rates(model, options.pages)
     report_progress(f"seed {seed}, {TUNED}: {before}")
