@@ -99,7 +99,8 @@ class TrueRateJudge:
             items = [item for item in named if item != trigger][:SHOWN]
             chance = self.truth.click_probability(shopper.taste, items, trigger)
             clicks += float(chance.sum())
-            purchases += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())
+            bought = self.truth.purchase_probability(shopper.taste, shopper.purchase_taste, items)
+            purchases += float((chance * bought).sum())
             shown += len(items)
         return clicks / shown, purchases / clicks
 

@@ -136,7 +136,7 @@ class DriftingShop:
 
     def poison(self) -> int:
         """Bots that look like shoppers buy what is worth least and fits them least. How many events."""
-        worst_items = [self.truth.items[row] for row in np.argsort(self.truth.value)[:200]]
+        worst_items = [self.truth.items[row] for row in np.argsort(self.truth.factors[:, 0])[:200]]
         on_sale = {item.item_id for item in self.items}
         worst_items = [item for item in worst_items if item in on_sale]
         chosen = self.random.choice(len(self.shoppers), BOTS)

@@ -1,9 +1,10 @@
-"""Claim: looked at 20 times, the gate promotes at most one useless model in 20, and it finds good ones.
+"""Claim: looked at 20 times, the gate promotes at most 1 in 20 models that sell no more, and finds good ones.
 
-Trials of simulated users are judged by the gate itself at 20 looks. Every user has rates of click and
-purchase of their own (beta-distributed), arrives at some look, and comes back at later ones: for each of two
-populations 2,000 trials without an effect and 2,000 in which CTR truly falls by 12 % while CVR rises by 20 %,
-and 1,000 trials of each size that `sidstream gate plan` gives for CVR +20 %.
+Trials of simulated users are judged by the whole judgement (registry.experiment.decision.judge): the
+aligned challenger against the tuned one, the one that goes on against the champion, the fallback, the
+hold-out. Users' activity is heavy-tailed, and one of them is a bot of 20,000 impressions
+(benchmarks.simulated_trials). 2,000 trials without an effect; 1,000 of challengers that keep the published
+rule and sell less for each page, and of each size that `sidstream gate plan` gives.
 
 Prints one line of JSON a figure, with the 95 % binomial interval
 (Clopper and Pearson), and writes docs/results/gate.jsonl and the table of docs/results/gate.md.
@@ -21,117 +22,99 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.results import exact_share, line, publish_shares
-from registry.experiment.gate import MODES, compare
-from registry.experiment.sample_size import ExpectedRates, users_needed
-from registry.experiment.statistics import ArmSums
-from registry.settings import GateSettings
+from benchmarks.simulated_trials import (
+    LOOKS,
+    Population,
+    Scenario,
+    Truth,
+    arm_weights,
+    draw_trial,
+    pilot,
+)
+from registry.arms import ANCHOR, CHAMPION, SFT
+from registry.experiment.decision import Judgement, judge
+from registry.experiment.gate import MODES
+from registry.experiment.sample_size import ExpectedRates, TrialArms, users_needed
+from registry.settings import GateSettings, RolloutSettings
 
-LOOKS = 20
 SEED = 20
 SETTINGS = GateSettings.model_validate({})
+WEIGHTS = arm_weights(RolloutSettings.model_validate({}))
 # Trials handed to a process at once.
 _CHUNK = 20
+_SHARES_OF_POINT = "none: point estimates"
+
+SHOP = Population("CTR .2, CVR .2, pages of 10", 0.2, 0.2, 10, 2.0)
+ADS = Population("CTR .05, CVR .05, pages of 7", 0.05, 0.05, 7, 1.0)
+# Challengers that the published rule may promote, and what they sell for each page shown.
+SELLERS_OF_LESS = {
+    "CTR x.92, CVR x1.06 (orders x.975)": Truth(0.92, 1.06),
+    "CTR x.95, CVR x1.04 (orders x.988)": Truth(0.95, 1.04),
+    "CTR x.90, CVR x1.05 (orders x.945)": Truth(0.9, 1.05),
+    "CTR x.94, CVR x1/.94 (orders x1)": Truth(0.94, 1 / 0.94),
+}
+PLANNED_LIFT, PLANNED_POWER = 0.15, 0.9
 
 
 @dataclass(frozen=True)
-class Population:
-    """Users: `impressions` of one user on average (Poisson); beta-distributed rates, whose means these are.
+class Trial:
+    """A scenario and the modes that judge it."""
 
-    Rates have a + b = `cohesion`: between users they vary by sqrt(mean (1 - mean) / (cohesion + 1)).
+    scenario: Scenario
+    modes: tuple[str, ...]
+
+
+def simulate_trial(seed: np.random.SeedSequence, trial: Trial) -> set[str]:
+    """What the judgement said of one trial: `<mode> <verdict or winner> once` (at any look), `... last`.
+
+    `<mode> published once`: the published rule's two tests were passed by a challenger against the champion.
+    In mode sequential the first verdict that is not inconclusive ends the trial, as in the unattended cycle.
     """
-
-    name: str
-    ctr: float = 0.05
-    cvr: float = 0.05
-    impressions: float = 7.0
-    cohesion: float = 40.0
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Trials with a truth: the target's rates are the control's times `ctr` and `cvr`."""
-
-    population: Population
-    users: int
-    ctr: float = 1.0
-    cvr: float = 1.0
-    modes: tuple[str, ...] = MODES
-
-
-ADS = Population("simulated users: CTR .05, CVR .05, 7 impressions")
-SHOP = Population("simulated users: CTR .2, CVR .2, 20 impressions", 0.2, 0.2, 20.0)
-
-
-def arm_sums_at_looks(
-    random: np.random.Generator, population: Population, users: int, ctr: float, cvr: float
-) -> Iterator[ArmSums]:
-    """The sums of one arm at each look, users in the order of their arrival.
-
-    A Poisson number of impressions, each clicked with the user's rate, is two independent Poisson numbers of
-    clicked and of passed ones; clicks split likewise. So events are drawn, and users without any are free.
-    """
-    arrival = random.integers(0, LOOKS, users)
-
-    def rate(mean: float) -> npt.NDArray[np.float64]:
-        return random.beta(mean * population.cohesion, (1 - mean) * population.cohesion, users)
-
-    click, buy = rate(population.ctr * ctr), rate(population.cvr * cvr)
-
-    def cumulative(mean: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        who = np.repeat(np.arange(users), random.poisson(mean))
-        first = arrival[who]
-        when = first + (random.random(len(who)) * (LOOKS - first)).astype(np.int64)
-        counts = np.bincount(when * users + who, minlength=LOOKS * users).reshape(LOOKS, users)
-        return np.cumsum(counts, axis=0).astype(np.float64)
-
-    orders = cumulative(population.impressions * click * buy)
-    clicks = orders + cumulative(population.impressions * click * (1 - buy))
-    shown = clicks + cumulative(population.impressions * (1 - click))
-    # Whole numbers far below 2^53: exact in doubles, and products of doubles are quick.
-    for i, c, o in zip(shown, clicks, orders, strict=True):
-        # Not `@`: BLAS would start threads, which only wait for those of the other process.
-        products = (np.einsum("n,n->", *two) for two in ((i, i), (c, c), (o, o), (i, c), (c, o)))
-        figures = (i.sum(), c.sum(), o.sum(), *products)
-        yield ArmSums(int((i > 0).sum()), *map(int, figures))
-
-
-def simulate_trial(seed: np.random.SeedSequence, scenario: Scenario) -> set[str]:
-    """What happened in one trial: `<mode> <verdict> once` (at any look), `... last`, and CVR claims."""
-    random = np.random.default_rng(seed)
-    target = arm_sums_at_looks(random, scenario.population, scenario.users, scenario.ctr, scenario.cvr)
-    control = arm_sums_at_looks(random, scenario.population, scenario.users, 1.0, 1.0)
+    looks = draw_trial(np.random.default_rng(seed), trial.scenario, WEIGHTS)
     outcomes = set()
-    for look, (t, c) in enumerate(zip(target, control, strict=True), 1):
-        for mode in scenario.modes:
-            comparison = compare("t", "c", {"t": t, "c": c}, SETTINGS, mode)
-            outcomes.add(f"{mode} {comparison.verdict} once")
-            if look == LOOKS:
-                outcomes.add(f"{mode} {comparison.verdict} last")
-            if (
-                comparison.cvr
-                and comparison.cvr["p_above"] is not None
-                and comparison.cvr["p_above"] < SETTINGS.alpha
-            ):
-                outcomes.add(f"{mode} higher once")
+    for mode in trial.modes:
+        for number, arms in enumerate(looks, 1):
+            judgement = judge(arms, SETTINGS, mode, WEIGHTS, {name: name for name in WEIGHTS})
+            if _passes_published_tests(judgement):
+                outcomes.add(f"{mode} published once")
+            outcomes |= {f"{mode} {judgement.verdict} once", f"{mode} {judgement.winner} once"}
+            if number == LOOKS:
+                outcomes |= {f"{mode} {judgement.verdict} last", f"{mode} {judgement.winner} last"}
+            if mode == "sequential" and judgement.verdict != "inconclusive":
+                break
     return outcomes
 
 
-def _chunk(job: tuple[list[np.random.SeedSequence], Scenario]) -> Counter[str]:
-    seeds, scenario = job
-    return sum((Counter(simulate_trial(seed, scenario)) for seed in seeds), Counter())
+def _passes_published_tests(judgement: Judgement) -> bool:
+    """True where CVR is shown to be higher than the champion's and CTR to keep the margin, by tests at alpha.
+
+    Whatever the orders per impression say; `p_above` at alpha, as without a second challenger.
+    """
+    return any(
+        metrics.control == CHAMPION
+        and all(
+            metric is not None and metric["p_above"] is not None and metric["p_above"] < SETTINGS.alpha
+            for metric in (metrics.cvr, metrics.ctr)
+        )
+        for metrics in judgement.comparisons
+    )
 
 
-def count_trials(pool: ProcessPoolExecutor, scenario: Scenario, trials: int, label: str) -> Counter[str]:
+def _chunk(job: tuple[list[np.random.SeedSequence], Trial]) -> Counter[str]:
+    seeds, trial = job
+    return sum((Counter(simulate_trial(seed, trial)) for seed in seeds), Counter())
+
+
+def count_trials(pool: ProcessPoolExecutor, trial: Trial, trials: int, label: str) -> Counter[str]:
     """Counts over trials, the same for any number of processes."""
     seeds = np.random.SeedSequence(SEED).spawn(trials)
-    jobs = [(seeds[n : n + _CHUNK], scenario) for n in range(0, trials, _CHUNK)]
+    jobs = [(seeds[n : n + _CHUNK], trial) for n in range(0, trials, _CHUNK)]
     counts: Counter[str] = Counter()
     for done, chunk_counts in enumerate(pool.map(_chunk, jobs), 1):
         counts += chunk_counts
@@ -149,74 +132,98 @@ def _progress(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def share_line(
-    population: Population, metric: str, claim: str, mode: str, count: int, of: int
-) -> dict[str, Any]:
-    """One line of the results: a share, and its 95 % interval."""
-    return line(
-        claim, population.name, f"gate, mode {mode}", metric, seed=SEED, command="python -m benchmarks.gate",
-        **exact_share(count, of),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Bench:
+    """Runs scenarios of `trials` trials and makes lines of counts."""
 
+    pool: ProcessPoolExecutor
+    trials: int
 
-def figures(pool: ProcessPoolExecutor, trials: int, scale: float) -> Iterator[dict[str, Any]]:
-    """Every figure of the benchmark; `users_of` scales the arms (1: as published)."""
-    for population, users in ((ADS, 20_000), (SHOP, 4_000)):
-        users = round(users * scale)
+    def half(self) -> Bench:
+        """A bench with half of the trials."""
+        return replace(self, trials=max(self.trials // 2, 1))
 
-        def metric_of(
-            what: str, truth: str, population: Population = population, users: int = users
-        ) -> tuple[Any, str]:
-            return population, f"{what}; {truth}, {users:,} users an arm, {LOOKS} looks"
-
-        truth = "no effect"
-        null_counts = count_trials(pool, Scenario(population, users), trials, f"{truth}, {population.name}")
-        for mode, outcome, what, claim in (
-            ("sequential", "promote once", "promoted at any look", "at most .05"),
-            ("fixed", "promote once", "promoted at any look", "none: it is made for one look"),
-            ("fixed", "promote last", "promoted at the last look", "at most .05"),
-            ("point", "promote once", "promoted at any look", "none: the published rule"),
-            ("point", "promote last", "promoted at the last look", "none: the published rule"),
-            ("sequential", "higher once", "CVR found higher at any look", "at most .05"),
-            ("fixed", "higher once", "CVR found higher at any look", "none: it is made for one look"),
-            ("sequential", "reject once", "rejected at any look", "at most .10: two harms"),
-        ):
-            yield share_line(*metric_of(what, truth), claim, mode, null_counts[f"{mode} {outcome}"], trials)
-        truth = "CTR -12 %, CVR +20 %"
-        harm_counts = count_trials(
-            pool, Scenario(population, users, ctr=0.88, cvr=1.2), trials, f"{truth}, {population.name}"
-        )
-        for mode, claim in (
-            ("sequential", "at most .05"),
-            ("fixed", "none: it is made for one look"),
-            ("point", "none: the published rule"),
-        ):
-            yield share_line(
-                *metric_of("promoted at any look", truth),
+    def lines(
+        self, scenario: Scenario, truth: str, figures: list[tuple[str, str, str, str]]
+    ) -> Iterator[dict[str, Any]]:
+        """A line for each figure: (mode, what is counted, its words, claim)."""
+        name = scenario.population.name
+        modes = tuple(mode for mode in MODES if any(mode == figure[0] for figure in figures))
+        counts = count_trials(self.pool, Trial(scenario, modes), self.trials, f"{truth}, {name}")
+        for mode, counted, words, claim in figures:
+            yield line(
                 claim,
-                mode,
-                harm_counts[f"{mode} promote once"],
-                trials,
+                f"simulated users: {name}",
+                f"gate, mode {mode}",
+                f"{words}; {truth}, {scenario.users:,} users",
+                seed=SEED,
+                command="python -m benchmarks.gate",
+                **exact_share(counts[f"{mode} {counted}"], self.trials),
             )
-    truth = "CVR +20 %, CTR 0"
-    for mode in ("sequential", "fixed"):
-        expected = ExpectedRates(ADS.cvr, 0.2, ADS.ctr, ADS.impressions)
-        users = round(users_needed(expected, SETTINGS, mode, 0.8) * scale)
-        alternative_trials = max(trials // 2, 1)
-        gain_counts = count_trials(
-            pool, Scenario(ADS, users, cvr=1.2, modes=(mode,)), alternative_trials, f"{truth}, mode {mode}"
+
+
+_PROMOTED = [
+    ("sequential", "promote once", "promoted at any look", "at most .05"),
+    ("fixed", "promote last", "promoted at the last look", "at most .05"),
+]
+
+
+def errors(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Trials without an effect, and of challengers that sell no more for each page."""
+    cap = SETTINGS.max_impressions_per_user
+    null = Scenario(SHOP, 14_000, cap)
+    yield from bench.lines(
+        null,
+        "no effect",
+        [
+            *_PROMOTED,
+            ("fixed", "promote once", "promoted at any look", "none: it is made for one look"),
+            ("point", "promote once", "promoted at any look", _SHARES_OF_POINT),
+            ("point", "promote last", "promoted at the last look", _SHARES_OF_POINT),
+            ("sequential", "reject once", "rejected at any look", "at most .15: three harms"),
+        ],
+    )
+    yield from bench.lines(Scenario(ADS, 20_000, cap), "no effect", _PROMOTED)
+    yield from bench.lines(
+        replace(null, sft=Truth(cvr=0.8)), "DPO without an effect beside an SFT of CVR x.8", _PROMOTED
+    )
+    for truth, less in SELLERS_OF_LESS.items():
+        # So many users that the published rule's tests see the rise of CVR.
+        scenario = Scenario(SHOP, 30_000, cap, sft=less, dpo=less)
+        yield from bench.half().lines(
+            scenario,
+            truth,
+            [
+                *_PROMOTED,
+                ("sequential", "published once", "the published rule's tests passed at any look", "none"),
+                ("fixed", "published once", "the published rule's tests passed at any look", "none"),
+            ],
         )
-        for outcome, what in (("last", "promoted at the last look"), ("once", "promoted at any look")):
-            if mode == "sequential" or outcome == "last":
-                metric = f"{what}; {truth}, {users:,} users an arm (planned for .8), {LOOKS} looks"
-                yield share_line(
-                    ADS,
-                    metric,
-                    "at least .80",
-                    mode,
-                    gain_counts[f"{mode} promote {outcome}"],
-                    alternative_trials,
-                )
+
+
+def planned_users(population: Population, mode: str) -> int:
+    """Users to deal so that the smallest arm has as many who come as the plan asks for."""
+    shown, coming, design_effect = pilot(population, SETTINGS.max_impressions_per_user)
+    expected = ExpectedRates(population.cvr, PLANNED_LIFT, population.ctr, shown, design_effect)
+    arms = TrialArms(anchor=WEIGHTS[ANCHOR] / WEIGHTS[SFT])
+    return round(users_needed(expected, SETTINGS, mode, arms, PLANNED_POWER) / WEIGHTS[SFT] / coming)
+
+
+def powers(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Trials of the planned size: an aligned challenger that is better by the planned lift."""
+    cap = SETTINGS.max_impressions_per_user
+    for mode, counted in (("sequential", "once"), ("fixed", "last")):
+        users = planned_users(SHOP, mode)
+        for has_bot, limit, words in (
+            (True, cap, "with the bot"),
+            (False, cap, "without the bot"),
+            (True, 10**9, "with the bot, gate.max_impressions_per_user off"),
+        ):
+            scenario = Scenario(SHOP, users, limit, dpo=Truth(cvr=1 + PLANNED_LIFT), has_bot=has_bot)
+            claim = f"at least {PLANNED_POWER:.2f}" if limit == cap else "for comparison"
+            truth = f"DPO's CVR x{1 + PLANNED_LIFT:g}, planned for {PLANNED_POWER:g}, {words}"
+            figure = (mode, f"challenger-dpo {counted}", "DPO promoted", claim)
+            yield from bench.half().lines(scenario, truth, [figure])
 
 
 def main() -> None:
@@ -231,9 +238,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with ProcessPoolExecutor(options.processes) as pool:
-        for row in figures(pool, 20 if options.quick else 2000, 0.1 if options.quick else 1.0):
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+        bench = Bench(pool, 20 if options.quick else 2000)
+        for part in (errors, powers):
+            for row in part(bench):
+                print(json.dumps(row), flush=True)
+                rows.append(row)
     if not options.quick:
         publish_shares("gate", rows, ["users", "trial and figure", "mode"], cells)
 

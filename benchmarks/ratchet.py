@@ -1,10 +1,10 @@
-"""Claim: a ratchet, each model 5 % worse on CTR and a little better on CVR, is stopped by the anchor.
+"""Claim: a ratchet, each model 5 % worse on CTR and better on CVR, is stopped by the anchor.
 
 The unattended cycle is run for 10 verdicts on simulated shoppers whose true rates are known for every version
-of the model. Each legal step loses less than gate.margin, so no comparison with the champion objects; only
-the hold-out on the first model sees what is lost in all. Training is replaced by bundles with a truth, Kafka
-by a list; what sums, decides and releases is the product: the agents' stage of outcomes on Redis, the
-unattended cycle with its ramp, guards and gate, and the registry on MLflow.
+of the model. Each legal step loses less than gate.margin and sells more for each page, so no comparison with
+the champion objects; only the hold-out on the first model sees what is lost in all. Training is replaced by
+bundles with a truth, Kafka by a list; what sums, decides and releases is the product: the agents' stage of
+outcomes on Redis, the unattended cycle with its ramp, guards and gate, and the registry on MLflow.
 
 Runs: `anchor` (the product's defaults), `none` (the hold-out is off, so the ratchet goes on) and `point` (the
 published rule, which `sidstream cycle` refuses; the hold-out is on).
@@ -57,10 +57,13 @@ _DAYS_PER_LOOK = 2
 
 @dataclass(frozen=True)
 class Ratchet:
-    """What training makes of a champion: both candidates have `ctr` of its CTR, and more CVR."""
+    """What training makes of a champion: both candidates have `ctr` of its CTR, and more CVR.
+
+    So much more by default that they sell 6 to 10 % more for each page.
+    """
 
     ctr: float = 0.95
-    cvr: tuple[float, float] = (1.04, 1.06)
+    cvr: tuple[float, float] = (1.12, 1.16)
     aligned: float = 1.01  # CVR of the aligned sibling over the tuned one's
 
 

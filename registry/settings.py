@@ -61,7 +61,9 @@ class GateSettings(Section):
         description="sequential: evidence that holds however often one looks; fixed: evidence at one look, "
         "at the end; point: the published rule, on point estimates",
     )
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="error rate of each one-sided test")
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, description="false promotions: error rate of each one-sided test"
+    )
     margin: float = Field(0.10, ge=0, lt=1, description="relative fall of CTR that is still accepted")
     # The boundary is flat around its best place: half or twice the true effect costs a few percent of users.
     effect: float = Field(
@@ -69,6 +71,17 @@ class GateSettings(Section):
     )
     anchor_margin: float = Field(
         0.10, ge=0, lt=1, description="relative fall of CTR below the anchor's that is still accepted in all"
+    )
+    value: Literal["none", "revenue", "commission"] = Field(
+        "none",
+        description="a sum of the orders that must not be lower per user, beside all else: revenue (price by "
+        "quantity) or commission, as purchases carry them",
+    )
+    # Fifty pages of ten items within one trial: a person seldom sees more, a crawler soon does.
+    max_impressions_per_user: int = Field(
+        500,
+        ge=1,
+        description="impressions of one user that count, the first of a trial: one bot must not decide it",
     )
     srm_alpha: float = Field(
         0.001,

@@ -133,5 +133,5 @@ class ContinuousDelivery:
         return turn
 
     def _read_trial(self, trial: str) -> Evidence:
-        mature, recent = read_all_outcomes(self._redis, trial)
+        mature, recent = read_all_outcomes(self._redis, trial, self._settings.gate.value)
         return Evidence(mature, recent, read_health(self._redis, trial), cohort_ms(self._redis))

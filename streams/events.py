@@ -131,6 +131,10 @@ class Purchase(Event, frozen=True, kw_only=True):
     quantity: Annotated[int, Meta(ge=1, le=MAX_QUANTITY)] = 1
     order_id: Id | None = None
     request_id: Annotated[Id | None, Meta(description="the recommendation that led here")] = None
+    commission: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="what is earned by it in all, in the shop's currency"),
+    ] = None
 
 
 class Trigger(Event, frozen=True, kw_only=True):

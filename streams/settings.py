@@ -69,5 +69,10 @@ class ShoppersSettings(Section):
         0.97, gt=0, le=1, description="chance that a shopper who looked at a place looks at the next one"
     )
     buy_base: float = Field(-1.8, description="log-odds of buying a clicked item of mean value")
+    value: Literal["title", "taste"] = Field(
+        "title",
+        description="what an item is worth to a buyer; title: the same to all, a function of its title; "
+        "taste: to each shopper something else, which no title says",
+    )
     buy_value: float = Field(1.8, description="weight of the item's value in the purchase's log-odds")
     buy_taste: float = Field(0.5, description="weight of the user's taste in the purchase's log-odds")

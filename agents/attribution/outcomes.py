@@ -2,9 +2,9 @@
 
 Only items of the recommendation count: an impression is a recommended item that was shown, a click a distinct
 recommended item that was clicked, an order one that was bought; each at most once a request, clicks and
-orders within the attribution window from the first impression (from the answer, where no impression came). An
-answer without a trial (no model in service, or a fallback outside the rollout) is no evidence for any arm and
-is not kept.
+orders within the attribution window from the first impression (from the answer, where no impression came).
+The revenue and the commission of an order are those of its first purchase. An answer without a trial (no
+model in service, or a fallback outside the rollout) is no evidence for any arm and is not kept.
 
 The window's first moment also says which cohort a request belongs to, with all that followed from it: a
 purchase counts for the hour of its impression, not for its own. So cohorts of one age can be compared.
@@ -28,6 +28,19 @@ from streams.events import Click, Event, Impression, Purchase, Recommendation
 VERSION: Final = 2
 # An answer that is never shown has no event that ends it: this bounds the requests kept for a user.
 MAX_REQUESTS: Final = 256
+# Money is summed in whole hundredths of the shop's currency: integers add up exactly, whoever adds first.
+_MONEY_UNIT: Final = 100
+
+Counts = tuple[int, int, int, int, int, int]
+Money = tuple[int, int]
+
+
+def money_of(purchase: Purchase) -> Money:
+    """(revenue, commission) of a purchase in hundredths of the currency; a commission not named is 0."""
+    return (
+        round(purchase.price * purchase.quantity * _MONEY_UNIT),
+        round((purchase.commission or 0.0) * _MONEY_UNIT),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +53,10 @@ class OutcomeRules(WindowRules):
 class RequestOutcome(msgspec.Struct, array_like=True):
     """The events of one request. `trial` None: its answer has not come. clicks, purchases: item -> first ts.
 
-    `summed`: the result of `counts` that the sums in Redis hold. Stored as an array, so the order of the
-    fields is part of the stored layout.
+    `money`: item -> revenue and commission of its first purchase; of two at one time the larger counts, so
+    that their order does not matter. `summed` and `summed_money`: the result of `counts` that the sums in
+    Redis hold. Stored as an array, so the order of the fields is part of the stored layout; a state without
+    the last two is one of an earlier version.
     """
 
     answered_at: int | None = None
@@ -55,6 +70,8 @@ class RequestOutcome(msgspec.Struct, array_like=True):
     purchases: dict[str, int] = {}
     summed: tuple[int, int, int, int] = (0, 0, 0, 0)
     last_event_ts: int = 0
+    money: dict[str, Money] = {}
+    summed_money: Money = (0, 0)
 
     def newest_ts(self) -> int:
         """Time (ms) of the newest event: until it is forgotten, that event may be read again."""
@@ -68,19 +85,32 @@ class RequestOutcome(msgspec.Struct, array_like=True):
             return self.answered_at
         return min((*self.clicks.values(), *self.purchases.values()), default=0)
 
-    def counts(self, rules: OutcomeRules) -> tuple[int, int, int, int]:
-        """(cohort, impressions, clicks, orders) so far; all 0 while the answer has not come."""
+    def counts(self, rules: OutcomeRules) -> Counts:
+        """(cohort, impressions, clicks, orders, revenue, commission) so far; all 0 without the answer."""
         if self.trial is None:
-            return 0, 0, 0, 0
+            return 0, 0, 0, 0, 0, 0
         start = self.window_start()
         end = start + rules.window_ms
         items = set(self.items)
+        ordered = [item for item, ts in self.purchases.items() if item in items and ts <= end]
         return (
             start // rules.cohort_ms,
             len(items.intersection(self.shown_items)),
             sum(item in items and ts <= end for item, ts in self.clicks.items()),
-            sum(item in items and ts <= end for item, ts in self.purchases.items()),
+            len(ordered),
+            sum(self.money.get(item, (0, 0))[0] for item in ordered),
+            sum(self.money.get(item, (0, 0))[1] for item in ordered),
         )
+
+    def add_purchase(self, purchase: Purchase) -> None:
+        """The first purchase of an item counts, whichever comes first."""
+        earlier = (self.purchases.get(purchase.item_id), self.money.get(purchase.item_id, (0, 0)))
+        first = (purchase.ts, money_of(purchase))
+        if earlier[0] is None or (first[0], *(-m for m in first[1])) < (
+            earlier[0],
+            *(-m for m in earlier[1]),
+        ):
+            self.purchases[purchase.item_id], self.money[purchase.item_id] = first
 
 
 class OpenOutcomes(msgspec.Struct, array_like=True):
@@ -115,9 +145,10 @@ class OpenOutcomes(msgspec.Struct, array_like=True):
             earlier = request.first_shown_at
             request.first_shown_at = event.ts if earlier is None else min(earlier, event.ts)
             request.shown_items = sorted({*request.shown_items, *event.item_ids})
+        elif isinstance(event, Click):
+            request.clicks[event.item_id] = min(event.ts, request.clicks.get(event.item_id, event.ts))
         else:
-            times = request.clicks if isinstance(event, Click) else request.purchases
-            times[event.item_id] = min(event.ts, times.get(event.item_id, event.ts))
+            request.add_purchase(event)
         return True
 
     def take_sum_changes(self, rules: OutcomeRules) -> list[SumChange]:
@@ -125,14 +156,15 @@ class OpenOutcomes(msgspec.Struct, array_like=True):
         changes: dict[tuple[str, str, str, int], list[int]] = {}
         for request in self.requests.values():
             counts = request.counts(rules)
-            if counts == request.summed or request.trial is None:
+            summed = (*request.summed, *request.summed_money)
+            if counts == summed or request.trial is None:
                 continue
-            for sign, (cohort, *numbers) in ((-1, request.summed), (1, counts)):
+            for sign, (cohort, *numbers) in ((-1, summed), (1, counts)):
                 key = (request.trial, request.arm, request.bundle, cohort)
-                total = changes.setdefault(key, [0, 0, 0])
+                total = changes.setdefault(key, [0] * len(numbers))
                 for place, number in enumerate(numbers):
                     total[place] += sign * number
-            request.summed = counts
+            request.summed, request.summed_money = counts[:4], counts[4:]
         return [SumChange(*key, *total) for key, total in changes.items() if any(total)]
 
     def forget_finished(self, watermark: int, rules: WindowRules) -> int:
@@ -166,5 +198,5 @@ class OpenOutcomes(msgspec.Struct, array_like=True):
             if len(self.requests) >= MAX_REQUESTS:
                 not_shown = (name for name, other in self.requests.items() if other.first_shown_at is None)
                 self.requests.pop(next(not_shown, next(iter(self.requests))))
-            request = self.requests[request_id] = RequestOutcome(clicks={}, purchases={})
+            request = self.requests[request_id] = RequestOutcome(clicks={}, purchases={}, money={})
         return request

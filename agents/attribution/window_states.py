@@ -20,17 +20,17 @@ from streams.state import keys
 from streams.state.redisdb import RedisScript, run_pipeline
 
 # KEYS state, sums ... | ARGV expected token ('' = absent), new value ('' = delete), then per sums key:
-# arm, bundle, cohort, impressions, clicks, orders to add. All or nothing: sums, state and fences agree. A
-# field that comes to 0 is deleted, and with the last of them the hash.
+# arm, bundle, cohort, impressions, clicks, orders, revenue, commission to add. All or nothing: sums, state
+# and fences agree. A field that comes to 0 is deleted, and with the last of them the hash.
 _REPLACE_STATE: Final = RedisScript("""
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return 0 end
 if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
 for k = 2, #KEYS do
-  local a = 3 + (k - 2) * 6
+  local a = 3 + (k - 2) * 8
   redis.call('HSET', KEYS[k], 'arm', ARGV[a], 'bundle', ARGV[a + 1])
-  for n, kind in ipairs({'i', 'c', 'o'}) do
-    local field = ARGV[a + 2] .. ':' .. kind
-    if redis.call('HINCRBY', KEYS[k], field, ARGV[a + 2 + n]) == 0 then redis.call('HDEL', KEYS[k], field) end
+  for n, kind in ipairs({'i', 'c', 'o', 'r', 'm'}) do
+    local field, change = ARGV[a + 2] .. ':' .. kind, ARGV[a + 2 + n]
+    if redis.call('HINCRBY', KEYS[k], field, change) == 0 then redis.call('HDEL', KEYS[k], field) end
   end
   if redis.call('HLEN', KEYS[k]) == 2 then redis.call('DEL', KEYS[k]) end
 end
@@ -48,7 +48,10 @@ DUE_USERS_PER_READ: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class SumChange:
-    """The numbers to add to a user's sums of one trial and cohort; they may be negative."""
+    """The numbers to add to a user's sums of one trial and cohort; they may be negative.
+
+    `revenue` and `commission` are in hundredths of the currency.
+    """
 
     trial: str
     arm: str
@@ -57,6 +60,8 @@ class SumChange:
     impressions: int
     clicks: int
     orders: int
+    revenue: int = 0
+    commission: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,9 @@ class WindowStates:
             sums = [keys.sums(s.trial, write.user) for s in write.sums]
             arguments: list[Any] = [write.token, value]
             for s in write.sums:
-                arguments += (s.arm, s.bundle, s.cohort, s.impressions, s.clicks, s.orders)
+                arguments += (
+                    s.arm, s.bundle, s.cohort, s.impressions, s.clicks, s.orders, s.revenue, s.commission,
+                )  # fmt: skip
             commands.append(_REPLACE_STATE.command([self._key(write.user), *sums], arguments))
         # Where the script is loaded on the way, a state that was already replaced counts as overtaken.
         results = await run_pipeline(self._store, commands, _REPLACE_STATE)

@@ -3,8 +3,9 @@
 First the aligned model is compared with the fine-tuned one from which it was trained. The one that goes on is
 compared with the champion. Where the first comparison is inconclusive and the fine-tuned model is shown to do
 harm, the aligned model is compared with the champion itself. The order is fixed beforehand, and all
-comparisons read the same trial. A promotion also needs a candidate that kept its CTR against the anchor, in a
-trial with a hold-out. A sample-ratio mismatch makes every verdict inconclusive.
+comparisons read the same trial. Two challengers that may be promoted are two chances of a false promotion:
+their comparisons with the champion share alpha. A promotion also needs a candidate that kept its CTR against
+the anchor, in a trial with a hold-out. A sample-ratio mismatch makes every verdict inconclusive.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from registry.arms import ANCHOR, CHAMPION, DPO, SFT
 from registry.experiment import data_quality, guards
-from registry.experiment.gate import MODES, Comparison, Verdict, compare, compare_with_anchor
+from registry.experiment.gate import (
+    MODES,
+    Comparison,
+    Verdict,
+    compare,
+    compare_with_anchor,
+    settings_against,
+)
 from registry.experiment.statistics import ArmSums, arm_sums
 from registry.settings import GateSettings
 from streams.errors import SidstreamError
@@ -25,8 +33,6 @@ from streams.events import Arm
 
 if TYPE_CHECKING:
     from registry.experiment.outcomes import ArmOutcomes
-
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,18 @@ def judge(
     reject where harm against the anchor is shown).
     """
     comparisons = []
+    against_champion = settings_against(CHAMPION, 2 if DPO in weights else 1, settings)
     candidate = SFT
     if DPO in weights:
         first = compare(DPO, SFT, arms, settings, mode)
         comparisons.append(first)
         candidate = DPO if first.verdict == "promote" else SFT
-    last = compare(candidate, CHAMPION, arms, settings, mode)
+    last = compare(candidate, CHAMPION, arms, against_champion, mode)
     comparisons.append(last)
     if DPO in weights and last.verdict == "reject" and comparisons[0].verdict == "inconclusive":
         # A harmful model is no control: the aligned model must beat the champion instead.
         candidate = DPO
-        last = compare(candidate, CHAMPION, arms, settings, mode)
+        last = compare(candidate, CHAMPION, arms, against_champion, mode)
         comparisons.append(last)
     verdict, reason = last.verdict, _reason(last)
     anchor = None
@@ -90,7 +97,7 @@ def judge(
             reason = f"an A/A trial finds no difference, as it should ({_reason(last)})"
         else:
             reason = (
-                f"an A/A trial finds a difference: chance, in {settings.alpha:.0%} a side; if it comes "
+                f"an A/A trial finds a difference: chance, in {last.alpha:.1%} a side; if it comes "
                 f"again, arms are not dealt, answered or counted alike ({_reason(last)})"
             )
             verdict = "reject"
@@ -115,7 +122,8 @@ def decide(
     """Judge a step of a trial and return its record, JSON-able. `ts` is in milliseconds (default: now).
 
     `decision` is a hash of the inputs: the same sums under the same rule are the same decision. `inputs`
-    holds the sums of each arm over its mature cohorts and, under `cohorts`, the users, impressions, clicks
+    holds the sums of each arm over its mature cohorts, each user's first impressions up to
+    gate.max_impressions_per_user, and, under `cohorts`, the users, impressions, clicks
     and orders of each cohort. Raises SidstreamError when the arms are no trial.
     """
     names = {arm.name for arm in arms}
@@ -124,14 +132,16 @@ def decide(
             f"trial {step_id} has the arms {', '.join(sorted(names))}: nothing is on trial; start one first"
         )
     record: dict[str, Any] = {
-        "format": FORMAT,
+        "format": guards.FORMAT,
         "trial": step_id,
         "mode": mode or settings.mode,
         "settings": settings.model_dump(exclude={"mode"}),
         "arms": {
             arm.name: {"bundle": arm.bundle, "version": arm.version, "weight": arm.weight} for arm in arms
         },
-        "inputs": {arm.name: _inputs(outcomes.get(arm.name)) for arm in arms},
+        "inputs": {
+            arm.name: _inputs(outcomes.get(arm.name), settings.max_impressions_per_user) for arm in arms
+        },
     }
     record["decision"] = guards.decision_id(record)
     return (
@@ -155,9 +165,9 @@ def rejudge(record: Mapping[str, Any]) -> Judgement:
             f"decision {record.get('decision')} was made by hand, not by sums: {record.get('sentence')}"
         )
     try:
-        if record["format"] != FORMAT:
+        if record["format"] != guards.FORMAT:
             raise SidstreamError(
-                f"the decision has format {record['format']}; this version of sidstream reads {FORMAT}"
+                f"the decision has format {record['format']}; this version of sidstream reads {guards.FORMAT}"
             )
         of_guards = ("watched", "control") if record["mode"] == "guard" else ()
         hashed = ("format", "trial", "mode", "settings", "arms", *of_guards, "inputs")
@@ -192,13 +202,14 @@ def _judge_record(record: Mapping[str, Any]) -> Judgement:
     )
 
 
-def _inputs(outcomes: ArmOutcomes | None) -> dict[str, Any]:
+def _inputs(outcomes: ArmOutcomes | None, max_impressions: int) -> dict[str, Any]:
     if outcomes is None:
         return asdict(ArmSums()) | {"cohorts": {}}
+    outcomes = outcomes.capped(max_impressions)
     cohorts = {}
     for n, cohort in enumerate(outcomes.cohorts):
         rows = outcomes.counts[:, n]
-        cohorts[str(cohort)] = [int((rows[:, 0] > 0).sum()), *map(int, rows.sum(axis=0))]
+        cohorts[str(cohort)] = [int((rows[:, 0] > 0).sum()), *map(int, rows[:, :3].sum(axis=0))]
     return asdict(arm_sums(outcomes.total())) | {"cohorts": cohorts}
 
 

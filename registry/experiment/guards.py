@@ -26,6 +26,9 @@ from registry.experiment.statistics import ArmSums
 from registry.settings import GateSettings, GuardSettings
 from streams.events import Arm
 
+# Of every decision record. 3: orders per impression, and the alpha of each comparison.
+FORMAT = 3
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -102,8 +105,8 @@ def click_alarms(
     alarms = []
     for arm in arms:
         comparison = compare_with_anchor(arm, control, dict(sums), strict, "sequential")
-        if comparison.verdict == "reject" and comparison.ctr is not None:
-            ctr = comparison.ctr
+        ctr = comparison.ctr
+        if comparison.verdict == "reject" and ctr is not None and ctr["p_below"] < alpha:
             ratio = ctr["target"] / ctr["control"]
             sentence = (
                 f"{arm}: CTR {ctr['target']:.2%} is shown to be below {1 - margin:.0%} of {control}'s "
@@ -157,7 +160,7 @@ def guard_decision(
     """
     names = [arm.name for arm in arms]
     record: dict[str, Any] = {
-        "format": 2,
+        "format": FORMAT,
         "trial": step_id,
         "mode": "guard",
         "settings": {"guards": guards.model_dump(), "gate": gate.model_dump()},

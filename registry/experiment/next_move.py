@@ -71,7 +71,7 @@ def _on_trial(
         challengers,
         CHAMPION,
         evidence.health,
-        _sums(evidence.recent),
+        _sums(evidence.recent, gate),
         guard,
         gate,
     )
@@ -109,7 +109,14 @@ def _while_watched(
 ) -> Move:
     control = ANCHOR if any(arm.name == ANCHOR for arm in current.arms) else None
     alarm = guards.guard_decision(
-        current.trial, current.arms, [CHAMPION], control, evidence.health, _sums(evidence.recent), guard, gate
+        current.trial,
+        current.arms,
+        [CHAMPION],
+        control,
+        evidence.health,
+        _sums(evidence.recent, gate),
+        guard,
+        gate,
     )
     if alarm is not None:
         return Move("rollback", alarm["sentence"], record=alarm)
@@ -129,5 +136,7 @@ def _hours(evidence: Evidence) -> float:
     return (max(cohorts) - min(cohorts) + 1) * evidence.cohort_ms / _HOUR_MS
 
 
-def _sums(outcomes: Mapping[str, ArmOutcomes]) -> dict[str, ArmSums]:
-    return {name: arm_sums(rows.total()) for name, rows in outcomes.items()}
+def _sums(outcomes: Mapping[str, ArmOutcomes], gate: GateSettings) -> dict[str, ArmSums]:
+    return {
+        name: arm_sums(rows.capped(gate.max_impressions_per_user).total()) for name, rows in outcomes.items()
+    }

@@ -8,8 +8,11 @@ Turnbull 2000, chapter 3). Mixing the likelihood ratio of theta against zero ove
 
 a martingale under theta = 0, so that P(Lambda >= 1/a at any look) <= a (Ville 1939; Robbins 1970; the mSPRT
 of Johari, Koomen, Pekelis and Walsh 2022). V is estimated, so the guarantee is the asymptotic one of
-Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2024, "Time-uniform central limit theory". Where r is small,
-at the first looks, the boundary is much higher than that of a fixed test, so that few data decide nothing.
+Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2024, "Time-uniform central limit theory". So is that of tau,
+a share of the control's rate as it is estimated at each look: Lambda is a martingale for a fixed tau, and
+near one as that rate settles. What both cost is in the simulated error rates (docs/results/gate.md). Where r
+is small, at the first looks, the boundary is much higher than that of a fixed test, so that few data decide
+nothing.
 
 The one-sided test at alpha uses the two-sided boundary at 2 alpha, with the right sign. A walk that crosses
 both sides in one trial counts once for the two-sided error rate and twice for the one-sided ones. That is so

@@ -19,7 +19,10 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class ArmSums:
-    """One arm: users, totals, and the second moments over users (sums of squares and of products)."""
+    """One arm: users, totals, and the second moments over users (sums of squares and of products).
+
+    `value` is the revenue or the commission of the orders, in hundredths of the currency.
+    """
 
     users: int = 0
     impressions: int = 0
@@ -30,6 +33,9 @@ class ArmSums:
     orders_squared: int = 0
     impressions_clicks: int = 0
     clicks_orders: int = 0
+    impressions_orders: int = 0
+    value: int = 0
+    value_squared: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,13 @@ class ZTest:
 
 
 def arm_sums(per_user: npt.NDArray[np.int64]) -> ArmSums:
-    """Sums of an array (users, 3): impressions, clicks, orders of each user. Whole numbers, so exact."""
-    shown, clicked, bought = (np.asarray(per_user, dtype=np.int64).reshape(-1, 3)[:, n] for n in range(3))
+    """Sums of an array (users, 3): impressions, clicks, orders of each user. Whole numbers, so exact.
+
+    A fourth column, where there is one, is the value of the user's orders (hundredths of the currency).
+    """
+    columns = np.asarray(per_user, dtype=np.int64).T
+    shown, clicked, bought = columns[:3]
+    value = columns[3] if len(columns) > 3 else np.zeros_like(shown)
     return ArmSums(
         users=len(shown),
         impressions=int(shown.sum()),
@@ -64,6 +75,10 @@ def arm_sums(per_user: npt.NDArray[np.int64]) -> ArmSums:
         orders_squared=int((bought**2).sum()),
         impressions_clicks=int((shown * clicked).sum()),
         clicks_orders=int((clicked * bought).sum()),
+        impressions_orders=int((shown * bought).sum()),
+        value=int(value.sum()),
+        # Of one user 10^9 hundredths and a thousand such users: past what int64 holds, and exact in Python.
+        value_squared=sum(int(amount) ** 2 for amount in value[value != 0]),
     )
 
 
@@ -101,6 +116,26 @@ def cvr(arm: ArmSums) -> Estimate | None:
     return ratio_metric(
         arm.users, arm.orders, arm.clicks, arm.orders_squared, arm.clicks_squared, arm.clicks_orders
     )
+
+
+def opm(arm: ArmSums) -> Estimate | None:
+    """Orders per impression: orders / impressions, which is CTR times CVR."""
+    return ratio_metric(
+        arm.users,
+        arm.orders,
+        arm.impressions,
+        arm.orders_squared,
+        arm.impressions_squared,
+        arm.impressions_orders,
+    )
+
+
+def value_per_user(arm: ArmSums) -> Estimate | None:
+    """Revenue or commission per user, in units of the currency. None where no user has any."""
+    if arm.users < 2:
+        return None
+    estimate = ratio_metric(arm.users, arm.value, arm.users, arm.value_squared, arm.users, arm.value)
+    return None if estimate is None else Estimate(estimate.value / 100, estimate.variance / 10_000)
 
 
 def contrast(target: Estimate, control: Estimate, factor: float = 1.0) -> ZTest | None:

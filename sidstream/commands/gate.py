@@ -30,8 +30,8 @@ Mode = Annotated[
 
 # Measured by benchmarks/gate.py, for models without effect; docs/results/gate.md has the intervals.
 ERROR_RATES = {
-    "fixed": "made for one look, at the end: looked at 20 times it promotes a model without effect more than "
-    "20 % of the time (docs/results/gate.md)",
+    "fixed": "made for one look, at the end: looked at 20 times it promotes a model without effect several "
+    "times as often as at one (docs/results/gate.md)",
     "point": "it promotes a model without effect about 50 % of the time, more than 90 % when looked at 20 "
     "times (docs/results/gate.md)",
 }
@@ -45,7 +45,7 @@ def _bare(
     mode: Mode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the running trial: conversion must go up, click-through must not fall by the margin.
+    """Judge the running trial: conversion and orders per impression must rise, click-through must not suffer.
 
     Example: sidstream gate --conclude
     """
@@ -76,7 +76,7 @@ def gate(conclude: bool = False, end: bool = False, mode: str | None = None, as_
             "`sidstream cycle` takes it on, `sidstream promote champion` ends it"
         )
     with redis_client(settings.redis) as redis:
-        outcomes = read_outcomes(redis, rollout.trial)
+        outcomes = read_outcomes(redis, rollout.trial, settings.gate.value)
     record = decide(rollout.trial, rollout.arms, outcomes, settings.gate, mode)
     concluded = conclude and (record["verdict"] != "inconclusive" or end)
     if concluded:
@@ -121,11 +121,15 @@ def plan(
     cvr: Annotated[float, typer.Option(help="orders per click of the champion")],
     lift: Annotated[float, typer.Option(help="relative rise of it that is hoped for: .08 is 8 %")],
     ctr: Annotated[float, typer.Option(help="clicks per impression of the champion")] = 0.05,
+    ctr_change: Annotated[
+        float, typer.Option(help="relative change of it that is expected: -.02 is -2 %")
+    ] = 0.0,
     impressions_per_user: Annotated[float, typer.Option(help="of one user within the trial")] = 7.0,
     design_effect: Annotated[
         float, typer.Option(help="variance clustered by user over that of independent events")
     ] = 1.2,
-    power: Annotated[float, typer.Option(help="chance that such a model is promoted")] = 0.8,
+    challengers: Annotated[int, typer.Option(min=1, max=2, help="2: SFT and DPO; 1: SFT alone")] = 2,
+    power: Annotated[float, typer.Option(help="chance that such a model is promoted")] = 0.9,
     users_per_day: Annotated[float | None, typer.Option(help="new users a day, over all arms")] = None,
     share: Annotated[
         float | None, typer.Option(help="share of users of the smallest compared arm; default: settings")
@@ -137,42 +141,26 @@ def plan(
 ) -> None:
     """Say how many users a trial needs before it promotes a model that is that much better.
 
-    Planned for CVR shown to be higher by the lift and CTR shown to keep its margin where it does not change.
+    Planned for the whole judgement: each test against the other challenger (as good as the champion) and
+    against the champion, and the hold-out's estimate.
 
     Example: sidstream gate plan --cvr .04 --lift .08 --users-per-day 20000
     """
-    import math
-
     from registry.experiment import sample_size
+    from sidstream.gate_plan import plan_text, plan_trial
     from sidstream.settings import read
 
     settings = read()
     mode = _planned_mode(mode, settings.gate.mode)
-    share = _smallest_share(settings.rollout) if share is None else share
+    share = _smallest_share(settings.rollout, challengers) if share is None else share
     if not 0 < share <= 1:
         raise SidstreamError(f"share is {share}: it must be above 0, 1 at most")
     if users_per_day is not None and users_per_day <= 0:
         raise SidstreamError(f"users-per-day is {users_per_day}: it must be above 0")
-    expected = sample_size.ExpectedRates(cvr, lift, ctr, impressions_per_user, design_effect)
-    modes: dict[str, dict[str, Any]] = {}
-    for name in ("sequential", "fixed"):
-        users = sample_size.users_needed(expected, settings.gate, name, power)
-        days = math.ceil(users / (users_per_day * share)) if users_per_day else None
-        modes[name] = {"users_per_arm": users, "days": days}
-    points = sample_size.power_curve(modes[mode]["users_per_arm"], expected, settings.gate, mode)
-    result = {
-        "expected": vars(expected), "power": power, "modes": modes, "share": share,
-        "curve": {"mode": mode, "points": [list(point) for point in points]},
-    }  # fmt: skip
-    lines = [
-        f"to promote with power {power:.0%} where CVR rises from {cvr:.2%} to {cvr * (1 + lift):.2%} "
-        f"and CTR {ctr:.2%} does not change:"
-    ]
-    for name, figures in modes.items():
-        when = "" if figures["days"] is None else f", {figures['days']:,} days at {share:.0%} of the users"
-        lines.append(f"  {name:<10}  {figures['users_per_arm']:>12,} users an arm{when}")
-    lines += ["", f"power by users an arm (mode {mode}, one look):", sample_size.power_curve_text(points)]
-    emit(result, as_json, "\n".join(lines))
+    expected = sample_size.ExpectedRates(cvr, lift, ctr, impressions_per_user, design_effect, ctr_change)
+    arms = sample_size.TrialArms(challengers, settings.rollout.anchor / share)
+    planned = plan_trial(expected, arms, power, mode, share, users_per_day, settings.gate, settings.rollout)
+    emit(planned, as_json, plan_text(planned))
 
 
 def _planned_mode(mode: str | None, settings_mode: str) -> str:
@@ -187,9 +175,9 @@ def _planned_mode(mode: str | None, settings_mode: str) -> str:
     return mode
 
 
-def _smallest_share(rollout: RolloutSettings) -> float:
+def _smallest_share(rollout: RolloutSettings, challengers: int) -> float:
     """The share of users of the smallest compared arm, by the settings."""
-    weights = (rollout.champion, rollout.sft, rollout.dpo)
+    weights = (rollout.champion, rollout.sft, rollout.dpo)[: challengers + 1]
     return (1 - rollout.anchor) * min(weights) / sum(weights)
 
 
@@ -257,21 +245,23 @@ def _check_mode(mode: str | None) -> None:
 
 def decision_text(record: dict[str, Any], conclude: bool = False, concluded: bool = False) -> str:
     """A decision as text: sums, differences with their intervals, verdict."""
+    from registry.experiment.gate import METRIC_NAMES
+
     lines = [f"trial {record['trial']}, mode {record['mode']}, decision {record['decision']}"]
     for name, arm in record["arms"].items():
         sums = record["inputs"][name]
         counts = ", ".join(f"{sums[field]} {field}" for field in ("users", "impressions", "clicks", "orders"))
         lines.append(f"  {name} (version {arm['version']}, {arm['weight']:.0%} of users): {counts}")
-    level = 1 - 2 * record["settings"]["alpha"]
     always = ", always valid" if record["mode"] == "sequential" else ""
-    lines.append(f"differences with intervals of {level:.0%}{always}:")
+    lines.append("differences with their intervals:")
     for comparison in record["comparisons"]:
-        lines.append(f"  {comparison['sentence']}")
-        lines.extend(_difference_lines("CVR", comparison["cvr"]))
-        lines.extend(_difference_lines("CTR", comparison["ctr"]))
+        lines.append(f"  {comparison['sentence']} (intervals of {1 - 2 * comparison['alpha']:.0%}{always})")
+        for metric, name in METRIC_NAMES.items():
+            lines.extend(_difference_lines(name, comparison[metric]))
     if record["anchor"]:
         lines.append(f"  {record['anchor']['sentence']}")
-        lines.extend(_difference_lines("CTR", record["anchor"]["ctr"]))
+        for metric in ("ctr", "opm"):
+            lines.extend(_difference_lines(METRIC_NAMES[metric], record["anchor"][metric]))
     lines.append(f"verdict: {record['sentence']}")
     if record["mode"] in ERROR_RATES:
         lines.append(f"mode {record['mode']}: {ERROR_RATES[record['mode']]}")
@@ -282,12 +272,14 @@ def decision_text(record: dict[str, Any], conclude: bool = False, concluded: boo
     return "\n".join(lines)
 
 
-def _difference_lines(rate: str, figures: dict[str, Any] | None) -> Iterator[str]:
+def _difference_lines(name: str, figures: dict[str, Any] | None) -> Iterator[str]:
     if figures is None or figures["p_above"] is None or figures["difference_interval"] is None:
         return
     low, high = figures["difference_interval"]
+    # Money is no share; orders per impression are a few thousandths.
+    form = ".2f" if name == "value per user" else ".3%"
     yield (
-        f"    {rate} {figures['target']:.3%} against {figures['control']:.3%}: difference "
-        f"{figures['difference']:+.3%} [{low:+.3%}, {high:+.3%}], must be above "
-        f"{0.0 - figures['margin'] * figures['control']:+.3%}: p {figures['p_above']:.3g}"
+        f"    {name} {figures['target']:{form}} against {figures['control']:{form}}: difference "
+        f"{figures['difference']:+{form}} [{low:+{form}}, {high:+{form}}], must be above "
+        f"{0.0 - figures['margin'] * figures['control']:+{form}}: p {figures['p_above']:.3g}"
     )

@@ -134,7 +134,7 @@ class ShoppingTrip:
         user, request = shopper.user_id, trigger.request_id
         rng = np.random.default_rng([self._settings.seed, ts // 1000, self._truth.row[items[0]]])
         click_chance = self._truth.click_probability(shopper.taste, items, trigger.item_id)
-        buy_chance = self._truth.purchase_probability(shopper.taste, items)
+        buy_chance = self._truth.purchase_probability(shopper.taste, shopper.purchase_taste, items)
         tally = result.arms.setdefault(f"{answer.arm or '-'} {answer.bundle or '-'}", Tally())
         tally.sessions += 1
         tally.shown += len(items)

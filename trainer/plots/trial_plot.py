@@ -1,4 +1,4 @@
-"""A plot of a trial: both intervals over time, for each comparison that its decision rests on."""
+"""A plot of a trial: each metric's interval over time, for each comparison that its decision rests on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from registry.arms import ANCHOR
 from registry.bundles.store import Registry
+from registry.experiment.gate import METRIC_NAMES
 from registry.experiment.interim_analyses import interim_analyses
 from registry.experiment.outcomes import ArmOutcomes
 from registry.settings import GateSettings
@@ -17,7 +18,7 @@ from trainer.plots.png import png
 
 
 def draw_trial(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
-    """A PNG of both intervals over time, one row for each comparison that the decision rests on.
+    """A PNG of the metrics' intervals over time, one row for each comparison that the decision rests on.
 
     Raises SidstreamError where nothing was compared.
     """
@@ -28,10 +29,15 @@ def draw_trial(record: Mapping[str, Any], path: list[dict[str, Any]]) -> bytes:
     pairs = [pair for pair in pairs if any(entry.get(pair) for entry in path)]
     if not pairs:
         raise SidstreamError("there is nothing to draw: no two arms have users in a mature cohort")
-    figure = Figure(figsize=(11, 3.2 * len(pairs)), layout="constrained")
-    axes = figure.subplots(len(pairs), 2, squeeze=False)
+    metrics = [
+        (metric, name)
+        for metric, name in METRIC_NAMES.items()
+        if any(entry[pair][metric] for pair in pairs for entry in path if entry.get(pair))
+    ]
+    figure = Figure(figsize=(5.5 * len(metrics), 3.2 * len(pairs)), layout="constrained")
+    axes = figure.subplots(len(pairs), max(len(metrics), 1), squeeze=False)
     for row, pair in enumerate(pairs):
-        for column, (name, metric) in enumerate((("CVR", "cvr"), ("CTR", "ctr"))):
+        for column, (metric, name) in enumerate(metrics):
             _draw_difference(axes[row][column], f"{pair}: {name}", [(entry["cohort"], entry[pair][metric])
                    for entry in path if entry.get(pair) and entry[pair][metric]])  # fmt: skip
     figure.suptitle(f"trial {record['trial']}, decision {record['decision']}: {record['verdict']}")

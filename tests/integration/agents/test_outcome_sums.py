@@ -108,7 +108,7 @@ def user_events_on_topics(kafka: KafkaSettings) -> list[Event]:
 
 
 def stored_sums(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
-    """The sums in Redis, in the reference's form."""
+    """The sums in Redis, in the reference's form, which has no money."""
     sums: dict[Owner, dict[int, list[int]]] = {}
     for trial in ("t1", "t2"):
         for key in store.scan_iter(match=keys.sums_pattern(trial)):
@@ -117,7 +117,8 @@ def stored_sums(store: redis.Redis) -> dict[Owner, dict[int, list[int]]]:
             cohorts = sums.setdefault((trial, user, row.pop("arm"), row.pop("bundle")), {})
             for field, number in row.items():
                 cohort, _, kind = field.partition(":")
-                cohorts.setdefault(int(cohort), [0, 0, 0])["ico".index(kind)] = int(number)
+                if kind in "ico":
+                    cohorts.setdefault(int(cohort), [0, 0, 0])["ico".index(kind)] = int(number)
     return sums
 
 

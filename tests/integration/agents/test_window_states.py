@@ -16,7 +16,7 @@ from streams.state import keys, redisdb
 
 pytestmark = pytest.mark.integration
 
-SUM = SumChange("trial", "champion", "bundle", 7, 3, 2, 1)
+SUM = SumChange("trial", "champion", "bundle", 7, 3, 2, 1, 1999, 60)
 
 
 def with_states(url: str, body: Callable[[WindowStates, redis.asyncio.Redis], Awaitable[None]]) -> None:
@@ -59,6 +59,7 @@ def test_an_overtaken_writer_writes_neither_state_nor_sums(redis_url: str) -> No
         row = await store.hgetall(keys.sums("trial", "u"))
         assert row == {
             b"arm": b"champion", b"bundle": b"bundle", b"7:i": b"3", b"7:c": b"2", b"7:o": b"1",
+            b"7:r": b"1999", b"7:m": b"60",
         }  # fmt: skip
 
     with_states(redis_url, body)
@@ -72,18 +73,22 @@ def test_numbers_that_move_to_another_cohort_leave_nothing_behind(redis_url: str
             return await store.hgetall(keys.sums("trial", "u"))
 
         names = {b"arm": b"champion", b"bundle": b"bundle"}
-        back = replace(SUM, impressions=-3, clicks=-2, orders=-1)
+        back = replace(SUM, impressions=-3, clicks=-2, orders=-1, revenue=-1999, commission=-60)
+        of_8 = {b"8:i": b"3", b"8:o": b"1", b"8:r": b"1999", b"8:m": b"60"}
         assert await move(SUM, replace(SUM, cohort=8, clicks=0)) == {
-            **names, b"7:i": b"3", b"7:c": b"2", b"7:o": b"1", b"8:i": b"3", b"8:o": b"1",
+            **names, b"7:i": b"3", b"7:c": b"2", b"7:o": b"1", b"7:r": b"1999", b"7:m": b"60", **of_8,
         }  # fmt: skip
         assert await move(back, replace(SUM, cohort=6)) == {
-            **names, b"6:i": b"3", b"6:c": b"2", b"6:o": b"1", b"8:i": b"3", b"8:o": b"1",
+            **names, b"6:i": b"3", b"6:c": b"2", b"6:o": b"1", b"6:r": b"1999", b"6:m": b"60", **of_8,
         }  # fmt: skip
         await move(replace(back, cohort=6))
         assert await move(replace(back, cohort=8, clicks=0)) == {}
         # The same hash twice in one script: emptied, then filled.
         await move(SUM)
-        assert await move(back, replace(SUM, cohort=9, clicks=0, orders=0)) == {**names, b"9:i": b"3"}
+        assert await move(back, replace(SUM, cohort=9, clicks=0, orders=0, revenue=0, commission=0)) == {
+            **names,
+            b"9:i": b"3",
+        }
 
     with_states(redis_url, body)
 

@@ -11,6 +11,7 @@ from agents.attribution.outcome_stage import store_rules
 from agents.attribution.outcomes import OutcomeRules
 from harness.servers import wait_until
 from registry.experiment.outcomes import mature_until, read_all_outcomes, read_outcomes
+from registry.experiment.statistics import arm_sums
 from registry.releases.lease import lease_key, promotion_lease
 from streams.errors import SidstreamError
 from streams.settings import RedisSettings
@@ -89,6 +90,20 @@ def test_one_reading_gives_the_mature_cohorts_as_their_own_does_and_the_open_one
     }  # fmt: skip
     store.delete(keys.outcomes_rules())
     assert read_all_outcomes(store, "t")[0] == {}
+
+
+def test_the_value_that_a_gate_asks_for_is_a_column_and_no_other_money_is_read(store):
+    reach(store, 9 * COHORT)
+    fields = {"1:i": 9, "1:c": 2, "1:o": 1, "1:r": 1999, "1:m": 60, "2:i": 4}
+    store.hset(keys.sums("t", "u"), mapping={"arm": "champion", "bundle": "b"} | fields)
+    for value, rows in (
+        ("none", [[9, 2, 1], [4, 0, 0]]),
+        ("revenue", [[9, 2, 1, 1999], [4, 0, 0, 0]]),
+        ("commission", [[9, 2, 1, 60], [4, 0, 0, 0]]),
+    ):
+        outcomes = read_outcomes(store, "t", value)["champion"]
+        assert outcomes.counts.tolist() == [rows]
+        assert arm_sums(outcomes.total()).value == sum(row[3] for row in rows if len(row) > 3)
 
 
 @pytest.mark.parametrize("decode", [False, True])

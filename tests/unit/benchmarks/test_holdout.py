@@ -11,16 +11,22 @@ SHOPPERS = SimulatedShoppers()
 
 
 def test_a_ratchet_goes_on_without_a_hold_out_and_ends_near_the_margin_with_one():
-    without_hold_out, _ = run_series(1, 0.0, SERIES["ratchet"], SHOPPERS)
-    with_hold_out, _ = run_series(1, 0.05, SERIES["ratchet"], SHOPPERS)
+    without_hold_out, *_ = run_series(1, 0.0, SERIES["ratchet"], SHOPPERS)
+    with_hold_out, *_ = run_series(1, 0.05, SERIES["ratchet"], SHOPPERS)
     assert without_hold_out < 0.7
     assert 0.85 < with_hold_out < 1
 
 
 def test_a_hold_out_lets_good_models_pass():
-    _, without = run_series(1, 0.0, SERIES["good"], SHOPPERS)
-    _, with_hold_out = run_series(1, 0.05, SERIES["good"], SHOPPERS)
+    *_, without = run_series(1, 0.0, SERIES["good"], SHOPPERS)
+    *_, with_hold_out = run_series(1, 0.05, SERIES["good"], SHOPPERS)
     assert min(without, with_hold_out) >= 6
+
+
+def test_a_series_that_sells_no_more_for_each_page_ends_without_a_hold_out_too():
+    _, orders, promotions = run_series(1, 0.0, SERIES["less"], SHOPPERS)
+    assert promotions <= 1
+    assert orders > 0.98
 
 
 def test_a_hold_out_with_too_few_users_promotes_nothing_and_says_what_to_do():

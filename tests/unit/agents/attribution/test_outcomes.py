@@ -8,7 +8,8 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.attribution.outcomes import OpenOutcomes, OutcomeRules
+from agents.attribution.outcomes import VERSION, OpenOutcomes, OutcomeRules
+from agents.attribution.window_states import SumChange
 from streams.events import Click, Event, Impression, Purchase, RankedItem, Recommendation
 from tests.reference_outcomes import Owner, reference
 
@@ -92,6 +93,46 @@ def test_a_request_that_never_got_an_answer_is_counted_as_unattributed_and_forgo
     assert state.forget_finished(T0 + 6 + 2 * W + L - 1, RULES) == 0
     assert state.forget_finished(T0 + 6 + 2 * W + L, RULES) == 3
     assert not state.requests
+
+
+def money(*events: Event) -> tuple[int, int]:
+    """(revenue, commission) of the one arm after the events, each in a step of its own, through storage."""
+    revenue = commission = 0
+    stored = msgspec.msgpack.encode(OpenOutcomes())
+    for event in events:
+        state = msgspec.msgpack.decode(stored, type=OpenOutcomes)
+        state.add_event(event, RULES, None)
+        for change in state.take_sum_changes(RULES):
+            revenue, commission = revenue + change.revenue, commission + change.commission
+        stored = msgspec.msgpack.encode(state)
+    return revenue, commission
+
+
+def paid(item: str, at: int, price: float, quantity: int = 1, commission: float | None = None) -> Purchase:
+    return Purchase.new(
+        user_id="u", item_id=item, ts=T0 + at, request_id="r", price=price, quantity=quantity,
+        commission=commission,
+    )  # fmt: skip
+
+
+@given(st.permutations(range(7)))
+def test_an_order_is_worth_its_first_purchase_in_any_order_of_events(order: list[int]) -> None:
+    log = [
+        answer(), show("ab", 1), paid("a", 20, 3.0, 2, 0.33), paid("a", 30, 9.0), paid("b", 40, 1.25),
+        paid("b", 40, 0.75), paid("x", 50, 100.0, 1, 7.0),
+    ]  # fmt: skip
+    assert money(*(log[n] for n in order)) == (600 + 125, 33)
+
+
+def test_requests_of_the_layout_without_money_are_read_and_count_on() -> None:
+    # In flight while the agents are replaced: one order that is summed, without its worth.
+    before = ["t", "champion", "b1", ["a", "b"], T0 + 1, ["a", "b"], {}, {"a": T0 + 5}]
+    request = [T0, *before, [FIRST, 2, 0, 1], T0 + 5]
+    stored = msgspec.msgpack.encode([VERSION, {"r": request}, {}, T0 + 5])
+    state = msgspec.msgpack.decode(stored, type=OpenOutcomes)
+    assert state.take_sum_changes(RULES) == []
+    state.add_event(paid("b", 9, 2.5), RULES, None)
+    assert state.take_sum_changes(RULES) == [SumChange("t", "champion", "b1", FIRST, 0, 0, 1, 250, 0)]
 
 
 def test_an_event_older_than_what_was_forgotten_changes_nothing() -> None:

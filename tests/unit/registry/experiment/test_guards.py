@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.special import xlogy
 
 from registry.experiment import guards
 from registry.experiment.decision import recompute, rejudge
+from registry.experiment.gate import compare_with_anchor
 from registry.experiment.guards import guard_decision, health_alarms, log_evidence
 from registry.experiment.health import BOUNDS_MS, ArmHealth
 from registry.experiment.statistics import ArmSums, arm_sums
@@ -134,6 +136,16 @@ def test_lost_clicks_end_a_trial_with_a_record_that_recomputes_and_cannot_be_cha
     record["inputs"]["sums"]["challenger-dpo"]["clicks"] *= 2
     with pytest.raises(SidstreamError, match="was changed"):
         recompute(record)
+
+
+def test_the_guard_on_clicks_leaves_lost_orders_to_the_gate():
+    # Purchases are to come: the guard reads cohorts whose attribution window is open.
+    sums = sums_of(0.2)
+    dpo = sums["challenger-dpo"]
+    sums["challenger-dpo"] = replace(dpo, orders=0, orders_squared=0, clicks_orders=0, impressions_orders=0)
+    comparison = compare_with_anchor("challenger-dpo", "champion", sums, GateSettings(alpha=0.001))
+    assert comparison.verdict == "reject"
+    assert guarded(outcomes=sums) is None
 
 
 def test_users_who_do_not_come_as_they_were_dealt_end_a_trial():

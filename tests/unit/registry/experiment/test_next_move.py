@@ -131,7 +131,7 @@ def test_the_looks_end_with_what_the_record_says_and_make_a_picture():
     assert [entry["cohort"] for entry in path] == list(range(6))
     for comparison in record["comparisons"]:
         last = path[-1][f"{comparison['target']} against {comparison['control']}"]
-        assert last == {"cvr": comparison["cvr"], "ctr": comparison["ctr"]}
+        assert last == {metric: comparison[metric] for metric in ("cvr", "ctr", "opm", "value")}
     intervals = [entry[f"{DPO} against {CHAMPION}"]["cvr"]["difference_interval"] for entry in path]
     widths = [high - low for low, high in intervals]
     assert widths == sorted(widths, reverse=True)
