@@ -205,7 +205,8 @@ class SteepShop:
         for shopper, (_, page), items in zip(chosen, visits, self.lists(model, visits), strict=True):
             chance: Vector = self.truth.click_probability(shopper.taste, items, page)
             clicks += float(chance.sum())
-            orders += float((chance * self.truth.purchase_probability(shopper.taste, items)).sum())
+            bought = self.truth.purchase_probability(shopper.taste, shopper.purchase_taste, items)
+            orders += float((chance * bought).sum())
             shown += len(items)
         return TrueRates(orders / pages, clicks / shown, orders / clicks)
 
