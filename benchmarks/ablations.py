@@ -35,7 +35,7 @@ from trainer.evaluation.metrics import accuracy, target_ranks
 from trainer.evaluation.ranker import MASKS, Head, Mask
 from trainer.evaluation.sequences import Int64
 from trainer.evaluation.splits import EvaluationSplit, Queries, leave_one_out
-from trainer.offline_checks.ranking import DENSE_WEIGHTS
+from trainer.offline_checks.served_lists import DENSE_WEIGHTS
 
 BEGIN, END = "<!-- ablations -->\n", "<!-- end of ablations -->\n"
 Figures = dict[tuple[str, str, Mask], dict[str, np.ndarray]]

@@ -105,7 +105,7 @@ def measure(trained: TrainedGenerator, queries: Queries, note: str) -> Figures:
     """A model's figures on the test queries."""
     lists = trained.rank(queries.histories, 10, "none", "mixed")
     quality = evaluate_held_out(
-        trained.model, trained.held_out, trained.catalogue, trained.sid_set, trained.settings, trained.ranking
+        trained.model, trained.held_out, trained.catalogue, trained.sid_set, trained.ranking
     )
     return _figures(lists, queries, 1 - quality.validity, note)
 

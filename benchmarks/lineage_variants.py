@@ -151,9 +151,7 @@ class CycleTrainer:
             model, result = align(
                 tuned.model, self.items.tokenizer, pairs, settings, Path(folder), sequences=rows, probe=probe
             )
-        after = evaluate_held_out(
-            model, held_out, self.items.catalogue, self.items.sids, settings, quality.ranking
-        )
+        after = evaluate_held_out(model, held_out, self.items.catalogue, self.items.sids, quality.ranking)
         refused = reason_to_refuse(after, quality.hr10, settings) or result.failed(dpo.max_drop)
         self.report(
             f"aligned: {len(pairs)} pairs, {result.steps} steps, HR@10 {after.hr10:.3f}, {result.stopped}"

@@ -12,9 +12,9 @@ from typing import Any
 
 from scipy import stats
 
+from registry.bundles.code_version import commit
 from trainer.evaluation.results import (
     RESULTS,
-    commit,
     line,
     markdown_table,
     put_table,

@@ -72,7 +72,7 @@ class ServingAgent:
         )  # fmt: skip
         explorer = Explorer(settings.explore, settings.explore_candidates, settings.explore_temperature)
         self._recommender = Recommender(
-            self._catalogue.index, settings.limits, settings.repeats, explorer,
+            self._catalogue.index, settings.limits, explorer,
             translator=self._catalogue.translator, title_of=self._catalogue.title_of,
         )  # fmt: skip
         self._history_reader = HistoryReader(redis, settings.redis_timeout_s, settings.redis_wait_s)

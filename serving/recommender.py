@@ -107,20 +107,16 @@ class Recommender:
         self,
         indexes: Callable[[str | None], SidIndex | None],
         limits: ListLimits,
-        repeats: RepeatRule | None,
         explorer: Explorer,
         clock: Callable[[], float] = perf_counter,
         translator: Callable[[str], TranslateSid] = lambda _: lambda _tag, _sid: None,
         title_of: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """`repeats`: which items of the history may be answered; None: as each bundle says.
-
-        `clock()`: seconds, for the times of the models' calls. `title_of(item_id)`: empty where it is not
+        """`clock()`: seconds, for the times of the models' calls. `title_of(item_id)`: empty where it is not
         known.
         """
         self._indexes = indexes
         self._limits = limits
-        self._repeats = repeats
         self._explorer = explorer
         self._clock = clock
         self._title_of = title_of
@@ -191,7 +187,7 @@ class Recommender:
         entries = _history_entries(request, bundle, self._translator(bundle.codebook))
         history_sids = [entry.sid for entry in entries]
         prepared.excluded = excluded_leaves(
-            index, named, self._repeats or bundle.ranking, history_sids,
+            index, named, self._limits.repeats or bundle.ranking, history_sids,
             [entry.kind == PURCHASE for entry in entries],
             [(trigger.ts - entry.ts) // 1000 for entry in entries],
         )  # fmt: skip

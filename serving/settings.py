@@ -79,17 +79,11 @@ class ServingSettings(Section):
 
     @property
     def limits(self) -> ListLimits:
-        """How far a list is searched."""
-        return ListLimits(self.beam, self.exact_items)
-
-    @property
-    def repeats(self) -> RepeatRule | None:
-        """The rule about past items; None: the bundle's."""
+        """How far a list is searched, and what it may repeat."""
         if self.repeat == "bundle":
-            return None
-        return RepeatRule(
-            repeats=self.repeat, within_s=self.repeat_within_s if self.repeat == "within" else 0
-        )
+            return ListLimits(self.beam, self.exact_items)
+        within_s = self.repeat_within_s if self.repeat == "within" else 0
+        return ListLimits(self.beam, self.exact_items, RepeatRule(repeats=self.repeat, within_s=within_s))
 
 
 class GatewaySettings(Section):

@@ -10,14 +10,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from registry.arms import CHAMPION, SFT
-from registry.bundles.bundle import BundleKind
+from registry.bundles.bundle import Bundle, BundleKind
 from registry.bundles.ranking import read as read_ranking
 from registry.bundles.store import Registry
+from registry.decoding.list_rules import ListLimits
 from registry.releases import release
 from registry.settings import RolloutSettings
 from streams.errors import SidstreamError
@@ -30,7 +32,7 @@ from trainer.generator.build import fresh_generator, load_model
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.offline_check import check_finite, reason_to_refuse, reason_to_refuse_first
 from trainer.offline_checks.offpolicy import judge_by_explorations
-from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out, hr_ndcg
+from trainer.offline_checks.quality import evaluate_held_out, hr_ndcg
 from trainer.plots.training_curve import draw_training_curve
 from trainer.rewards.online import RewardEvidence, learn_from_own_answers
 from trainer.sequences.interactions import items_by_popularity
@@ -50,7 +52,8 @@ class UpdateCycle:
 
     `promoting()` gives a publisher while this process alone may change what is in service; `horizon_ms` is
     how long after an answer its clicks may come, `window_ms` the attribution window of preference pairs,
-    `step` the share of their full weights that challengers get at first. With several `devices` this is their
+    `step` the share of their full weights that challengers get at first, `limits` those of serving's lists,
+    which the offline figures are of. With several `devices` this is their
     main process, and all of them train SFT. `stop()` says whether the cycle shall end, its checkpoint kept.
     """
 
@@ -62,6 +65,7 @@ class UpdateCycle:
     horizon_ms: int = field(kw_only=True)
     window_ms: int = field(kw_only=True)
     step: float = field(default=1.0, kw_only=True)
+    limits: ListLimits = field(default_factory=ListLimits, kw_only=True)
     from_scratch: bool = field(default=False, kw_only=True)
     progress: ReportStage | None = field(default=None, kw_only=True)
     stop: Callable[[], bool] | None = field(default=None, kw_only=True)
@@ -104,7 +108,7 @@ class UpdateCycle:
     def _read_inputs(self) -> str | None:
         """Read the window; why it is too small for a cycle, None where it is not."""
         self.inputs = inputs = read_cycle_inputs(
-            self.settings, self.kafka, self.registry, from_scratch=self.from_scratch,
+            self.settings, self.kafka, self.registry, self.limits, from_scratch=self.from_scratch,
             horizon_ms=self.horizon_ms, window_ms=self.window_ms,
             reading=lambda count: self.stages.report("window", f"{count:,} records"),
         )  # fmt: skip
@@ -190,10 +194,10 @@ class UpdateCycle:
         model.set_items(torch.from_numpy(inputs.catalogue.codes), text_vectors)
         if len(inputs.split.held_out.targets):
             quality = evaluate_held_out(
-                model, inputs.split.held_out, inputs.catalogue, inputs.sids, self._refresh_settings(),
+                model, inputs.split.held_out, inputs.catalogue, inputs.sids,
                 read_ranking(inputs.start_bundle.path),
             )  # fmt: skip
-            self.result.metrics |= _quality_metrics("parent", quality)
+            self.result.record_quality("parent", quality)
         return model
 
     def _report_fine_tuning(self, sft: SftResult) -> None:
@@ -206,10 +210,11 @@ class UpdateCycle:
         if sft.pretraining:
             pretraining = sft.pretraining
             metrics["pretrain/steps"] = float(pretraining.steps)
-            metrics |= _quality_metrics("pretrain", pretraining.quality) if pretraining.quality else {}
+            if pretraining.quality:
+                self.result.record_quality("pretrain", pretraining.quality)
             before = f"{pretraining.epochs:.1f} epochs of pretraining ({pretraining.stopped}), then "
         if sft.quality:
-            metrics |= _quality_metrics("sft", sft.quality)
+            self.result.record_quality("sft", sft.quality)
             popularity_hr, popularity_ndcg = hr_ndcg(self._popularity_ranks())
             metrics |= {"popularity/hr10": popularity_hr, "popularity/ndcg10": popularity_ndcg}
             ranking = f", HR@10 {sft.quality.hr10:.3f} (popularity {popularity_hr:.3f})"
@@ -218,12 +223,17 @@ class UpdateCycle:
         )
 
     def _popularity_ranks(self) -> torch.Tensor:
-        """Ranks (B,) from 0 of the held-out targets where items are ranked by popularity."""
-        inputs = self.inputs
-        by_popularity = list(items_by_popularity(inputs.log, inputs.catalogue))
-        rank = np.empty(len(by_popularity), dtype=np.int64)
+        """Ranks (B,) from 0 of the held-out targets where active items are ranked by popularity, without the
+        item of the page."""
+        inputs, held_out = self.inputs, self.inputs.split.held_out
+        by_popularity = np.array(list(items_by_popularity(inputs.log, inputs.catalogue)), dtype=np.int64)
+        if inputs.catalogue.active is not None:
+            by_popularity = by_popularity[inputs.catalogue.active[by_popularity]]
+        rank = np.full(len(inputs.catalogue.item_ids), len(inputs.catalogue.item_ids), dtype=np.int64)
         rank[by_popularity] = np.arange(len(by_popularity))
-        return torch.from_numpy(rank[inputs.split.held_out.targets])
+        targets = rank[held_out.targets]
+        pages = np.array([rank[history[-1]] for history in held_out.histories], dtype=np.int64)
+        return torch.from_numpy(targets - (pages < targets))
 
     def _learn_rewards(self, model: GeneratorForCausalLM, rows: TrainingRows) -> None:
         """The online stage of rewards, where there is one. Its model replaces the one that SFT left."""
@@ -240,21 +250,25 @@ class UpdateCycle:
         self.result.rewards = online
         if online.quality and not online.refused:
             sft.quality = online.quality
-            self.result.metrics |= _quality_metrics("rewards", online.quality)
+            self.result.record_quality("rewards", online.quality)
         self.stages.finish("rewards", online.summary())
 
     def _check(self, model: GeneratorForCausalLM) -> None:
         """The offline check of the fine-tuned model. Raises SidstreamError where it fails."""
-        start = self.inputs.start_bundle
-        # A refused model has no bundle id: its run and the bundle that it was trained from name it.
-        origin = f"bundle {start.id}" if start else "scratch"
         check_finite(model)
         reason = self._quality_failure() or self._offpolicy_veto("sft", model)
         if reason:
-            raise SidstreamError(
-                f"candidate {self.run_folder.name} (from {origin}) failed its offline check and was not "
-                f"registered: {reason}"
-            )
+            self._refuse(reason)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Raise SidstreamError: the fine-tuned model is not released."""
+        # A refused model has no bundle id: its run and the bundle that it was trained from name it.
+        start = self.inputs.start_bundle
+        origin = f"bundle {start.id}" if start else "scratch"
+        raise SidstreamError(
+            f"candidate {self.run_folder.name} (from {origin}) failed its offline check and was not "
+            f"registered: {reason}"
+        )
 
     def _quality_failure(self) -> str | None:
         """Why the held-out users' figures refuse the model; None where they do not, or nobody is held out."""
@@ -292,8 +306,9 @@ class UpdateCycle:
         result.pairs, result.withdrawn = alignment.pairs, alignment.withdrawn
         result.dpo, result.no_dpo = alignment.dpo, alignment.refused
         result.metrics |= alignment.metrics
+        result.dpo_quality = alignment.quality
         if alignment.quality:
-            result.metrics |= _quality_metrics("dpo", alignment.quality)
+            result.record_quality("dpo", alignment.quality)
         self.stages.finish("dpo", alignment.summary)
         if alignment.model is None:
             return None
@@ -307,15 +322,17 @@ class UpdateCycle:
         result, registry = self.result, self.registry
         first = registry.alias(CHAMPION) is None
         kind: BundleKind = "base" if first else "sft"
-        writer = BundleWriter(self.inputs, self.settings, self.result, self.run_folder)
-        bundles = {kind: writer.write(kind, model)}
-        if aligned_model is not None:
-            bundles["dpo"] = writer.write("dpo", aligned_model, reference=bundles[kind].id)
+        writer = BundleWriter(self.inputs, self._refresh_settings(), self.result, self.run_folder)
+        models: dict[BundleKind, GeneratorForCausalLM] = {kind: model}
+        bundles = {kind: self._write_tuned(writer, kind, model)}
+        aligned_bundle = aligned_model and self._write_aligned(writer, aligned_model, bundles[kind].id)
+        if aligned_model is not None and aligned_bundle is not None:
+            models["dpo"], bundles["dpo"] = aligned_model, aligned_bundle
         worst = max(result.metrics[f"{name}/parity"] for name in bundles)
         self.stages.finish("export", f"{len(bundles)} bundle(s), parity {worst:.1g}")
-        params = writer.params()
         for name, bundle in bundles.items():
             result.bundles[name] = bundle.id
+            params = writer.params(name, models[name])
             result.versions[name] = registry.register(bundle, result.metrics, params)
         self._store_curves(kind)
         with self.promoting() as publisher:
@@ -329,6 +346,31 @@ class UpdateCycle:
         result.action, result.trial = event.action, event.trial
         versions = ", ".join(f"{name} is version {version}" for name, version in result.versions.items())
         self.stages.finish("register", f"{versions}; {'in service' if first else 'on trial'}")
+
+    def _write_tuned(self, writer: BundleWriter, kind: BundleKind, model: GeneratorForCausalLM) -> Bundle:
+        """The bundle of the fine-tuned model. Raises SidstreamError where its files fail the offline check:
+        what is judged last is what is served."""
+        sft = self.result.sft
+        bundle, served = writer.write(kind, model, sft.quality if sft else None)
+        if sft is not None and served is not None:
+            sft.quality = served
+            if reason := self._quality_failure():
+                self._refuse(reason)
+        return bundle
+
+    def _write_aligned(
+        self, writer: BundleWriter, model: GeneratorForCausalLM, reference: str
+    ) -> Bundle | None:
+        """The bundle of the aligned model; None where its files fail the offline check."""
+        result = self.result
+        bundle, served = writer.write("dpo", model, result.dpo_quality, reference)
+        if served is None or result.sft is None or result.sft.quality is None:
+            return bundle
+        result.dpo_quality = served
+        if reason := reason_to_refuse(served, result.sft.quality.hr10, self.settings):
+            result.no_dpo = f"it failed its offline check: {reason}"
+            return None
+        return bundle
 
     def _store_curves(self, kind: BundleKind) -> None:
         """Keep the learning curves of all stages beside the versions that they led to."""
@@ -349,13 +391,3 @@ class UpdateCycle:
                 self.registry.store_training(
                     result.versions[name], stage, curve, draw_training_curve(stage, curve)
                 )
-
-
-def _quality_metrics(stage: str, quality: HeldOutQuality) -> dict[str, float]:
-    numbers = {
-        "users": quality.users, "hr10": quality.hr10, "ndcg10": quality.ndcg10, "validity": quality.validity,
-        "dense_weight": quality.ranking.dense_weight,
-    }  # fmt: skip
-    if quality.purchases:
-        numbers["purchase_hr10"] = quality.purchase_hr10
-    return {f"{stage}/{name}": float(value) for name, value in numbers.items()}

@@ -5,29 +5,35 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from registry.bundles.bundle import Bundle, BundleKind, write_bundle
+from registry.bundles.code_version import code_version
 from registry.bundles.context import write as write_context
-from registry.bundles.prompt import Sid
 from registry.bundles.ranking import write as write_ranking
 from registry.bundles.rewards import write as write_rewards
+from registry.bundles.run_record import flat_params
+from registry.decoding.onnx_generator import OnnxGenerator
 from trainer.cycle_inputs import CycleInputs
 from trainer.cycle_result import CycleResult
+from trainer.evaluation.results import machine
 from trainer.generator.export import check_parity, export_generator
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.offline_checks.bundle_parity import PARITY_USERS, check_served_lists
+from trainer.offline_checks.quality import HeldOutQuality, bundle_quality
+from trainer.sequences.held_out import HeldOut, held_out_rows
 from trainer.sequences.interactions import items_by_popularity
 from trainer.settings import TrainerSettings
 
-# Real histories in the parity check, beside the random ones.
-_PARITY_HISTORIES = 32
-_LOGGED_SETTINGS = (
-    "seed", "members", "width", "layers", "heads", "dropout", "lr", "epochs", "batch_positions", "replay",
-    "arithmetic",
-)  # fmt: skip
+# Settings of a shape: weights that a refresh goes on from have one already, which is logged in their place.
+_SHAPE = {
+    "width", "layers", "heads", "ffn_factor", "depth_factor", "dropout", "item_dropout", "item_vectors",
+    "text_inputs",
+}  # fmt: skip
+# Where and when a cycle runs, and what trains other models, makes no difference to these.
+_ELSEWHERE = {"home", "schedule", "hf_model", "lora"}
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,19 @@ class BundleWriter:
     """Writes bundles below a cycle's run folder."""
 
     inputs: CycleInputs
-    settings: TrainerSettings
+    settings: TrainerSettings  # those that the models were trained with
     result: CycleResult
     run_folder: Path
 
-    def write(self, kind: BundleKind, model: GeneratorForCausalLM, reference: str | None = None) -> Bundle:
-        """The bundle of a model; `reference`: the id of the bundle that it was aligned from.
+    def write(
+        self, kind: BundleKind, model: GeneratorForCausalLM, trained: HeldOutQuality | None,
+        reference: str | None = None,
+    ) -> tuple[Bundle, HeldOutQuality | None]:  # fmt: skip
+        """The bundle of a model, and the quality of its files on the held-out users, as they are served.
 
-        Sets the metric `<kind>/parity`.
+        `trained`: the quality of the model in torch; None: nobody is held out. `reference`: the id of the
+        bundle that it was aligned from. Sets the metrics `<kind>/parity` and those of the quality. Raises
+        SidstreamError where the files do not answer as the model.
         """
         transformers_logging.disable_progress_bar()
         inputs, folder = self.inputs, self.run_folder / kind
@@ -54,10 +65,20 @@ class BundleWriter:
         write_ranking(self.result.ranking(), folder)
         write_context(inputs.context, folder)
         write_rewards(inputs.rewards, folder)
-        self.result.metrics[f"{kind}/parity"] = check_parity(
-            model, folder, self._parity_histories(), self.settings.seed
+        self.result.metrics[f"{kind}/parity"] = max(
+            check_parity(model, folder, self.settings.seed),
+            check_served_lists(
+                model, folder, self._parity_events(), inputs.catalogue, inputs.prompt, self.result.ranking()
+            ),
         )
-        return write_bundle(
+        served = None
+        if trained is not None:
+            generator = OnnxGenerator(folder, inputs.prompt.sizes, inputs.prompt.max_items)
+            served = bundle_quality(
+                generator, inputs.split.held_out, inputs.catalogue, inputs.prompt.max_items, trained
+            )
+            self.result.record_quality("dpo" if kind == "dpo" else "sft", served)
+        bundle = write_bundle(
             folder, kind=kind, codebook=inputs.codebook, popular=self._popular_items(),
             max_items=inputs.prompt.max_items, window=inputs.window.ranges,
             sids={number: span[1] for number, span in inputs.window.ranges["sids"].items()},
@@ -65,12 +86,15 @@ class BundleWriter:
             parent=inputs.start_bundle.id if inputs.start_bundle else None, reference=reference,
             validation=inputs.hold_out,
         )  # fmt: skip
+        return bundle, served
 
-    def _parity_histories(self) -> list[list[Sid]]:
-        """Histories of the log for the comparison of the exported model with the trained one."""
-        log, sids = self.inputs.log, self.inputs.catalogue.sids
-        users = range(min(_PARITY_HISTORIES, len(log.users)))
-        return [[sids[item] for item in log.items[log.starts[u] : log.starts[u + 1]]] for u in users]
+    def _parity_events(self) -> HeldOut:
+        """The events whose lists are compared: the held-out ones, or the last ones of the log's users."""
+        held_out, log = self.inputs.split.held_out, self.inputs.log
+        if len(held_out.targets):
+            return held_out
+        users = np.flatnonzero(np.diff(log.starts) > 1)[:PARITY_USERS]
+        return held_out_rows(log, log.starts[users + 1] - 1, self.inputs.prompt.max_items)
 
     def _popular_items(self) -> list[str]:
         """All item ids: those bought most first, then, of items never bought, those clicked most."""
@@ -80,15 +104,29 @@ class BundleWriter:
         by_popularity = list(items_by_popularity(log, inputs.catalogue))
         return [item_ids[row] for row in sorted(by_popularity, key=lambda row: -purchases[row])]
 
-    def params(self) -> dict[str, Any]:
-        """What the registry keeps of a version's settings."""
-        inputs, settings = self.inputs, self.settings
-        params: dict[str, Any] = {name: getattr(settings, name) for name in _LOGGED_SETTINGS}
-        for part in ("pretrain", "dpo"):
-            values = getattr(settings, part).model_dump(mode="json")
-            params |= {f"{part}.{name}": value for name, value in values.items()}
-        params |= {"codebook": inputs.codebook.id, "items": len(inputs.catalogue.item_ids)}
-        params["context"] = ", ".join(
-            f"{name}: {len(values)}" for name, values in inputs.context.fields.items()
-        )
-        return params | {"parent": inputs.start_bundle.id if inputs.start_bundle else ""}
+    def params(self, kind: BundleKind, model: GeneratorForCausalLM) -> dict[str, str]:
+        """What the registry keeps of how a version was made: the settings that were used, the shape of its
+        weights, the limits of its lists, the code and the machine."""
+        inputs, config = self.inputs, model.config
+        unused = _SHAPE | _ELSEWHERE | (set() if kind == "dpo" else {"dpo"})
+        settings = self.settings.model_dump(mode="json", exclude=unused)
+        limits = inputs.catalogue.limits
+        about = {
+            "model": {
+                "width": config.hidden_size, "layers": config.num_hidden_layers,
+                "heads": config.num_attention_heads, "ffn_width": config.intermediate_size,
+                "depth_width": config.depth_size, "members": config.norm_groups, "dropout": config.dropout,
+                "item_dropout": config.item_dropout, "item_vectors": config.item_vectors,
+                "text_size": config.text_size,
+                "parameters": sum(weight.numel() for weight in model.parameters()),
+            },
+            "lists": {
+                "beam": limits.beam, "exact_items": limits.exact_items,
+                "repeats": limits.repeats and limits.repeats.repeats,
+            },
+            "codebook": inputs.codebook.id, "items": len(inputs.catalogue.item_ids),
+            "context": ", ".join(f"{name}: {len(values)}" for name, values in inputs.context.fields.items()),
+            "parent": inputs.start_bundle.id if inputs.start_bundle else "",
+            "code": code_version(), "machine": machine(self.settings.arithmetic),
+        }  # fmt: skip
+        return flat_params(settings | about)

@@ -22,6 +22,7 @@ from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import Rewards, with_reward_fields, without_reward_fields
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
+from registry.decoding.list_rules import ListLimits
 from registry.hold_out import HoldOut
 from streams.errors import SidstreamError
 from streams.events import CatalogItem
@@ -96,6 +97,7 @@ def read_cycle_inputs(
     settings: TrainerSettings,
     kafka: KafkaSettings,
     registry: Registry,
+    limits: ListLimits | None = None,
     *,
     from_scratch: bool,
     horizon_ms: int,
@@ -103,6 +105,8 @@ def read_cycle_inputs(
     reading: Callable[[int], None] | None = None,
 ) -> CycleInputs:
     """Read the window since the champion's. `reading(n)` is called after n records were read.
+
+    `limits`: those of serving's lists (None: serving's defaults).
 
     A click counts for an answer within `horizon_ms` after it, and led to a purchase where its user bought the
     item within `window_ms` after it. Raises SidstreamError where no item has a SID, or no event of such an
@@ -113,7 +117,7 @@ def read_cycle_inputs(
     window = _read_new_window(settings, kafka, parent, reading)
     start = registry.alignment_reference(parent) if parent else None
     return inputs_of_window(
-        settings, window, codebook, parent, start, horizon_ms=horizon_ms, window_ms=window_ms
+        settings, window, codebook, parent, start, limits, horizon_ms=horizon_ms, window_ms=window_ms
     )
 
 
@@ -139,16 +143,17 @@ def hold_out_of_lineage(settings: TrainerSettings, parent: Bundle | None) -> Hol
 
 def inputs_of_window(
     settings: TrainerSettings, window: Window, codebook: Codebook, parent: Bundle | None,
-    start_bundle: Bundle | None, *, horizon_ms: int, window_ms: int,
+    start_bundle: Bundle | None, limits: ListLimits | None = None, *, horizon_ms: int, window_ms: int,
 ) -> CycleInputs:  # fmt: skip
     """What a cycle learns from a window, and what judges it: the only place where the two are told apart.
 
+    `limits`: those of serving's lists (None: serving's defaults).
     Raises SidstreamError as `read_cycle_inputs` does.
     """
     hold_out = hold_out_of_lineage(settings, parent)
     prompt = parent.prompt if parent else Prompt(codebook.sizes, settings.max_items)
     records = window.catalogue_records()
-    catalogue = _catalogue_with_sids(window, codebook, records, prompt)
+    catalogue = _catalogue_with_sids(window, codebook, records, prompt, limits)
     profiles = window.profiles()
     tokenizer, context = _vocabulary(settings, window, parent, catalogue, profiles, prompt, hold_out)
     split = split_log(
@@ -218,8 +223,9 @@ def _read_new_window(
 
 
 def _catalogue_with_sids(
-    window: Window, codebook: Codebook, records: Mapping[str, CatalogItem], prompt: Prompt
-) -> TrainingCatalogue:
+    window: Window, codebook: Codebook, records: Mapping[str, CatalogItem], prompt: Prompt,
+    limits: ListLimits | None,
+) -> TrainingCatalogue:  # fmt: skip
     """The items that have a SID under the codebook. Raises SidstreamError where none has."""
     sids = window.sids(codebook.id)
     if not sids:
@@ -227,7 +233,10 @@ def _catalogue_with_sids(
             f"no item has a SID under codebook {codebook.id}: "
             "publish a catalogue, then `sidstream codebook fit`"
         )
-    return training_catalogue(sids, {item: record.title for item, record in records.items()}, prompt)
+    return training_catalogue(
+        sids, {item: record.title for item, record in records.items()}, prompt,
+        active={item for item, record in records.items() if record.active}, limits=limits,
+    )  # fmt: skip
 
 
 def _vocabulary(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.bundles.ranking import Ranking
 from trainer.offline_checks.offpolicy import OffPolicyVerdict
-from trainer.offline_checks.quality import for_json
+from trainer.offline_checks.quality import HeldOutQuality, for_json
 from trainer.rewards.online import OnlineResult
 from trainer.tuning.sft import SftResult
 
@@ -35,10 +35,21 @@ class CycleResult:
     no_dpo: str | None = None  # why there is no DPO model
     sft: SftResult | None = None
     dpo: DpoResult | None = None
+    dpo_quality: HeldOutQuality | None = None  # of the aligned model; None: there is none, or nobody held out
     offpolicy: dict[str, OffPolicyVerdict] = field(default_factory=dict)  # kind -> what explored answers say
     metrics: dict[str, float] = field(default_factory=dict)
     rewards: OnlineResult | None = None  # of the online stage; None: there was none
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def record_quality(self, stage: str, quality: HeldOutQuality) -> None:
+        """Put the figures of held-out users into the metrics of a stage."""
+        numbers = {
+            "users": quality.users, "hr10": quality.hr10, "ndcg10": quality.ndcg10,
+            "validity": quality.validity, "dense_weight": quality.ranking.dense_weight,
+        }  # fmt: skip
+        if quality.purchases:
+            numbers["purchase_hr10"] = quality.purchase_hr10
+        self.metrics |= {f"{stage}/{name}": float(value) for name, value in numbers.items()}
 
     def ranking(self) -> Ranking:
         """How the two heads of the cycle's models are mixed."""

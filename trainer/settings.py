@@ -322,7 +322,6 @@ class TrainerSettings(Section):
     validation_users: int = Field(
         1000, ge=0, description="validation users of whom an event is scored at each look, at most"
     )
-    beam: int = Field(20, ge=1, description="beam of the offline check")
     replay: float = Field(0.3, ge=0, lt=1, description="share of older sequences in a refresh")
     pretrain: PretrainSettings = Field(default_factory=lambda: PretrainSettings.model_validate({}))
     weights: TaskWeights = Field(default_factory=lambda: TaskWeights.model_validate({}))

@@ -18,7 +18,7 @@ from typing import Any
 
 from registry.bundles.bundle import Bundle, load_bundle
 from registry.bundles.codebook import Codebook
-from registry.bundles.tracking import Tracking
+from registry.bundles.tracking import METRICS_PER_REQUEST, Tracking
 from registry.settings import RegistrySettings
 from streams.errors import SidstreamError
 
@@ -32,8 +32,6 @@ _ENCODER = "encoder"
 _CYCLE_SENTENCE = "sidstream.journal"
 # MLflow cuts longer tags of a run (characters).
 _MAX_TAG_LENGTH = 5000
-# MLflow takes no more metrics in one request.
-_METRICS_PER_REQUEST = 1000
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,14 @@ class Registry:
 
     # Codebooks
 
-    def publish_codebook(self, codebook: Codebook, encoder: Path | None = None) -> str:
+    def publish_codebook(
+        self, codebook: Codebook, encoder: Path | None = None, metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """Store a codebook, make it the current one and return its id; a stored one only gets the alias.
 
         `encoder`: the folder of its sentence encoder, which agents need to give new items their SIDs.
+        `metrics` and `params`: the figures of its fit, and what it was fitted with.
         """
         with tempfile.TemporaryDirectory() as folder, self._mlflow.operation("store the codebook") as client:
             version = self._mlflow.version_with(self.codebooks, "codebook", codebook.id)
@@ -74,6 +76,7 @@ class Registry:
                 client.log_artifact(run, str(Path(folder) / _CODEBOOK))
                 if encoder is not None:
                     client.log_artifacts(run, str(encoder), _ENCODER)
+                self._mlflow.log(run, metrics or {}, params or {})
                 tags = {"codebook": codebook.id, "embedder": codebook.embedder}
                 version = self._mlflow.add_version(self.codebooks, run, _CODEBOOK, tags)
                 client.set_terminated(run)
@@ -157,10 +160,7 @@ class Registry:
             if registered is not None:
                 return registered
             run = self._mlflow.new_run(self.name, f"{manifest.kind}-{manifest.bundle}")
-            for key, number in (run_metrics or {}).items():
-                client.log_metric(run, key, float(number))
-            for key, value in (params or {}).items():
-                client.log_param(run, key, value)
+            self._mlflow.log(run, run_metrics or {}, params or {})
             client.log_artifacts(run, str(bundle.path), _BUNDLE)
             tags = {
                 "bundle": manifest.bundle,
@@ -312,8 +312,8 @@ class Registry:
             tempfile.TemporaryDirectory() as folder,
             self._mlflow.operation(f"store how version {version} was trained") as client,
         ):
-            for low in range(0, len(metrics), _METRICS_PER_REQUEST):
-                client.log_batch(model_version.run_id, metrics[low : low + _METRICS_PER_REQUEST])
+            for low in range(0, len(metrics), METRICS_PER_REQUEST):
+                client.log_batch(model_version.run_id, metrics[low : low + METRICS_PER_REQUEST])
             path = Path(folder) / f"{stage}.png"
             path.write_bytes(png)
             client.log_artifact(model_version.run_id, str(path), "training")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from registry.settings import RegistrySettings
 from streams.errors import SidstreamError
+
+# MLflow takes no more of them in one request.
+METRICS_PER_REQUEST = 1000
+_PARAMS_PER_REQUEST = 100
 
 
 class Tracking:
@@ -67,6 +72,19 @@ class Tracking:
         else:
             id = experiment.experiment_id
         return str(client.create_run(id, run_name=name).info.run_id)
+
+    def log(self, run: str, metrics: Mapping[str, float], params: Mapping[str, Any]) -> None:
+        """Log metrics and parameters of a run, in as few requests as MLflow takes."""
+        client = self.client
+        from mlflow.entities import Metric, Param
+
+        now = time.time_ns() // 1_000_000
+        numbers = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        texts = [Param(name, str(value)) for name, value in params.items()]
+        for low in range(0, len(numbers), METRICS_PER_REQUEST):
+            client.log_batch(run, metrics=numbers[low : low + METRICS_PER_REQUEST])
+        for low in range(0, len(texts), _PARAMS_PER_REQUEST):
+            client.log_batch(run, params=texts[low : low + _PARAMS_PER_REQUEST])
 
     def add_version(self, model: str, run: str, path: str, tags: dict[str, str]) -> str:
         """Create a version of a model from the artifact at `path` of a run, and return its number.

@@ -11,7 +11,6 @@ penalty. Sums run in float32, level by level, as in transformers' beam search, s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -206,9 +205,10 @@ def _with_dense_scores(batch: _EncodedRequests, dense: DenseHead, beam: Candidat
     past_request, past_leaf, bias = _repeat_bias(index, dense.items, batch.prompts, query)
     if len(index) > dense.exact_up_to:
         logits = np.einsum("nd,nd->n", query[beam.request], matrix[beam.leaf])
-        bias_of = {(row, leaf): value for row, leaf, value in zip(past_request, past_leaf, bias, strict=True)}
-        pairs = zip(beam.request.tolist(), beam.leaf.tolist(), strict=True)
-        logits += [bias_of.get(pair, 0.0) for pair in pairs]
+        past, key = past_request * len(index) + past_leaf, beam.request * len(index) + beam.leaf
+        at = np.minimum(np.searchsorted(past, key), max(0, len(past) - 1))
+        in_history = past[at] == key if len(past) else np.zeros(len(key), dtype=np.bool_)
+        logits[in_history] += bias[at[in_history]]
         return replace(beam, dense=_log_softmax(logits, beam.request, len(query)))
     logs = query @ matrix.T
     logs[past_request, past_leaf] += bias
@@ -223,17 +223,22 @@ def _with_dense_scores(batch: _EncodedRequests, dense: DenseHead, beam: Candidat
 
 def _add_best_by_dense_score(batch: _EncodedRequests, logs: Floats, beam: Candidates) -> Candidates:
     """The beam's candidates and each request's best leaves by `logs` (R, N), all with the beam's scores."""
-    in_beam = set(zip(beam.request.tolist(), beam.leaf.tolist(), strict=True))
-    dense_only = []
+    rows, leaves = [], []
     for row, width in enumerate(batch.widths):
         width = min(width, logs.shape[1])
         best = np.argpartition(logs[row], logs.shape[1] - width)[logs.shape[1] - width :]
-        dense_only += [
-            (row, leaf) for leaf in best.tolist() if logs[row, leaf] > -np.inf and (row, leaf) not in in_beam
-        ]
-    if not dense_only:
+        best = best[logs[row, best] > -np.inf]
+        rows.append(np.full(len(best), row))
+        leaves.append(best)
+    new_request, new_leaf = np.concatenate(rows), np.concatenate(leaves)
+    keys, beam_keys = (
+        request * logs.shape[1] + leaf
+        for request, leaf in ((new_request, new_leaf), (beam.request, beam.leaf))
+    )
+    is_new = ~np.isin(keys, beam_keys)
+    if not is_new.any():
         return beam
-    new_request, new_leaf = np.array(dense_only, dtype=np.int64).T
+    new_request, new_leaf = new_request[is_new], new_leaf[is_new]
     new_score = sid_log_probs(batch.generator, batch.index, batch.state[new_request], new_leaf)
     request = np.concatenate((beam.request, new_request))
     leaf = np.concatenate((beam.leaf, new_leaf))
@@ -248,19 +253,22 @@ def _add_best_by_dense_score(batch: _EncodedRequests, logs: Floats, beam: Candid
 def _repeat_bias(
     index: SidIndex, items: ItemScorer, prompts: Sequence[Sequence[Sid]], query: Floats
 ) -> tuple[Ints, Ints, Floats]:
-    """Request (n,), leaf (n,) and the dense head's repeat bias (n,) for every distinct item of a prompt."""
-    last: dict[tuple[int, int], int] = {}
-    occurrences: Counter[tuple[int, int]] = Counter()
-    for request, prompt in enumerate(prompts):
-        for place, sid in enumerate(prompt):
-            leaf = index.leaf_of_sid(sid)
-            if leaf is not None:
-                last[request, leaf] = len(prompt) - place
-                occurrences[request, leaf] += 1
-    pairs = np.array(list(last), dtype=np.int64).reshape(-1, 2)
-    distances = np.array(list(last.values()), dtype=np.int64)
-    counts = np.array([occurrences[pair] for pair in last], dtype=np.int64)
-    return pairs[:, 0], pairs[:, 1], items.repeat_bias(query, pairs[:, 0], distances, counts)
+    """Request (n,), leaf (n,) and the dense head's repeat bias (n,) for every distinct item of a prompt,
+    by request and then by leaf."""
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    sids = np.concatenate([
+        np.asarray(prompt, dtype=np.int64).reshape(-1, index.levels) for prompt in prompts
+    ])  # fmt: skip
+    request = np.repeat(np.arange(len(prompts)), lengths)
+    # From the end of the history: 1 for the newest item.
+    distance = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(request))
+    leaf = index.leaves_of_sids(sids)
+    request, leaf, distance = (values[leaf >= 0] for values in (request, leaf, distance))
+    keys, owner, counts = np.unique(request * len(index) + leaf, return_inverse=True, return_counts=True)
+    last = np.full(len(keys), np.iinfo(np.int64).max)
+    np.minimum.at(last, owner, distance)
+    requests, leaves = np.divmod(keys, max(1, len(index)))
+    return requests, leaves, items.repeat_bias(query, requests, last, counts)
 
 
 def sid_log_probs(generator: Generator, index: SidIndex, state: NDArray[np.generic], leaves: Ints) -> Floats:

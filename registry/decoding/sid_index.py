@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -123,13 +124,31 @@ class SidIndex:
         """The leaf of an SID; None where no item has it."""
         if len(sid) != self.levels:
             return None
-        node = 0
-        for level, code in enumerate(sid):
-            start, end = self.children[level][node : node + 2]
-            node = int(start + np.searchsorted(self.codes[level][start:end], code))
-            if node == end or self.codes[level][node] != code:
-                return None
+        leaf = int(self.leaves_of_sids(np.asarray(sid, dtype=np.int64)[None])[0])
+        return leaf if leaf >= 0 else None
+
+    def leaves_of_sids(self, sids: Ints) -> Ints:
+        """The leaf (M,) of each SID (M, L); -1 where no item has it."""
+        node = np.zeros(len(sids), dtype=np.int64)
+        for level in range(self.levels):
+            keys, size = self._child_keys[level]
+            code = sids[:, level]
+            key = node * size + code
+            at = np.minimum(np.searchsorted(keys, key), max(0, len(keys) - 1))
+            exists = (node >= 0) & (code >= 0) & (code < size)
+            exists &= keys[at] == key if len(keys) else False
+            node = np.where(exists, at, -1)
         return node
+
+    @cached_property
+    def _child_keys(self) -> tuple[tuple[Ints, int], ...]:
+        """For each level the ascending keys (n_l,) `parent * size + code` of its nodes, and the size."""
+        keys = []
+        for level, codes in enumerate(self.codes):
+            size = int(codes.max(initial=0)) + 1
+            parent = np.repeat(np.arange(len(self.children[level]) - 1), np.diff(self.children[level]))
+            keys.append((parent * size + codes, size))
+        return tuple(keys)
 
     def item(self, leaf: int) -> str:
         """The item of a leaf."""

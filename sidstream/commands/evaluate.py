@@ -64,8 +64,8 @@ def evaluate(
 
     Example: sidstream evaluate amazon14-beauty --models popularity,itemknn --data /data
     """
+    from registry.bundles.code_version import commit
     from trainer.evaluation import datasets
-    from trainer.evaluation.results import commit
 
     names = _model_names(models, against)
     masks = _masks(mask)

@@ -34,10 +34,11 @@ def codebook_fit(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """FittedCodebook the codebook to the catalogue and publish every item's SID; needs the extra `train`.
+    """Fit the codebook to the catalogue and publish every item's SID; needs the extra `train`.
 
     Example: sidstream codebook fit
     """
+    from registry.bundles.run_record import flat_metrics
     from registry.bundles.store import Registry
     from sidstream.settings import load
 
@@ -62,9 +63,14 @@ def codebook_fit(
             f"the catalogue and the settings give codebook {current} again: there is nothing to replace"
         )
     _publish_assignments(settings, fit)
-    # Last: agents that find a current codebook find every item's SID before it.
-    registry.publish_codebook(fit.codebook, encoder_folder(embedder))
     measures = codebook_report(fit.codebook, fit.sids, fit.vectors)
+    # Last: agents that find a current codebook find every item's SID before it.
+    registry.publish_codebook(
+        fit.codebook,
+        encoder_folder(embedder),
+        flat_metrics(measures.as_dict()),
+        _fit_params(settings, current),
+    )
     result = _fit_result(settings, fit, embedder.id, measures)
     text = _fit_text(fit, measures)
     if old is not None:
@@ -74,6 +80,16 @@ def codebook_fit(
         if len(old.codebook.sizes) != len(fit.codebook.sizes):
             text += f": they are new, with {len(fit.codebook.sizes)} codes, not {len(old.codebook.sizes)}"
     emit(result, as_json, text)
+
+
+def _fit_params(settings: Settings, replaced: str | None) -> dict[str, str]:
+    """What the registry keeps of a codebook's fit: its settings, the code and the machine."""
+    from registry.bundles.code_version import code_version
+    from registry.bundles.run_record import flat_params
+    from trainer.evaluation.results import machine
+
+    about = {"replaced": replaced, "code": code_version(), "machine": machine()}
+    return flat_params(settings.codebook.model_dump(mode="json") | about)
 
 
 def _old_assignments(settings: Settings, registry: Registry, current: str) -> ReplacedCodebook:

@@ -118,6 +118,7 @@ def one_cycle(
 
     return UpdateCycle(
         chosen, settings.kafka, Registry(settings.registry), settings.rollout, publisher,
+        limits=settings.serving.limits,
         horizon_ms=settings.agents.horizon_ms, window_ms=settings.agents.window_ms, step=step,
         from_scratch=from_scratch, progress=report, stop=stop, devices=devices or Devices(),
     ).run()  # fmt: skip

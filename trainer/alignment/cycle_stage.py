@@ -150,7 +150,7 @@ def align_to_window(
     if tuned is not None and len(held_out.targets):
         # Under the reference's ranking: its dense weight is fitted to the two heads, not to the pairs.
         alignment.quality = evaluate_held_out(
-            aligned_model, held_out, inputs.catalogue, inputs.sids, settings, tuned.ranking
+            aligned_model, held_out, inputs.catalogue, inputs.sids, tuned.ranking
         )
         if change := describe_change(tuned, alignment.quality):
             change_note = f"; {change}"

@@ -28,7 +28,7 @@ from trainer.evaluation.splits import EvaluationSplit, TimeShard
 from trainer.generator.build import fresh_generator
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline_checks.ranking import Candidates, CatalogueRanker, candidate_history
+from trainer.offline_checks.ranking import Candidates, CatalogueRanker, in_histories
 from trainer.rewards.labels import learn_rewards, purchase_labels, with_reward_labels
 from trainer.sequences.batches import Int32, Int64
 from trainer.sequences.held_out import HeldOut, TrainingSplit, split_log
@@ -150,8 +150,9 @@ class TrainedGenerator:
         # Item rows are the order of the catalogue here: names sort as numbers do.
         names = [f"{row:09d}" for row in range(split.dataset.size)]
         self.catalogue = training_catalogue(
-            dict(zip(names, sids, strict=True)), dict(zip(names, split.dataset.texts, strict=True)), prompt
-        )
+            dict(zip(names, sids, strict=True)), dict(zip(names, split.dataset.texts, strict=True)), prompt,
+            newest_is_page=False,
+        )  # fmt: skip
         self.sid_set = SidSet(sids, prompt)
         self.tokenizer = build_tokenizer(prompt, self.catalogue.titles, self.settings.max_words)
 
@@ -288,7 +289,7 @@ class TrainedGenerator:
         if beam_only:
             allowed[:, self.recipe.candidates :] = False
         if mask == "seen":
-            allowed &= ~torch.from_numpy(candidate_history(candidates.items, histories).in_history)
+            allowed &= ~torch.from_numpy(in_histories(candidates.items, histories))
         order = candidates.order(dense_weight, allowed)[:, :k].numpy()
         lists = np.full((len(histories), k), -1, dtype=np.int64)
         lists[:, : order.shape[1]] = order

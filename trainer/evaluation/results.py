@@ -6,32 +6,17 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from registry.bundles.code_version import commit
 from streams.errors import SidstreamError
 from trainer.settings import Arithmetic
 
 # Only a checkout has it; an installed package has no pages.
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-
-
-@cache
-def commit() -> str:
-    """The commit of the working tree at the first call; "none" outside of a repository.
-
-    Call it at the start of a run: there may be a new commit before the end.
-    """
-    try:
-        completed = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parents[1], capture_output=True, text=True
-        )
-    except OSError:
-        return "none"
-    return completed.stdout.strip() or "none"
 
 
 @cache

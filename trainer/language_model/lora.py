@@ -1,7 +1,7 @@
 """A Hugging Face causal LM tuned in the small generator's place, by LoRA, on the same rows.
 
-The codes of SIDs become added tokens, whose embeddings are trained in full; the rest of the network gets
-low-rank adapters (Hu et al. 2021). Ranked under the same constraint through `generate`.
+The codes of SIDs become added tokens, whose rows of the embeddings are trained, and no other rows; the rest
+of the network gets low-rank adapters (Hu et al. 2021). Ranked under the same constraint through `generate`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -34,10 +34,10 @@ from trainer.cycle_inputs import cycle_lock, read_cycle_inputs
 from trainer.generator.constrained import SidSet
 from trainer.offline_checks.probe import ProbeOutcome
 from trainer.offline_checks.quality import HeldOutQuality, for_json, hr_ndcg
-from trainer.sequences.batches import IGNORE, TokenRow
+from trainer.sequences.batches import IGNORE, TokenRow, to_device
 from trainer.sequences.rows import TrainingRows
 from trainer.settings import TrainerSettings
-from trainer.tuning.devices import device
+from trainer.tuning.devices import device, training_arithmetic
 from trainer.tuning.optimization import ClippedAdamW, train_on_batches
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class VocabularyTranslation:
             f"<{LEVELS[level]}_{code}>" for level, size in enumerate(prompt.sizes) for code in range(size)
         ]
         foreign_tokenizer.add_tokens([*_MARKS.values(), *codes])
+        self.added: list[int] = foreign_tokenizer.convert_tokens_to_ids([*_MARKS.values(), *codes])
         self.pad = (
             foreign_tokenizer.pad_token_id
             if foreign_tokenizer.pad_token_id is not None
@@ -137,22 +138,22 @@ def _pad_rows(rows: Sequence[TokenRow], pad: int) -> tuple[Tensor, Tensor, Tenso
     return ids, labels, mask, torch.tensor([row.weight for row in rows])
 
 
-def _with_adapters(model: Any, settings: TrainerSettings) -> Any:
-    # The new rows of both embeddings are trained, so both are saved in full. A tied head gets its own copy
-    # first: adapters saved over tied weights come apart, or not, by the architecture.
+def _with_adapters(model: Any, settings: TrainerSettings, added: Sequence[int]) -> Any:
+    # Of the embeddings the rows of the added tokens alone: weight decay would wear off all others. A tied
+    # head follows its embeddings.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-    names = {id(module): name for name, module in model.named_modules()}
-    saved = [names[id(module)].rsplit(".", 1)[-1] for module in (embedding, head)]
-    return get_peft_model(model, _adapter_config(model, settings, saved))
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    modules = [embedding] if head.weight is embedding.weight else [embedding, head]
+    config = _adapter_config(model, settings, {names[id(module)]: list(added) for module in modules})
+    return get_peft_model(model, config)
 
 
-def _adapter_config(model: Any, settings: TrainerSettings, saved: list[str] | None = None) -> LoraConfig:
+def _adapter_config(
+    model: Any, settings: TrainerSettings, added: dict[str, list[int]] | None = None
+) -> LoraConfig:
     return LoraConfig(
         r=settings.lora.rank, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout,
-        target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM",
+        target_modules="all-linear", trainable_token_indices=added, task_type="CAUSAL_LM",
         # GPT-2 keeps its weights transposed.
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )  # fmt: skip
@@ -183,16 +184,22 @@ def tune_lora(
     torch.manual_seed(settings.seed)
     model.resize_token_embeddings(max(len(foreign_tokenizer), model.get_input_embeddings().num_embeddings))
     where = device()
-    model = _with_adapters(model, settings).to(where)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = ClippedAdamW(weights, lr=settings.lora.lr, weight_decay=settings.weight_decay)
+    model = _with_adapters(model, settings, translation.added).to(where)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = ClippedAdamW(trained, lr=settings.lora.lr, weight_decay=settings.weight_decay)
 
     def loss_of(batch: list[TokenRow]) -> Tensor:
-        ids, labels, mask, weight = (part.to(where) for part in _pad_rows(batch, translation.pad))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        learned = labels[:, 1:] != IGNORE
-        losses = F.cross_entropy(logits[learned].float(), labels[:, 1:][learned], reduction="none")
-        return (losses * weight[:, None].expand_as(learned)[learned]).mean()
+        # Which places are learned is found on the CPU: the host would wait for a GPU to tell.
+        ids, labels, mask, weight = _pad_rows(batch, translation.pad)
+        row, place = labels[:, 1:].ne(IGNORE).nonzero(as_tuple=True)
+        targets, weights = labels[:, 1:][row, place], weight[row]
+        ids, mask, row, place, targets, weights = (
+            to_device(part, where) for part in (ids, mask, row, place, targets, weights)
+        )
+        with training_arithmetic(settings.arithmetic, where):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        losses = F.cross_entropy(logits[row, place].float(), targets, reduction="none")
+        return (losses * weights).mean()
 
     def out_of_time() -> bool:
         return settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
@@ -256,7 +263,7 @@ def language_model_ranks(
     """Rank (B,) from 0 of each held-out item by constrained `generate`; which (B,) free answers are SIDs."""
     model_device = next(model.parameters()).device
     prompt, held_out, catalogue = rows.prompt, rows.split.held_out, rows.catalogue
-    beams = min(max(settings.beam, 10), len(sids))
+    beams = min(max(catalogue.limits.beam, 10), len(sids))
     ranks: list[int] = []
     valid: list[bool] = []
     for low in range(0, len(held_out.targets), _EVAL_ROWS):

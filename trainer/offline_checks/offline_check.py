@@ -71,7 +71,7 @@ def held_out_probe(
     probe_users = held_out.take(rows)
 
     def probe(model: Any) -> ProbeOutcome:
-        rank, valid, _ = rank_held_out(model, probe_users, catalogue, sids, settings, ranking)
+        rank, valid, _ = rank_held_out(model, probe_users, catalogue, sids, ranking)
         return ProbeOutcome((rank < 10).numpy(), valid.numpy())
 
     return probe

@@ -15,11 +15,12 @@ from torch import Tensor
 from registry.bundles.ranking import Ranking
 from trainer.generator.constrained import SidSet, spells_known_sids
 from trainer.generator.model import GeneratorForCausalLM
+from trainer.generator.torch_generator import TorchGenerator
 from trainer.offline_checks.bootstrap import relative_changes
-from trainer.offline_checks.ranking import ROWS_PER_FORWARD, CatalogueRanker, fit_ranking, target_ranks
+from trainer.offline_checks.ranking import ROWS_PER_FORWARD
+from trainer.offline_checks.served_lists import ListScorer, ServedLists
 from trainer.sequences.held_out import HeldOut
 from trainer.sequences.interactions import TrainingCatalogue
-from trainer.settings import TrainerSettings
 
 Mask = npt.NDArray[np.bool_]
 
@@ -30,7 +31,7 @@ def _no_users() -> Mask:
 
 @dataclass(frozen=True)
 class HeldOutQuality:
-    """Ranking of held-out next items by the constrained beam, over all items."""
+    """Ranking of held-out next items: the lists that serving gives (trainer.offline_checks.served_lists)."""
 
     users: int
     hr10: float
@@ -88,31 +89,50 @@ def hr_ndcg(rank: Tensor, k: int = 10) -> tuple[float, float]:
 @torch.no_grad()
 def rank_held_out(
     model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet,
-    settings: TrainerSettings, ranking: Ranking | None = None,
+    ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Ranking]:  # fmt: skip
-    """Rank (B,) from 0 of each held-out item, whether (B,) the free answer is a SID, and the ranking.
+    """The place (B,) from 0 of each held-out item in the list that its user would be served (LIST_LENGTH:
+    not in it), whether (B,) the free answer is a SID, and the ranking.
 
     `ranking` None: the one that is fitted to the held-out items. B >= 1.
     """
-    model.eval()
-    ranker = CatalogueRanker(model, catalogue.codes, sids, max(settings.beam, 10))
-    states = ranker.states(held_out.histories, held_out.contexts)
-    candidates = ranker.candidates(held_out.histories, states)
-    ranking = ranking or fit_ranking(candidates, held_out)
+    scorer = TorchGenerator(model)
+    lists = ServedLists(scorer, held_out, catalogue, sids.prompt.max_items)
+    if ranking is None:
+        ranking, ranks = lists.fit_ranking()
+    else:
+        ranks = lists.target_ranks(ranking)
+    states = scorer.states(lists.encoded())
     valid = torch.cat([spells_known_sids(model, part, sids) for part in states.split(ROWS_PER_FORWARD)])
-    return target_ranks(candidates, held_out, ranking).cpu(), valid.cpu(), ranking
+    return torch.from_numpy(ranks), valid.cpu(), ranking
 
 
 @torch.no_grad()
 def evaluate_held_out(
     model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet,
-    settings: TrainerSettings, ranking: Ranking | None = None,
+    ranking: Ranking | None = None,
 ) -> HeldOutQuality:  # fmt: skip
     """HR@10, NDCG@10 and validity on held-out items, under `ranking`, or the one that is fitted to them."""
     if not len(held_out.targets):
         model.eval()
         return HeldOutQuality(0, 0.0, 0.0, 0.0, ranking or Ranking())
-    rank, valid, ranking = rank_held_out(model, held_out, catalogue, sids, settings, ranking)
+    rank, valid, ranking = rank_held_out(model, held_out, catalogue, sids, ranking)
+    return _quality(rank, held_out, float(valid.float().mean()), ranking)
+
+
+def bundle_quality(
+    bundle: ListScorer, held_out: HeldOut, catalogue: TrainingCatalogue, max_items: int,
+    trained: HeldOutQuality,
+) -> HeldOutQuality:  # fmt: skip
+    """The quality of a bundle's files, under the ranking that its model was `trained` to.
+
+    Validity stays that of the model: serving never spells freely.
+    """
+    rank = ServedLists(bundle, held_out, catalogue, max_items).target_ranks(trained.ranking)
+    return _quality(torch.from_numpy(rank), held_out, trained.validity, trained.ranking)
+
+
+def _quality(rank: Tensor, held_out: HeldOut, validity: float, ranking: Ranking) -> HeldOutQuality:
     hr, ndcg = hr_ndcg(rank)
     paid = (
         np.zeros(len(held_out.targets), dtype=bool)
@@ -120,6 +140,6 @@ def evaluate_held_out(
         else held_out.target_bought
     )
     return HeldOutQuality(
-        len(held_out.targets), hr, ndcg, float(valid.float().mean()), ranking,
+        len(held_out.targets), hr, ndcg, validity, ranking,
         int(paid.sum()), hr_ndcg(rank[torch.from_numpy(paid)])[0], (rank < 10).numpy(), paid,
     )  # fmt: skip

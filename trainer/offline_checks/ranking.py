@@ -1,37 +1,28 @@
-"""Items ranked by both heads: the beam's spelling of SIDs, and the dense head's product with all items.
+"""Items ranked by both heads in torch: the beam's spelling of SIDs, and the dense head's product with items.
 
 Candidates are the beam's and the dense head's own best. Each gets both log-probabilities, and their mixture
-is the order. The weight, and the rule about past items, are fitted on held-out events
-(registry.bundles.ranking).
+is the order. This is for answers that nobody is served: those of an evaluation under its own masks, and those
+that a model learns from. Offline figures are of the lists of trainer.offline_checks.served_lists.
 
 Shapes: B rows, C candidates, D width, I items of the table, L levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from registry.bundles.ranking import Ranking, RepeatRule, excluded_by_repeats
 from trainer.generator.constrained import SidSet, beam_search
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.sequences.batches import Int32, Int64, pad_items
-from trainer.sequences.held_out import HeldOut
 
 # Rows of one forward: 20 beams of 64 codes of 256 rows stay in the cache.
 ROWS_PER_FORWARD = 256
-DENSE_WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
-_HOUR, _DAY = 3600, 86_400
-REPEAT_RULES = (
-    Ranking(), Ranking(repeats="bought"), Ranking(repeats="never"),
-    *(Ranking(repeats="within", within_s=seconds) for seconds in (_HOUR, _DAY, 7 * _DAY, 30 * _DAY)),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,22 +46,6 @@ class Candidates:
         score = self.score(weight).masked_fill(~listed, -torch.inf)
         places = score.argsort(dim=1, descending=True, stable=True)
         return torch.where(listed, self.items, -1).gather(1, places)
-
-    def ranks(self, targets: Tensor, weight: float, allowed: Tensor) -> Tensor:
-        """Rank (R, B) from 0 of each target (B,) in `order`, under each of R rules' `allowed` (R, B, C).
-
-        C where the target is no candidate that is kept. The candidates before it are counted, not sorted.
-        """
-        target = self.items == targets[:, None]
-        target_place = target.int().argmax(1, keepdim=True)
-        score = self.score(weight)
-        target_score = score.gather(1, target_place)
-        # Equals keep the candidates' order, as in a stable sort.
-        before = (score > target_score) | (
-            (score == target_score) & (torch.arange(score.shape[1]) < target_place)
-        )
-        count = torch.einsum("rbc,bc->rb", allowed.float(), before.float()).long()
-        return torch.where((allowed & target).any(-1), count, score.shape[1])
 
 
 @torch.no_grad()
@@ -117,17 +92,11 @@ def item_logits(
     model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense head's logits (B, I') with the repeat bias, and where there is one: row (M,), item (M,)."""
-    logits, (batch, history_items, bias) = _logits_and_repeat_bias(model, state, codes, lengths)
-    return logits.index_put((batch, history_items), bias, accumulate=True), batch, history_items
-
-
-def _logits_and_repeat_bias(
-    model: GeneratorForCausalLM, state: Tensor, codes: Tensor, lengths: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The dense head's logits (B, I') without the repeat bias; and the bias: row, item, addend (M,)."""
     table = model.model.items.vectors(model.model.embed_tokens.weight)
     query = model.model.queries(state)
-    return query @ table.T, model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
+    batch, history_items, bias = model.model.repeat_bias(query, model.model.items.rows(codes), lengths)
+    logits = query @ table.T
+    return logits.index_put((batch, history_items), bias, accumulate=True), batch, history_items
 
 
 def _catalogue_rows(codes: Tensor, catalogue_tokens: Tensor) -> Tensor:
@@ -212,29 +181,6 @@ class CatalogueRanker:
         return torch.cat(parts[1:] or parts)
 
     @torch.no_grad()
-    def dense_logits(
-        self, held_out: HeldOut
-    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """Batches of held-out targets (B,) as rows of the item table, of the dense head's logits (B, I')
-        without the repeat bias, and of the bias: row, item and addend (M,). Items that are not in the
-        catalogue have a logit of -inf."""
-        states = self.states(held_out.histories, held_out.contexts)
-        not_in_catalogue = self._catalogue_row < 0
-        for low in range(0, len(held_out.targets), ROWS_PER_FORWARD):
-            codes, lengths = self._padded(held_out.histories[low : low + ROWS_PER_FORWARD])
-            logits, bias = _logits_and_repeat_bias(
-                self.model, states[low : low + ROWS_PER_FORWARD], codes, lengths
-            )
-            target_tokens = self._catalogue_tokens[
-                torch.from_numpy(held_out.targets[low : low + ROWS_PER_FORWARD]).to(self._device)
-            ]
-            yield (
-                self.model.model.items.rows(target_tokens),
-                logits.masked_fill(not_in_catalogue, -torch.inf),
-                bias,
-            )
-
-    @torch.no_grad()
     def scores(self, histories: Sequence[Int64], states: Tensor, items: Int64, weight: float) -> Tensor:
         """The mixture (B,) of both log-probabilities of one item (B,) a history, under its state (B, D)."""
         rows = torch.from_numpy(items).to(self._device)
@@ -258,77 +204,13 @@ class CatalogueRanker:
         return codes.to(self._device), lengths.to(self._device)
 
 
-class CandidateHistory(NamedTuple):
-    """Each candidate's (B, C) part in its row's history; items outside of the history have age 0."""
-
-    in_history: npt.NDArray[np.bool_]
-    bought: npt.NDArray[np.bool_]  # at any time
-    age_s: Int64  # seconds since the last click or purchase
-
-    def allowed(self, rule: RepeatRule) -> Tensor:
-        """The candidates (B, C) bool that the repeat rule allows in each row."""
-        return torch.from_numpy(~(self.in_history & excluded_by_repeats(rule, self.bought, self.age_s)))
-
-
-def candidate_history(
-    items: Tensor, histories: Sequence[Int64], ages_s: Sequence[Int64] | None = None,
-    bought: Sequence[npt.NDArray[np.bool_]] | None = None,
-) -> CandidateHistory:  # fmt: skip
-    """Look the candidates (B, C), -1 for none, up in the histories of their rows.
-
-    `ages_s` and `bought` are those of `Held`; without them only the rules "always" and "never" can be used.
-    """
-    candidate_items, history_items = items.numpy() + 1, _concatenate(histories, np.int64) + 1
+def in_histories(items: Tensor, histories: Sequence[Int64]) -> npt.NDArray[np.bool_]:
+    """Which candidates (B, C), -1 for none, are in the histories of their rows."""
+    candidate_items = items.numpy() + 1
+    # No candidate is item 0, which is in no history.
+    history_items = np.concatenate([np.zeros(0, dtype=np.int64), *histories]) + 1
     rows = np.arange(len(candidate_items))[:, None]
     width = 1 + max(candidate_items.max(initial=0), history_items.max(initial=0))
-    # One key for each item of each row. No candidate is item 0, which is in no history.
+    # One key for each item of each row.
     owner = np.repeat(rows[:, 0], np.array([len(history) for history in histories], dtype=np.int64))
-    keys, of = np.unique(owner * width + history_items, return_inverse=True)
-    bought_once, age = np.zeros(len(keys) + 1, dtype=bool), np.zeros(len(keys) + 1, dtype=np.int64)
-    if bought is not None:
-        np.logical_or.at(bought_once, of, _concatenate(bought, np.bool_))
-    if ages_s is not None:
-        age[:-1] = np.iinfo(np.int64).max
-        np.minimum.at(age, of, _concatenate(ages_s, np.int64))
-    at = np.searchsorted(keys, rows * width + candidate_items)
-    # The appended key equals no candidate's.
-    in_history = np.append(keys, -1)[at] == rows * width + candidate_items
-    at = np.where(in_history, at, len(keys))
-    return CandidateHistory(in_history, bought_once[at], age[at])
-
-
-def _concatenate(rows: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> npt.NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype=kind), *rows])
-
-
-def _held_out_history(candidates: Candidates, held_out: HeldOut) -> CandidateHistory:
-    return candidate_history(candidates.items, held_out.histories, held_out.ages_s, held_out.bought)
-
-
-def target_ranks(candidates: Candidates, held_out: HeldOut, ranking: Ranking) -> Tensor:
-    """Rank (B,) of each target from 0; C where it is not among the allowed candidates."""
-    allowed = _held_out_history(candidates, held_out).allowed(ranking)
-    return candidates.ranks(torch.from_numpy(held_out.targets), ranking.dense_weight, allowed[None])[0]
-
-
-def fit_ranking(candidates: Candidates, held_out: HeldOut, k: int = 10) -> Ranking:
-    """The rule with the best NDCG at `k` on held-out events, equals going to the simpler one, and its weight.
-
-    The weight is the largest that is within one standard error of the best (the rule of Breiman et al. 1984):
-    a few thousand events cannot tell .8 from 1, and the dense head alone is the steadier.
-    """
-    weights = DENSE_WEIGHTS if torch.any(candidates.dense != 0) else (0.0,)
-    history, targets = _held_out_history(candidates, held_out), torch.from_numpy(held_out.targets)
-    allowed = torch.stack([history.allowed(rule) for rule in REPEAT_RULES])
-    ranked = torch.stack([candidates.ranks(targets, weight, allowed) for weight in weights], dim=1)
-    gain, places = torch.zeros(k + 1), min(k, candidates.items.shape[1])
-    gain[:places] = 1.0 / torch.log2(torch.arange(places) + 2.0)
-    best_mean, best_gains, rule = -1.0, torch.zeros(len(weights), 0), REPEAT_RULES[0]
-    for candidate_rule, gains in zip(REPEAT_RULES, gain[ranked.clamp(max=k)], strict=True):
-        if float(gains.mean(1).max()) > best_mean + 1e-9:
-            best_mean, best_gains, rule = float(gains.mean(1).max()), gains, candidate_rule
-    shortfall = best_gains[best_gains.mean(1).argmax()] - best_gains
-    error = shortfall.std(1, correction=0) / max(1, shortfall.shape[1]) ** 0.5
-    near_best = (shortfall.mean(1) <= error).tolist()
-    weight = max(weight for weight, is_near in zip(weights, near_best, strict=True) if is_near)
-    return Ranking(dense_weight=weight, repeats=rule.repeats, within_s=rule.within_s)
+    return np.isin(rows * width + candidate_items, owner * width + history_items)

@@ -10,12 +10,16 @@ smaller vectors to undo it.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from registry.bundles.ranking import Ranking
+from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
-from trainer.offline_checks.ranking import CatalogueRanker
+from trainer.generator.torch_generator import TorchGenerator
+from trainer.offline_checks.served_lists import LIST_LENGTH, ServedLists
 from trainer.sequences.held_out import HeldOut
+from trainer.sequences.interactions import TrainingCatalogue
 
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 _LEARNED_STRENGTH = STRENGTHS.index(1.0)
@@ -25,34 +29,26 @@ _MIN_EVENTS = 100
 
 @torch.no_grad()
 def fit_repeat_strength(
-    model: GeneratorForCausalLM, ranker: CatalogueRanker, held_out: HeldOut, k: int = 10
+    model: GeneratorForCausalLM, held_out: HeldOut, catalogue: TrainingCatalogue, sids: SidSet
 ) -> float:
-    """Set `repeat_strength` to the strength with the best NDCG at k on held-out events, and return it.
+    """Set `repeat_strength` to the strength with the best NDCG@10 on held-out events, and return it.
 
     It is 1 for fewer than a hundred events, and where the best strength is not better than 1 by two standard
-    errors of the difference.
+    errors of the difference. The lists are those of the dense head, with items of the past.
     """
-    model.model.items.repeat_strength.fill_(1.0)
+    strength = model.model.items.repeat_strength
+    strength.fill_(1.0)
     if len(held_out.targets) < _MIN_EVENTS:
         return 1.0
-    gains = _ndcg_by_strength(ranker, held_out, k)
+    lists = ServedLists(TorchGenerator(model), held_out, catalogue, sids.prompt.max_items)
+    gains = np.zeros((len(STRENGTHS), len(held_out.targets)))
+    for number, factor in enumerate(STRENGTHS):
+        strength.fill_(factor)
+        rank = lists.target_ranks(Ranking(dense_weight=1.0))
+        gains[number] = np.where(rank < LIST_LENGTH, 1 / np.log2(rank + 2.0), 0.0)
     best = int(gains.mean(1).argmax())
     improvement = gains[best] - gains[_LEARNED_STRENGTH]
-    if float(improvement.mean()) <= 2 * float(improvement.std(correction=0)) / len(improvement) ** 0.5:
-        return 1.0
-    model.model.items.repeat_strength.fill_(STRENGTHS[best])
+    if improvement.mean() <= 2 * improvement.std() / len(improvement) ** 0.5:
+        best = _LEARNED_STRENGTH
+    strength.fill_(STRENGTHS[best])
     return STRENGTHS[best]
-
-
-def _ndcg_by_strength(ranker: CatalogueRanker, held_out: HeldOut, k: int) -> Tensor:
-    """NDCG at k (S, B) of each target under each of the strengths, by the dense head over all items."""
-    parts = []
-    for targets, logits, (batch, history_items, bias) in ranker.dense_logits(held_out):
-        rows = torch.arange(len(targets), device=logits.device)
-        gains = []
-        for factor in STRENGTHS:
-            total = logits.index_put((batch, history_items), factor * bias, accumulate=True)
-            rank = (total > total[rows, targets][:, None]).sum(1)
-            gains.append(torch.where(rank < k, 1.0 / torch.log2(rank + 2.0), 0.0))
-        parts.append(torch.stack(gains).cpu())
-    return torch.cat(parts, dim=1)

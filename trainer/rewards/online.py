@@ -151,7 +151,8 @@ class OnlineStage:
 
     def ranker(self) -> CatalogueRanker:
         """A ranker with the current weights."""
-        return CatalogueRanker(self.model, self.rows.catalogue.codes, self.sids, max(self.settings.beam, 10))
+        catalogue = self.rows.catalogue
+        return CatalogueRanker(self.model, catalogue.codes, self.sids, max(catalogue.limits.beam, 10))
 
     def context_tokens(self, context: Int32, values: Int64 | None = None) -> Int32:
         """Token ids (N, C + R) of context fields (N, C) and of requested rewards (N, 4), None: no request."""
@@ -286,9 +287,7 @@ def learn_from_own_answers(
         progress(f"round {number + 1}: {outcome.kept:,} of {outcome.asked:,} answers kept")
         result.steps += stage.learn(lessons, number, stop or (lambda: False))
     if before is not None and result.steps:
-        result.quality = evaluate_held_out(
-            model, rows.split.held_out, rows.catalogue, sids, settings, ranking
-        )
+        result.quality = evaluate_held_out(model, rows.split.held_out, rows.catalogue, sids, ranking)
         if result.quality.hr10 < (1 - online.max_fall) * before.hr10:
             result.refused = f"HR@10 fell from {before.hr10:.3f} to {result.quality.hr10:.3f}"
             restore(model, weights)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from registry.bundles.prompt import Prompt, Sid
+from registry.decoding.list_rules import ListLimits
+from registry.decoding.sid_index import SidIndex
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -43,23 +46,41 @@ class Interactions:
 
 @dataclass(frozen=True)
 class TrainingCatalogue:
-    """The items that have a SID, and the tokens they are spelled with."""
+    """The items that have a SID, the tokens they are spelled with, and how lists of them are served."""
 
     item_ids: list[str]
     sids: list[Sid]
     codes: Int64  # (I, L) token ids
     titles: list[str]
+    active: npt.NDArray[np.bool_] | None = None  # (I,) may be recommended; None: all
+    limits: ListLimits = field(default_factory=ListLimits)
+    # Whether a held-out event is a request from the page of the newest item of its history, which no list of
+    # that page has. Data sets of an evaluation have no pages: there any item may follow itself.
+    newest_is_page: bool = True
+
+    @cached_property
+    def index(self) -> SidIndex:
+        """The index that lists are searched in."""
+        sids = np.array(self.sids, dtype=np.int64).reshape(len(self.sids), self.codes.shape[1])
+        return SidIndex.build(sids, self.item_ids, self.active)
 
 
 def training_catalogue(
-    sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt
-) -> TrainingCatalogue:
-    """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID."""
+    sids: Mapping[str, Sid], titles: Mapping[str, str], prompt: Prompt,
+    active: Collection[str] | None = None, limits: ListLimits | None = None, newest_is_page: bool = True,
+) -> TrainingCatalogue:  # fmt: skip
+    """Items in order of item_id, with their codes as token ids. Raises SidstreamError for a foreign SID.
+
+    `active`: the items that may be recommended (None: all), `limits`: those of their lists (None: serving's
+    defaults), `newest_is_page`: see TrainingCatalogue.
+    """
     items = sorted(sids)
     codes = np.array([prompt.tokens(sids[item]) for item in items], dtype=np.int64)
     return TrainingCatalogue(
         items, [tuple(sids[item]) for item in items], codes.reshape(len(items), len(prompt.sizes)),
         [titles.get(item, "") for item in items],
+        None if active is None else np.array([item in active for item in items], dtype=np.bool_),
+        limits or ListLimits(), newest_is_page,
     )  # fmt: skip
 
 

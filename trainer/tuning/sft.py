@@ -16,7 +16,6 @@ from torch import Tensor
 from trainer.generator.constrained import SidSet
 from trainer.generator.model import GeneratorForCausalLM
 from trainer.offline_checks.quality import HeldOutQuality, evaluate_held_out
-from trainer.offline_checks.ranking import CatalogueRanker
 from trainer.offline_checks.repeat_bias import fit_repeat_strength
 from trainer.sequences.batches import SequenceBatch, TokenRow
 from trainer.sequences.rows import TrainingRows
@@ -236,9 +235,7 @@ class _TrainingRun:
             restore(self.model, self.best_weights)
             if self.state.stale or quality is None:
                 held_out = self.rows.split.held_out
-                quality = evaluate_held_out(
-                    self.model, held_out, self.rows.catalogue, self.sids, self.settings
-                )
+                quality = evaluate_held_out(self.model, held_out, self.rows.catalogue, self.sids)
         self.model.eval()
         curve = self.state.curve
         epochs = curve[-1]["epoch"] if curve else 0.0
@@ -272,10 +269,8 @@ def validate(
     if not len(rows.split.held_out.targets):
         return None
     if settings.fit_strength:
-        fit_repeat_strength(
-            model, CatalogueRanker(model, rows.catalogue.codes, sids, settings.beam), rows.split.held_out
-        )
-    return evaluate_held_out(model, rows.split.held_out, rows.catalogue, sids, settings)
+        fit_repeat_strength(model, rows.split.held_out, rows.catalogue, sids)
+    return evaluate_held_out(model, rows.split.held_out, rows.catalogue, sids)
 
 
 def spells_more_real_sids(quality: HeldOutQuality, state: TrainingState, settings: TrainerSettings) -> bool:

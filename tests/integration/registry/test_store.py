@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from harness.registry_support import bundle, codebook
 from harness.servers import free_port
 from registry.arms import CHAMPION
 from registry.bundles.bundle import load_bundle
+from registry.bundles.run_record import flat_params
 from registry.bundles.store import Registry
 from registry.settings import RegistrySettings
 from streams.errors import SidstreamError
@@ -30,12 +32,33 @@ def test_a_bundle_comes_back_verified_and_is_uploaded_once(registry, tmp_path):
     assert row.metrics == {"ndcg": 0.25}
 
 
+def test_what_a_version_and_a_codebook_were_made_with_is_kept_however_much_it_is(registry, tmp_path):
+    # More than MLflow takes in one request, and longer than it takes in one value.
+    settings = {f"part{n}": {"rate": n / 7, "names": ["x"] * n} for n in range(120)} | {"long": "y" * 7000}
+    version = registry.register(bundle(tmp_path, 31), {"a/b": 0.5}, flat_params(settings))
+    client = MlflowClient(registry.tracking_uri, registry.tracking_uri)
+    data = client.get_run(client.get_model_version(registry.name, version).run_id).data
+    assert data.params == flat_params(settings)
+    assert data.params["part3.names"] == '["x", "x", "x"]'
+    assert data.metrics == {"a/b": 0.5}
+
+    book = codebook(32)
+    registry.publish_codebook(book, metrics={"greedy/error": 0.25}, params={"size": "16"})
+    (row,) = [
+        row for row in client.search_model_versions(f"name = '{registry.codebooks}'")
+        if row.tags["codebook"] == book.id
+    ]  # fmt: skip
+    data = client.get_run(row.run_id).data
+    assert (data.metrics, data.params) == ({"greedy/error": 0.25}, {"size": "16"})
+
+
 def test_a_process_that_uses_the_store_prints_nothing(registry, tmp_path):
     stored = bundle(tmp_path, 8)
     script = f"""
 from pathlib import Path
 from registry.bundles.bundle import load_bundle
 from registry.settings import RegistrySettings
+from registry.bundles.run_record import flat_params
 from registry.bundles.store import Registry
 cache = {str(tmp_path / "c")!r}
 settings = RegistrySettings(tracking_uri={registry.tracking_uri!r}, name={registry.name!r}, cache=cache)

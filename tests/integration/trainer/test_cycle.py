@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from registry.bundles.bundle import load_bundle
+from registry.bundles.code_version import code_version
 from registry.bundles.codebook import Codebook
 from registry.bundles.context import read as read_context
 from registry.bundles.prompt import Prompt
 from registry.bundles.rewards import read as read_rewards
 from registry.bundles.store import Registry
+from registry.decoding.list_rules import ListLimits
 from registry.decoding.onnx_generator import OnnxGenerator
 from registry.hold_out import HoldOut
 from registry.releases.release import Publisher
@@ -30,6 +32,7 @@ from tests.tiny_shop import ITEMS, SIZES, sid_of
 from tests.unit.trainer.language_model.test_lora import foreign
 from trainer.cycle import UpdateCycle
 from trainer.cycle_result import CycleResult
+from trainer.evaluation.results import machine
 from trainer.generator.build import load_model
 from trainer.language_model.lora import tune_window
 from trainer.settings import DpoSettings, OffPolicySettings, RewardSettings, TrainerSettings
@@ -105,8 +108,18 @@ class World:
         return UpdateCycle(
             self.settings, self.kafka, self.registry, RolloutSettings.model_validate({}), promoting,
             progress=lambda stage, text, last: self.lines.append((stage, text)) if last else None,
-            horizon_ms=HORIZON, window_ms=HORIZON // 2, **options,
+            limits=ListLimits(beam=7, exact_items=ITEMS - 4), horizon_ms=HORIZON, window_ms=HORIZON // 2,
+            **options,
         ).run()  # fmt: skip
+
+
+def run_params(world: World, version: str) -> dict[str, str]:
+    """The parameters of the MLflow run of a version."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(world.registry.tracking_uri, world.registry.tracking_uri)
+    run = client.get_model_version(world.registry.name, version).run_id
+    return dict(client.get_run(run).data.params)
 
 
 @pytest.fixture
@@ -175,6 +188,24 @@ def test_the_loop_from_nothing_to_two_challengers(world: World) -> None:
     assert world.registry.alias("champion") == first.versions["base"]
     metrics = {version.version: version.metrics for version in world.registry.versions()}
     assert metrics[second.versions["dpo"]]["dpo/rejected"] == len(learned)
+    # What is registered is of the bundle's files, and says how they were really made.
+    assert metrics[second.versions["sft"]]["sft/hr10"] == second.sft.quality.hr10  # type: ignore[union-attr]
+    assert 0 < metrics[second.versions["dpo"]]["dpo/parity"] < 1e-3
+    made = {kind: run_params(world, version) for kind, version in (first.versions | second.versions).items()}
+    assert {kind: params["lr"] for kind, params in made.items()} == {
+        "base": "0.005", "sft": "0.0005", "dpo": "0.0005"
+    }  # fmt: skip
+    assert [kind for kind, params in made.items() if "dpo.beta" in params] == ["dpo"]
+    for params in made.values():
+        assert (params["model.width"], params["model.heads"], params["members"]) == ("32", "2", "1")
+        assert (params["weight_decay"], params["patience"], params["weights.next_sid"]) == (
+            "0.01",
+            "3",
+            "1.0",
+        )
+        assert (params["lists.beam"], params["lists.exact_items"]) == ("7", "20")
+        assert params["code"] == code_version()
+        assert params["machine"] == machine()
     assert "parent/hr10" in metrics[second.versions["sft"]]
 
     third = world.cycle()

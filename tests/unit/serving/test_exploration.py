@@ -52,7 +52,7 @@ INDEX = SidIndex.build(np.array(SIDS), ITEMS)
 
 
 def recommender(explorer, beam=3):
-    return Recommender(lambda _: INDEX, ListLimits(beam), None, explorer)
+    return Recommender(lambda _: INDEX, ListLimits(beam), explorer)
 
 
 def requests_of(count, k=3):
@@ -207,7 +207,7 @@ def test_nothing_is_explored_where_no_model_answered():
     small = SidIndex.build(
         np.array(list(itertools.product(range(3), repeat=2))), [name for name in ITEMS if "3" not in name]
     )
-    tested = Recommender(lambda _: small, ListLimits(3), None, Explorer(1, 4, 1.0))
+    tested = Recommender(lambda _: small, ListLimits(3), Explorer(1, 4, 1.0))
     answers = tested.recommend([poisoned, unknown, left_out, fine], loaded_rollout(Failing()))
     assert [answer.recommendation.fallback for answer in answers] == [
         "popular",

@@ -86,7 +86,7 @@ def ticking():
 
 
 def recommender():
-    return Recommender(lambda _: sid_index(), ListLimits(9), None, Explorer(0, 2, 1.0), clock=ticking())
+    return Recommender(lambda _: sid_index(), ListLimits(9), Explorer(0, 2, 1.0), clock=ticking())
 
 
 def test_the_time_of_a_call_counts_once_for_all_its_requests():

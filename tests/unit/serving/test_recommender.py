@@ -97,7 +97,7 @@ def trigger(**fields):
 def recommender(index=None, repeat=None, beam=9):
     index = sid_index() if index is None else index
     indexes = {BOOK: index, None: index}
-    return Recommender(indexes.get, ListLimits(beam), repeat, NO_EXPLORATION)
+    return Recommender(indexes.get, ListLimits(beam, repeats=repeat), NO_EXPLORATION)
 
 
 def ask(request_trigger, packed_history=None, index=None, serving=None, **options):
@@ -167,7 +167,7 @@ def test_a_catalogue_without_an_active_item_is_named_as_the_reason_of_an_empty_a
 
 
 def test_a_bundle_without_an_index_answers_that_there_is_no_catalogue():
-    answers = Recommender(lambda _: None, ListLimits(5), None, NO_EXPLORATION).recommend(
+    answers = Recommender(lambda _: None, ListLimits(5), NO_EXPLORATION).recommend(
         [Request(trigger(), None)], loaded_rollout(Last())
     )
     assert answers[0].recommendation.fallback == "no_catalog"
@@ -204,7 +204,10 @@ def test_a_history_is_translated_into_the_codebook_of_each_bundle():
     index = sid_index()
     foreign_history, generator = history_of((0, 1), (1, 2), (2, 0), codebook=OTHER_BOOK), Last()
     tested = Recommender(
-        {BOOK: index}.get, ListLimits(9), RepeatRule(repeats="never"), NO_EXPLORATION, translator=translator
+        {BOOK: index}.get,
+        ListLimits(9, repeats=RepeatRule(repeats="never")),
+        NO_EXPLORATION,
+        translator=translator,
     )
     (answer,) = tested.recommend([Request(trigger(k=9), foreign_history)], loaded_rollout(generator))
     assert generator.prompts == [[(1, 0), (0, 2)]]
@@ -294,7 +297,7 @@ def test_preferences_become_conditions_of_the_model_and_the_answer_names_them():
     # Neither history nor trigger item: no model is asked.
     requests.append(Request(trigger(preferences={"price": 1}), None))
     explored = Explorer(1.0, 3, 1.0)
-    ask_all = Recommender({BOOK: sid_index(), None: sid_index()}.get, ListLimits(9), None, explored)
+    ask_all = Recommender({BOOK: sid_index(), None: sid_index()}.get, ListLimits(9), explored)
     answers = ask_all.recommend(requests, serving)
     assert generator.contexts == [[40, 0], [40, 44], [40, 0], [40, 44]]
     conditions = [answer.recommendation.conditions for answer in answers]

@@ -69,8 +69,19 @@ def test_a_foreign_model_learns_the_rows_and_only_answers_known_sids(tmp_path: P
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert not tied
+    assert tied == (kind == "gpt2")  # as the model that was tuned
     assert len(tokenizer("<a_1><b_2>", add_special_tokens=False).input_ids) == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tuning_leaves_the_rows_of_foreign_tokens_as_they_were(tmp_path: Path, kind: str) -> None:
+    tiny = shop(users=8, epochs=1, max_items=5, validation_users=0, lora={"lr": 0.01, "batch_tokens": 256})
+    name = foreign(tmp_path / "base", kind)
+    tune_lora(name, tiny.rows, tiny.tokenizer, tiny.sids, tiny.settings, tmp_path / "tuned")
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (name, tmp_path / "tuned"))
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = getattr(before, layer)().weight, getattr(after, layer)().weight
+        assert torch.equal(new[: len(old)], old)
 
 
 def test_rows_are_translated_token_by_token(tmp_path: Path) -> None:

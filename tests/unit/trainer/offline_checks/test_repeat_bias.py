@@ -20,6 +20,10 @@ def held_out_events(targets: np.ndarray, histories: list[np.ndarray]) -> HeldOut
     return HeldOut(histories, targets, none, [row.astype(bool) for row in none])
 
 
+def fitted(tiny_shop: Shop, model: GeneratorForCausalLM, held_out: HeldOut) -> float:
+    return fit_repeat_strength(model, held_out, tiny_shop.catalogue, tiny_shop.sids)
+
+
 def liking(tiny_shop: Shop) -> GeneratorForCausalLM:
     """A generator that adds something to all items of the past, and too little of it."""
     model = tiny_shop.outspoken(seed=3)
@@ -42,50 +46,28 @@ def test_where_people_come_back_more_than_was_learned_the_past_weighs_more(tiny_
     # Only of those whose past is liked at all: the direction is one state's.
     query = model.model.queries(ranker.states(pasts))
     back = [row for row, bias in zip(pasts, (query @ before[0]).tolist(), strict=True) if bias > 0]
-    factor = fit_repeat_strength(model, ranker, held_out_events(np.array([row[2] for row in back]), back))
+    factor = fitted(tiny_shop, model, held_out_events(np.array([row[2] for row in back]), back))
     assert factor == max(STRENGTHS)
     assert torch.equal(model.model.items.repeat_vectors, before)
     assert float(model.model.items.repeat_strength) == pytest.approx(factor)
     # Too few tell nothing.
     assert (
-        fit_repeat_strength(
-            model, ranker, held_out_events(np.array([row[2] for row in back[:99]]), back[:99])
-        )
-        == 1.0
+        fitted(tiny_shop, model, held_out_events(np.array([row[2] for row in back[:99]]), back[:99])) == 1.0
     )
     # Fitted anew, not on top.
-    assert (
-        fit_repeat_strength(model, ranker, held_out_events(np.array([row[2] for row in back]), back))
-        == factor
-    )
+    assert fitted(tiny_shop, model, held_out_events(np.array([row[2] for row in back]), back)) == factor
 
 
 def test_what_chance_alone_would_show_changes_nothing(tiny_shop: Shop) -> None:
     rng = np.random.default_rng(1)
     model = tiny_shop.outspoken(seed=3)
-    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, 10)
     factors = [
-        fit_repeat_strength(
-            model, ranker, held_out_events(rng.integers(ITEMS, size=100), histories(rng, 100))
-        )
+        fitted(tiny_shop, model, held_out_events(rng.integers(ITEMS, size=100), histories(rng, 100)))
         for _ in range(10)
     ]
     assert factors.count(1.0) >= 7
-    assert fit_repeat_strength(model, ranker, held_out_events(np.zeros(0, dtype=np.int64), [])) == 1.0
+    assert fitted(tiny_shop, model, held_out_events(np.zeros(0, dtype=np.int64), [])) == 1.0
     assert float(model.model.items.repeat_strength) == 1.0
-
-
-def test_a_target_ranks_by_hand_as_it_does_in_the_fit(tiny_shop: Shop) -> None:
-    model = tiny_shop.outspoken(seed=3)
-    ranker = CatalogueRanker(model, tiny_shop.catalogue.codes, tiny_shop.sids, ITEMS)
-    pasts = histories(np.random.default_rng(2), 20)
-    held_out = held_out_events(np.array([row[0] for row in pasts]), pasts)
-    (targets, logits, (batch, history_items, bias)), *rest = ranker.dense_logits(held_out)
-    assert not rest
-    whole = logits.index_put((batch, history_items), bias, accumulate=True)
-    best = ranker.best_items(pasts, ranker.states(pasts), ITEMS)
-    by_hand = [row.tolist().index(int(target)) for row, target in zip(best, held_out.targets, strict=True)]
-    assert (whole > whole[torch.arange(20), targets][:, None]).sum(1).tolist() == by_hand
 
 
 @pytest.mark.learning

@@ -206,7 +206,7 @@ def test_validation_is_of_requests_that_ask_for_nothing(
     held_out = tiny_shop.split.held_out
     assert held_out.contexts is not None
     assert held_out.contexts.shape == (len(held_out.targets), 0)
-    quality = evaluate_held_out(model, held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings)
+    quality = evaluate_held_out(model, held_out, tiny_shop.catalogue, tiny_shop.sids)
     # One of four may come next, and nothing says which: told the price, it would be nearly always the first.
     assert quality.ndcg10 < 0.85
     assert quality.hr10 > 0.9
@@ -226,7 +226,7 @@ def test_preferences_are_answered_from_the_exported_graphs(
         name="s", action="start", trial="t", arms=[Arm(name="champion", bundle="b0", weight=1.0, version="1")]
     )
     index = SidIndex.build(np.array(tiny_shop.catalogue.sids), tiny_shop.catalogue.item_ids)
-    ask = Recommender(lambda _: index, ListLimits(9), None, Explorer(0, 1, 1.0))
+    ask = Recommender(lambda _: index, ListLimits(9), Explorer(0, 1, 1.0))
 
     def answered(**wishes: float) -> Recommendation:
         trigger = Trigger.new(request_id="r", user_id="u", item_id="i07", k=1, preferences=wishes or None)

@@ -128,9 +128,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
     begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM],
 ) -> None:
     tiny_shop, evidence, model = begun
-    before = evaluate_held_out(
-        model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings
-    )
+    before = evaluate_held_out(model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids)
     trained_model = copied(model, tiny_shop)
     chosen = with_online(tiny_shop, rounds=3, lr=2e-3, max_fall=0.05)
     progress_lines: list[str] = []
@@ -148,9 +146,7 @@ def test_after_the_stage_more_answers_are_what_was_asked_for_and_none_is_worse(
 @pytest.mark.learning
 def test_a_stage_that_costs_hits_is_undone(begun: tuple[Shop, RewardEvidence, GeneratorForCausalLM]) -> None:
     tiny_shop, evidence, model = begun
-    before = evaluate_held_out(
-        model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids, tiny_shop.settings
-    )
+    before = evaluate_held_out(model, tiny_shop.split.held_out, tiny_shop.catalogue, tiny_shop.sids)
     spoiled = copied(model, tiny_shop)
     result = learn_from_own_answers(
         spoiled, with_online(tiny_shop, lr=0.5).rows, tiny_shop.sids, evidence, before, lambda _: None
