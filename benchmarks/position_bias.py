@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -286,10 +284,7 @@ def run_seed(seed: int, options: argparse.Namespace, settings: TrainerSettings) 
     lines = []
     for name, pairs in pairs_by_rule.items():
         preferences = preference_rows(pairs, CODEBOOK_ID, shop.prompt, dpo)
-        with tempfile.TemporaryDirectory() as folder:
-            aligned, result = align(
-                model, shop.tokenizer, preferences, aligned_settings, Path(folder), sequences=rows
-            )
+        aligned, result = align(model, shop.tokenizer, preferences, aligned_settings, sequences=rows)
         after = shop.true_rates(aligned, options.pages)
         report_progress(f"seed {seed}, {name}: {len(preferences)} pairs, {result.steps} steps, {after}")
         lines += [
