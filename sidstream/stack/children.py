@@ -28,7 +28,7 @@ def process_identity(pid: int) -> str | None:
         if fields[0] == "Z":
             return None
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{fields[19]}"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between opening and reading
         if sys.platform == "linux":
             return None
     listing = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)

@@ -10,6 +10,8 @@ import textwrap
 import threading
 from pathlib import Path
 
+import pytest
+
 from harness.servers import wait_until
 from sidstream.stack.children import Child, end_session, process_identity, spawn
 
@@ -104,6 +106,14 @@ def test_a_command_that_cannot_run_says_so_in_its_log(tmp_path: Path) -> None:
     child = spawn("none", ["/no/such/command"], tmp_path / "log")
     assert child.wait(30) == 127
     assert "/no/such/command" in (tmp_path / "log").read_text()
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end_now(self: Path, *arguments: object, **named: object) -> str:
+        raise ProcessLookupError(3, "No such process")
+
+    monkeypatch.setattr(Path, "read_text", end_now)
+    assert process_identity(os.getpid()) is None
 
 
 def test_a_session_is_ended_only_under_its_own_identity(tmp_path: Path) -> None:
