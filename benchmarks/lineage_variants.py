@@ -44,7 +44,7 @@ class Variant:
     strength: float = 0.0  # of the log rates in "rates"; weight of purchases in "heavy"
 
 
-# Of `--choose` on seeds 1 to 3: the one with most orders of those that cost less than 2 % of the clicks.
+# Provisional, of trials on seeds 1 and 2: most orders of those that cost less than 2 % of the clicks.
 RATE_STRENGTH, PURCHASE_WEIGHT = 0.5, 20.0
 VARIANTS = {
     "sft": Variant(),
